@@ -1,0 +1,1 @@
+"""Families: where a network keeps its blocks, its streams and its unembedding; one file a way of keeping them."""

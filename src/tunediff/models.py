@@ -1,0 +1,275 @@
+"""Models: run one network, read and write its streams at sites, go on from a site, and complete prompts."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any, Callable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from tunediff import variants
+from tunediff.errors import FamilyError, NumericsError
+from tunediff.families.base import Family
+from tunediff.sites import Site
+
+
+class _Stop(Exception):
+    """Ends a forward whose remaining blocks nobody needs."""
+
+
+def family_of(module: nn.Module) -> Family:
+    """The family that knows `module`, the most specific first; raises `FamilyError` if none does."""
+    known = [variants.load("tunediff.families", name)() for name in variants.names("tunediff.families")]
+    matching = sorted((f for f in known if f.matches(module)), key=lambda f: -f.precedence)
+    if not matching:
+        raise FamilyError(
+            f"no family knows {type(module).__name__}", expected="a decoder-only causal language model",
+            remedy="add a file to families/",
+        )
+    return matching[0]
+
+
+def _first(output: Any) -> Tensor:
+    """The stream in what a block returns: itself, or the first of a tuple."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _with_first(output: Any, stream: Tensor) -> Any:
+    return (stream, *output[1:]) if isinstance(output, tuple) else stream
+
+
+@contextmanager
+def swapped(tensors: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
+    """Run with other values in some parameters; on leaving each has its very storage back, so not a bit differs."""
+    kept = {parameter: parameter.data for parameter in tensors}
+    try:
+        for parameter, value in tensors.items():
+            parameter.data = value.to(parameter.device, parameter.dtype)
+        yield
+    finally:
+        for parameter, value in kept.items():
+            parameter.data = value
+
+
+class LanguageModel:
+    """One side of a pair: a network with its tokenizer, read and written at sites.
+
+    Rows are token ids (B, T), padded on the right; a position never sees what is to its right, so padding needs no
+    mask and positions that are padding hold values nobody may use. ``switch`` is entered around every run: it is how
+    one module in memory serves as base (adapter off) and as tuned (adapter on).
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        tokenizer: Any,
+        name: str,
+        switch: Callable[[], AbstractContextManager] = nullcontext,
+    ):
+        self.module, self.tokenizer, self.name, self.switch = module, tokenizer, name, switch
+        # PEFT wraps the network; families look at the network itself.
+        self.network: nn.Module = module.get_base_model() if hasattr(module, "get_base_model") else module
+        self.family = family_of(self.network)
+        self.blocks = self.family.blocks(self.network)
+        self.device = next(module.parameters()).device
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks."""
+        return len(self.blocks)
+
+    @property
+    def width(self) -> int:
+        """Width D of the residual stream."""
+        return self.network.config.get_text_config(decoder=True).hidden_size
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the unembedding."""
+        return self.family.unembedding(self.network).weight.shape[0]
+
+    def variant(self, name: str, tensors: Mapping[nn.Parameter, Tensor]) -> "LanguageModel":
+        """This side with other values in some parameters, for as long as each run lasts."""
+
+        @contextmanager
+        def switch() -> Iterator[None]:
+            with self.switch(), swapped(tensors):
+                yield
+
+        return LanguageModel(self.module, self.tokenizer, name, switch)
+
+    def _module_at(self, site: Site) -> nn.Module:
+        if site.layer >= self.depth:
+            raise FamilyError(f"{self.name} has no {site}", expected=f"a layer below {self.depth}")
+        block = self.blocks[site.layer]
+        return block if site.kind == "resid" else self.family.part(block, site.kind)
+
+    @contextmanager
+    def _running(self) -> Iterator[ExitStack]:
+        with torch.inference_mode(), self.switch(), ExitStack() as stack:
+            yield stack
+
+    def _forward(self, ids_BT: Tensor) -> None:
+        """One run whose outputs are taken by hooks; it ends early where a hook says so."""
+        try:
+            self.network(input_ids=ids_BT.to(self.device), use_cache=False)
+        except _Stop:
+            pass
+
+    def _hook(self, stack: ExitStack, module: nn.Module, hook: Callable) -> None:
+        stack.callback(module.register_forward_hook(hook).remove)
+
+    def _take_final(self, stack: ExitStack, taken: list[Tensor]) -> None:
+        """Take the final normed state on its way into the unembedding, which then need not run."""
+
+        def hook(module: nn.Module, arguments: tuple) -> None:
+            taken.append(arguments[0])
+            raise _Stop
+
+        handle = self.family.unembedding(self.network).register_forward_pre_hook(hook)
+        stack.callback(handle.remove)
+
+    def streams(self, ids_BT: Tensor, sites: Sequence[Site]) -> Tensor:
+        """What the sites hold, (B, T, S, D) in the model's dtype; the run stops after the last site's block."""
+        found: dict[Site, Tensor] = {}
+        with self._running() as stack:
+            for site in sites:
+
+                def hook(module: nn.Module, arguments: tuple, output: Any, site: Site = site) -> None:
+                    found[site] = _first(output)
+                    if len(found) == len(set(sites)):
+                        raise _Stop
+
+                self._hook(stack, self._module_at(site), hook)
+            self._forward(ids_BT)
+        return torch.stack([found[site] for site in sites], dim=2)
+
+    def states(self, ids_BT: Tensor) -> Tensor:
+        """The final normed states (B, T, D), which `logits` maps to logits."""
+        taken: list[Tensor] = []
+        with self._running() as stack:
+            self._take_final(stack, taken)
+            self._forward(ids_BT)
+        return taken[0]
+
+    def resume(self, site: Site, stream_BTD: Tensor, ids_BT: Tensor) -> Tensor:
+        """Final normed states (B, T, D) of a run whose stream after block ``site.layer`` is `stream_BTD`.
+
+        The blocks up to the site are skipped, so this costs only the blocks above.
+        """
+        if site.kind != "resid":
+            raise FamilyError(f"a run cannot go on from {site}", expected="a resid site")
+        taken: list[Tensor] = []
+        with self._running() as stack:
+            for layer in range(site.layer + 1):
+                block = self.blocks[layer]
+                at_site = layer == site.layer
+                # An instance attribute shadows the class's forward; deleting it restores the block. The model's own
+                # forward still prepares masks and positions, whatever its family.
+                shape = self._returns_tuple(block)
+
+                def skip(hidden: Tensor, *rest: Any, at_site: bool = at_site, shape: bool = shape, **named: Any) -> Any:
+                    out = stream_BTD.to(hidden.device, hidden.dtype) if at_site else hidden
+                    return (out,) if shape else out
+
+                block.forward = skip
+                stack.callback(delattr, block, "forward")
+            self._take_final(stack, taken)
+            self._forward(ids_BT)
+        return taken[0]
+
+    def _returns_tuple(self, block: nn.Module) -> bool:
+        """Whether blocks return a tuple; asked of the network once, by running it on one token."""
+        if not hasattr(self, "_tuples"):
+            seen: list[bool] = []
+            handle = block.register_forward_hook(lambda m, a, output: seen.append(isinstance(output, tuple)))
+            try:
+                self.network(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device), use_cache=False)
+            finally:
+                handle.remove()
+            self._tuples = seen[0]
+        return self._tuples
+
+    def logits(self, states_ND: Tensor) -> Tensor:
+        """Logits (..., V) in float32 of final normed states (..., D)."""
+        with self._running():
+            raw = self.family.unembedding(self.network)(states_ND.to(self.device))
+            return self.family.scaled_logits(self.network, raw.float())
+
+    @contextmanager
+    def writing(self, site: Site, write: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        """While inside, what the site puts out is passed through `write` (B, T, D) -> (B, T, D)."""
+
+        def hook(module: nn.Module, arguments: tuple, output: Any) -> Any:
+            return _with_first(output, write(_first(output)))
+
+        handle = self._module_at(site).register_forward_hook(hook)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def check_reading(self, ids_BT: Tensor, tolerance: float = 1e-3) -> None:
+        """Refuse a network whose hooks, resumed run or unembedding do not give its own logits back.
+
+        `tolerance`: largest difference allowed, relative to the largest logit.
+        """
+        with self._running():
+            own = self.network(input_ids=ids_BT.to(self.device), use_cache=False).logits.float()
+        site = Site(self.depth // 2)
+        resumed = self.resume(site, self.streams(ids_BT, [site])[:, :, 0], ids_BT)
+        error = float((self.logits(resumed) - own).abs().max() / own.abs().max())
+        if not torch.isfinite(own).all():
+            raise NumericsError(f"{self.name} gives non-finite logits", remedy="load it in float32")
+        if error > tolerance:
+            raise FamilyError(
+                f"{type(self.network).__name__} does not read back right", expected=f"error below {tolerance}",
+                got=f"{error:.2g}", remedy="add a file to families/ for this network",
+            )
+
+    def complete(
+        self,
+        prompts: Sequence[Sequence[int]],
+        tokens: int,
+        *,
+        temperature: float = 0.0,
+        seed: int = 0,
+        batch: int = 32,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[list[int]]:
+        """Completions of token-id prompts, up to `tokens` new tokens each, without the end-of-turn token.
+
+        temperature 0 is greedy; above, sampled from the stream `seed`. Prompts are batched by length and padded on
+        the left, where generation needs it; the answers come back in the prompts' order.
+        """
+        ends = self.network.generation_config.eos_token_id
+        ends = set(ends if isinstance(ends, list) else [ends]) | {self.tokenizer.eos_token_id}
+        ends.discard(None)
+        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else min(ends, default=0)
+        order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
+        answers: list[list[int]] = [[] for _ in prompts]
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {
+            "do_sample": False, "temperature": None, "top_k": None, "top_p": None}
+        with self._running(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            for start in range(0, len(order), batch):
+                chosen = order[start : start + batch]
+                longest = max(len(prompts[i]) for i in chosen)
+                ids = torch.full((len(chosen), longest), pad)
+                mask = torch.zeros_like(ids)
+                for row, i in enumerate(chosen):
+                    ids[row, longest - len(prompts[i]) :] = torch.tensor(prompts[i])
+                    mask[row, longest - len(prompts[i]) :] = 1
+                out = self.module.generate(
+                    input_ids=ids.to(self.device), attention_mask=mask.to(self.device), max_new_tokens=tokens,
+                    pad_token_id=pad, repetition_penalty=1.0, **sampling,
+                )[:, longest:]
+                for row, i in enumerate(chosen):
+                    for token in out[row].tolist():
+                        if token in ends:
+                            break
+                        answers[i].append(token)
+                if progress:
+                    progress(sum(len(answers[i]) for i in chosen))
+        return answers

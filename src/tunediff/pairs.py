@@ -1,0 +1,314 @@
+"""Pairs: base and tuned, loaded, checked to be comparable, and what differs between their weights."""
+
+from __future__ import annotations
+
+import hashlib
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from tunediff import embedded
+from tunediff.chance import generator
+from tunediff.errors import FamilyError, MissingExtraError, NumericsError, PairError, SourceError
+from tunediff.models import LanguageModel, swapped
+
+PROBES = (
+    "The quick brown fox jumps over the lazy dog.",
+    "def area(radius):\n    return 3.14159 * radius ** 2\n",
+    "In 1969, 3 people went to the Moon; two of them walked on it.",
+    "Café, naïve, 東京, Москва — “quotes” and emoji 🙂.",
+)
+UNSAFE = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+
+
+@dataclass(frozen=True, eq=False)
+class Delta:
+    """What tuning added to one linear map: ``up @ down`` of shape (out, in), and the parameters that hold it.
+
+    For a LoRA, up (out, r) already has the scale in it, and `down_parameter` is the adapter's A. For a full
+    fine-tune, `up` is None, `down` is the whole difference (out, in) and `down_parameter` is the tuned weight.
+    """
+
+    name: str
+    linear: nn.Module
+    down: Tensor
+    up: Tensor | None
+    down_parameter: nn.Parameter
+    up_parameter: nn.Parameter | None
+    transposed: bool = False
+
+    @property
+    def norm(self) -> float:
+        """Frobenius norm of the added map."""
+        if self.up is None:
+            return float(self.down.double().norm())
+        # |UD|^2 = <U'U, DD'>, without forming the product.
+        up, down = self.up.double(), self.down.double()
+        return float(((up.T @ up) * (down @ down.T)).sum().clamp_min(0).sqrt())
+
+    def with_input_map(self, map_II: Tensor) -> Mapping[nn.Parameter, Tensor]:
+        """Parameters under which the added map is (up @ down) @ map_II, map_II of shape (in, in)."""
+        down = (self.down.double() @ map_II.double()).to(self.down.dtype)
+        if self.up is not None:
+            return {self.down_parameter: down}
+        change = down - self.down
+        return {self.down_parameter: self.down_parameter.data + (change.T if self.transposed else change)}
+
+    def random(self, seed: int) -> Mapping[nn.Parameter, Tensor]:
+        """Parameters under which the added map is Gaussian, of the same rank (at most 16) and the same norm."""
+        rank = self.down.shape[0] if self.up is not None else min(16, *self.down.shape)
+        out = (self.up if self.up is not None else self.down).shape[0]
+        rng = generator(seed, "random lora", self.name)
+        up = torch.randn(out, rank, generator=rng).to(self.down)
+        down = torch.randn(rank, self.down.shape[1], generator=rng).to(self.down)
+        scale = self.norm / float(((up.double().T @ up.double()) * (down.double() @ down.double().T)).sum().sqrt())
+        if self.up is None:
+            change = (up @ down) * scale - self.down
+            return {self.down_parameter: self.down_parameter.data + (change.T if self.transposed else change)}
+        ratio = float(self.up_parameter.data.norm() / self.up.norm().clamp_min(1e-30))  # undo the adapter's own scale
+        return {self.down_parameter: down * scale, self.up_parameter: up * ratio}
+
+
+@dataclass(eq=False)
+class Pair:
+    """Base and tuned, shown to be comparable. ``shared`` says whether one module serves as both (a LoRA over base).
+
+    Token ids below ``vocabulary`` mean the same in both; `tokenizer` is base's.
+    """
+
+    base: LanguageModel
+    tuned: LanguageModel
+    shared: bool
+    vocabulary: int
+    base_fingerprint: str
+    tuned_fingerprint: str
+    notes: list[str] = field(default_factory=list)
+
+    @classmethod
+    def load(cls, base: str, tuned: str, *, dtype: str = "float32", device: str = "cpu",
+             allow_identical: bool = False) -> "Pair":
+        """Load and compare two models.
+
+        base    a local folder, a hub id, a GGUF file, or ``default`` (the embedded SmolLM2-135M-Instruct)
+        tuned   any of these, or a PEFT adapter folder over base; ``default`` again is base itself
+        dtype   of both forwards; in bfloat16 the difference between two light tunes is up to 60 % rounding error
+        allow_identical   accept identical weights, as a sanity null
+
+        Raises `SourceError` for what cannot be read, `PairError` for what cannot be compared.
+        """
+        module, tokenizer = _read(base, dtype)
+        module.to(device).eval().requires_grad_(False)
+        base_print = fingerprint(module)
+        _check_finite(base, module)
+        adapter = _adapter_folder(tuned)
+        if adapter:
+            wrapped = _with_adapter(module, adapter, base)
+            wrapped.to(device).eval().requires_grad_(False)
+            _check_finite(tuned, wrapped)
+
+            @contextmanager
+            def off() -> Iterator[None]:
+                with wrapped.disable_adapter():
+                    yield
+
+            pair = cls(
+                LanguageModel(wrapped, tokenizer, base, off), LanguageModel(wrapped, tokenizer, tuned), True,
+                0, base_print, fingerprint(wrapped),
+            )
+        else:
+            other, other_tokenizer = _read(tuned, dtype)
+            other.to(device).eval().requires_grad_(False)
+            _check_finite(tuned, other)
+            pair = cls(
+                LanguageModel(module, tokenizer, base), LanguageModel(other, other_tokenizer, tuned), False,
+                0, base_print, fingerprint(other),
+            )
+        pair._compare(allow_identical)
+        return pair
+
+    @property
+    def tokenizer(self) -> Any:
+        """Base's tokenizer; the check on loading showed that tuned's reads shared text alike."""
+        return self.base.tokenizer
+
+    def _compare(self, allow_identical: bool) -> None:
+        base, tuned = self.base, self.tuned
+        for what, of in (("depth", lambda m: m.depth), ("width", lambda m: m.width)):
+            if of(base) != of(tuned):
+                raise PairError(
+                    f"{base.name} and {tuned.name} differ in {what}", expected=f"{of(base)} (base)",
+                    got=f"{of(tuned)} (tuned)", remedy="the model that tuned was made from as BASE",
+                )
+        for text in PROBES:
+            ours, theirs = (m.tokenizer(text, add_special_tokens=False)["input_ids"] for m in (base, tuned))
+            if ours != theirs:
+                raise PairError(
+                    f"{base.name} and {tuned.name} read the same text as different tokens",
+                    expected=f"{ours[:8]} (base)", got=f"{theirs[:8]} (tuned) for {text[:24]!r}",
+                    remedy="a pair with one tokenizer; activations of different tokens cannot be compared",
+                )
+        self.vocabulary = min(base.vocabulary, tuned.vocabulary)
+        if base.vocabulary != tuned.vocabulary:
+            self.notes.append(
+                f"vocabularies of {base.vocabulary} and {tuned.vocabulary} tokens: compared on the shared {self.vocabulary}"
+            )
+        ids_BT = probe_ids(self.tokenizer, self.vocabulary)
+        base.check_reading(ids_BT)
+        tuned.check_reading(ids_BT)
+        same = self.base_fingerprint == self.tuned_fingerprint
+        if not same:
+            gap = (base.logits(base.states(ids_BT))[..., : self.vocabulary]
+                   - tuned.logits(tuned.states(ids_BT))[..., : self.vocabulary]).abs().max()
+            same = float(gap) == 0.0
+        if same and not allow_identical:
+            what = f"the adapter {tuned.name} changes no logits" if self.shared else "base and tuned are the same model"
+            raise PairError(
+                what, expected="a tuned model that differs from base", got="equal logits on every probe text",
+                remedy="--set pair.allow_identical=true to run it as a sanity null",
+            )
+
+    def deltas(self) -> list[Delta]:
+        """What tuning added, for every linear map it touched, in the order of the network."""
+        return list(_lora_deltas(self.tuned.module) if self.shared else _full_deltas(self.base, self.tuned))
+
+    def random_tuned(self, seed: int) -> LanguageModel:
+        """A null for tuned: base plus, in every linear map, a random change of the tune's own rank and norm."""
+        tensors: dict[nn.Parameter, Tensor] = {}
+        for delta in self.deltas():
+            tensors.update(delta.random(seed))
+        if not self.shared:
+            # What is not a linear map (norms, embeddings) goes back to base.
+            linear = {id(p) for p in tensors}
+            mine = dict(self.base.network.named_parameters())
+            for name, parameter in self.tuned.network.named_parameters():
+                if id(parameter) not in linear and mine[name].shape == parameter.shape:
+                    tensors[parameter] = mine[name].data
+        return self.tuned.variant(f"random tune {seed}", tensors)
+
+
+def probe_ids(tokenizer: Any, vocabulary: int) -> Tensor:
+    """The probe texts as one (B, T) array cut to the shortest; ids of 0 stand where a token is not shared."""
+    rows = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in PROBES]
+    length = min(map(len, rows))
+    return torch.tensor([[i if i < vocabulary else 0 for i in row[:length]] for row in rows])
+
+
+def fingerprint(module: nn.Module) -> str:
+    """A 16-digit hash over every parameter's and buffer's name, shape and bytes."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _check_finite(name: str, module: nn.Module) -> None:
+    for parameter_name, parameter in module.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise NumericsError(f"{name}: weight {parameter_name} holds NaN or infinite values",
+                                expected="finite weights", remedy="a checkpoint from before it broke")
+
+
+def _adapter_folder(source: str) -> Path | None:
+    """The folder of a PEFT adapter, if `source` is one."""
+    folder = Path(source).expanduser()
+    return folder if (folder / "adapter_config.json").is_file() else None
+
+
+def _refuse_pickles(folder: Path) -> None:
+    weights = [p for p in folder.iterdir() if p.suffix == ".safetensors"]
+    pickles = [p.name for p in folder.iterdir() if p.suffix in UNSAFE]
+    if pickles and not weights:
+        raise SourceError(
+            f"{folder} holds pickled weights, which can run code when loaded", expected="*.safetensors",
+            got=", ".join(sorted(pickles)[:3]), remedy="save it with safe_serialization=True and try again",
+        )
+
+
+def _read(source: str, dtype: str) -> tuple[nn.Module, Any]:
+    """Model and tokenizer of a folder, hub id, GGUF file or ``default``."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = embedded.base_folder() if source in ("default", embedded.BASE_NAME) else Path(source).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise SourceError(f"{source} does not exist", expected="a GGUF file")
+        model, tokenizer = embedded.load_gguf(path)
+        return model.to(getattr(torch, dtype)), tokenizer
+    if path.suffix in UNSAFE:
+        raise SourceError(f"{source} is a pickled checkpoint, which can run code when loaded",
+                          expected="a folder with *.safetensors, a GGUF file or a PEFT adapter")
+    if path.is_dir():
+        if (path / "adapter_config.json").is_file():
+            raise SourceError(f"{source} is an adapter", expected="a whole model as BASE",
+                              remedy="the adapter as TUNED, and the model it was trained on as BASE")
+        if not (path / "config.json").is_file():
+            raise SourceError(f"{source} holds no model", expected="config.json and *.safetensors",
+                              got=", ".join(sorted(p.name for p in path.iterdir())[:5]) or "an empty folder")
+        _refuse_pickles(path)
+    elif path.exists() or source.startswith((".", "/", "~")):
+        raise SourceError(f"{source} is not a model", expected="a folder, a hub id, a GGUF file or a PEFT adapter",
+                          got="a file" if path.exists() else "nothing there")
+    try:
+        name = str(path) if path.is_dir() else source
+        model = AutoModelForCausalLM.from_pretrained(
+            name, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=False)
+        return model, AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise SourceError(f"{source} could not be read", expected="a decoder-only causal language model with its "
+                          "tokenizer, in safetensors", got=first[:200]) from error
+
+
+def _with_adapter(module: nn.Module, folder: Path, base: str) -> nn.Module:
+    try:
+        from peft import PeftModel
+    except ImportError:
+        raise MissingExtraError("reading an adapter needs peft", remedy="pip install 'tunediff[adapters]'") from None
+    _refuse_pickles(folder)
+    try:
+        return PeftModel.from_pretrained(module, str(folder), is_trainable=False)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise SourceError(f"the adapter {folder} does not fit {base}", expected="an adapter trained on this base",
+                          got=first[:200], remedy="the model named in its adapter_config.json as BASE") from error
+
+
+def _lora_deltas(module: nn.Module) -> Iterator[Delta]:
+    """The LoRA layers of a PEFT model with one active plain-LoRA adapter; other kinds of layer are refused."""
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, layer in module.named_modules():
+        if not isinstance(layer, BaseTunerLayer):
+            continue
+        active = layer.active_adapters
+        if not isinstance(layer, LoraLayer) or len(active) != 1 or active[0] not in layer.lora_A:
+            raise FamilyError(f"{name} is not a plain LoRA layer", expected="one LoRA adapter on linear maps",
+                              got=type(layer).__name__, remedy="merge the adapter and give the merged folder as TUNED")
+        adapter = active[0]
+        down, up = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+        if layer.use_dora.get(adapter) or layer.lora_bias.get(adapter):
+            raise FamilyError(f"{name} uses DoRA or a LoRA bias", expected="plain LoRA",
+                              remedy="merge the adapter and give the merged folder as TUNED")
+        yield Delta(name, layer, down.data, up.data * layer.scaling[adapter], down, up)
+
+
+def _full_deltas(base: LanguageModel, tuned: LanguageModel) -> Iterator[Delta]:
+    """The linear maps inside the blocks whose weights differ between two whole models."""
+    theirs = dict(base.blocks.named_modules())
+    for name, module in tuned.blocks.named_modules():
+        weight = getattr(module, "weight", None)
+        if not isinstance(weight, nn.Parameter) or weight.dim() != 2 or isinstance(module, nn.Embedding):
+            continue
+        transposed = type(module).__name__ == "Conv1D"  # GPT-2 keeps (in, out)
+        difference = weight.data.float() - theirs[name].weight.data.float()
+        if difference.any():
+            yield Delta(name, module, difference.T if transposed else difference, None, weight, None, transposed)
+
+
+__all__ = ["Delta", "Pair", "fingerprint", "probe_ids", "swapped"]

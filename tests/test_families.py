@@ -1,0 +1,84 @@
+"""Every family is read by structure: hooks, resumed runs and logits agree with the network's own."""
+
+from __future__ import annotations
+
+import pytest
+import tiny_models
+import torch
+
+from tunediff.errors import FamilyError
+from tunediff.models import LanguageModel
+from tunediff.sites import Site
+
+FAMILIES = sorted(tiny_models.configs())
+IDS = torch.randint(3, 259, (3, 17), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def model(request) -> LanguageModel:
+    return LanguageModel(tiny_models.module(request.param), tiny_models.tokenizer(), request.param)
+
+
+def own(model: LanguageModel):
+    with torch.inference_mode():
+        return model.network(input_ids=IDS, output_hidden_states=True, use_cache=False)
+
+
+def test_streams_are_the_networks_hidden_states(model):
+    hidden = own(model).hidden_states
+    streams = model.streams(IDS, [Site(layer) for layer in range(model.depth)])
+    # hidden_states[0] is the embedding; the last entry has the final norm applied, so it is not a stream.
+    for layer in range(model.depth - 1):
+        assert torch.equal(streams[:, :, layer], hidden[layer + 1])
+
+
+def test_logits_are_the_networks_own(model):
+    torch.testing.assert_close(model.logits(model.states(IDS)), own(model).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_run_resumed_at_any_block_ends_the_same(model):
+    expected = model.states(IDS)
+    for layer in range(model.depth):
+        stream = model.streams(IDS, [Site(layer)])[:, :, 0]
+        torch.testing.assert_close(model.resume(Site(layer), stream, IDS), expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(model.states(IDS), expected), "a resumed run must leave the network as it was"
+
+
+def test_writing_changes_what_follows_and_is_undone(model):
+    before = model.states(IDS)
+    with model.writing(Site(1), lambda stream: stream + 1):
+        during = model.states(IDS)
+        assert torch.allclose(model.streams(IDS, [Site(0)]), model.streams(IDS, [Site(0)]))
+    assert not torch.allclose(before, during)
+    assert torch.equal(model.states(IDS), before)
+
+
+def test_right_padding_changes_no_position_before_it(model):
+    padded = torch.cat([IDS, torch.zeros(3, 5, dtype=torch.long)], 1)
+    torch.testing.assert_close(model.states(padded)[:, :17], model.states(IDS), rtol=1e-4, atol=1e-4)
+
+
+def test_attention_and_mlp_sites(model):
+    kinds = ["attn"] if model.name == "opt" else ["attn", "mlp"]
+    for kind in kinds:
+        assert model.streams(IDS, [Site(1, kind)]).shape == (3, 17, 1, 32)
+    if model.name == "opt":
+        with pytest.raises(FamilyError, match="no mlp"):
+            model.streams(IDS, [Site(1, "mlp")])
+
+
+def test_reading_is_checked(model):
+    model.check_reading(IDS)
+
+
+def test_completion_is_deterministic_and_padding_does_not_change_it(model):
+    prompts = [[5, 6, 7], [8, 9, 10, 11, 12, 13], [20]]
+    together = model.complete(prompts, 6)
+    assert together == model.complete(prompts, 6)
+    sampled = model.complete(prompts, 6, temperature=1.0, seed=3)
+    assert sampled == model.complete(prompts, 6, temperature=1.0, seed=3)
+
+
+def test_a_site_above_the_network_is_refused(model):
+    with pytest.raises(FamilyError, match="resid.9"):
+        model.streams(IDS, [Site(9)])
