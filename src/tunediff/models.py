@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any, Callable, Iterator, Mapping, Sequence
 
 import torch
@@ -50,6 +51,14 @@ def swapped(tensors: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
     finally:
         for parameter, value in kept.items():
             parameter.data = value
+
+
+@dataclass(frozen=True, eq=False)
+class Start:
+    """Where a run begins that skips the lower blocks: after ``site``'s block, with this stream (B, T, D)."""
+
+    site: Site
+    stream_BTD: Tensor
 
 
 class LanguageModel:
@@ -130,10 +139,33 @@ class LanguageModel:
         handle = self.family.unembedding(self.network).register_forward_pre_hook(hook)
         stack.callback(handle.remove)
 
-    def streams(self, ids_BT: Tensor, sites: Sequence[Site]) -> Tensor:
-        """What the sites hold, (B, T, S, D) in the model's dtype; the run stops after the last site's block."""
+    def _skip_to(self, stack: ExitStack, start: "Start | None") -> None:
+        """Let the run begin above ``start.site``: the blocks up to it are passed by and its stream takes their place."""
+        if start is None:
+            return
+        if start.site.kind != "resid":
+            raise FamilyError(f"a run cannot start from {start.site}", expected="a resid site")
+        shape = self._returns_tuple(self.blocks[0])
+        for layer in range(start.site.layer + 1):
+            block = self.blocks[layer]
+
+            # An instance attribute shadows the class's forward; deleting it restores the block. The model's own
+            # forward still prepares masks and positions, whatever its family.
+            def skip(hidden: Tensor, *rest: Any, last: bool = layer == start.site.layer, **named: Any) -> Any:
+                out = start.stream_BTD.to(hidden.device, hidden.dtype) if last else hidden
+                return (out,) if shape else out
+
+            block.forward = skip
+            stack.callback(delattr, block, "forward")
+
+    def streams(self, ids_BT: Tensor, sites: Sequence[Site], start: "Start | None" = None) -> Tensor:
+        """What the sites hold, (B, T, S, D) in the model's dtype; the run stops after the last site's block.
+
+        start   begin from a known stream instead of the tokens; sites at or below it are not to be had
+        """
         found: dict[Site, Tensor] = {}
         with self._running() as stack:
+            self._skip_to(stack, start)
             for site in sites:
 
                 def hook(module: nn.Module, arguments: tuple, output: Any, site: Site = site) -> None:
@@ -145,36 +177,11 @@ class LanguageModel:
             self._forward(ids_BT)
         return torch.stack([found[site] for site in sites], dim=2)
 
-    def states(self, ids_BT: Tensor) -> Tensor:
-        """The final normed states (B, T, D), which `logits` maps to logits."""
+    def states(self, ids_BT: Tensor, start: "Start | None" = None) -> Tensor:
+        """The final normed states (B, T, D), which `logits` maps to logits; `start` as in `streams`."""
         taken: list[Tensor] = []
         with self._running() as stack:
-            self._take_final(stack, taken)
-            self._forward(ids_BT)
-        return taken[0]
-
-    def resume(self, site: Site, stream_BTD: Tensor, ids_BT: Tensor) -> Tensor:
-        """Final normed states (B, T, D) of a run whose stream after block ``site.layer`` is `stream_BTD`.
-
-        The blocks up to the site are skipped, so this costs only the blocks above.
-        """
-        if site.kind != "resid":
-            raise FamilyError(f"a run cannot go on from {site}", expected="a resid site")
-        taken: list[Tensor] = []
-        with self._running() as stack:
-            for layer in range(site.layer + 1):
-                block = self.blocks[layer]
-                at_site = layer == site.layer
-                # An instance attribute shadows the class's forward; deleting it restores the block. The model's own
-                # forward still prepares masks and positions, whatever its family.
-                shape = self._returns_tuple(block)
-
-                def skip(hidden: Tensor, *rest: Any, at_site: bool = at_site, shape: bool = shape, **named: Any) -> Any:
-                    out = stream_BTD.to(hidden.device, hidden.dtype) if at_site else hidden
-                    return (out,) if shape else out
-
-                block.forward = skip
-                stack.callback(delattr, block, "forward")
+            self._skip_to(stack, start)
             self._take_final(stack, taken)
             self._forward(ids_BT)
         return taken[0]
@@ -218,7 +225,7 @@ class LanguageModel:
         with self._running():
             own = self.network(input_ids=ids_BT.to(self.device), use_cache=False).logits.float()
         site = Site(self.depth // 2)
-        resumed = self.resume(site, self.streams(ids_BT, [site])[:, :, 0], ids_BT)
+        resumed = self.states(ids_BT, Start(site, self.streams(ids_BT, [site])[:, :, 0]))
         error = float((self.logits(resumed) - own).abs().max() / own.abs().max())
         if not torch.isfinite(own).all():
             raise NumericsError(f"{self.name} gives non-finite logits", remedy="load it in float32")
