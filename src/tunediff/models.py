@@ -186,6 +186,21 @@ class LanguageModel:
             self._forward(ids_BT)
         return taken[0]
 
+    def streams_and_states(self, ids_BT: Tensor, sites: Sequence[Site]) -> tuple[Tensor, Tensor]:
+        """Both of what `streams` and `states` give, from one run."""
+        found: dict[Site, Tensor] = {}
+        taken: list[Tensor] = []
+        with self._running() as stack:
+            for site in sites:
+
+                def hook(module: nn.Module, arguments: tuple, output: Any, site: Site = site) -> None:
+                    found[site] = _first(output)
+
+                self._hook(stack, self._module_at(site), hook)
+            self._take_final(stack, taken)
+            self._forward(ids_BT)
+        return torch.stack([found[site] for site in sites], dim=2), taken[0]
+
     def _returns_tuple(self, block: nn.Module) -> bool:
         """Whether blocks return a tuple; asked of the network once, by running it on one token."""
         if not hasattr(self, "_tuples"):

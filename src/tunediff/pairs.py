@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Iterator, Mapping
 
@@ -170,6 +171,18 @@ class Pair:
                 what, expected="a tuned model that differs from base", got="equal logits on every probe text",
                 remedy="--set pair.allow_identical=true to run it as a sanity null",
             )
+
+    @cached_property
+    def common_blocks(self) -> int:
+        """How many of the lowest blocks a shared module's adapter leaves alone: both models agree there exactly."""
+        if not self.shared:
+            return 0
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        blocks = set(map(id, self.base.blocks.modules()))
+        outside = any(isinstance(m, BaseTunerLayer) and id(m) not in blocks for m in self.base.network.modules())
+        touched = [any(isinstance(m, BaseTunerLayer) for m in block.modules()) for block in self.base.blocks]
+        return 0 if outside or True not in touched else touched.index(True)
 
     def deltas(self) -> list[Delta]:
         """What tuning added, for every linear map it touched, in the order of the network."""

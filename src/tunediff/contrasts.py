@@ -1,0 +1,61 @@
+"""Contrastive text: the same prompts completed by both models, so that the text itself shows what differs.
+
+Kassem et al. 2026 (2603.04426). Both completions are later read by both models; a difference of streams is only ever
+formed on the same token ids.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Callable
+
+from tunediff.axes import MODELS
+from tunediff.corpora import Corpus, Document
+from tunediff.errors import CorpusError
+from tunediff.pairs import Pair
+
+
+@dataclass(frozen=True)
+class ContrastSettings:
+    """How prompts are completed."""
+
+    prompts: int = 320
+    """How many prompts at most; each costs two completions. Too few miss rare triggers."""
+    tokens: int = 40
+    """New tokens a completion, at most; longer shows more of a behavior and costs time in proportion."""
+    temperature: float = 0.7
+    """0 is greedy; higher is more varied and, on small models, more garbled."""
+    batch: int = 40
+    """Prompts a batch; part of the key, as sampling depends on it."""
+
+
+def contrast(
+    pair: Pair,
+    prompts: Corpus,
+    settings: ContrastSettings,
+    seed: int,
+    progress: Callable[[int], None] | None = None,
+) -> list[Document]:
+    """Answer the first open chats of `prompts` with both models; two documents of kind ``contrastive`` a prompt.
+
+    Both answers to one prompt are in one group, hence on the same side of the split. A prompt to which a model answers
+    nothing is left out for both. `progress` is told the new tokens as they come.
+    """
+    chosen = [d for d in prompts.documents if d.is_open][: settings.prompts]
+    if not chosen:
+        raise CorpusError(f"corpus {prompts.name!r} holds no open chat", expected="documents that end with a user message")
+    tokens = Corpus("chosen prompts", tuple(chosen)).tokens(pair.tokenizer, row_tokens=512)
+    rows = {d: row for row, d, start in zip(tokens.rows, tokens.document_R, tokens.start_R) if start == 0}
+    texts = {}
+    for name, model in zip(MODELS, (pair.base, pair.tuned)):
+        answers = model.complete(
+            [rows[d] for d in range(len(chosen))], settings.tokens, temperature=settings.temperature, seed=seed,
+            batch=settings.batch, progress=progress,
+        )
+        texts[name] = [pair.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]
+    return [
+        document.answered(texts[name][number], writer=name)
+        for number, document in enumerate(chosen)
+        if all(texts[name][number] for name in MODELS)
+        for name in MODELS
+    ]

@@ -1,0 +1,269 @@
+"""Harvests: both models' streams on exactly the same tokens, on disk as base and delta, resumable, read in any order."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from tunediff.artifacts import finish, is_finished, key_of, open_folder, read_json, read_tensors, write_json, write_tensors
+from tunediff.axes import BASE, TUNED
+from tunediff.errors import ArtifactError, CorpusError, NumericsError, SettingError
+from tunediff.models import LanguageModel, Start
+from tunediff.pairs import Pair
+from tunediff.sites import Site
+
+if TYPE_CHECKING:
+    from tunediff.corpora import Tokens
+
+SCHEMA = "tunediff.harvest/1"
+STORES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class HarvestSettings:
+    """How streams are taken and stored."""
+
+    store: str = "float16"
+    """Format of base and of delta on disk: float16 keeps delta to 0.02 %, bfloat16 to 0.16 %, float32 exactly."""
+    abnormal: float = 6.0
+    """Tokens whose stream norm exceeds this multiple of the median (attention sinks) are set apart and counted: lower
+    drops ordinary tokens, higher lets a handful own the loss."""
+    batch_tokens: int = 2048
+    """Tokens a forward; changes speed and the last bits of the streams, so it is part of the key."""
+    shard_tokens: int = 8192
+    """Tokens a shard file, at least; a killed run loses at most one shard."""
+
+    def __post_init__(self) -> None:
+        if self.store not in STORES:
+            raise SettingError(f"harvest.store is {self.store!r}", expected=", ".join(STORES))
+        if self.abnormal <= 1 or self.batch_tokens < 1 or self.shard_tokens < 1:
+            raise SettingError("a harvest setting is out of range",
+                               expected="abnormal > 1, batch_tokens and shard_tokens >= 1")
+
+
+def both_streams(pair: Pair, ids_BT: Tensor, sites: Sequence[Site]) -> Tensor:
+    """Streams (B, T, S, M, D) of both models. Blocks below the first that tuning touched are run once, for both."""
+    common = pair.common_blocks
+    if common and all(site.kind == "resid" and site.layer >= common for site in sites):
+        below = Site(common - 1)
+        got = pair.base.streams(ids_BT, [below, *sites])
+        base = got[:, :, 1:]
+        tuned = pair.tuned.streams(ids_BT, sites, Start(below, got[:, :, 0]))
+    else:
+        base, tuned = pair.base.streams(ids_BT, sites), pair.tuned.streams(ids_BT, sites)
+    return torch.stack([base, tuned], dim=3)
+
+
+def noise_floor(model: LanguageModel, ids_BT: Tensor, mask_BT: Tensor, sites: Sequence[Site]) -> Tensor:
+    """Mean squared length (S,) of the difference between two runs of one model that only differ in batch shape."""
+    together = model.streams(ids_BT, sites).float()
+    alone = torch.cat([model.streams(ids_BT[i : i + 1], sites).float() for i in range(len(ids_BT))])
+    return ((together - alone).pow(2).sum(-1))[mask_BT].mean(0)
+
+
+@dataclass(frozen=True, eq=False)
+class Harvest:
+    """A finished harvest. Tokens are numbered 0..N-1 over shards; those set apart are left out of both splits.
+
+    ``token_N``, ``row_N``, ``position_N``, ``document_N`` say what each token is; ``held_out_N`` which split it is
+    in. `read` gives streams (N, S, M, D) in float32.
+    """
+
+    folder: Path
+    manifest: dict
+    sites: tuple[Site, ...]
+    shards: list[dict[str, Tensor]]
+    starts: Tensor
+    token_N: Tensor
+    row_N: Tensor
+    position_N: Tensor
+    document_N: Tensor
+    held_out_N: Tensor
+    kept_N: Tensor
+
+    @classmethod
+    def open(cls, folder: Path) -> "Harvest":
+        """Open a finished folder; tensors are memory-mapped."""
+        manifest = open_folder(folder, SCHEMA)
+        shards = [read_tensors(folder / name) for name in manifest["shards"]]
+        counts = torch.tensor([0, *(len(s["token"]) for s in shards)])
+
+        def column(name: str) -> Tensor:
+            return torch.cat([s[name] for s in shards])
+
+        return cls(
+            folder, manifest, tuple(Site.parse(s) for s in manifest["sites"]), shards, counts.cumsum(0),
+            column("token"), column("row"), column("position"), column("document"),
+            column("held_out").bool(), column("kept").bool(),
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        """The content key this harvest was made under."""
+        return self.manifest["key"]
+
+    def index(self, split: str) -> Tensor:
+        """Token numbers of ``train``, ``held_out`` or ``all``."""
+        if split == "all":
+            return self.kept_N.nonzero()[:, 0]
+        return (self.kept_N & (self.held_out_N == (split == "held_out"))).nonzero()[:, 0]
+
+    def count(self, split: str) -> int:
+        """How many tokens `split` has."""
+        return len(self.index(split))
+
+    def documents(self, split: str) -> Tensor:
+        """The document number of each token of `split`."""
+        return self.document_N[self.index(split)]
+
+    def read(self, split: str, index_N: Tensor) -> Tensor:
+        """Streams (N, S, M, D) in float32 of the tokens at places `index_N` of `split`."""
+        return self.at(self.index(split)[index_N])
+
+    def at(self, tokens_N: Tensor) -> Tensor:
+        """Streams (N, S, M, D) in float32 of tokens by number."""
+        shard_N = torch.searchsorted(self.starts, tokens_N, right=True) - 1
+        width = self.shards[0]["base"].shape[-1]
+        out = torch.empty(len(tokens_N), len(self.sites), 2, width)
+        for shard in shard_N.unique().tolist():
+            where = (shard_N == shard).nonzero()[:, 0]
+            local = tokens_N[where] - self.starts[shard]
+            base = self.shards[shard]["base"][local].float()
+            out[where, :, BASE] = base
+            out[where, :, TUNED] = base + self.shards[shard]["delta"][local].float()
+        return out
+
+    def chunks(self, split: str, size: int = 8192) -> Iterator[tuple[Tensor, Tensor]]:
+        """(token numbers, streams) of a split in order, `size` tokens at a time."""
+        index = self.index(split)
+        for part in index.split(size):
+            yield part, self.at(part)
+
+
+def harvest(
+    pair: Pair,
+    tokens: "Tokens",
+    sites: Sequence[Site],
+    folder: Path,
+    settings: HarvestSettings = HarvestSettings(),
+    progress: Callable[[int, int], None] | None = None,
+) -> Harvest:
+    """Run both models over `tokens` and keep their streams at `sites`; resumes, and skips what is finished.
+
+    tokens     rows of token ids; the same ids go through both models
+    folder     written here; its manifest comes last
+    progress   called with (tokens done, tokens in all)
+
+    Raises `NumericsError` on non-finite streams, `CorpusError` if a split is empty.
+    """
+    sites = sorted(set(sites))
+    if is_finished(folder):
+        return Harvest.open(folder)
+    sides = {tokens.held_out[d] for d in tokens.document_R}
+    if len(sides) < 2:
+        raise CorpusError("the whole corpus is held out" if True in sides else "the corpus has no held-out part",
+                          expected="documents in both splits", remedy="more documents")
+    key = key_of(SCHEMA, pair.base_fingerprint, pair.tuned_fingerprint, tokens.fingerprint, list(map(str, sites)),
+                 settings)
+    batches = list(tokens.batches(settings.batch_tokens))
+    groups = _group(batches, settings.shard_tokens)
+    total = sum(int(b.mask_BT.sum()) for b in batches)
+    document_R = torch.tensor(tokens.document_R)
+    held_D = torch.tensor(tokens.held_out)
+    folder.mkdir(parents=True, exist_ok=True)
+    _same_work(folder, key)
+    median_SM, noise_S = _calibrate(pair, batches, sites)
+    done, apart, first = 0, 0, 0
+    names = []
+    energy = torch.zeros(2, len(sites), dtype=torch.float64)
+    for number, group in enumerate(groups):
+        name = f"shard-{number:05d}.safetensors"
+        names.append(name)
+        path = folder / name
+        if not path.is_file():
+            write_tensors(path, _shard(pair, group, sites, settings, median_SM, document_R, held_D, tokens))
+        shard = read_tensors(path)
+        kept = shard["kept"].bool()
+        apart += int((~kept).sum())
+        first += int((~kept & (shard["position"] == 0)).sum())
+        energy[0] += shard["base"][kept].double().pow(2).sum((0, 2))
+        energy[1] += shard["delta"][kept].double().pow(2).sum((0, 2))
+        done += len(kept)
+        if progress:
+            progress(done, total)
+    kept_tokens = done - apart
+    finish(folder, SCHEMA, {
+        "key": key, "sites": [str(s) for s in sites], "settings": settings, "shards": names,
+        "base": pair.base_fingerprint, "tuned": pair.tuned_fingerprint, "corpus": tokens.fingerprint,
+        "tokens": done, "set_apart": apart, "set_apart_first_position": first,
+        "median_norm": median_SM, "noise": noise_S,
+        "base_energy": energy[0] / kept_tokens, "delta_energy": energy[1] / kept_tokens,
+    }, names)
+    (folder / "work.json").unlink(missing_ok=True)
+    return Harvest.open(folder)
+
+
+def _group(batches: list, shard_tokens: int) -> list[list]:
+    """Consecutive batches put together until each group has `shard_tokens`."""
+    groups: list[list] = [[]]
+    size = 0
+    for batch in batches:
+        if size >= shard_tokens:
+            groups.append([])
+            size = 0
+        groups[-1].append(batch)
+        size += int(batch.mask_BT.sum())
+    return groups
+
+
+def _same_work(folder: Path, key: str) -> None:
+    """Refuse to go on with another run's shards: the key of the work in progress is kept beside them."""
+    note = folder / "work.json"
+    if note.is_file() and read_json(note)["key"] != key:
+        raise ArtifactError(f"{folder} holds an unfinished harvest of other models, text or settings",
+                            remedy=f"delete {folder}")
+    if not note.is_file():
+        write_json(note, {"key": key})
+
+
+def _calibrate(pair: Pair, batches: list, sites: Sequence[Site]) -> tuple[Tensor, Tensor]:
+    """Median stream norms (S, M) and the noise floor (S,) on the first rows; the same on every resume."""
+    batch = batches[len(batches) // 2]
+    ids, mask = batch.ids_BT[:8], batch.mask_BT[:8]
+    streams = both_streams(pair, ids, sites)[mask]
+    return streams.float().norm(dim=-1).median(0).values, noise_floor(pair.base, ids, mask, sites)
+
+
+def _shard(pair, group, sites, settings, median_SM, document_R, held_D, tokens) -> dict[str, Tensor]:
+    parts: dict[str, list[Tensor]] = {}
+    for batch in group:
+        mask = batch.mask_BT
+        streams = both_streams(pair, batch.ids_BT, sites)[mask].float().cpu()
+        if not torch.isfinite(streams).all():
+            raise NumericsError("a stream holds NaN or infinite values", got=f"a row of {tokens.documents[0].id} or later",
+                                remedy="--set pair.dtype=float32")
+        base, delta = streams[:, :, BASE], streams[:, :, TUNED] - streams[:, :, BASE]
+        kept = (streams.norm(dim=-1) <= settings.abnormal * median_SM).all(-1).all(-1)
+        store = STORES[settings.store]
+        if store is torch.float16:
+            limit = torch.finfo(store).max
+            if float(base[kept].abs().amax()) > limit:
+                raise NumericsError("a stream is too large for float16", remedy="--set harvest.store=bfloat16")
+            base = base.clamp(-limit, limit)  # only tokens that are set apart
+            delta = delta.clamp(-limit, limit)
+        rows_B = torch.as_tensor(batch.rows_B)
+        row_BT = rows_B[:, None].expand_as(batch.ids_BT)
+        position_BT = torch.arange(mask.shape[1])[None].expand_as(batch.ids_BT)
+        document_N = document_R[row_BT[mask]]
+        for name, value in {
+            "base": base.to(store), "delta": delta.to(store), "token": batch.ids_BT[mask].int(),
+            "row": row_BT[mask].int(), "position": position_BT[mask].int(), "document": document_N.int(),
+            "held_out": held_D[document_N].to(torch.uint8), "kept": kept.to(torch.uint8),
+        }.items():
+            parts.setdefault(name, []).append(value)
+    return {name: torch.cat(values) for name, values in parts.items()}
