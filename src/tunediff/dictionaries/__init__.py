@@ -1,0 +1,30 @@
+"""Dictionaries: sparse codes shared by two models, one file an architecture; the file's name is its registration."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from typing import Any
+
+from tunediff import variants
+from tunediff.dictionaries.base import Spec
+from tunediff.errors import SettingError
+
+PACKAGE = "tunediff.dictionaries"
+
+
+def spec(name: str, **settings: Any) -> Spec:
+    """The settings of the dictionary called `name` (or ``module:Class``), with `settings` over its defaults.
+
+    Raises `VariantError` if there is none of that name, `SettingError` for an unknown or unfit setting.
+    """
+    kind = variants.load(PACKAGE, name).Spec
+    known = [field.name for field in dataclasses.fields(kind)]
+    for key in settings:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            raise SettingError(
+                f"dictionary {name!r} has no setting {key!r}", expected=", ".join(known),
+                remedy=near[0] if near else "",
+            )
+    return kind(**settings)

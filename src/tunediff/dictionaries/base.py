@@ -1,0 +1,217 @@
+"""What every dictionary shares: parameters, encoding, decoding, and the two questions a variant answers."""
+
+from __future__ import annotations
+
+import abc
+import math
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+import torch
+from torch import Tensor, nn
+
+from tunediff import gates, kernels
+from tunediff.axes import BASE, TUNED, check
+from tunediff.chance import generator
+from tunediff.errors import SettingError
+
+MODELS = 2
+
+
+def require(ok: bool, what: str, expected: str, got: object) -> None:
+    """Refuse a setting that is out of range."""
+    if not ok:
+        raise SettingError(what, expected=expected, got=str(got))
+
+
+@dataclass(frozen=True)
+class Spec:
+    """The settings that every dictionary has; a variant's own `Spec` adds its fields."""
+
+    variant: ClassVar[str]
+    """The file name of the variant, or ``module:Class`` for one from elsewhere."""
+
+    latents: int = 2048
+    """How many latents. Too few: rare changes get none. Too many: slow, more of them dead, features split."""
+
+    init_norm: float = 1.0
+    """Length of each model's decoder vector at the start, in units of the normalized stream (element rms 1).
+    Too small: slow to leave zero. Too large: the first steps only undo it."""
+
+    def __post_init__(self) -> None:
+        require(self.latents >= 1, "latents is out of range", "at least 1", self.latents)
+        require(self.init_norm > 0, "init_norm is out of range", "above 0", self.init_norm)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Latents [start, stop) that share one gate: BatchTopK keeping `k` a token on average, or plain ReLU if k is None."""
+
+    name: str
+    start: int
+    stop: int
+    k: float | None
+
+
+@dataclass(frozen=True, eq=False)
+class Pass:
+    """One training pass over normalized activations, which is all that an objective sees.
+
+    x_NSMD, xhat_NSMD   target and reconstruction (decoder bias included)
+    code                the kept codes, see `tunediff.kernels.Code`
+    progress            0 at the first step, 1 at the last
+    """
+
+    x_NSMD: Tensor
+    xhat_NSMD: Tensor
+    code: kernels.Code
+    progress: float
+
+    @property
+    def error_NSMD(self) -> Tensor:
+        """e^m = x^m - xhat^m."""
+        return self.x_NSMD - self.xhat_NSMD
+
+
+class Dictionary(nn.Module, abc.ABC):
+    """A sparse code shared by two models at S sites: f >= 0 with one encoder row and one decoder vector a site and model.
+
+    Shapes: encoder_FSMD, decoder_FSMD (never normalized: their lengths are the read-out), encoder_bias_F,
+    decoder_bias_SMD. Input is normalized (`tunediff.fitting.Normalization`), M = 2 with base first. Pre-activations
+    are the mean over models (the sum over sites) of the rows' products; Minder et al. 2025 (2504.02922) sum over models
+    too. With decoder vectors of length 1 the mean makes the first code the projection itself, and a one-group
+    Delta-Crosscoder is then the same arithmetic as BatchTopK. A variant answers `groups` and `objective`, and nothing else.
+    """
+
+    Spec: ClassVar[type[Spec]]
+
+    def __init__(self, spec: Spec, *, sites: int, width: int, seed: int = 0):
+        super().__init__()
+        self.spec, self.sites, self.width, self.seed = spec, sites, width, seed
+        F = spec.latents
+        draw = torch.randn(F, sites, 1, width, generator=generator(seed, "dictionary"))
+        draw = draw / draw.flatten(1).norm(dim=1)[:, None, None, None] * spec.init_norm
+        # One draw copied to both models and to both ends: independent draws fake an asymmetry.
+        both = draw.expand(F, sites, MODELS, width)
+        self.encoder_FSMD = nn.Parameter(both.clone())
+        self.decoder_FSMD = nn.Parameter(both.clone())
+        self.encoder_bias_F = nn.Parameter(torch.zeros(F))
+        self.decoder_bias_SMD = nn.Parameter(torch.zeros(sites, MODELS, width))
+        self.register_buffer("delta_variance", torch.ones(()))
+
+    # -- what a variant answers ------------------------------------------------------------------------------
+
+    @abc.abstractmethod
+    def groups(self) -> tuple[Group, ...]:
+        """The gates: groups of latents that together cover [0, F) in order, without overlap."""
+
+    @abc.abstractmethod
+    def objective(self, run: Pass) -> dict[str, Tensor]:
+        """The parts of the loss, weighted, by name; their sum is minimized. The names never change between steps."""
+
+    # -- what all share --------------------------------------------------------------------------------------
+
+    @final
+    def norms_MF(self) -> Tensor:
+        """|d_j^m| over sites and width, in normalized units."""
+        return self.decoder_FSMD.transpose(1, 2).flatten(2).norm(dim=2).T
+
+    @final
+    def weights_F(self) -> Tensor:
+        """w_j = |d_j^base| + |d_j^tuned|."""
+        return self.norms_MF().sum(0)
+
+    @final
+    def share_F(self) -> Tensor:
+        """|d^tuned| / (|d^base| + |d^tuned|): 0 base only, 1/2 both, 1 tuned only (Lindsey et al. 2024)."""
+        norms = self.norms_MF().detach()
+        return torch.nan_to_num(norms[TUNED] / norms.sum(0), nan=0.5)
+
+    @final
+    def pre(self, x_NSMD: Tensor) -> Tensor:
+        """Pre-activations (N, F) of normalized activations: one GEMM over all sites and models."""
+        return torch.addmm(self.encoder_bias_F, self._inputs(x_NSMD), self.encoder_FSMD.flatten(1).T)
+
+    @final
+    def forward(self, x_NSMD: Tensor, *, progress: float = 1.0, k_factor: float = 1.0) -> Pass:
+        """Encode, gate as in training (every group's k times `k_factor`), decode."""
+        check(x_NSMD, "NSMD", S=self.sites, M=MODELS, D=self.width)
+        groups = self.groups()
+        gated = any(group.k is not None for group in groups)
+        weight_F = self.weights_F().detach() if gated else None
+
+        def choose(pre_NF: Tensor) -> Tensor | None:
+            return select(pre_NF, weight_F, groups, k_factor) if gated else None
+
+        code = kernels.encode(
+            self._inputs(x_NSMD), self.encoder_FSMD.flatten(1), self.encoder_bias_F, choose
+        )
+        flat = code.decode(self.decoder_FSMD.flatten(1)) + self.decoder_bias_SMD.flatten()
+        return Pass(x_NSMD, flat.view_as(x_NSMD), code, progress)
+
+    @final
+    def decode(self, f_NF: Tensor) -> Tensor:
+        """xhat_NSMD of dense codes, decoder bias included, normalized units."""
+        flat = f_NF @ self.decoder_FSMD.flatten(1) + self.decoder_bias_SMD.flatten()
+        return flat.view(-1, self.sites, MODELS, self.width)
+
+    @final
+    def auxiliary(self, run: Pass, dead_F: Tensor, k: int) -> Tensor:
+        """AuxK over the dead latents of gated groups (see `gates.auxk`)."""
+        gated_F = torch.zeros_like(dead_F)
+        for group in self.groups():
+            gated_F[group.start : group.stop] = group.k is not None
+        return gates.auxk(
+            self._inputs(run.x_NSMD), run.error_NSMD.detach().flatten(1), self.encoder_FSMD.flatten(1),
+            self.encoder_bias_F, self.decoder_FSMD.flatten(1), self.weights_F().detach(), dead_F & gated_F, k,
+        )
+
+    @final
+    @torch.no_grad()
+    def mirrored(self) -> "Dictionary":
+        """The same dictionary with base and tuned swapped."""
+        twin = type(self)(self.spec, sites=self.sites, width=self.width, seed=self.seed).to(self.encoder_FSMD)
+        twin.load_state_dict(self.state_dict())
+        for name in ("encoder_FSMD", "decoder_FSMD"):
+            getattr(twin, name).copy_(getattr(self, name).flip(2))
+        twin.decoder_bias_SMD.copy_(self.decoder_bias_SMD.flip(1))
+        return twin
+
+    @final
+    def _inputs(self, x_NSMD: Tensor) -> Tensor:
+        """Sites and models side by side, halved so that the product is the models' mean."""
+        return x_NSMD.flatten(1) / MODELS
+
+
+def select(pre_NF: Tensor, weight_F: Tensor, groups: tuple[Group, ...], k_factor: float = 1.0) -> Tensor:
+    """Flat ascending indices of the codes that the groups' gates keep, by the scaled code v = relu(pre) * w."""
+    value_NF = torch.relu(pre_NF).mul_(weight_F)
+    if len(groups) == 1 and groups[0].k is not None:
+        return gates.batch_topk(value_NF, min(groups[0].k * k_factor, weight_F.numel()))
+    F, kept = weight_F.numel(), []
+    for group in groups:
+        part = value_NF[:, group.start : group.stop]
+        size = group.stop - group.start
+        at = gates.batch_topk(part, size if group.k is None else min(group.k * k_factor, size))
+        kept.append(at.div(size, rounding_mode="floor") * F + at % size + group.start)
+    return torch.cat(kept).sort().values
+
+
+def mean_squared_error(run: Pass) -> Tensor:
+    """(MSE_base + MSE_tuned) / 2, the mean over tokens, sites and dimensions; 1 would be no better than the mean."""
+    return run.error_NSMD.square().mean()
+
+
+def weighted_norm(run: Pass, weight_F: Tensor) -> Tensor:
+    """Mean over tokens of sum_j f_j w_j, divided by sqrt(S*D) so that one setting serves every width.
+
+    Lindsey et al. 2024 do not divide. A stream of element rms 1 has length sqrt(S*D), so undivided the same
+    coefficient would shrink a wide model's codes more.
+    """
+    N, S, _, D = run.x_NSMD.shape
+    return run.code.weighted(weight_F) / (N * math.sqrt(S * D))
+
+
+def delta_of(x_NSMD: Tensor) -> Tensor:
+    """Tuned minus base, (N, S, D)."""
+    return x_NSMD[:, :, TUNED] - x_NSMD[:, :, BASE]

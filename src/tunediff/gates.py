@@ -1,0 +1,79 @@
+"""Gates: which latents of a batch are kept (BatchTopK, threshold), and the help that dead ones get (AuxK)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_STRIDE = 61  # a prime, so that the sample below never lines up with a latent
+
+
+def batch_topk(value_NF: Tensor, k: float) -> Tensor:
+    """Flat indices, ascending, of the round(N*k) largest positive values of the whole batch (Bussmann et al. 2024).
+
+    `value_NF`: the scaled codes v = f*w (>= 0). `k`: mean kept a token, may be fractional. Fewer are returned only if
+    fewer are positive. Of equal values at the border the earlier in flat order is kept, so the answer does not depend
+    on how it was computed. A strided sample proposes a cut, everything above it is a candidate, and the exact cut is
+    made among the candidates; if the proposal was too high it falls back to all positive values.
+    """
+    flat_P = value_NF.detach().reshape(-1)
+    keep = min(round(value_NF.shape[0] * k), flat_P.numel())
+    if keep <= 0:
+        return flat_P.new_zeros(0, dtype=torch.long)
+    at_P = None
+    if flat_P.numel() > 1 << 15:
+        sample = flat_P[::_STRIDE]
+        rank = int(sample.numel() * keep / flat_P.numel() * 1.25) + 16
+        if rank < sample.numel() // 2:
+            cut = torch.topk(sample, rank, sorted=True).values[-1].clamp_min(0)
+            at_P = (flat_P > cut).nonzero().squeeze(1)
+            if at_P.numel() < keep and cut > 0:
+                at_P = None
+    if at_P is None:
+        at_P = (flat_P > 0).nonzero().squeeze(1)
+    if at_P.numel() <= keep:
+        return at_P
+    found_P = flat_P[at_P]
+    border = torch.topk(found_P, keep, sorted=True).values[-1]
+    above, equal = found_P > border, found_P == border
+    wanted = keep - int(above.sum())
+    return at_P[above | (equal & (equal.cumsum(0) <= wanted))]
+
+
+def threshold_gate(pre_NF: Tensor, threshold_F: Tensor) -> Tensor:
+    """Codes at inference: f = pre where pre exceeds its latent's threshold (>= 0), else 0."""
+    return torch.where(pre_NF > threshold_F, pre_NF, torch.zeros_like(pre_NF))
+
+
+def calibrate(values: list[Tensor], keep: int) -> float:
+    """The threshold above which exactly `keep` of the pooled positive values lie; 0 if there are no more than that."""
+    pool = torch.cat([v[v > 0] for v in values]) if values else torch.zeros(0)
+    if keep >= pool.numel():
+        return 0.0
+    if keep <= 0:
+        return float("inf")
+    both = torch.topk(pool, keep + 1, sorted=True).values[-2:].double()
+    middle = float(both.mean())
+    return middle if float(both[1]) < middle else float(both[1])
+
+
+def auxk(
+    x_NI: Tensor, error_NI: Tensor, encoder_FI: Tensor, bias_F: Tensor, decoder_FI: Tensor, norm_F: Tensor,
+    dead_F: Tensor, k: int,
+) -> Tensor:
+    """AuxK (Gao et al. 2024, 2406.04093): how badly the best `k` dead latents a token explain what is left over.
+
+    Only rows of dead latents enter, so live ones get no gradient and the cost follows the number of dead ones. The
+    target (the error) is detached and the decoder bias stays out. In units of the error's variance over the batch;
+    a non-finite value counts as 0. Selected on f*w, as everywhere in a crosscoder.
+    """
+    dead = dead_F.nonzero().squeeze(1)
+    k = min(k, dead.numel())
+    if k == 0:
+        return x_NI.new_zeros(())
+    f = torch.relu(x_NI @ encoder_FI[dead].T + bias_F[dead])
+    top = torch.topk((f * norm_F[dead]).detach(), k, dim=1).indices
+    f = torch.zeros_like(f).scatter(1, top, f.gather(1, top))
+    target = error_NI.detach()
+    variance = (target - target.mean(0)).square().mean()
+    return torch.nan_to_num((target - f @ decoder_FI[dead]).square().mean() / variance, nan=0.0, posinf=0.0, neginf=0.0)
