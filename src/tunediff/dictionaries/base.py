@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, final
 
 import torch
@@ -67,7 +68,7 @@ class Pass:
     code: kernels.Code
     progress: float
 
-    @property
+    @cached_property
     def error_NSMD(self) -> Tensor:
         """e^m = x^m - xhat^m."""
         return self.x_NSMD - self.xhat_NSMD
@@ -144,7 +145,8 @@ class Dictionary(nn.Module, abc.ABC):
             return select(pre_NF, weight_F, groups, k_factor) if gated else None
 
         code = kernels.encode(
-            self._inputs(x_NSMD), self.encoder_FSMD.flatten(1), self.encoder_bias_F, choose
+            self._inputs(x_NSMD), self.encoder_FSMD.flatten(1), self.encoder_bias_F, choose,
+            share=sum(self.spec.latents if g.k is None else g.k * k_factor for g in groups) / self.spec.latents,
         )
         flat = code.decode(self.decoder_FSMD.flatten(1)) + self.decoder_bias_SMD.flatten()
         return Pass(x_NSMD, flat.view_as(x_NSMD), code, progress)

@@ -1,6 +1,6 @@
 """Kernels: encode, select and decode, the only code that knows how a batch of codes lies in memory.
 
-A dictionary calls `encode(x, W, b, choose, layout)` and gets a code: an object with ``decode(W)``, ``only(start, stop)``,
+A dictionary calls `encode(x, W, b, choose, share)` and gets a code: an object with ``decode(W)``, ``only(start, stop)``,
 ``weighted(w)``, ``fired()``, ``count()`` and ``dense()``. A faster path is one more module here with such a class; no
 dictionary changes for it.
 """
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tunediff.kernels.dense import DenseCode
+from tunediff.kernels.pairs import PairCode
 
 Choose = Callable[[Tensor], "Tensor | None"]
 """From pre-activations (N, F), the flat ascending indices to keep; None keeps every positive one."""
@@ -41,9 +42,17 @@ class Code(Protocol):
         """The codes as one (N, F) tensor."""
 
 
-def encode(x_NI: Tensor, encoder_FI: Tensor, bias_F: Tensor, choose: Choose) -> Code:
-    """ReLU(x @ W.T + b), kept where `choose` says; gradients reach W and b through kept codes only."""
-    return DenseCode.encode(x_NI, encoder_FI, bias_F, choose)
+PAIRS_LATENTS, PAIRS_SHARE = 256, 0.1
+"""From this many latents on, and up to this share of them kept, pairs are faster than a dense tensor (measured)."""
+
+
+def encode(x_NI: Tensor, encoder_FI: Tensor, bias_F: Tensor, choose: Choose, share: float) -> Code:
+    """ReLU(x @ W.T + b), kept where `choose` says; gradients reach W and b through kept codes only.
+
+    `share`: about which share of all codes `choose` will keep; it decides the layout and nothing else.
+    """
+    pairs = encoder_FI.shape[0] >= PAIRS_LATENTS and share <= PAIRS_SHARE
+    return (PairCode if pairs else DenseCode).encode(x_NI, encoder_FI, bias_F, choose)
 
 
 @contextlib.contextmanager
