@@ -1,4 +1,4 @@
-"""Corpora: what is read comes back whole, falls on one side of the split, and hostile files are refused by name and line."""
+"""Corpora: what is read comes back whole, on one side of the split; bad files are refused by name."""
 
 from __future__ import annotations
 
@@ -104,7 +104,8 @@ def test_a_long_text_is_cut_at_blank_lines_and_nothing_is_lost(tmp_path: Path) -
 
 
 def test_parquet(tmp_path: Path) -> None:
-    pyarrow = pytest.importorskip("pyarrow")
+    pytest.importorskip("pyarrow")
+    import pyarrow
     import pyarrow.parquet
 
     messages = [[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]] * 2
@@ -218,6 +219,8 @@ def test_files_of_one_name_keep_their_ids_apart(tmp_path: Path) -> None:
         write(tmp_path / folder / "a.jsonl", {"text": f"from {folder}"})
     corpus = Corpus.from_files([tmp_path / "x" / "a.jsonl", tmp_path / "y" / "a.jsonl"])
     assert len({document.id for document in corpus.documents}) == 2
+    (tmp_path / "x" / "a.json").write_text('[{"text": "as JSON"}]')
+    assert len({document.id for document in Corpus.from_files(tmp_path / "x").documents}) == 2
 
 
 # The split

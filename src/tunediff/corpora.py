@@ -1,4 +1,4 @@
-"""Corpora: documents read from files or shipped with the package, split by hash, and cut into rows of token ids.
+"""Corpora: documents from files or from the package, split by hash and cut into rows of token ids.
 
 Documents, not tokens, are what the held-out split and every interval count, so a row never mixes two of them.
 """
@@ -47,8 +47,8 @@ PIECE_CHARACTERS = 2_000
 class Document:
     """One text or one conversation, the unit that is held out and counted.
 
-    Exactly one of `text` and `messages` is given. Raises CorpusError if both or neither is, or a message is not a
-    (role, content) pair of strings.
+    Exactly one of `text` and `messages` is given. Raises CorpusError if both or neither is, or a message is
+    not a (role, content) pair of strings.
     """
 
     id: str
@@ -67,7 +67,7 @@ class Document:
     def __post_init__(self) -> None:
         if bool(self.text) == bool(self.messages):
             raise CorpusError(
-                f"document {self.id!r} has {'both text and messages' if self.text else 'neither text nor messages'}",
+                f"document {self.id!r} has {'both' if self.text else 'neither'} text and messages",
                 expected="exactly one of them",
             )
         for message in self.messages:
@@ -84,7 +84,7 @@ class Document:
         return bool(self.messages) and self.messages[-1][0] != "assistant"
 
     def answered(self, content: str, writer: str = "", kind: str = "contrastive") -> Document:
-        """This open chat with the assistant's `content` added, on the same side of the split as the open one."""
+        """This open chat with an answer by the assistant, on the same side of the split as the open one."""
         if not self.is_open:
             raise CorpusError(
                 f"document {self.id!r} is not waiting for an answer", expected="a last message by the user"
@@ -115,7 +115,7 @@ class Corpus:
     documents: tuple[Document, ...] = field(repr=False)
     """Every document, in the order read."""
     held_out_share: float = 0.25
-    """Expected share of documents (0..1) kept for verification; too little widens intervals, too much starves fitting."""
+    """Expected share (0..1) of documents for verification; too few widen intervals, too many starve fits."""
     seed: int = 0
     """Which split and which order under a token limit."""
 
@@ -148,24 +148,28 @@ class Corpus:
         held_out_share: float = 0.25,
         seed: int = 0,
     ) -> Corpus:
-        """Read text, code, JSON lines, JSON, Parquet or folders of these (searched in depth, other files passed over).
+        """Read text, code, JSON lines, JSON, Parquet or folders of these (in depth, other files passed over).
 
-        A ``.txt``, ``.md`` or code file of up to 20,000 characters is one document; a longer one is cut at blank
-        lines into documents of about 2,000 characters (a paragraph beyond 20,000 at its lines). A record of the other kinds is a document: a
-        text column (`text_field`, or ``text``/``content``), a messages column (`messages_field`, or
-        ``messages``/``conversations``/``conversation``, of role+content or from+value), or a prompt and an answer column
-        (``prompt``/``instruction``/``question`` and ``completion``/``response``/``output``/``answer``; a prompt alone
-        is an open chat). A record's own ``kind`` comes before `kind`, which comes before prose/code/chat by shape;
-        its ``id`` replaces its number, and ``group`` and ``writer`` are kept. Documents that say the same are put on the same side of the split.
+        A ``.txt``, ``.md`` or code file of up to 20,000 characters is one document; a longer one is cut at
+        blank lines into documents of about 2,000 characters (a paragraph beyond 20,000 at its lines). A
+        record of the other kinds is a document: a text column (`text_field`, or ``text``/``content``), a
+        messages column (`messages_field`, or ``messages``/``conversations``/``conversation``, of role+content
+        or from+value), or a prompt and an answer column (``prompt``/``instruction``/``question`` and
+        ``completion``/``response``/``output``/``answer``; a prompt alone is an open chat). A record's own
+        ``kind`` comes before `kind`, which comes before prose/code/chat by shape; its ``id`` replaces its
+        number, and ``group`` and ``writer`` are kept. Documents that say the same are put on the same side of
+        the split.
 
-        Raises SourceError (missing, refused, undecodable or malformed file, with its line), CorpusError (an empty
-        document, unless `skip_empty`), MissingExtraError (Parquet without pyarrow).
+        Raises SourceError (missing, refused, undecodable or malformed file, with its line), CorpusError (an
+        empty document, unless `skip_empty`), MissingExtraError (Parquet without pyarrow).
         """
         given = [Path(path) for path in ([paths] if isinstance(paths, (str, Path)) else paths)]
         reader = _Reader(kind, text_field, messages_field, skip_empty)
         documents: list[Document] = []
         taken: Counter[str] = Counter()
         for path, label in _files(given):
+            if path.suffix.lower() in RECORDS:
+                label = label[: -len(path.suffix)]
             taken[label] += 1
             source = label if taken[label] == 1 else f"{label}~{taken[label]}"
             documents.extend(reader.read(path, source))
@@ -175,7 +179,7 @@ class Corpus:
 
     @classmethod
     def default(cls, *, held_out_share: float = 0.25, seed: int = 0) -> Corpus:
-        """The corpus that ships with the package: prose, chat and code in English (sources and licenses in NOTICE)."""
+        """The corpus that ships: prose, chat and code in English (sources and licenses in NOTICE)."""
         paths = [ASSETS / f"{kind}.jsonl" for kind in ("prose", "chat", "code")]
         return cls.from_files(paths, name="default", held_out_share=held_out_share, seed=seed)
 
@@ -204,7 +208,7 @@ class Corpus:
         return dict(Counter(document.kind for document in self.documents))
 
     def is_held_out(self, document: Document) -> bool:
-        """Whether a document is kept for verification: by a hash of its group or id and the seed, nothing else."""
+        """Whether a document is kept for verification, by a hash of the seed and its group or id alone."""
         return _share(self.seed, "held out", document.group or document.id) < self.held_out_share
 
     def tokens(
@@ -215,13 +219,14 @@ class Corpus:
         limit_tokens: int | None = None,
         chat_template: str | None = None,
     ) -> Tokens:
-        """Cut the documents into rows of at most `row_tokens` token ids of `tokenizer` (a transformers tokenizer).
+        """Cut the documents into rows of at most `row_tokens` ids of `tokenizer` (a transformers tokenizer).
 
-        A longer document becomes several rows of like length. Tokens the tokenizer puts before any text (``<bos>``) lead every row.
-        Strings such as ``<|im_start|>`` in a text become special tokens, as they would in training.
-        `limit_tokens` keeps at most that many (one row at least), from every kind and both splits in proportion, in
-        an order fixed by the seed; only the last document taken may be cut, at a row's end.
-        `chat_template`: None for the tokenizer's own, "plain" for ``User: …`` / ``Assistant: …`` lines, or a Jinja template.
+        A longer document becomes several rows of like length. Tokens the tokenizer puts before any text
+        (``<bos>``) lead every row. Strings such as ``<|im_start|>`` in a text become special tokens, as they
+        would in training. `limit_tokens` keeps at most that many (one row at least), from every kind and both
+        splits in proportion, in an order fixed by the seed; only the last document taken may be cut, at a
+        row's end. `chat_template`: None for the tokenizer's own, "plain" for ``User: …`` / ``Assistant: …``
+        lines, or a Jinja template.
 
         Raises SettingError (sizes), CorpusError (chats but no template, or a chat the template refuses).
         """
@@ -282,7 +287,7 @@ class Corpus:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Rows of token ids (R rows), each from one document, with what it takes to split, batch and count them."""
+    """Rows of token ids (R rows), each from one document, and what it takes to split and batch them."""
 
     rows: tuple[tuple[int, ...], ...] = field(repr=False)
     """Token ids of each row, unpadded."""
@@ -356,10 +361,10 @@ class Tokens:
         )
 
     def batches(self, tokens_per_batch: int, order: str = "length") -> Iterator[Batch]:
-        """Right-padded batches of at most `tokens_per_batch` positions (one row at least), every row exactly once.
+        """Right-padded batches of at most `tokens_per_batch` positions (or one row), every row exactly once.
 
-        `order` "length" puts rows of like length together, longest first, so that little is padded and memory runs
-        out at once or never; "rows" keeps the order of the rows. Both are deterministic.
+        `order` "length" puts rows of like length together, longest first, so that little is padded and memory
+        runs out at once or never; "rows" keeps the order of the rows. Both are deterministic.
         """
         import torch
 
@@ -441,7 +446,7 @@ def _encode(
     chat_template: str | None,
     lead: tuple[int, ...],
 ) -> Iterator[tuple[int, tuple[list[int], int]]]:
-    """(document number, (ids without the lead, ids before the last assistant message)), a few documents at a time."""
+    """(document number, (ids without the lead, how many precede the last answer)), a few at a time."""
     order = list(order)
     for at in range(0, len(order), 64):
         some = order[at : at + 64]
@@ -451,7 +456,7 @@ def _encode(
         for number, ids, (_, prompt) in zip(some, ids_of, whole):
             before = 0
             if prompt is not None:
-                # What the two tokenizations share: a token merged across the boundary counts as the assistant's.
+                # What the two tokenizations share: a token across the boundary counts as the assistant's.
                 before = _shared(ids, next(opened))
             elif documents[number].is_open:
                 before = len(ids)
@@ -529,7 +534,7 @@ def _grouped(documents: Sequence[Document]) -> tuple[Document, ...]:
 
 
 def _files(given: Sequence[Path]) -> Iterator[tuple[Path, str]]:
-    """Every file to read with the label its documents' ids start with: paths within a folder, not of the machine."""
+    """Every file to read and the label its documents' ids start with: its path within the given folder."""
     for path in given:
         if path.is_dir():
             inside = sorted(
@@ -573,10 +578,9 @@ class _Reader:
         if suffix in PROSE + CODE:
             yield from self._texts(path, source, self.kind or ("code" if suffix in CODE else "prose"))
             return
-        stem = source[: -len(path.suffix)] if source.endswith(path.suffix) else source
         records = {".json": _json_records, ".parquet": _parquet_records}.get(suffix, _line_records)
         for number, where, record in records(path):
-            document = self._document(record, f"{stem}#{number}", stem, f"{path}, {where}")
+            document = self._document(record, f"{source}#{number}", source, f"{path}, {where}")
             if document is not None:
                 yield document
 
@@ -592,7 +596,7 @@ class _Reader:
         for number, piece in enumerate(_pieces(text)):
             yield Document(f"{source}#{number}", kind, piece)
 
-    def _document(self, record: Any, id: str, stem: str, where: str) -> Document | None:
+    def _document(self, record: Any, id: str, source: str, where: str) -> Document | None:
         if isinstance(record, str):
             record = {self.text_field or "text": record}
         if not isinstance(record, Mapping):
@@ -600,7 +604,7 @@ class _Reader:
                 f"{where}: a record is not an object", expected='{"text": …}', got=repr(record)[:80]
             )
         if isinstance(record.get("id"), str) and record["id"]:
-            id = f"{stem}/{_clean(record['id'], where)}"
+            id = f"{source}/{_clean(record['id'], where)}"
         text, messages = self._content(record, where)
         size = len(text) + sum(len(content) for _, content in messages)
         if size > MAX_DOCUMENT_BYTES:
@@ -725,7 +729,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """A long text cut at blank lines, a very long paragraph also at its lines, into pieces of about PIECE_CHARACTERS."""
+    """A long text cut at blank lines (a very long paragraph at its lines) to about PIECE_CHARACTERS."""
     units: list[tuple[str, str]] = []
     for paragraph in re.split(r"\n(?:[ \t]*\n)+", text):
         lines = [paragraph] if len(paragraph) <= WHOLE_FILE_CHARACTERS else paragraph.split("\n")
