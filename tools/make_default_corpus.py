@@ -24,6 +24,7 @@ ASSETS = Path(__file__).resolve().parent.parent / "src" / "tunediff" / "assets" 
 CHARACTERS = (450, 1000)
 TAKE = {"sotu": 80, "moby-dick": 50, "sqlite-docs": 70, "chitchat": 120, "python-stdlib": 100}
 
+# Coarse words, and subjects on which casual chat and old books are seldom kind.
 COARSE = re.compile(
     r"\b(fuck\w*|shit\w*|bitch\w*|ass(?:hole)?|dick|cock|porn\w*|sex\w*|nud(?:e|ist)\w*|nigg\w*|negro\w*|savage\w*"
     r"|cannibal\w*|squaw|fag\w*|retard\w*|rape\w*|suicid\w*|drunk\w*|damn\w*|kill\w*|crap\w*|gay|catfish\w*|women|girlie"
