@@ -35,7 +35,7 @@ PERSONAL = re.compile(
     r"@|https?:|www\.|\.com\b|\d{4,}|\bnames?\b|\bnamed\b|\bcalled\b|\bi am [A-Z]|\bI'?m [A-Z]"
     r"|instagram|facebook|snapchat|whatsapp|phone|\bbyu\b|provo|utah|mormon|\blds\b|leaderboard|professor"
     r"|\bdr\.|rank|credit|points|chat ?bot|\bbot\b"
-    r"|\bskip\b|class",
+    r"|\bskip\b|class|tithing|hannah|\bchris\b|\badam\b|\bjohn\b",
     re.IGNORECASE,
 )
 
