@@ -1,0 +1,338 @@
+"""Charts: numbers as text and as inline SVG, pure functions that escape every string they are given.
+
+Colors come from the page's style sheet by class: ``base`` and ``tuned`` mean the models and nothing else, ``ink`` is a
+measured value, ``null`` is what it is held against. Charts are drawn 360 units wide, the width of a phone.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Any, Sequence
+
+from markupsafe import Markup, escape
+
+WIDTH = 360
+NOT_MEASURED = "not measured"
+
+# Characters that hide, reorder or break text: controls, bidi marks, zero widths, invisible fillers, lone surrogates,
+# tags and supplementary variation selectors. Tab and newline are left to the caller.
+UNSEEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u2028-\u202e"
+    "\u2060-\u206f\u3164\ufeff\uffa0\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e01ef]"
+)
+MARK = "[\u0300-\u036f\u0483-\u0489\u0e31-\u0e3a\u0e47-\u0e4e\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff\ufe20-\ufe2f]"
+STACK = re.compile(f"({MARK}{{4}})({MARK}+)")
+SPACES = str.maketrans({" ": "␣", "\n": "↵", "\t": "⇥", "\xa0": "⍽"})
+
+
+def visible(text: str) -> str:
+    """`text` with characters that hide or reorder text written out, e.g. ``␀``, ``␛`` or ``‹U+202E›``.
+
+    A letter keeps four marks stacked on it; how many more there were is written out.
+    """
+
+    def name(match: re.Match[str]) -> str:
+        code = ord(match[0])
+        return chr(0x2400 + code) if code < 32 else "␡" if code == 127 else f"‹U+{code:04X}›"
+
+    return STACK.sub(lambda stack: f"{stack[1]}‹+{len(stack[2])}›", UNSEEN.sub(name, text))
+
+
+def token_text(token: str) -> str:
+    """A token for a list: `visible`, with its outer spaces and all of its line breaks and tabs shown as signs."""
+    core = token.strip(" \n\t\xa0")
+    if not core:
+        return visible(token.translate(SPACES)) or "∅"
+    start = token.index(core)
+    head, tail = token[:start].translate(SPACES), token[start + len(core) :].translate(SPACES)
+    return visible(head + core.replace("\n", "↵").replace("\t", "⇥") + tail)
+
+
+def finite(value: float | None) -> bool:
+    """Whether there is a number at all: not None, NaN or infinite."""
+    return value is not None and math.isfinite(value)
+
+
+def number(value: float | None) -> str:
+    """A number for people: three significant digits, grouped thousands, ``1.20×10⁻⁵``, or ``not measured``."""
+    if value is None or value != value:
+        return NOT_MEASURED
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}".replace("-", "−")
+    if math.isinf(value):
+        return "∞" if value > 0 else "−∞"
+    size = abs(value)
+    if size == 0:
+        return "0"
+    if size >= 1e6 or size < 1e-4:
+        mantissa, power = f"{value:.2e}".split("e")
+        raised = str(int(power)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+        return f"{mantissa}×10{raised}".replace("-", "−")
+    decimals = max(0, 2 - math.floor(math.log10(size)))
+    return f"{value:,.{decimals}f}".replace("-", "−")
+
+
+def interval(low: float | None, high: float | None) -> str:
+    """``[low, high]``, or ``not measured`` where there is no interval."""
+    if all(v is None or math.isnan(v) for v in (low, high)):
+        return NOT_MEASURED
+    return f"[{number(low)}, {number(high)}]"
+
+
+def tag(name: str, *children: Any, **attributes: Any) -> Markup:
+    """An element, all escaped; attributes lose a trailing ``_``, other ``_`` become ``-``, None is left out."""
+    told = "".join(
+        f' {key.rstrip("_").replace("_", "-")}="{escape(_plain(value))}"'
+        for key, value in attributes.items()
+        if value is not None
+    )
+    return Markup("<{0}{1}>{2}</{0}>").format(
+        Markup(name), Markup(told), Markup("").join(escape(child) for child in children)
+    )
+
+
+def _plain(value: Any) -> str:
+    return f"{value:.2f}".rstrip("0").rstrip(".") if isinstance(value, float) else str(value)
+
+
+def spread(values: Sequence[float | None], *, zero: bool = True) -> tuple[float, float]:
+    """The smallest and largest finite value, with 0 between them if `zero`; never an empty range."""
+    kept = [float(v) for v in values if v is not None and finite(v)] + ([0.0] if zero else [])
+    low, high = min(kept, default=0.0), max(kept, default=1.0)
+    return (low, high) if high > low else (low, low + (abs(low) or 1.0))
+
+
+def ticks(low: float, high: float, count: int = 4) -> list[float]:
+    """At most about `count` round numbers (1, 2 or 5 times a power of ten) from `low` to `high`."""
+    rough = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = power * next(m for m in (1, 2, 5, 10) if m * power >= rough * (1 - 1e-9))
+    return [k * step for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
+def _tick(value: float) -> str:
+    return f"{round(value, 12):,g}".replace("-", "−") if abs(value) < 1e5 else number(float(value))
+
+
+def bar(
+    value: float | None,
+    low: float | None = None,
+    high: float | None = None,
+    control: float | None = None,
+    *,
+    extent: tuple[float, float],
+    tone: str = "ink",
+    label: str = "",
+    mirrored: bool = False,
+) -> Markup:
+    """One bar from zero to `value` on the scale `extent`, the interval as a whisker and the control as an upright line.
+
+    Stretches to the cell it stands in. `label` is read aloud and shown on hover; `mirrored` grows to the left.
+    """
+    start, end = extent
+
+    def x(v: float) -> float:
+        share = min(1.0, max(0.0, (v - start) / (end - start)))
+        return 2 + 196 * (1 - share if mirrored else share)
+
+    parts: list[Markup] = [tag("title", label)] if label else []
+    parts.append(tag("rect", x=0, y=4, width=200, height=10, class_="track"))
+    if value is not None and not math.isnan(value):
+        a, b = sorted((x(0.0), x(value)))
+        parts.append(tag("rect", x=a, y=4, width=max(b - a, 0.6), height=10, class_=f"fill {tone}"))
+    if start < 0 < end:
+        parts.append(tag("line", x1=x(0.0), x2=x(0.0), y1=1, y2=17, class_="axis"))
+    if low is not None and high is not None and not math.isnan(low) and not math.isnan(high):
+        parts.append(tag("line", x1=x(low), x2=x(high), y1=9, y2=9, class_="whisker"))
+        parts += [tag("line", x1=x(e), x2=x(e), y1=6, y2=12, class_="whisker") for e in (low, high)]
+    if control is not None and finite(control):
+        parts.append(tag("line", x1=x(control), x2=x(control), y1=0, y2=18, class_="control"))
+    return tag(
+        "svg",
+        *parts,
+        class_="bar",
+        viewBox="0 0 200 18",
+        preserveAspectRatio="none",
+        role="img",
+        aria_label=label or None,
+        aria_hidden=None if label else "true",
+    )
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a chart: (x, y) points, a `band` of (x, low, high), its color class, and whether it is dashed."""
+
+    name: str
+    points: Sequence[tuple[float, float]]
+    tone: str = "ink"
+    band: Sequence[tuple[float, float, float]] = field(default=())
+    dashed: bool = False
+
+
+def lines(
+    series: Sequence[Line],
+    *,
+    label: str,
+    x_label: str,
+    y_label: str,
+    x_ticks: Sequence[tuple[float, str]] | None = None,
+    marks: Sequence[tuple[float, str]] = (),
+    zero: bool = True,
+) -> Markup:
+    """A line chart with bands. Points that are not finite are left out and break the line.
+
+    `label` says what the chart shows, for a reader who does not see it; `x_ticks` names positions (thinned to fit);
+    `marks` are named upright lines; `zero` keeps 0 on the y axis.
+    """
+    xs = [x for s in series for x, _ in s.points] + [b[0] for s in series for b in s.band]
+    ys = [y for s in series for _, y in s.points] + [v for s in series for b in s.band for v in b[1:]]
+    keyed = len(series) > 1 or any(s.band for s in series)
+    left, right, top, height = 44, WIDTH - 10, (26 if keyed else 8) + (18 if y_label else 4), 150
+    (x0, x1), (y0, y1) = spread(xs, zero=False), spread(ys, zero=zero)
+    if not any(map(finite, ys)):
+        return tag("p", f"{label}: {NOT_MEASURED}.", class_="empty")
+    y_ticks = ticks(y0, y1)
+    step = y_ticks[1] - y_ticks[0] if len(y_ticks) > 1 else 0.0
+    y1 = max(y1, math.ceil(y1 / step - 1e-9) * step) if step else y1
+    y0 = min(y0, math.floor(y0 / step + 1e-9) * step) if step else y0
+    y_ticks = ticks(y0, y1, 5)
+
+    def px(x: float) -> float:
+        return left + 8 + (right - left - 16) * (x - x0) / (x1 - x0)
+
+    def py(y: float) -> float:
+        return top + height * (1 - (y - y0) / (y1 - y0))
+
+    parts = [tag("title", label), *(_legend(series) if keyed else [])]
+    if y_label:
+        parts.append(tag("text", y_label, x=0, y=top - 10, class_="label"))
+    for y in y_ticks:
+        parts.append(tag("line", x1=left, x2=right, y1=py(y), y2=py(y), class_="axis" if y == 0 else "grid"))
+        parts.append(tag("text", _tick(y), x=left - 6, y=py(y) + 4, class_="tick end"))
+    named = list(x_ticks) if x_ticks is not None else [(x, _tick(x)) for x in ticks(x0, x1)]
+    widest = max((len(text) for _, text in named), default=1)
+    keep = max(1, math.ceil(len(named) * (widest * 6.4 + 8) / (right - left)))
+    for x, text in named[::keep]:
+        parts.append(tag("text", _cut(text, 14), x=px(x), y=top + height + 16, class_="tick mid"))
+    parts.append(tag("text", x_label, x=right, y=top + height + 34, class_="label end"))
+    for x, _ in marks:
+        parts.append(tag("line", x1=px(x), x2=px(x), y1=top, y2=top + height, class_="mark"))
+    for s in series:
+        band = [(x, a, b) for x, a, b in s.band if finite(x) and finite(a) and finite(b)]
+        if len(band) > 1:
+            ring = [(x, a) for x, a, _ in band] + [(x, b) for x, _, b in reversed(band)]
+            parts.append(tag("polygon", points=_path(ring, px, py), class_=f"band {s.tone}"))
+        run: list[tuple[float, float]] = []
+        for x, y in [*s.points, (math.nan, math.nan)]:
+            if finite(x) and finite(y):
+                run.append((x, y))
+            elif run:
+                parts.append(tag("polyline", points=_path(run, px, py), class_=f"line {s.tone}{' dashed' * s.dashed}"))
+                run = []
+        if len(s.points) <= 64:
+            for x, y in s.points:
+                if finite(x) and finite(y):
+                    told = next((text for at, text in named if at == x), _tick(x))
+                    dot = tag("title", f"{s.name}: {number(float(y))} at {told}")
+                    parts.append(tag("circle", dot, cx=px(x), cy=py(y), r=2.6, class_=f"dot {s.tone}"))
+    for x, text in marks:
+        side = "end" if px(x) > WIDTH * 0.6 else ""
+        parts.append(
+            tag("text", _cut(text, 24), x=px(x) + (-5 if side else 5), y=top + 10, class_=f"tick strong {side}")
+        )
+    return _chart(parts, top + height + 40, label)
+
+
+def strip(
+    rows: Sequence[tuple[str, Sequence[float]]],
+    *,
+    label: str,
+    x_label: str,
+    marks: Sequence[tuple[float, str]] = (),
+) -> Markup:
+    """A strip plot: one named row of dots for each sample, and named upright lines through all of them."""
+    values = [v for _, sample in rows for v in sample]
+    if not any(map(finite, values)):
+        return tag("p", f"{label}: {NOT_MEASURED}.", class_="empty")
+    x0, x1 = spread([*values, *(x for x, _ in marks)])
+    kept = [(x, text) for x, text in marks if finite(x)]
+    row, top = 46, 10 + 15 * len(kept)
+    bottom = top + row * len(rows)
+
+    def px(x: float) -> float:
+        return 8 + (WIDTH - 16) * (x - x0) / (x1 - x0)
+
+    parts = [tag("title", label)]
+    for i, (x, text) in enumerate(kept):
+        side = "end" if px(x) > WIDTH * 0.5 else ""
+        parts.append(tag("line", x1=px(x), x2=px(x), y1=6 + 15 * i, y2=bottom, class_="mark"))
+        parts.append(
+            tag("text", _cut(text, 34), x=px(x) + (-5 if side else 5), y=14 + 15 * i, class_=f"tick strong {side}")
+        )
+    for r, (name, sample) in enumerate(rows):
+        y = top + row * r
+        parts.append(tag("text", tag("title", name), _cut(name, 44), x=8, y=y + 14, class_="label"))
+        parts.append(tag("line", x1=8, x2=WIDTH - 8, y1=y + 30, y2=y + 30, class_="grid"))
+        for i, v in enumerate(sample):
+            if finite(v):
+                # The golden ratio scatters neighbors apart, the same way every time.
+                dy = ((i * 0.618034) % 1 - 0.5) * 12
+                parts.append(
+                    tag(
+                        "circle",
+                        tag("title", f"{name}: {number(float(v))}"),
+                        cx=px(v),
+                        cy=y + 30 + dy,
+                        r=3,
+                        class_="dot null",
+                    )
+                )
+    for x in ticks(x0, x1):
+        parts.append(tag("text", _tick(x), x=px(x), y=bottom + 14, class_="tick mid"))
+    parts.append(tag("text", x_label, x=WIDTH - 8, y=bottom + 32, class_="label end"))
+    return _chart(parts, bottom + 38, label)
+
+
+def balance(share: float) -> Markup:
+    """Where a change belongs, on a line from base (left, 0) over both (1/2) to tuned (right, 1)."""
+    label = f"share {number(share)}: 0 is base only, 0.5 both alike, 1 tuned only"
+    parts = [
+        tag("title", label),
+        tag("line", x1=4, x2=60, y1=7, y2=7, class_="line base"),
+        tag("line", x1=60, x2=116, y1=7, y2=7, class_="line tuned"),
+        tag("line", x1=60, x2=60, y1=3, y2=11, class_="axis"),
+    ]
+    if finite(share):
+        tone = "tuned" if share >= 0.5 else "base"
+        parts.append(tag("circle", cx=4 + 112 * min(1.0, max(0.0, share)), cy=7, r=4.5, class_=f"dot {tone}"))
+    return tag("svg", *parts, class_="balance", viewBox="0 0 120 14", role="img", aria_label=label)
+
+
+def _legend(series: Sequence[Line]) -> list[Markup]:
+    x, parts = 0.0, []
+    for s in series:
+        parts.append(tag("line", x1=x, x2=x + 14, y1=9, y2=9, class_=f"line {s.tone}{' dashed' * s.dashed}"))
+        if s.band:
+            parts.append(tag("rect", x=x, y=4, width=14, height=10, class_=f"band {s.tone}"))
+        parts.append(tag("text", _cut(s.name, 30), x=x + 19, y=13, class_="tick"))
+        x += 19 + 6.2 * min(len(s.name), 30) + 14
+    return parts
+
+
+def _chart(parts: Sequence[Markup], height: float, label: str) -> Markup:
+    return tag(
+        "svg", *parts, class_="chart", viewBox=f"0 0 {WIDTH} {_plain(float(height))}", role="img", aria_label=label
+    )
+
+
+def _path(points: Sequence[tuple[float, float]], px: Any, py: Any) -> str:
+    return " ".join(f"{_plain(float(px(x)))},{_plain(float(py(y)))}" for x, y in points)
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"
