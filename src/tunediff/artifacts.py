@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import math
@@ -57,14 +59,27 @@ def hash_file(path: Path) -> str:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write all of `data` or nothing: into a neighbor first, flushed to disk, then renamed over `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write all of `data` or nothing: into a neighbor first, flushed to disk, then renamed over `path`.
+
+    Raises `ArtifactError` when the disk is full or the folder may not be written; `path` is then as it was.
+    """
     partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()  # what was half written would keep a full disk full
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        raise ArtifactError(
+            f"{path} could not be written", expected=f"{len(data):,} bytes of space" if full else "a writable folder",
+            got=error.strerror or str(error),
+            remedy="free space, or choose another folder, and run again; it resumes" if full else "another folder",
+        ) from None
 
 
 def write_json(path: Path, value: Any) -> None:
