@@ -1,0 +1,153 @@
+"""Edits: take chosen changes out of a tuned model, live and reversible, or baked into weights.
+
+Two operations, both on the difference of weights only, so base is never touched and a baked edit is the live one:
+
+revert   every touched linear map W + D becomes W + D M, with M such that inputs seen where the changes are on get
+         base's map back and inputs seen elsewhere keep tuned's (least squares, below)
+scale    W + D becomes W + (1 - strength) D everywhere: plain adapter scaling, the control anybody can have
+
+The least squares: with C1 and C0 the second moments of a map's inputs on and off the changes, D' minimizes
+strength |D' x|^2 on C1 + |(D' - D) x|^2 on C0 + ridge |D' - D|^2, so M = (C0 + ridge)(C0 + strength C1 + ridge)^-1.
+Related: MEMIT's closed form (Meng et al. 2023, 2210.07229) and AlphaEdit's kept set (Fang et al. 2025, 2410.02355),
+which insert facts; here the target is base's own map, so nothing is to be inserted.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from tunediff.corpora import Tokens
+from tunediff.models import LanguageModel, swapped
+from tunediff.pairs import Delta, Pair
+
+
+@dataclass(frozen=True)
+class EditSettings:
+    """How changes are taken out."""
+
+    strength: float = 1.0
+    """Weight of giving base's map back against keeping tuned's, at equal mass of text (0..inf): too little leaves the
+    behavior, too much takes neighbors with it."""
+    ridge: float = 1e-3
+    """Pull toward tuned's map on inputs hardly seen, as a share of the mean squared input: too little lets rare inputs
+    be reverted on no evidence, too much blunts the edit."""
+    spread: bool = True
+    """Whether a change counts as on from its first firing in a row to the row's end, or only where it fires."""
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Second moments (I, I) of one linear map's inputs, summed over tokens where the changes are on and where not."""
+
+    on_II: Tensor
+    off_II: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Edit:
+    """A reversible operation on one tuned model: other values for some of its parameters."""
+
+    name: str
+    operation: str
+    changes: tuple[str, ...]
+    tensors: Mapping[nn.Parameter, Tensor]
+
+    @contextmanager
+    def on(self, model: LanguageModel) -> Iterator[LanguageModel]:
+        """The edited model, usable inside; `model` itself is bit-identical before, inside and after."""
+        yield self.applied(model)
+
+    def applied(self, model: LanguageModel) -> LanguageModel:
+        """The edited model as a side of its own, for as long as one likes; it holds the edit during its runs only."""
+        return model.variant(f"{model.name} without {', '.join(self.changes)}", self.tensors)
+
+
+def input_moments(
+    model: LanguageModel, deltas: Sequence[Delta], tokens: Tokens, on_R: Sequence[Tensor], batch_tokens: int = 2048
+) -> dict[str, Moments]:
+    """Moments of every map's inputs over `tokens`, by map name.
+
+    on_R    for each row, how much each of its tokens counts as on (0..1), shape (T of the row,)
+    """
+    names = {id(delta.linear): delta.name for delta in deltas}
+    total: dict[str, Tensor] = {}
+    on: dict[str, Tensor] = {}
+    # Maps that read the very same tensor (query, key, value) share one product.
+    shared: dict[int, tuple[Tensor, list[str]]] = {}
+    groups: dict[str, str] = {}
+    state: dict[str, Tensor] = {}
+
+    def hook(module: nn.Module, arguments: tuple) -> None:
+        x_BTI = arguments[0]
+        name = names[id(module)]
+        seen = shared.get(id(x_BTI))
+        if seen is not None and seen[0] is x_BTI:
+            groups[name] = seen[1][0]
+            return
+        shared[id(x_BTI)] = (x_BTI, [name])
+        x_NI = x_BTI[state["mask"]].float()
+        weight_N = state["on"]
+        chosen = weight_N > 0
+        x_on = x_NI[chosen]
+        whole, part = x_NI.T @ x_NI, (x_on * weight_N[chosen, None]).T @ x_on
+        total[name] = total[name] + whole if name in total else whole.clone()
+        on[name] = on[name] + part if name in on else part.clone()
+
+    handles = [delta.linear.register_forward_pre_hook(hook) for delta in deltas]
+    try:
+        for batch in tokens.batches(batch_tokens):
+            state["mask"] = batch.mask_BT
+            state["on"] = torch.cat([on_R[row] for row in batch.rows_B.tolist()]).float()
+            shared.clear()
+            model.states(batch.ids_BT)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {
+        delta.name: Moments(on[key], total[key] - on[key])
+        for delta in deltas
+        for key in [groups.get(delta.name, delta.name)]
+    }
+
+
+def revert_map(moments: Moments, settings: EditSettings) -> Tensor:
+    """M (I, I) in float64; see the module's first lines. Both kinds of text are brought to equal mass first."""
+    on, off = moments.on_II.double(), moments.off_II.double()
+    mass_on, mass_off = on.diagonal().sum(), off.diagonal().sum()
+    if not mass_on > 0:
+        return torch.eye(len(on), dtype=torch.float64)
+    on, off = on / mass_on, off / mass_off.clamp_min(1e-30)
+    ridge = settings.ridge / len(on) * torch.eye(len(on), dtype=torch.float64)
+    kept = off + ridge
+    return torch.linalg.solve(kept + settings.strength * on, kept, left=True).T
+
+
+def reverting(
+    pair: Pair, name: str, changes: Sequence[str], moments: Mapping[str, Moments], settings: EditSettings = EditSettings()
+) -> Edit:
+    """The edit that gives base's maps back where the changes are on."""
+    tensors: dict[nn.Parameter, Tensor] = {}
+    maps: dict[int, Tensor] = {}
+    for delta in pair.deltas():
+        found = moments[delta.name]
+        if id(found.on_II) not in maps:
+            maps[id(found.on_II)] = revert_map(found, settings)
+        tensors.update(delta.with_input_map(maps[id(found.on_II)]))
+    return Edit(name, "revert", tuple(changes), tensors)
+
+
+def scaling(pair: Pair, strength: float) -> Edit:
+    """Plain adapter scaling: a share `strength` (0..1) of the whole tune is taken out, whatever it does."""
+    tensors: dict[nn.Parameter, Tensor] = {}
+    for delta in pair.deltas():
+        if delta.up is not None:
+            tensors[delta.down_parameter] = delta.down * (1 - strength)
+        else:
+            change = -strength * delta.down
+            tensors[delta.down_parameter] = delta.down_parameter.data + (change.T if delta.transposed else change)
+    return Edit(f"scale {1 - strength:g}", "scale", (), tensors)

@@ -1,0 +1,1 @@
+"""Finders: each proposes changes from a harvest's training part; one file a finder."""

@@ -1,0 +1,48 @@
+"""What every finder is given, and what it gives back."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Callable
+
+from tunediff.changes import Change
+from tunediff.dictionaries.base import Spec
+from tunediff.fitting import Fitted, FitSettings
+from tunediff.harvests import Harvest
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """What a finder may look at. It must not read the harvest's held-out split.
+
+    folder      the finder's own, for what it wants to keep
+    candidates  how many changes it may propose at most
+    spec, fit   settings of a dictionary, for finders that fit one
+    progress    told (tokens done, tokens in all, what the curve says)
+    """
+
+    harvest: Harvest
+    folder: Path
+    seed: int
+    candidates: int
+    spec: Spec
+    fit: FitSettings
+    progress: Callable | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """The changes a finder proposes, and the dictionaries it fitted on the way."""
+
+    changes: list[Change]
+    fits: dict[str, Fitted] = field(default_factory=dict)
+
+
+class Finder(ABC):
+    """Stateless; its name is its file's name."""
+
+    @abstractmethod
+    def find(self, view: View) -> Found:
+        """Propose changes from the training split."""

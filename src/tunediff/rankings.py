@@ -1,0 +1,304 @@
+"""Rankings: which changes stand out from what random changes of the same size do, and how much of the output is theirs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tunediff.axes import BASE, TUNED
+from tunediff.chance import Interval, bootstrap_ratio, seed_of
+from tunediff.changes import Change
+from tunediff.corpora import Batch, Tokens
+from tunediff.harvests import Harvest
+from tunediff.models import LanguageModel, Start
+from tunediff.pairs import Pair
+from tunediff.sites import Site
+
+
+@dataclass(frozen=True)
+class RankSettings:
+    """How changes are held against the null and ordered."""
+
+    nulls: int = 19
+    """Random tunes of the same norms. The smallest p-value is 1 / (nulls + 1): 19 allow a claim at 5 %, 99 at 1 %."""
+    null_tokens: int = 1200
+    """Held-out tokens each random tune is run on, at least; fewer make rare changes untestable."""
+    effect_tokens: int = 2400
+    """Held-out tokens on which the effect on the output is attributed, at least."""
+    level: float = 0.05
+    """The false-positive rate at which changes count as standing out."""
+    batch_tokens: int = 1200
+    """Tokens a forward."""
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """What ranking says of one change.
+
+    score     energy of the difference that goes along with the change, in units of what random tunes of the same size
+              reach on the same tokens (root mean square over the nulls): near 1 is what chance gives
+    null      the largest score any candidate reaches in each null
+    p         chance that the best of all candidates scores as much under a random tune (max-T, so it already accounts
+              for how many candidates there are; Westfall & Young 1993)
+    effect    nat of KL(tuned || base) a token that taking the change out would remove, to first order, with an
+              interval over documents; on held-out text
+    firings   tokens, of the ones looked at, on which the change is on
+    """
+
+    change: Change
+    score: float
+    null: tuple[float, ...]
+    p: float
+    effect: Interval
+    firings: int
+    share_of_tokens: float
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """Whole held-out rows with both models' streams at a harvest's sites, as flat tokens in the order of the rows.
+
+    Tokens that were set apart are here too, so that rows are whole; ``ordinary_N`` is False for them.
+    """
+
+    tokens: Tokens
+    rows: list[int]
+    sites: tuple[Site, ...]
+    streams_NSMD: Tensor
+    row_N: Tensor
+    position_N: Tensor
+    document_N: Tensor
+    ordinary_N: Tensor
+
+    @classmethod
+    def take(cls, harvest: Harvest, tokens: Tokens, *, split: str, limit: int, seed: int,
+             kinds: Sequence[str] = ()) -> "Sample":
+        """Whole documents of one split, in an order fixed by `seed`, until `limit` tokens are reached.
+
+        kinds   only documents of these kinds, all of them if empty
+        """
+        held = split == "held_out"
+        rows_of: dict[int, list[int]] = {}
+        for row, document in enumerate(tokens.document_R):
+            if tokens.held_out[document] == held and (not kinds or tokens.documents[document].kind in kinds):
+                rows_of.setdefault(document, []).append(row)
+        rows: list[int] = []
+        count = 0
+        for document in sorted(rows_of, key=lambda d: seed_of(seed, "sample", tokens.documents[d].id)):
+            if count >= limit:
+                break
+            rows += rows_of[document]
+            count += sum(len(tokens.rows[row]) for row in rows_of[document])
+        rows.sort()
+        wanted = torch.zeros(len(tokens.rows), dtype=torch.bool)
+        wanted[rows] = True
+        index = wanted[harvest.row_N].nonzero()[:, 0]
+        order = torch.argsort(harvest.row_N[index].long() * (1 << 20) + harvest.position_N[index], stable=True)
+        index = index[order]
+        return cls(
+            tokens, rows, harvest.sites, harvest.at(index), harvest.row_N[index], harvest.position_N[index],
+            harvest.document_N[index], harvest.kept_N[index],
+        )
+
+    def strength(self, change: Change) -> Tensor:
+        """The change's strength at every token; 0 at tokens that were set apart, which no finder has seen."""
+        at = [self.sites.index(site) for site in change.sites]
+        return change.strength(self.streams_NSMD[:, at]) * self.ordinary_N
+
+    def head(self, count: int) -> "Sample":
+        """The first `count` tokens, which must be whole rows."""
+        rows = self.row_N[:count].unique_consecutive().tolist()
+        return replace(
+            self, rows=rows, streams_NSMD=self.streams_NSMD[:count], row_N=self.row_N[:count],
+            position_N=self.position_N[:count], document_N=self.document_N[:count], ordinary_N=self.ordinary_N[:count],
+        )
+
+    def batches(self, batch_tokens: int) -> Iterator[Batch]:
+        """The rows in batches that carry their numbers in `tokens`."""
+        return batches_of(self.tokens, self.rows, batch_tokens)
+
+
+def batches_of(tokens: Tokens, rows: Sequence[int], batch_tokens: int) -> Iterator[Batch]:
+    """Batches of some rows that carry their numbers in `tokens`."""
+    chosen = replace(tokens, **{
+        name: tuple(getattr(tokens, name)[row] for row in rows)
+        for name in ("rows", "document_R", "start_R", "prompt_R")
+    })
+    for batch in chosen.batches(batch_tokens):
+        yield replace(batch, rows_B=torch.tensor(list(rows))[batch.rows_B])
+
+
+@dataclass(frozen=True, eq=False)
+class Ranking:
+    """Changes, those that stand out first, then by effect; and KL(tuned || base) in nat at each token of the sample."""
+
+    ranked: list[Ranked]
+    kl_N: Tensor
+
+
+def streams_of(model: LanguageModel, pair: Pair, sample: Sample, batch_tokens: int) -> Tensor:
+    """Another tuned side's streams (N, S, D) on a sample's tokens; blocks below the tune are run in base, once."""
+    parts: dict[int, Tensor] = {}
+    common = pair.common_blocks
+    for batch in sample.batches(batch_tokens):
+        start = None
+        if common and min(site.layer for site in sample.sites) >= common:
+            below = Site(common - 1)
+            start = Start(below, pair.base.streams(batch.ids_BT, [below])[:, :, 0])
+        streams = model.streams(batch.ids_BT, sample.sites, start).float()
+        for b, row in enumerate(batch.rows_B.tolist()):
+            parts[row] = streams[b, : len(sample.tokens.rows[row])]
+    return torch.cat([parts[row] for row in sample.rows])
+
+
+def energy_along(strength_NK: Tensor, delta_NSD: Tensor, half_N: Tensor, constant_K: Tensor) -> Tensor:
+    """For each change, how much of the difference's energy its strength predicts on documents it was not fitted to.
+
+    The write direction is estimated anew by least squares on one half of the documents and scored on the other (and
+    the other way round), so chance gives nothing on average, for any difference, tuned or null. Changes that vary are
+    asked about what is left after the constant offset; constant ones about the offset. Returns (K,), float64.
+    """
+    N, S, D = delta_NSD.shape
+    delta_ND = delta_NSD.reshape(N, S * D).double()
+    f_NK = strength_NK.double()
+    out = torch.zeros(f_NK.shape[1], dtype=torch.float64)
+    for fit_half in (False, True):
+        fitted, scored = half_N == fit_half, half_N != fit_half
+        mean_D = delta_ND[fitted].mean(0)
+        for constant in (True, False):
+            chosen = (constant_K == constant).nonzero()[:, 0]
+            if not len(chosen):
+                continue
+            f_fit, f_score = f_NK[fitted][:, chosen], f_NK[scored][:, chosen]
+            d_fit, d_score = delta_ND[fitted], delta_ND[scored]
+            if not constant:
+                mean_f = f_fit.mean(0)
+                f_fit, f_score, d_fit, d_score = f_fit - mean_f, f_score - mean_f, d_fit - mean_D, d_score - mean_D
+            write_KD = (f_fit.T @ d_fit) / f_fit.pow(2).sum(0).clamp_min(1e-30)[:, None]
+            along = ((f_score.T @ d_score) * write_KD).sum(1)
+            out[chosen] += 2 * along - f_score.pow(2).sum(0) * write_KD.pow(2).sum(1)
+    return out
+
+
+def max_t(energy_K: Tensor, null_RK: Tensor) -> tuple[Tensor, Tensor, list[float]]:
+    """Scores (K,), the nulls' scores (R, K), and max-T adjusted p-values.
+
+    Each score is an energy over the root mean square of the *other* nulls' energies for the same change, so changes of
+    any size and rarity are on one scale and a null is never scaled by itself.
+    """
+    squares_RK = null_RK.pow(2)
+    total_K = squares_RK.sum(0)
+    draws = len(null_RK)
+    floor = 1e-30
+    score_K = energy_K / (total_K / draws).sqrt().clamp_min(floor)
+    null_score_RK = null_RK / ((total_K - squares_RK) / (draws - 1)).sqrt().clamp_min(floor)
+    best_R = null_score_RK.max(1).values
+    p = [(1 + int((best_R >= score).sum())) / (1 + draws) for score in score_K]
+    return score_K, null_score_RK, p
+
+
+def attribute(pair: Pair, site: Site, sample: Sample, batch_tokens: int) -> tuple[Tensor, Tensor]:
+    """Gradient (N, D) of the summed KL(tuned || base) by the stream at `site`, and the KL (N,) itself in nat.
+
+    Taken halfway between base's stream and tuned's, continued in tuned's upper blocks: the midpoint rule for the path
+    from one to the other (attribution patching, Syed et al. 2023, 2310.10348, takes an end of it).
+    """
+    s = sample.sites.index(site)
+    gradients: dict[int, Tensor] = {}
+    kls: dict[int, Tensor] = {}
+    where = {row: (sample.row_N == row).nonzero()[:, 0] for row in sample.rows}
+    for batch in sample.batches(batch_tokens):
+        rows = batch.rows_B.tolist()
+        stream = torch.zeros(*batch.ids_BT.shape, 2, sample.streams_NSMD.shape[-1])
+        for b, row in enumerate(rows):
+            stream[b, : len(where[row])] = sample.streams_NSMD[where[row], s]
+        base_logp = pair.base.logits(pair.base.states(batch.ids_BT, Start(site, stream[:, :, BASE])))
+        base_logp = base_logp[..., : pair.vocabulary].log_softmax(-1)
+        tuned = pair.tuned.logits(pair.tuned.states(batch.ids_BT, Start(site, stream[:, :, TUNED])))
+        tuned = tuned[..., : pair.vocabulary].log_softmax(-1)
+        kl_BT = (tuned.exp() * (tuned - base_logp)).sum(-1)
+        gradient = pair.tuned.gradient(site, stream.mean(2), batch.ids_BT, batch.mask_BT, base_logp)
+        for b, row in enumerate(rows):
+            gradients[row] = gradient[b, : len(where[row])]
+            kls[row] = kl_BT[b, : len(where[row])]
+    return torch.cat([gradients[r] for r in sample.rows]), torch.cat([kls[r] for r in sample.rows])
+
+
+def rank(
+    pair: Pair, changes: Sequence[Change], sample: Sample, settings: RankSettings, seed: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> Ranking:
+    """Hold every change against random tunes and order: those that stand out first, by effect on the output.
+
+    Changes of one call must share their sites (the sample's).
+    """
+    kl_N, gradients = _output(pair, sample, settings.batch_tokens)
+    if not changes:
+        return Ranking([], kl_N)
+    f_NK = torch.stack([sample.strength(c) for c in changes], 1)
+    ordinary = sample.ordinary_N
+    base_NSD, tuned_NSD = sample.streams_NSMD[:, :, BASE], sample.streams_NSMD[:, :, TUNED]
+    # Both answers to one prompt go to the same half.
+    groups = [sample.tokens.documents[d].group or sample.tokens.documents[d].id for d in sample.document_N.tolist()]
+    number = {group: i for i, group in enumerate(sorted(set(groups)))}
+    half_N = torch.tensor([number[g] % 2 for g in groups]).bool()
+    constant_K = torch.tensor([bool((c.rows_SMD == 0).all()) for c in changes])
+
+    # The nulls need fewer tokens than attribution: whole rows from the start of the sample.
+    ends = (sample.row_N[1:] != sample.row_N[:-1]).nonzero()[:, 0] + 1
+    cut = next((int(e) for e in ends if e >= settings.null_tokens), len(sample.row_N))
+    few = sample.head(cut)
+    keep = ordinary[:cut]
+
+    def energies(delta_NSD: Tensor) -> Tensor:
+        return energy_along(f_NK[:cut][keep], delta_NSD[keep], half_N[:cut][keep], constant_K)
+
+    energy_K = energies((tuned_NSD - base_NSD)[:cut])
+    nulls = []
+    for draw in range(settings.nulls):
+        other = streams_of(pair.random_tuned(seed_of(seed, "null", draw)), pair, few, settings.batch_tokens)
+        nulls.append(energies(other - base_NSD[:cut]))
+        if progress:
+            progress(draw + 1, settings.nulls)
+    score_K, null_RK, p = max_t(energy_K, torch.stack(nulls))
+
+    effects = _effects(changes, sample, f_NK, gradients, seed)
+    best = tuple(null_RK.max(1).values.tolist())
+    ranked = [
+        Ranked(c, float(score_K[k]), best, p[k], effects[k], int((f_NK[:, k] != 0).sum()),
+               float((f_NK[:, k] != 0).float().mean()))
+        for k, c in enumerate(changes)
+    ]
+    lowest = 1 / (1 + settings.nulls)
+    ranked.sort(key=lambda r: (r.p > max(lowest, settings.level), -np.nan_to_num(r.effect.value), r.change.id))
+    return Ranking(ranked, kl_N)
+
+
+def _output(pair: Pair, sample: Sample, batch_tokens: int) -> tuple[Tensor, dict[Site, Tensor]]:
+    """KL (N,) and its gradient (N, D) at each resid site."""
+    kl_N, gradients = torch.zeros(len(sample.row_N)), {}
+    for site in sample.sites:
+        if site.kind == "resid":
+            gradients[site], kl_N = attribute(pair, site, sample, batch_tokens)
+    return kl_N, gradients
+
+
+def _effects(changes: Sequence[Change], sample: Sample, f_NK: Tensor, gradients: dict[Site, Tensor],
+             seed: int) -> list[Interval]:
+    """First-order effects on the output, a token of the sample, with intervals over documents."""
+    documents, document_N = sample.document_N.unique(return_inverse=True)
+    tokens_D = torch.bincount(document_N, minlength=len(documents)).double()
+    effects = []
+    for k, change in enumerate(changes):
+        along_N = torch.zeros(len(f_NK))
+        for s, site in enumerate(change.sites):
+            if site in gradients:
+                along_N += gradients[site] @ change.difference_SD[s].float()
+        nats_N = (f_NK[:, k] * along_N).double()
+        nats_D = torch.zeros(len(documents), dtype=torch.float64).index_add_(0, document_N, nats_N)
+        effects.append(bootstrap_ratio(nats_D.numpy(), tokens_D.numpy(), seed=seed))
+    return effects

@@ -1,0 +1,1 @@
+"""Trials: intervene on one change and see what follows; one file a trial."""

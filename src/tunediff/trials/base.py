@@ -1,0 +1,170 @@
+"""What every trial is given and gives back, and the bench on which interventions are run."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from tunediff.axes import BASE, TUNED
+from tunediff.chance import generator
+from tunediff.changes import Change
+from tunediff.corpora import Batch
+from tunediff.measures import by_document, kl_divergence, log_probabilities
+from tunediff.models import LanguageModel, Start
+from tunediff.pairs import Pair
+from tunediff.rankings import Sample, batches_of
+from tunediff.results import DosePoint, Measure
+from tunediff.sites import Site
+
+
+@dataclass(frozen=True)
+class VerifySettings:
+    """How changes are put on trial."""
+
+    changes: int = 6
+    """How many of the ranking's first are tried; each costs about a hundred short runs for each of two questions."""
+    draws: int = 100
+    """Random sets matched in energy that each change is held against; the smallest p is 1 / (draws + 1)."""
+    documents: int = 8
+    """Held-out documents a change is tried on, those in which it is on the most."""
+    tokens: int = 64
+    """Tokens of each document, at most, from its beginning."""
+    doses: tuple[float, ...] = (-1.0, 0.5, 1.0, 2.0)
+    """Strengths of the dose curve, in units of the change's own size."""
+    level: float = 0.05
+    """A change is confirmed only if its p-values are at most this."""
+
+
+@dataclass(eq=False)
+class Bench:
+    """The rows on which one change is tried: both models' streams and next-token distributions, cached.
+
+    Interventions replace the stream at `site` and run only the blocks above. ``scored_BT`` are the tokens at and after
+    the change's first firing in a row, the only ones it can reach.
+    """
+
+    pair: Pair
+    site: Site
+    change: Change
+    batch: Batch
+    streams_BTMD: Tensor
+    strength_BT: Tensor
+    documents_B: list[int]
+    seed: int
+    everything_BTD: Tensor
+    spread_DD: Tensor
+    draws: int
+
+    @cached_property
+    def scored_BT(self) -> Tensor:
+        """Tokens the change can reach."""
+        return ((self.strength_BT != 0).cumsum(1) > 0) & self.batch.mask_BT
+
+    @cached_property
+    def difference_D(self) -> Tensor:
+        """What a unit of the change adds to tuned."""
+        return self.change.difference_SD[self.change.sites.index(self.site)].float()
+
+    def logp(self, model: LanguageModel, stream_BTD: Tensor) -> Tensor:
+        """Log-probabilities (N, V) at scored tokens when `model` goes on from this stream."""
+        return log_probabilities(model, self.batch.ids_BT, self.scored_BT, self.pair.vocabulary,
+                                 Start(self.site, stream_BTD))
+
+    @cached_property
+    def base_logp(self) -> Tensor:
+        """Base's own."""
+        return self.logp(self.pair.base, self.streams_BTMD[:, :, BASE])
+
+    @cached_property
+    def tuned_logp(self) -> Tensor:
+        """Tuned's own."""
+        return self.logp(self.pair.tuned, self.streams_BTMD[:, :, TUNED])
+
+    @cached_property
+    def document_N(self) -> Tensor:
+        """The document of every scored token."""
+        rows = torch.tensor(self.documents_B)[:, None].expand_as(self.scored_BT)
+        return rows[self.scored_BT]
+
+    @cached_property
+    def documents(self) -> list[int]:
+        """Documents with a scored token."""
+        return sorted(set(self.document_N.tolist()))
+
+    def divergence(self, p: Tensor, q: Tensor):
+        """KL(p || q) by document."""
+        return by_document(kl_divergence(p, q), self.document_N, self.documents)
+
+    @cached_property
+    def random_directions_RD(self) -> Tensor:
+        """Random directions of the change's length, drawn from the covariance of the difference itself.
+
+        With the change's own strengths they have its energy at every token. Directions in which the models do not
+        differ would be too easy a control.
+        """
+        rng = generator(self.seed, "random directions", self.change.id)
+        noise = torch.randn(self.draws, len(self.difference_D), generator=rng) @ self.spread_DD
+        return torch.nn.functional.normalize(noise, dim=1) * self.difference_D.norm()
+
+    def written(self, direction_D: Tensor) -> Tensor:
+        """What the change's strengths write along a direction, (B, T, D)."""
+        return self.strength_BT[..., None] * direction_D
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a trial found: its measures, and whether they speak for the change (None: they do not decide)."""
+
+    measures: list[Measure]
+    speaks: bool | None
+    reason: str
+    dose: list[DosePoint] = field(default_factory=list)
+
+
+class Trial(ABC):
+    """Stateless; its name is its file's name."""
+
+    @abstractmethod
+    def run(self, bench: Bench, settings: VerifySettings) -> Outcome:
+        """Intervene, measure, hold against the controls."""
+
+
+def bench_of(pair: Pair, change: Change, others: list[Change], sample: Sample, spread_DD: Tensor,
+             settings: VerifySettings, seed: int) -> Bench | None:
+    """The bench of one change on a held-out sample, at its last site; None where it is on nowhere."""
+    site = change.sites[-1]
+    s = sample.sites.index(site)
+    f_N = sample.strength(change)
+    energy: dict[int, float] = {}
+    for row in sample.rows:
+        mine = (sample.row_N == row) & (sample.position_N < settings.tokens)
+        value = float(f_N[mine].double().pow(2).sum())
+        document = sample.tokens.document_R[row]
+        if value > 0 and (document not in energy or value > energy[document][0]):
+            energy[document] = (value, row)
+    chosen = sorted(energy.values(), reverse=True)[: settings.documents]
+    if not chosen:
+        return None
+    rows = sorted(row for _, row in chosen)
+    everything_N = sum(
+        (sample.strength(c)[:, None] * c.difference_SD[c.sites.index(site)].float() for c in others),
+        torch.zeros_like(sample.streams_NSMD[:, s, 0]),
+    )
+    batch = next(batches_of(sample.tokens, rows, 10**9))
+    width = min(settings.tokens, batch.ids_BT.shape[1])
+    batch = Batch(batch.ids_BT[:, :width], batch.mask_BT[:, :width], batch.rows_B)
+    B, D = len(rows), sample.streams_NSMD.shape[-1]
+    streams, strength = torch.zeros(B, width, 2, D), torch.zeros(B, width)
+    everything = torch.zeros(B, width, D)
+    for b, row in enumerate(batch.rows_B.tolist()):
+        here = (sample.row_N == row).nonzero()[:width, 0]
+        streams[b, : len(here)] = sample.streams_NSMD[here, s]
+        strength[b, : len(here)] = f_N[here]
+        everything[b, : len(here)] = everything_N[here]
+    return Bench(pair, site, change, batch, streams, strength,
+                 [sample.tokens.document_R[row] for row in batch.rows_B.tolist()], seed, everything, spread_DD,
+                 settings.draws)

@@ -1,0 +1,91 @@
+"""Patching: take the change out of tuned (necessity), put it into base (sufficiency), each against random directions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tunediff.axes import BASE, TUNED
+from tunediff.chance import Interval, bootstrap_ratio, p_value
+from tunediff.measures import Divergence
+from tunediff.results import Measure
+from tunediff.trials.base import Bench, Outcome, Trial, VerifySettings
+
+
+class Patch(Trial):
+    """Recovered gap G = 1 - KL after / KL before, on scored tokens of held-out documents.
+
+    necessity    KL(tuned without the change || base) against KL(tuned || base), tuned's upper blocks
+    sufficiency  KL(tuned || base with the change) against KL(tuned || base), base's upper blocks; beside it tuned's
+    ceiling      the whole true difference at the site put into base: no change there can do more
+    error term   what is left of the difference after all candidate changes, put into base: what they miss
+
+    Controls are directions drawn from the difference's own covariance with the change's energy at every token; p is
+    the share of them that does as well. It does not show that the change has one meaning.
+    """
+
+    def run(self, bench: Bench, settings: VerifySettings) -> Outcome:
+        pair, base_BTD, tuned_BTD = bench.pair, bench.streams_BTMD[:, :, BASE], bench.streams_BTMD[:, :, TUNED]
+        gap = bench.divergence(bench.tuned_logp, bench.base_logp)
+        if gap.mean <= 0:
+            return Outcome([], None, "the models do not differ where this change is on")
+
+        def necessity(direction_D: Tensor) -> Divergence:
+            return bench.divergence(bench.logp(pair.tuned, tuned_BTD - bench.written(direction_D)), bench.base_logp)
+
+        def sufficiency(direction_D: Tensor, model=pair.base) -> Divergence:
+            return bench.divergence(bench.tuned_logp, bench.logp(model, base_BTD + bench.written(direction_D)))
+
+        measures, speaks = [], []
+        for name, trial in (("necessity", necessity), ("sufficiency", sufficiency)):
+            own = recovered(trial(bench.difference_D), gap, bench.seed)
+            null = [1 - trial(d).mean / gap.mean for d in bench.random_directions_RD]
+            p = p_value(own.value, null)
+            measures.append(Measure(
+                name, own.value, own.low, own.high, "share of KL", _quantile(null, 0.95),
+                f"95th percentile of {len(null)} random directions of equal energy", p,
+            ))
+            speaks.append((own, p))
+        above = recovered(sufficiency(bench.difference_D, pair.tuned), gap, bench.seed)
+        whole = tuned_BTD - base_BTD
+        ceiling = recovered(bench.divergence(bench.tuned_logp, bench.logp(pair.base, base_BTD + whole)), gap, bench.seed)
+        missed = recovered(
+            bench.divergence(bench.tuned_logp, bench.logp(pair.base, base_BTD + whole - bench.everything_BTD)), gap, bench.seed,
+        )
+        measures += [
+            _row("sufficiency in tuned's upper blocks", above, "no control: beside the one in base's"),
+            _row("ceiling", ceiling, "the true difference at this site put into base"),
+            _row("error term", missed, "what all candidates leave of the difference, put into base"),
+            Measure("KL(tuned || base) here", gap.mean, unit="nat a token", against="the gap that is to be recovered"),
+        ]
+        if ceiling.value < 0.1:
+            return Outcome(measures, None, f"the whole difference at {bench.site} restores only {ceiling.value:.0%} of "
+                           "the gap, so this site cannot be judged")
+        return Outcome(measures, *_decide(speaks, settings.level))
+
+
+def recovered(after: Divergence, before: Divergence, seed: int) -> Interval:
+    """1 - after / before, with its interval over documents."""
+    kept = bootstrap_ratio(after.nats, before.nats, seed=seed)
+    return Interval(1 - kept.value, 1 - kept.high, 1 - kept.low, kept.level)
+
+
+def _row(name: str, value: Interval, against: str) -> Measure:
+    return Measure(name, value.value, value.low, value.high, "share of KL", None, against)
+
+
+def _quantile(values: list[float], q: float) -> float:
+    return float(torch.tensor(values, dtype=torch.float64).quantile(q))
+
+
+def _decide(speaks: list[tuple[Interval, float]], level: float) -> tuple[bool | None, str]:
+    (need, need_p), (enough, enough_p) = speaks
+    if all(i.low > 0 and p <= level for i, p in speaks):
+        return True, (f"taking it out closes {need.value:.0%} of the gap where it is on (p = {need_p:.2g}), putting it into "
+                      f"base makes {enough.value:.0%} of it (p = {enough_p:.2g})")
+    if need.high <= 0 or (need_p > 0.5 and enough_p > 0.5):
+        return False, "random directions of equal energy do as much"
+    return None, "not both necessity and sufficiency stand out from random directions of equal energy"
+
+
+VARIANT = Patch

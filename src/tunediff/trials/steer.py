@@ -1,0 +1,45 @@
+"""Steering: add the change to base at several strengths, both signs, beside random directions of equal length."""
+
+from __future__ import annotations
+
+import torch
+
+from tunediff.axes import BASE
+from tunediff.measures import kl_divergence
+from tunediff.results import DosePoint, Measure
+from tunediff.trials.base import Bench, Outcome, Trial, VerifySettings
+
+CONTROLS = 8
+"""Random directions beside each point of the curve; the p-values come from patching, which has many more."""
+
+
+class Steer(Trial):
+    """Effect of a dose: how much closer base with the change comes to tuned, 1 - KL(tuned || steered) / KL(tuned || base).
+
+    A change that is what it claims rises with the dose up to about 1 and pushes away from tuned with the sign turned.
+    """
+
+    def run(self, bench: Bench, settings: VerifySettings) -> Outcome:
+        base_BTD = bench.streams_BTMD[:, :, BASE]
+        gap = float(kl_divergence(bench.tuned_logp, bench.base_logp).mean())
+        if gap <= 0:
+            return Outcome([], None, "the models do not differ where this change is on")
+
+        def effect(direction_D, dose: float) -> float:
+            logp = bench.logp(bench.pair.base, base_BTD + dose * bench.written(direction_D))
+            return 1 - float(kl_divergence(bench.tuned_logp, logp).mean()) / gap
+
+        curve = []
+        for dose in settings.doses:
+            controls = torch.tensor([effect(d, dose) for d in bench.random_directions_RD[:CONTROLS]])
+            low, high = controls.quantile(torch.tensor([0.05, 0.95])).tolist()
+            curve.append(DosePoint(dose, effect(bench.difference_D, dose), float(controls.mean()), low, high))
+        at = {point.dose: point.effect for point in curve}
+        speaks = at[1.0] > 0 > at[-1.0] if {1.0, -1.0} <= set(at) else None
+        reason = "the sign turns with the dose" if speaks else "the dose curve does not turn its sign"
+        measure = Measure("effect at dose 1 minus dose -1", at.get(1.0, 0.0) - at.get(-1.0, 0.0), unit="share of KL",
+                          control=None, against=f"{CONTROLS} random directions, drawn in the curve")
+        return Outcome([measure], speaks, reason, curve)
+
+
+VARIANT = Steer
