@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
@@ -82,12 +83,20 @@ def load_gguf(path: Path):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    if path.read_bytes()[:4] != b"GGUF":
-        raise SourceError(f"{path} is not a GGUF file", expected="a file that starts with GGUF")
-    model = AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=torch.float32,
-        # Without dequantize the weights stay tied to a quantizer and cannot be saved.
-        quantization_config=GgufConfig(dequantize=True),
-    )
+    with open(path, "rb") as file:
+        start = file.read(4)
+    if start != b"GGUF":
+        raise SourceError(f"{path} is not a GGUF file", expected="a file that starts with GGUF", got=repr(start))
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=torch.float32,
+            # Without dequantize the weights stay tied to a quantizer and cannot be saved.
+            quantization_config=GgufConfig(dequantize=True),
+        )
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    except (OSError, ValueError, LookupError, RuntimeError, TypeError, struct.error) as error:
+        raise SourceError(f"{path} is cut off, or of an architecture that cannot be read from GGUF",
+                          expected="a whole GGUF file of a decoder-only language model",
+                          got=(str(error).strip().splitlines() or [type(error).__name__])[0][:200]) from error
     model.config.quantization_config = None
-    return model, AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    return model, tokenizer

@@ -7,14 +7,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Iterator, Mapping
+from typing import Any, Iterable, Iterator, Mapping
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from tunediff import embedded
 from tunediff.chance import generator
-from tunediff.errors import FamilyError, MissingExtraError, NumericsError, PairError, SourceError
+from tunediff.errors import MissingExtraError, NumericsError, PairError, SettingError, SourceError
 from tunediff.models import LanguageModel, swapped
 
 PROBES = (
@@ -23,6 +24,7 @@ PROBES = (
     "In 1969, 3 people went to the Moon; two of them walked on it.",
     "Café, naïve, 東京, Москва — “quotes” and emoji 🙂.",
 )
+MERGE = "merge the adapter (merge_and_unload) and give the merged folder as TUNED"
 UNSAFE = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
 
@@ -31,7 +33,8 @@ class Delta:
     """What tuning added to one linear map: ``up @ down`` of shape (out, in), and the parameters that hold it.
 
     For a LoRA, up (out, r) already has the scale in it, and `down_parameter` is the adapter's A. For a full
-    fine-tune, `up` is None, `down` is the whole difference (out, in) and `down_parameter` is the tuned weight.
+    fine-tune, `up` is None, `down` is the whole difference (out, in), `down_parameter` is the tuned weight and
+    `base_weight` the base's, both as the module keeps them.
     """
 
     name: str
@@ -41,6 +44,7 @@ class Delta:
     down_parameter: nn.Parameter
     up_parameter: nn.Parameter | None
     transposed: bool = False
+    base_weight: Tensor | None = None
 
     @property
     def norm(self) -> float:
@@ -52,12 +56,20 @@ class Delta:
         return float(((up.T @ up) * (down @ down.T)).sum().clamp_min(0).sqrt())
 
     def with_input_map(self, map_II: Tensor) -> Mapping[nn.Parameter, Tensor]:
-        """Parameters under which the added map is (up @ down) @ map_II, map_II of shape (in, in)."""
-        down = (self.down.double() @ map_II.double()).to(self.down.dtype)
+        """Parameters under which the added map is (up @ down) @ map_II, map_II of shape (in, in).
+
+        The identity gives tuned's weights to the bit, zeros give base's.
+        """
         if self.up is not None:
-            return {self.down_parameter: down}
-        change = down - self.down
-        return {self.down_parameter: self.down_parameter.data + (change.T if self.transposed else change)}
+            return {self.down_parameter: (self.down.double() @ map_II.to(self.down.device).double()).to(self.down.dtype)}
+        # `down` is rounded to float32; the difference in float64 is not, and leads back to either end exactly.
+        whole = self.down_parameter.data.double() - self.base_weight.double()
+        return self._over_base((whole.T if self.transposed else whole) @ map_II.to(whole))
+
+    def _over_base(self, added: Tensor) -> Mapping[nn.Parameter, Tensor]:
+        """Parameters under which a full fine-tune added `added` (out, in) to base."""
+        weight = self.base_weight.double() + (added.T if self.transposed else added).double()
+        return {self.down_parameter: weight.to(self.down_parameter.dtype)}
 
     def random(self, seed: int) -> Mapping[nn.Parameter, Tensor]:
         """Parameters under which the added map is Gaussian, of the same rank (at most 16) and the same norm."""
@@ -68,8 +80,7 @@ class Delta:
         down = torch.randn(rank, self.down.shape[1], generator=rng).to(self.down)
         scale = self.norm / float(((up.double().T @ up.double()) * (down.double() @ down.double().T)).sum().sqrt())
         if self.up is None:
-            change = (up @ down) * scale - self.down
-            return {self.down_parameter: self.down_parameter.data + (change.T if self.transposed else change)}
+            return self._over_base((up.double() @ down.double()) * scale)
         ratio = float(self.up_parameter.data.norm() / self.up.norm().clamp_min(1e-30))  # undo the adapter's own scale
         return {self.down_parameter: down * scale, self.up_parameter: up * ratio}
 
@@ -101,12 +112,16 @@ class Pair:
 
         Raises `SourceError` for what cannot be read, `PairError` for what cannot be compared.
         """
+        _check_runtime(dtype, device)
         module, tokenizer = _read(base, dtype)
         module.to(device).eval().requires_grad_(False)
         base_print = fingerprint(module)
         _check_finite(base, module)
         adapter = _adapter_folder(tuned)
         if adapter:
+            untouched = LanguageModel(module, tokenizer, base)
+            ids_BT = probe_ids(tokenizer, untouched.vocabulary)
+            before = untouched.logits(untouched.states(ids_BT))
             wrapped = _with_adapter(module, adapter, base)
             wrapped.to(device).eval().requires_grad_(False)
             _check_finite(tuned, wrapped)
@@ -120,6 +135,13 @@ class Pair:
                 LanguageModel(wrapped, tokenizer, base, off), LanguageModel(wrapped, tokenizer, tuned), True,
                 0, base_print, fingerprint(wrapped),
             )
+            after = pair.base.logits(pair.base.states(ids_BT))
+            if not torch.equal(before, after):
+                # Trained biases and some initializations stay in the base's weights when PEFT switches off.
+                raise PairError(
+                    f"{base} does not come back when the adapter {tuned} is switched off", expected="equal logits",
+                    got=f"logits up to {float((before - after).abs().max()):.2g} apart", remedy=MERGE,
+                )
         else:
             other, other_tokenizer = _read(tuned, dtype)
             other.to(device).eval().requires_grad_(False)
@@ -178,10 +200,12 @@ class Pair:
         if not self.shared:
             return 0
         from peft.tuners.tuners_utils import BaseTunerLayer
+        from peft.utils.other import AuxiliaryTrainingWrapper
 
+        kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)  # the latter hold modules that were trained whole
         blocks = set(map(id, self.base.blocks.modules()))
-        outside = any(isinstance(m, BaseTunerLayer) and id(m) not in blocks for m in self.base.network.modules())
-        touched = [any(isinstance(m, BaseTunerLayer) for m in block.modules()) for block in self.base.blocks]
+        outside = any(isinstance(m, kinds) and id(m) not in blocks for m in self.base.network.modules())
+        touched = [any(isinstance(m, kinds) for m in block.modules()) for block in self.base.blocks]
         return 0 if outside or True not in touched else touched.index(True)
 
     def deltas(self) -> list[Delta]:
@@ -189,17 +213,18 @@ class Pair:
         return list(_lora_deltas(self.tuned.module) if self.shared else _full_deltas(self.base, self.tuned))
 
     def random_tuned(self, seed: int) -> LanguageModel:
-        """A null for tuned: base plus, in every linear map, a random change of the tune's own rank and norm."""
+        """A null for tuned: base plus, in every linear map, a random change of the tune's own rank and norm.
+
+        What is not a linear map inside the blocks (norms, embeddings) is base's; tokens tuning added keep their rows.
+        """
         tensors: dict[nn.Parameter, Tensor] = {}
         for delta in self.deltas():
             tensors.update(delta.random(seed))
-        if not self.shared:
-            # What is not a linear map (norms, embeddings) goes back to base.
-            linear = {id(p) for p in tensors}
-            mine = dict(self.base.network.named_parameters())
-            for name, parameter in self.tuned.network.named_parameters():
-                if id(parameter) not in linear and mine[name].shape == parameter.shape:
-                    tensors[parameter] = mine[name].data
+        linear = {id(parameter) for parameter in tensors}
+        for parameter, mine in _counterparts(self):
+            if id(parameter) not in linear:
+                same = mine.shape == parameter.shape
+                tensors[parameter] = mine if same else torch.cat([mine[: len(parameter)], parameter.data[len(mine) :]])
         return self.tuned.variant(f"random tune {seed}", tensors)
 
 
@@ -217,6 +242,33 @@ def fingerprint(module: nn.Module) -> str:
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def _counterparts(pair: Pair) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """Every parameter tuning could change as a whole, with base's value of it; LoRA factors have none."""
+    if pair.shared:
+        from peft.utils.other import ModulesToSaveWrapper
+
+        for wrapper in pair.tuned.network.modules():
+            if isinstance(wrapper, ModulesToSaveWrapper):
+                mine = dict(wrapper.original_module.named_parameters())
+                for name, parameter in wrapper.modules_to_save[wrapper.active_adapter].named_parameters():
+                    yield parameter, mine[name].data
+        return
+    mine = dict(pair.base.network.named_parameters())
+    for name, parameter in pair.tuned.network.named_parameters():
+        if name in mine and mine[name].shape[1:] == parameter.shape[1:]:
+            yield parameter, mine[name].data
+
+
+def _check_runtime(dtype: str, device: str) -> None:
+    if not isinstance(getattr(torch, dtype, None), torch.dtype) or not getattr(torch, dtype).is_floating_point:
+        raise SettingError(f"there is no dtype {dtype!r}", expected="float32, bfloat16, float16 or float64")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise SettingError(f"device {device!r} cannot be used", got=_first_line(error),
+                           remedy="cpu, or what torch was installed for") from None
 
 
 def _check_finite(name: str, module: nn.Module) -> None:
@@ -249,32 +301,46 @@ def _read(source: str, dtype: str) -> tuple[nn.Module, Any]:
     path = embedded.base_folder() if source in ("default", embedded.BASE_NAME) else Path(source).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
-            raise SourceError(f"{source} does not exist", expected="a GGUF file")
+            raise SourceError(f"{source} does not exist", expected="a GGUF file", remedy="check the path")
         model, tokenizer = embedded.load_gguf(path)
         return model.to(getattr(torch, dtype)), tokenizer
+    if (path / "adapter_config.json").is_file():
+        raise SourceError(f"{source} is an adapter", expected="a whole model as BASE",
+                          remedy="the adapter as TUNED, and the model it was trained on as BASE")
     if path.suffix in UNSAFE:
         raise SourceError(f"{source} is a pickled checkpoint, which can run code when loaded",
-                          expected="a folder with *.safetensors, a GGUF file or a PEFT adapter")
+                          expected="a folder with *.safetensors, a GGUF file or a PEFT adapter",
+                          remedy="save it with safe_serialization=True and name the folder")
     if path.is_dir():
-        if (path / "adapter_config.json").is_file():
-            raise SourceError(f"{source} is an adapter", expected="a whole model as BASE",
-                              remedy="the adapter as TUNED, and the model it was trained on as BASE")
+        _refuse_pickles(path)
         if not (path / "config.json").is_file():
             raise SourceError(f"{source} holds no model", expected="config.json and *.safetensors",
-                              got=", ".join(sorted(p.name for p in path.iterdir())[:5]) or "an empty folder")
-        _refuse_pickles(path)
+                              got=", ".join(sorted(p.name for p in path.iterdir())[:5]) or "an empty folder",
+                              remedy="the folder that holds config.json")
     elif path.exists() or source.startswith((".", "/", "~")):
         raise SourceError(f"{source} is not a model", expected="a folder, a hub id, a GGUF file or a PEFT adapter",
-                          got="a file" if path.exists() else "nothing there")
+                          got="a file" if path.exists() else "nothing there", remedy="check the path")
     try:
         name = str(path) if path.is_dir() else source
-        model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=False)
-        return model, AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise SourceError(f"{source} could not be read", expected="a decoder-only causal language model with its "
-                          "tokenizer, in safetensors", got=first[:200]) from error
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            name, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=False,
+            output_loading_info=True)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        if "trust_remote_code" in str(error):
+            raise SourceError(f"{source} brings code of its own, which is not run",
+                              expected="an architecture that transformers knows",
+                              remedy="a version of the model in transformers' own format") from None
+        raise SourceError(
+            f"{source} could not be read", expected="a decoder-only causal language model with its tokenizer, in "
+            "safetensors", got=_first_line(error),
+            remedy="a whole checkpoint" if path.is_dir() else "download the model once, or name its local folder",
+        ) from error
+    if loading["missing_keys"]:
+        # transformers fills what a checkpoint lacks with random numbers and only warns.
+        raise SourceError(f"{source} lacks {len(loading['missing_keys'])} of its weights", expected="every weight",
+                          got=f"no {sorted(loading['missing_keys'])[0]}", remedy="a whole checkpoint")
+    return model, tokenizer
 
 
 def _with_adapter(module: nn.Module, folder: Path, base: str) -> nn.Module:
@@ -283,37 +349,76 @@ def _with_adapter(module: nn.Module, folder: Path, base: str) -> nn.Module:
     except ImportError:
         raise MissingExtraError("reading an adapter needs peft", remedy="pip install 'tunediff[adapters]'") from None
     _refuse_pickles(folder)
+    weights = folder / "adapter_model.safetensors"
+    if not weights.is_file():
+        raise SourceError(f"{folder} holds no adapter", expected=weights.name,
+                          got=", ".join(sorted(p.name for p in folder.iterdir())[:5]),
+                          remedy="save it with safe_serialization=True and try again")
     try:
-        return PeftModel.from_pretrained(module, str(folder), is_trainable=False)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        with safe_open(weights, "pt") as file:
+            given = _lora_names(file.keys())
+        wrapped = PeftModel.from_pretrained(module, str(folder), is_trainable=False)
+    except SafetensorError as error:
+        raise SourceError(f"{weights} is not a whole safetensors file", got=_first_line(error),
+                          remedy="a whole checkpoint") from None
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
         raise SourceError(f"the adapter {folder} does not fit {base}", expected="an adapter trained on this base",
-                          got=first[:200], remedy="the model named in its adapter_config.json as BASE") from error
+                          got=_first_line(error), remedy="the model named in its adapter_config.json as BASE") from error
+    for _ in _lora_deltas(wrapped):
+        pass  # what is not a plain LoRA is refused here, before hours are spent on it
+    taken = _lora_names(wrapped.state_dict())
+    if given != taken:
+        # PEFT drops what finds no place and makes up what is missing, and at most warns.
+        raise SourceError(f"the adapter {folder} does not fit {base}", expected=f"{taken} LoRA factors on this base",
+                          got=f"{given}", remedy="the model named in its adapter_config.json as BASE")
+    return wrapped
+
+
+def _lora_names(names: Iterable[str]) -> int:
+    """How many of `names` are LoRA factors."""
+    return sum(".lora_" in name for name in names)
+
+
+def _first_line(error: Exception) -> str:
+    """What an error says first: its first line, and the next where the first only announces it."""
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[: 1 + lines[0].endswith(":")])[:200]
 
 
 def _lora_deltas(module: nn.Module) -> Iterator[Delta]:
-    """The LoRA layers of a PEFT model with one active plain-LoRA adapter; other kinds of layer are refused."""
+    """The LoRA layers of a PEFT model with one active plain-LoRA adapter; other kinds are refused (`SourceError`)."""
     from peft.tuners.lora import LoraLayer
     from peft.tuners.tuners_utils import BaseTunerLayer
 
+    if module.active_peft_config.peft_type != "LORA":
+        raise SourceError(f"the adapter is of kind {str(module.active_peft_config.peft_type.value)}",
+                          expected="plain LoRA", remedy=MERGE)
     for name, layer in module.named_modules():
         if not isinstance(layer, BaseTunerLayer):
             continue
         active = layer.active_adapters
         if not isinstance(layer, LoraLayer) or len(active) != 1 or active[0] not in layer.lora_A:
-            raise FamilyError(f"{name} is not a plain LoRA layer", expected="one LoRA adapter on linear maps",
-                              got=type(layer).__name__, remedy="merge the adapter and give the merged folder as TUNED")
+            raise SourceError(f"{name} is not a plain LoRA layer", expected="one LoRA adapter on linear maps",
+                              got=type(layer).__name__, remedy=MERGE)
         adapter = active[0]
         down, up = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-        if layer.use_dora.get(adapter) or layer.lora_bias.get(adapter):
-            raise FamilyError(f"{name} uses DoRA or a LoRA bias", expected="plain LoRA",
-                              remedy="merge the adapter and give the merged folder as TUNED")
+        variant = layer.lora_variant.get(adapter)  # DoRA and its like
+        if variant is not None or layer.lora_bias.get(adapter):
+            raise SourceError(f"{name} uses {type(variant).__name__ if variant else 'a LoRA bias'}",
+                              expected="plain LoRA", remedy=MERGE)
         yield Delta(name, layer, down.data, up.data * layer.scaling[adapter], down, up)
 
 
 def _full_deltas(base: LanguageModel, tuned: LanguageModel) -> Iterator[Delta]:
     """The linear maps inside the blocks whose weights differ between two whole models."""
     theirs = dict(base.blocks.named_modules())
+    shapes = [
+        {n: tuple(p.shape) for n, p in side.blocks.named_parameters() if p.dim() == 2} for side in (base, tuned)]
+    if shapes[0] != shapes[1]:
+        name = min(set(shapes[0].items()) ^ set(shapes[1].items()))[0]
+        raise PairError(f"the blocks of {base.name} and {tuned.name} are built differently",
+                        expected=f"{name} of shape {shapes[0].get(name, 'none')} (base)",
+                        got=f"{shapes[1].get(name, 'none')} (tuned)", remedy="the model that tuned was made from as BASE")
     for name, module in tuned.blocks.named_modules():
         weight = getattr(module, "weight", None)
         if not isinstance(weight, nn.Parameter) or weight.dim() != 2 or isinstance(module, nn.Embedding):
@@ -321,7 +426,8 @@ def _full_deltas(base: LanguageModel, tuned: LanguageModel) -> Iterator[Delta]:
         transposed = type(module).__name__ == "Conv1D"  # GPT-2 keeps (in, out)
         difference = weight.data.float() - theirs[name].weight.data.float()
         if difference.any():
-            yield Delta(name, module, difference.T if transposed else difference, None, weight, None, transposed)
+            yield Delta(name, module, difference.T if transposed else difference, None, weight, None, transposed,
+                        theirs[name].weight.data)
 
 
 __all__ = ["Delta", "Pair", "fingerprint", "probe_ids", "swapped"]
