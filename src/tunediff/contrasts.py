@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Callable
 
+import torch
+
 from tunediff.axes import MODELS
 from tunediff.corpora import Corpus, Document
 from tunediff.errors import CorpusError
@@ -27,6 +29,8 @@ class ContrastSettings:
     """0 is greedy; higher is more varied and, on small models, more garbled."""
     batch: int = 40
     """Prompts a batch; part of the key, as sampling depends on it."""
+    dtype: str = "bfloat16"
+    """Of the forwards that write the text, which only has to be typical of each model; it is read in full precision."""
 
 
 def contrast(
@@ -50,7 +54,7 @@ def contrast(
     for name, model in zip(MODELS, (pair.base, pair.tuned)):
         answers = model.complete(
             [rows[d] for d in range(len(chosen))], settings.tokens, temperature=settings.temperature, seed=seed,
-            batch=settings.batch, progress=progress,
+            batch=settings.batch, dtype=getattr(torch, settings.dtype), progress=progress,
         )
         texts[name] = [pair.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]
     return [

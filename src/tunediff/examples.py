@@ -1,0 +1,99 @@
+"""Examples: where a change is on, and which tokens it makes more and less likely, as a report shows them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tunediff.axes import TUNED
+from tunediff.changes import Change
+from tunediff.lenses import Lens
+from tunediff.models import LanguageModel
+from tunediff.rankings import Sample
+from tunediff.results import Context, TokenWeight
+from tunediff.trials.base import Bench
+
+WINDOW = 48
+"""Tokens of a context: those up to and after the strongest firing."""
+
+
+def contexts(tokenizer, sample: Sample, change: Change, kl_N: Tensor, count: int = 6) -> list[Context]:
+    """The rows on which the change is on the most, one a document, strongest first; a window around the peak."""
+    f_N = sample.strength(change)
+    best: dict[int, tuple[float, int]] = {}
+    for row in sample.rows:
+        where = sample.row_N == row
+        value = float(f_N[where].abs().sum())
+        document = sample.tokens.document_R[row]
+        if value > best.get(document, (0.0, 0))[0]:
+            best[document] = (value, row)
+    shown = []
+    for value, row in sorted(best.values(), reverse=True)[:count]:
+        where = (sample.row_N == row).nonzero()[:, 0]
+        peak = int(f_N[where].abs().argmax())
+        start = max(0, min(peak - WINDOW // 2, len(where) - WINDOW))
+        window = where[start : start + WINDOW]
+        ids = sample.tokens.rows[row][start : start + WINDOW]
+        document = sample.tokens.documents[sample.tokens.document_R[row]]
+        shown.append(Context(
+            document.id, document.kind, document.writer, [tokenizer.decode([i]) for i in ids],
+            [round(v, 4) for v in f_N[window].tolist()], [round(v, 4) for v in kl_N[window].tolist()],
+        ))
+    return shown
+
+
+def caused_tokens(tokenizer, bench: Bench, count: int = 20) -> tuple[list[TokenWeight], list[TokenWeight]]:
+    """Tokens that tuned says more and less of because of the change: the sum over scored tokens of the probability it
+    gives them with the change minus without (expected occurrences), the change taken out at its site."""
+    taken = bench.logp(bench.pair.tuned, bench.streams_BTMD[:, :, TUNED] - bench.written(bench.difference_D))
+    gained_V = (bench.tuned_logp.exp() - taken.exp()).sum(0)
+    return _named(tokenizer, gained_V, count)
+
+
+def lens_tokens(
+    tokenizer, model: LanguageModel, lens: Lens, change: Change, count: int = 20
+) -> tuple[list[TokenWeight], list[TokenWeight]]:
+    """Tokens that the change's write direction promotes and suppresses by the tuned lens (cosines)."""
+    site = change.sites[-1]
+    top, bottom = lens.read(model, site, change.difference_SD[-1], count)
+    return tuple([TokenWeight(tokenizer.decode([i]), w) for i, w in side] for side in (top, bottom))
+
+
+def kind_rates(sample: Sample, change: Change) -> dict[str, float]:
+    """For each kind of text, with contrastive text apart by writer, the share of its tokens on which the change is on."""
+    f_N = sample.strength(change) != 0
+    seen: dict[str, list[int]] = {}
+    for document, on in zip(sample.document_N.tolist(), f_N.tolist()):
+        d = sample.tokens.documents[document]
+        tally = seen.setdefault(f"{d.kind} by {d.writer}" if d.writer else d.kind, [0, 0])
+        tally[0] += on
+        tally[1] += 1
+    return {kind: on / count for kind, (on, count) in sorted(seen.items())}
+
+
+def _named(tokenizer, weight_V: Tensor, count: int) -> tuple[list[TokenWeight], list[TokenWeight]]:
+    sides = []
+    for sign in (1, -1):
+        top = (sign * weight_V).topk(count)
+        sides.append([
+            TokenWeight(tokenizer.decode([i]), sign * w)
+            for i, w in zip(top.indices.tolist(), top.values.tolist()) if w > 1e-4
+        ])
+    return sides[0], sides[1]
+
+
+def depth_profile(change: Change, streams_NLMD: Tensor, strength_N: Tensor, layers: list[int]) -> dict[str, float]:
+    """For each layer, the share of the squared difference on firing tokens that lies along what goes with the change.
+
+    At each layer the direction is the strength-weighted mean difference there; 1 means that the whole difference on
+    those tokens is this one direction.
+    """
+    on = strength_N != 0
+    f_N = strength_N[on]
+    profile = {}
+    for place, layer in enumerate(layers):
+        delta_ND = (streams_NLMD[on, place, 1] - streams_NLMD[on, place, 0]).double()
+        direction = torch.nn.functional.normalize((f_N[:, None].double() * delta_ND).sum(0), dim=0)
+        total = delta_ND.pow(2).sum()
+        profile[str(layer)] = float((delta_ND @ direction).pow(2).sum() / total) if total else 0.0
+    return profile
