@@ -21,6 +21,10 @@ Kind = Literal["tuned-specific", "base-specific", "not specific", "too rare"]
 ERROR_LIMIT, RECONSTRUCTION_LIMIT = 0.2, 0.5
 """The source's limits: specific only if nu_error and nu_reconstruction stay below them."""
 
+MIN_SHARE = 0.25
+"""A latent can be specific only to a model that holds this share of its decoder norms at least. Ours, not the source's:
+along a vanishing decoder vector the ratios are arbitrary, and a base-only latent would pass as tuned-specific."""
+
 MIN_FIRINGS = 100
 """Below this many firings nothing is said."""
 
@@ -41,11 +45,14 @@ class LatentScale:
 
     latent, firings     its number, and on how many tokens it fires
     beta_error, beta_reconstruction   (base, tuned), along d_tuned
-    kind                the verdict: both upper ends below their limits, else "not specific"; "too rare" below 100 firings
+    share               |d_tuned| / (|d_base| + |d_tuned|)
+    kind                the verdict: both upper ends below their limits and the model's own share of norms at least .25, else
+                        "not specific"; if both models pass, the one with the larger norm; "too rare" below 100 firings
     """
 
     latent: int
     firings: int
+    share: float
     beta_error: tuple[float, float]
     beta_reconstruction: tuple[float, float]
     nu_error: Interval
@@ -113,7 +120,7 @@ def latent_scaling(
         square.view(G, J).sum(0).numpy(), 1e-300
     )
     counts = _draws(G, draws, seed)
-    enough = firings_J.numpy() >= min_firings
+    enough, share_F = firings_J.numpy() >= min_firings, dictionary.share_F()
     nus = {
         name: _ratios(sums[r, 1 - r], sums[r, r], counts, enough, level)
         for r, prefix in ((TUNED, ""), (BASE, "mirror_"))
@@ -123,23 +130,25 @@ def latent_scaling(
     for c, latent in enumerate(at_J.tolist()):
         mine = {name: intervals[c] for name, intervals in nus.items()}
         out.append(LatentScale(
-            latent=latent, firings=int(firings_J[c]),
+            latent=latent, firings=int(firings_J[c]), share=float(share_F[latent]),
             beta_error=tuple(float(error[TUNED, m, :, c].sum() / scale_RJ[TUNED, c]) for m in range(len(MODELS))),
             beta_reconstruction=tuple(
                 float(reconstruction[TUNED, m, :, c].sum() / scale_RJ[TUNED, c]) for m in range(len(MODELS))
             ),
-            kind=_kind(mine, bool(enough[c])), **mine,
+            kind=_kind(mine, float(share_F[latent]), bool(enough[c])), **mine,
         ))
     return out
 
 
-def _kind(nus: dict[str, Interval], enough: bool) -> Kind:
+def _kind(nus: dict[str, Interval], share: float, enough: bool) -> Kind:
     if not enough:
         return "too rare"
-    for prefix, kind in (("", "tuned-specific"), ("mirror_", "base-specific")):
-        if nus[prefix + "nu_error"].high < ERROR_LIMIT and nus[prefix + "nu_reconstruction"].high < RECONSTRUCTION_LIMIT:
-            return kind
-    return "not specific"
+    passed = [
+        (own, kind) for own, prefix, kind in ((share, "", "tuned-specific"), (1 - share, "mirror_", "base-specific"))
+        if own >= MIN_SHARE and nus[prefix + "nu_error"].high < ERROR_LIMIT
+        and nus[prefix + "nu_reconstruction"].high < RECONSTRUCTION_LIMIT
+    ]
+    return max(passed)[1] if passed else "not specific"
 
 
 def _blocks(document_N: Tensor, seed: int) -> Tensor:

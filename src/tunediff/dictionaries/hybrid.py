@@ -19,7 +19,7 @@ class HybridSpec(base.Spec):
     k: float = 32.0
     """The most latents on a token, on average over the batch; the penalty may leave fewer."""
 
-    norm_penalty: float = 0.005
+    norm_penalty: float = 0.02
     """Weight of sum_j f_j w_j (see `base.weighted_norm`). 0: BatchTopK, whose tuned-only latents keep a foot in base.
     Too large: complete shrinkage as in the L1 crosscoder."""
 
