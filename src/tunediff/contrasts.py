@@ -6,6 +6,7 @@ formed on the same token ids.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Callable
 
@@ -15,6 +16,8 @@ from tunediff.axes import MODELS
 from tunediff.corpora import Corpus, Document
 from tunediff.errors import CorpusError
 from tunediff.pairs import Pair
+
+PROMPT_TOKENS = 512
 
 
 @dataclass(frozen=True)
@@ -43,23 +46,27 @@ def contrast(
     """Answer the first open chats of `prompts` with both models; two documents of kind ``contrastive`` a prompt.
 
     Both answers to one prompt are in one group, hence on the same side of the split. A prompt to which a model answers
-    nothing is left out for both. `progress` is told the new tokens as they come.
+    nothing, or of more than 512 tokens, is left out for both. `progress` is told the new tokens as they come.
     """
     chosen = [d for d in prompts.documents if d.is_open][: settings.prompts]
     if not chosen:
         raise CorpusError(f"corpus {prompts.name!r} holds no open chat", expected="documents that end with a user message")
-    tokens = Corpus("chosen prompts", tuple(chosen)).tokens(pair.tokenizer, row_tokens=512)
-    rows = {d: row for row, d, start in zip(tokens.rows, tokens.document_R, tokens.start_R) if start == 0}
+    tokens = Corpus("chosen prompts", tuple(chosen)).tokens(pair.tokenizer, row_tokens=PROMPT_TOKENS)
+    whole = Counter(tokens.document_R)
+    rows = {d: row for row, d in zip(tokens.rows, tokens.document_R) if whole[d] == 1}
+    if not rows:
+        raise CorpusError(f"no open chat of corpus {prompts.name!r} fits", expected=f"at most {PROMPT_TOKENS} tokens",
+                          remedy="shorter prompts")
     texts = {}
     for name, model in zip(MODELS, (pair.base, pair.tuned)):
         answers = model.complete(
-            [rows[d] for d in range(len(chosen))], settings.tokens, temperature=settings.temperature, seed=seed,
+            list(rows.values()), settings.tokens, temperature=settings.temperature, seed=seed,
             batch=settings.batch, dtype=getattr(torch, settings.dtype), progress=progress,
         )
         texts[name] = [pair.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]
     return [
         document.answered(texts[name][number], writer=name)
-        for number, document in enumerate(chosen)
+        for number, document in enumerate(chosen[d] for d in rows)
         if all(texts[name][number] for name in MODELS)
         for name in MODELS
     ]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tunediff.artifacts import finish, is_finished, key_of, open_folder, read_json, read_tensors, write_json, write_tensors
-from tunediff.axes import BASE, TUNED
+from tunediff.axes import BASE, MODELS, TUNED
 from tunediff.errors import ArtifactError, CorpusError, NumericsError, SettingError
 from tunediff.models import LanguageModel, Start
 from tunediff.pairs import Pair
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from tunediff.corpora import Tokens
 
 SCHEMA = "tunediff.harvest/1"
+WORK = "work.json"
 STORES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -159,17 +160,21 @@ def harvest(
     folder     written here; its manifest comes last
     progress   called with (tokens done, tokens in all)
 
-    Raises `NumericsError` on non-finite streams, `CorpusError` if a split is empty.
+    Raises `NumericsError` on non-finite streams, `CorpusError` if a split is empty, `ArtifactError` if the folder
+    holds a harvest of other models, text, sites or settings.
     """
     sites = sorted(set(sites))
-    if is_finished(folder):
-        return Harvest.open(folder)
     sides = {tokens.held_out[d] for d in tokens.document_R}
     if len(sides) < 2:
         raise CorpusError("the whole corpus is held out" if True in sides else "the corpus has no held-out part",
                           expected="documents in both splits", remedy="more documents")
     key = key_of(SCHEMA, pair.base_fingerprint, pair.tuned_fingerprint, tokens.fingerprint, list(map(str, sites)),
                  settings)
+    if is_finished(folder):
+        done = Harvest.open(folder)
+        _refuse_other(folder, "a", done.fingerprint, key)
+        (folder / WORK).unlink(missing_ok=True)  # a run killed right after its manifest leaves it
+        return done
     batches = list(tokens.batches(settings.batch_tokens))
     groups = _group(batches, settings.shard_tokens)
     total = sum(int(b.mask_BT.sum()) for b in batches)
@@ -197,6 +202,10 @@ def harvest(
         if progress:
             progress(done, total)
     kept_tokens = done - apart
+    if not kept_tokens:
+        raise NumericsError("every token was set apart as abnormal", got=f"{apart} tokens",
+                            expected=f"stream norms within {settings.abnormal:g} times the median",
+                            remedy="a larger --set harvest.abnormal=")
     finish(folder, SCHEMA, {
         "key": key, "sites": [str(s) for s in sites], "settings": settings, "shards": names,
         "base": pair.base_fingerprint, "tuned": pair.tuned_fingerprint, "corpus": tokens.fingerprint,
@@ -204,7 +213,7 @@ def harvest(
         "median_norm": median_SM, "noise": noise_S,
         "base_energy": energy[0] / kept_tokens, "delta_energy": energy[1] / kept_tokens,
     }, names)
-    (folder / "work.json").unlink(missing_ok=True)
+    (folder / WORK).unlink(missing_ok=True)
     return Harvest.open(folder)
 
 
@@ -223,43 +232,54 @@ def _group(batches: list, shard_tokens: int) -> list[list]:
 
 def _same_work(folder: Path, key: str) -> None:
     """Refuse to go on with another run's shards: the key of the work in progress is kept beside them."""
-    note = folder / "work.json"
-    if note.is_file() and read_json(note)["key"] != key:
-        raise ArtifactError(f"{folder} holds an unfinished harvest of other models, text or settings",
-                            remedy=f"delete {folder}")
-    if not note.is_file():
+    note = folder / WORK
+    if note.is_file():
+        _refuse_other(folder, "an unfinished", read_json(note)["key"], key)
+    else:
         write_json(note, {"key": key})
+
+
+def _refuse_other(folder: Path, which: str, theirs: str, key: str) -> None:
+    if theirs != key:
+        raise ArtifactError(f"{folder} holds {which} harvest of other models, text, sites or settings",
+                            expected=f"key {key}", got=theirs, remedy=f"delete {folder}, or name another folder")
 
 
 def _calibrate(pair: Pair, batches: list, sites: Sequence[Site]) -> tuple[Tensor, Tensor]:
     """Median stream norms (S, M) and the noise floor (S,) on the first rows; the same on every resume."""
     batch = batches[len(batches) // 2]
     ids, mask = batch.ids_BT[:8], batch.mask_BT[:8]
-    streams = both_streams(pair, ids, sites)[mask]
-    return streams.float().norm(dim=-1).median(0).values, noise_floor(pair.base, ids, mask, sites)
+    streams = both_streams(pair, ids, sites)[mask].float().cpu()
+    return streams.norm(dim=-1).median(0).values, noise_floor(pair.base, ids, mask, sites).cpu()
 
 
 def _shard(pair, group, sites, settings, median_SM, document_R, held_D, tokens) -> dict[str, Tensor]:
     parts: dict[str, list[Tensor]] = {}
     for batch in group:
         mask = batch.mask_BT
+        rows_B = torch.as_tensor(batch.rows_B)
+        row_BT = rows_B[:, None].expand_as(batch.ids_BT)
+        position_BT = torch.arange(mask.shape[1])[None].expand_as(batch.ids_BT)
+        document_N = document_R[row_BT[mask]]
         streams = both_streams(pair, batch.ids_BT, sites)[mask].float().cpu()
-        if not torch.isfinite(streams).all():
-            raise NumericsError("a stream holds NaN or infinite values", got=f"a row of {tokens.documents[0].id} or later",
-                                remedy="--set pair.dtype=float32")
+        finite_NSM = torch.isfinite(streams).all(-1)
+        if not finite_NSM.all():
+            n, s, m = (~finite_NSM).nonzero()[0].tolist()
+            raise NumericsError(
+                f"a stream of {MODELS[m]} holds NaN or infinite values", expected="finite streams",
+                got=f"{sites[s]} at token {position_BT[mask][n]} of a row of {tokens.documents[document_N[n]].id}",
+                remedy="--set pair.dtype=float32",
+            )
         base, delta = streams[:, :, BASE], streams[:, :, TUNED] - streams[:, :, BASE]
         kept = (streams.norm(dim=-1) <= settings.abnormal * median_SM).all(-1).all(-1)
         store = STORES[settings.store]
         if store is torch.float16:
             limit = torch.finfo(store).max
-            if float(base[kept].abs().amax()) > limit:
-                raise NumericsError("a stream is too large for float16", remedy="--set harvest.store=bfloat16")
+            if (base[kept].abs() > limit).any() or (delta[kept].abs() > limit).any():
+                raise NumericsError("a stream is too large for float16", expected=f"at most {limit:.0f}",
+                                    remedy="--set harvest.store=bfloat16")
             base = base.clamp(-limit, limit)  # only tokens that are set apart
             delta = delta.clamp(-limit, limit)
-        rows_B = torch.as_tensor(batch.rows_B)
-        row_BT = rows_B[:, None].expand_as(batch.ids_BT)
-        position_BT = torch.arange(mask.shape[1])[None].expand_as(batch.ids_BT)
-        document_N = document_R[row_BT[mask]]
         for name, value in {
             "base": base.to(store), "delta": delta.to(store), "token": batch.ids_BT[mask].int(),
             "row": row_BT[mask].int(), "position": position_BT[mask].int(), "document": document_N.int(),

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Sequence
 import torch
 from torch import Tensor
 
-from tunediff.artifacts import finish, is_finished, open_folder, read_tensors, write_tensors
+from tunediff.artifacts import finish, is_finished, key_of, open_folder, read_tensors, write_tensors
+from tunediff.errors import ArtifactError, NumericsError
 from tunediff.models import LanguageModel
+from tunediff.pairs import fingerprint
 from tunediff.sites import Site
 
 if TYPE_CHECKING:
@@ -41,15 +43,13 @@ class Lens:
         """
         rows_VD = model.family.unembedding(model.network).weight.float()
         rows_VD = torch.nn.functional.normalize(rows_VD - rows_VD.mean(0), dim=1)
-        read = torch.nn.functional.normalize(self.map_SDD[self.sites.index(site)] @ direction_D.float(), dim=0)
-        scores = rows_VD @ read
-        if mask_V is not None:
-            scores = torch.where(mask_V, scores, torch.zeros_like(scores))
-        top, bottom = scores.topk(count), (-scores).topk(count)
-        return (
-            list(zip(top.indices.tolist(), top.values.tolist())),
-            list(zip(bottom.indices.tolist(), (-bottom.values).tolist())),
-        )
+        read = self.map_SDD[self.sites.index(site)] @ direction_D.to(self.map_SDD)
+        read = torch.nn.functional.normalize(read, dim=0).to(rows_VD)
+        scores = (rows_VD @ read).cpu()
+        may_V = torch.ones(len(scores), dtype=torch.bool) if mask_V is None else mask_V.cpu()
+        named = may_V.nonzero()[:, 0]
+        order = named[scores[named].argsort(descending=True, stable=True)].tolist()
+        return [(v, float(scores[v])) for v in order[:count]], [(v, float(scores[v])) for v in order[::-1][:count]]
 
 
 def fit_lens(
@@ -61,24 +61,33 @@ def fit_lens(
     ridge      added to the diagonal, as a share of its mean: more blurs the read-out, less overfits
     abnormal   tokens with a stream norm above this multiple of the median are left out
 
-    Every eighth batch is kept for the R^2. Skips what is finished in `folder`.
+    Every eighth batch, from the second on, is kept for the R^2. Skips what is finished in `folder`; raises
+    `ArtifactError` if that is a lens of another model, text or setting, `NumericsError` on non-finite streams.
     """
     sites = tuple(sorted(set(sites)))
+    key = key_of(SCHEMA, fingerprint(model.network, adapters=False), tokens.fingerprint, list(map(str, sites)), ridge, batch_tokens,
+                 abnormal)
     if is_finished(folder):
         manifest = open_folder(folder, SCHEMA)
-        saved = read_tensors(folder / "lens.safetensors")
-        return Lens(tuple(Site.parse(s) for s in manifest["sites"]), saved["map"], saved["r2"])
+        if manifest["key"] != key:
+            raise ArtifactError(f"{folder} holds a lens of another model, text, sites or settings",
+                                expected=f"key {key}", got=manifest["key"],
+                                remedy=f"delete {folder}, or name another folder")
+        return _open(folder, sites)
     width = model.width
     gram = torch.zeros(len(sites), width, width, dtype=torch.float64)
     cross = torch.zeros_like(gram)
     sums = torch.zeros(2, len(sites), width, dtype=torch.float64)
     count, kept = 0, []
     for number, batch in enumerate(tokens.select("train").batches(batch_tokens)):
-        x, y = model.streams_and_states(batch.ids_BT, sites)
-        norms = x[batch.mask_BT].norm(dim=-1)
+        x_NSD, y_ND = (taken[batch.mask_BT].cpu().double() for taken in model.streams_and_states(batch.ids_BT, sites))
+        if not (torch.isfinite(x_NSD).all() and torch.isfinite(y_ND).all()):
+            raise NumericsError(f"a stream of {model.name} holds NaN or infinite values", expected="finite streams",
+                                remedy="--set pair.dtype=float32")
+        norms = x_NSD.norm(dim=-1)
         ordinary = (norms <= abnormal * norms.median(0).values).all(-1)
-        x_NSD, y_ND = x[batch.mask_BT][ordinary].double(), y[batch.mask_BT][ordinary].double()
-        if number % 8 == 7:
+        x_NSD, y_ND = x_NSD[ordinary], y_ND[ordinary]
+        if number % 8 == 1:
             kept.append((x_NSD, y_ND))
             continue
         gram += torch.einsum("nsd,nse->sde", x_NSD, x_NSD)
@@ -99,8 +108,13 @@ def fit_lens(
             wrong += float((y - (x_NSD[:, s] - means[0, s]) @ maps[s].T).pow(2).sum())
             total += float(y.pow(2).sum())
         r2.append(1 - wrong / total if total else float("nan"))
-    lens = Lens(sites, torch.stack(maps).float(), torch.tensor(r2))
     folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(folder / "lens.safetensors", {"map": lens.map_SDD, "r2": lens.r2_S})
-    finish(folder, SCHEMA, {"sites": [str(s) for s in sites], "ridge": ridge, "r2": lens.r2_S}, ["lens.safetensors"])
-    return lens
+    write_tensors(folder / "lens.safetensors", {"map": torch.stack(maps).float(), "r2": torch.tensor(r2)})
+    finish(folder, SCHEMA, {"key": key, "sites": [str(s) for s in sites], "ridge": ridge, "r2": r2},
+           ["lens.safetensors"])
+    return _open(folder, sites)  # the tensors anyone who opens it has: even their place in memory moves the last bits
+
+
+def _open(folder: Path, sites: tuple[Site, ...]) -> Lens:
+    saved = read_tensors(folder / "lens.safetensors")
+    return Lens(sites, saved["map"], saved["r2"])

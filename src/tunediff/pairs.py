@@ -235,10 +235,19 @@ def probe_ids(tokenizer: Any, vocabulary: int) -> Tensor:
     return torch.tensor([[i if i < vocabulary else 0 for i in row[:length]] for row in rows])
 
 
-def fingerprint(module: nn.Module) -> str:
-    """A 16-digit hash over every parameter's and buffer's name, shape and bytes."""
+def fingerprint(module: nn.Module, adapters: bool = True) -> str:
+    """A 16-digit hash over every parameter's and buffer's name, shape and bytes.
+
+    Without `adapters`, what PEFT put into a network is passed over: the hash is that of the network before.
+    """
+    tensors = module.state_dict()
+    if not adapters:
+        tensors = {
+            name.replace(".base_layer.", ".").replace(".original_module.", "."): tensor
+            for name, tensor in tensors.items() if ".lora_" not in name and ".modules_to_save." not in name
+        }
     digest = hashlib.blake2b(digest_size=8)
-    for name, tensor in sorted(module.state_dict().items()):
+    for name, tensor in sorted(tensors.items()):
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
