@@ -219,11 +219,12 @@ class LanguageModel:
         base_logp_BTV   base's log-probabilities on the vocabulary that both share
         """
         taken: list[Tensor] = []
-        with torch.enable_grad(), self.switch(), ExitStack() as stack:
+        with torch.enable_grad(), self.switch():
             leaf = stream_BTD.detach().clone().to(self.device).requires_grad_(True)
-            self._skip_to(stack, Start(site, leaf))
-            self._take_final(stack, taken)
-            self._forward(ids_BT)
+            with ExitStack() as stack:
+                self._skip_to(stack, Start(site, leaf))
+                self._take_final(stack, taken)
+                self._forward(ids_BT)
             raw = self.family.unembedding(self.network)(taken[0][mask_BT])
             logp = self.family.scaled_logits(self.network, raw.float())[..., : base_logp_BTV.shape[-1]].log_softmax(-1)
             kl = (logp.exp() * (logp - base_logp_BTV[mask_BT].clone())).sum()
