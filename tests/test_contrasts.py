@@ -1,4 +1,4 @@
-"""Contrastive text: both models answer the same prompts; answers stay together, repeat, and leave nobody out alone."""
+"""Contrastive text: two answers a prompt, which stay together, repeat, and are left out together."""
 
 from __future__ import annotations
 
@@ -23,15 +23,22 @@ def pair() -> Pair:
 
 
 def prompts(count: int = 8, **rest) -> Corpus:
-    return Corpus("prompts", tuple(
-        Document(f"p/{n}", "chat", messages=(("user", "ask " + "again " * (n % 3) + str(n)),)) for n in range(count)
-    ), **rest)
+    return Corpus(
+        "prompts",
+        tuple(
+            Document(f"p/{n}", "chat", messages=(("user", "ask " + "again " * (n % 3) + str(n)),))
+            for n in range(count)
+        ),
+        **rest,
+    )
 
 
 def test_two_answers_a_prompt_each_by_its_writer(pair):
     made = contrast(pair, prompts(), QUICK, seed=0)
     assert len(made) == 16 and [d.writer for d in made] == ["base", "tuned"] * 8
-    assert all(d.kind == "contrastive" and d.messages[-1][0] == "assistant" and d.messages[-1][1] for d in made)
+    assert all(
+        d.kind == "contrastive" and d.messages[-1][0] == "assistant" and d.messages[-1][1] for d in made
+    )
     for base, tuned in zip(made[::2], made[1::2]):
         assert base.messages[:-1] == tuned.messages[:-1] and base.group == tuned.group
     assert any(base.messages != tuned.messages for base, tuned in zip(made[::2], made[1::2]))
@@ -44,7 +51,10 @@ def test_answers_are_the_models_own_completions(pair):
     for document in made:
         model = pair.base if document.writer == "base" else pair.tuned
         ids = pair.tokenizer.apply_chat_template(
-            [{"role": r, "content": c} for r, c in document.messages[:-1]], add_generation_prompt=True, tokenize=False)
+            [{"role": r, "content": c} for r, c in document.messages[:-1]],
+            add_generation_prompt=True,
+            tokenize=False,
+        )
         (answer,) = model.complete([pair.tokenizer(ids, add_special_tokens=False)["input_ids"]], 5)
         assert pair.tokenizer.decode(answer, skip_special_tokens=True).strip() == document.messages[-1][1]
 
@@ -88,7 +98,11 @@ def test_prompts_without_an_answer_are_left_out_for_both(pair, monkeypatch):
 
     monkeypatch.setattr(LanguageModel, "complete", complete)
     made = contrast(pair, prompts(), QUICK, seed=0)
-    assert [d.group for d in made[::2]] == [d.group for d in made[1::2]] == [f"p/{n}" for n in (0, 2, 3, 5, 6, 7)]
+    assert (
+        [d.group for d in made[::2]]
+        == [d.group for d in made[1::2]]
+        == [f"p/{n}" for n in (0, 2, 3, 5, 6, 7)]
+    )
 
 
 def test_prompts_too_long_to_be_read_whole_are_left_out(pair, monkeypatch):

@@ -1,4 +1,4 @@
-"""Harvests: both models on the same tokens, near-exact on disk, the same bytes however often the run was killed."""
+"""Harvests: the same tokens, near-exact on disk, the same bytes however often a run was killed."""
 
 from __future__ import annotations
 
@@ -37,7 +37,9 @@ def corpus(seed: int = 0, share: float = 0.25) -> Corpus:
     return Corpus("tiny", tuple(Document(f"d/{n}", "prose", text=t) for n, t in enumerate(texts)), share)
 
 
-def pair_of(base: torch.nn.Module, tuned: torch.nn.Module, names: tuple[str, str] = ("b" * 16, "t" * 16)) -> Pair:
+def pair_of(
+    base: torch.nn.Module, tuned: torch.nn.Module, names: tuple[str, str] = ("b" * 16, "t" * 16)
+) -> Pair:
     """A pair in memory, without the checks of loading."""
     tokenizer = tiny_models.tokenizer()
     sides = LanguageModel(base, tokenizer, "base"), LanguageModel(tuned, tokenizer, "tuned")
@@ -56,8 +58,10 @@ def upper(tmp_path_factory) -> Pair:
 
     root = tmp_path_factory.mktemp("upper")
     tiny_models.save(root / "base", tiny_models.module("llama"))
-    wrapped = get_peft_model(tiny_models.module("llama"), LoraConfig(
-        r=2, target_modules=["q_proj", "up_proj"], layers_to_transform=[2]))
+    wrapped = get_peft_model(
+        tiny_models.module("llama"),
+        LoraConfig(r=2, target_modules=["q_proj", "up_proj"], layers_to_transform=[2]),
+    )
     for name, parameter in wrapped.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(std=0.3, generator=torch.Generator().manual_seed(0))
@@ -117,8 +121,10 @@ def test_a_shards_streams_are_bit_equal_to_the_same_batch_run_again(exact, pair,
 
 @pytest.mark.parametrize("store, unit", [("float32", 2**-24), ("float16", 2**-11), ("bfloat16", 2**-8)])
 def test_base_and_delta_are_kept_to_the_formats_precision(pair, tokens, exact, tmp_path, store, unit):
-    """Half a unit in the last place of base and of delta each; float16 is absolute below 2^-14 (subnormal)."""
-    h = harvest(pair, tokens, SITES, tmp_path, HarvestSettings(store=store, batch_tokens=128, shard_tokens=256))
+    """Half a unit in the last place of base and of delta each; float16 is absolute below 2^-14."""
+    h = harvest(
+        pair, tokens, SITES, tmp_path, HarvestSettings(store=store, batch_tokens=128, shard_tokens=256)
+    )
     true = exact.at(exact.index("all"))
     base, delta = true[:, :, BASE], true[:, :, TUNED] - true[:, :, BASE]
     got = h.at(h.index("all"))
@@ -127,7 +133,7 @@ def test_base_and_delta_are_kept_to_the_formats_precision(pair, tokens, exact, t
     assert ((got[:, :, BASE] - base).abs() <= unit * base.abs() + tiny + slack).all()
     error = (got[:, :, TUNED] - true[:, :, TUNED]).abs()
     assert (error <= unit * (base.abs() + delta.abs()) + 2 * tiny + slack).all()
-    # The difference of the two is as good as delta itself, however small beside base: that is why delta is stored.
+    # The difference of the two is as good as delta itself, however small: that is why it is stored.
     kept = (got[:, :, TUNED] - got[:, :, BASE] - delta).norm() / delta.norm()
     assert kept < {"float32": 1e-6, "float16": 3e-4, "bfloat16": 2.5e-3}[store]
 
@@ -179,8 +185,13 @@ def test_abnormal_tokens_are_set_apart_and_counted(pair, tokens, tmp_path, exact
     norms = exact.at(torch.arange(len(exact.token_N))).norm(dim=-1)
     median = torch.tensor(exact.manifest["median_norm"])
     limit = 1.2
-    h = harvest(pair, tokens, SITES, tmp_path, HarvestSettings(
-        store="float32", abnormal=limit, batch_tokens=128, shard_tokens=256))
+    h = harvest(
+        pair,
+        tokens,
+        SITES,
+        tmp_path,
+        HarvestSettings(store="float32", abnormal=limit, batch_tokens=128, shard_tokens=256),
+    )
     expected = (norms <= limit * median).all(-1).all(-1)
     assert 0 < (~expected).sum() < len(expected)
     assert torch.equal(h.kept_N, expected)
@@ -246,6 +257,7 @@ def test_a_run_stopped_between_any_two_shards_resumes(pair, tokens, tmp_path):
 
     class Stop(Exception):
         pass
+
     calls = 0
     while not artifacts.is_finished(tmp_path / "stopped") and calls < 50:
         calls += 1
@@ -266,7 +278,9 @@ def test_a_run_stopped_between_any_two_shards_resumes(pair, tokens, tmp_path):
 def test_a_finished_run_is_skipped(pair, tokens, tmp_path, monkeypatch):
     first = harvest(pair, tokens, SITES, tmp_path, SMALL)
     before = hashes(tmp_path)
-    artifacts.write_json(tmp_path / "work.json", {"key": first.fingerprint})  # as if killed before it was taken away
+    artifacts.write_json(
+        tmp_path / "work.json", {"key": first.fingerprint}
+    )  # as if killed before it was taken away
     monkeypatch.setattr(harvests, "both_streams", None)
     again = harvest(pair, tokens, list(reversed(SITES)), tmp_path, SMALL)
     assert again.fingerprint == first.fingerprint and hashes(tmp_path) == before
@@ -287,8 +301,12 @@ def test_a_folder_of_other_work_is_refused(pair, tokens, tmp_path, state):
         artifacts.write_json(tmp_path / "work.json", {"key": key})
     other = pair_of(pair.base.module, pair.tuned.module, ("b" * 16, "u" * 16))
     text = corpus(1).tokens(pair.tokenizer, row_tokens=32)
-    for work in ((other, tokens, SITES, SMALL), (pair, text, SITES, SMALL), (pair, tokens, SITES[:1], SMALL),
-                 (pair, tokens, SITES, EXACT)):
+    for work in (
+        (other, tokens, SITES, SMALL),
+        (pair, text, SITES, SMALL),
+        (pair, tokens, SITES[:1], SMALL),
+        (pair, tokens, SITES, EXACT),
+    ):
         with pytest.raises(ArtifactError, match="other models, text, sites or settings") as caught:
             harvest(*work[:3], tmp_path, work[3])
         assert str(tmp_path) in caught.value.what and "delete" in caught.value.remedy
@@ -337,7 +355,11 @@ def test_a_full_disk_has_its_sentence_and_the_run_resumes(pair, tokens, tmp_path
         patch.setattr(artifacts.os, "fsync", full)
         with pytest.raises(ArtifactError, match="could not be written") as caught:
             harvest(pair, tokens, SITES, tmp_path / "full", SMALL)
-    assert "No space left" in caught.value.got and "bytes" in caught.value.expected and "free" in caught.value.remedy
+    assert (
+        "No space left" in caught.value.got
+        and "bytes" in caught.value.expected
+        and "free" in caught.value.remedy
+    )
     assert not list((tmp_path / "full").glob(".*")), "nothing half written is left"
     harvest(pair, tokens, SITES, tmp_path / "full", SMALL)
     assert hashes(tmp_path / "full") == hashes(tmp_path / "whole")
@@ -396,7 +418,9 @@ def test_a_corpus_with_an_empty_split_is_refused(pair, tmp_path, share, what):
     assert caught.value.remedy and not (tmp_path / "h").exists()
 
 
-@pytest.mark.parametrize("wrong", [dict(store="int8"), dict(abnormal=1.0), dict(batch_tokens=0), dict(shard_tokens=0)])
+@pytest.mark.parametrize(
+    "wrong", [dict(store="int8"), dict(abnormal=1.0), dict(batch_tokens=0), dict(shard_tokens=0)]
+)
 def test_settings_out_of_range_are_refused(wrong):
     with pytest.raises(SettingError) as caught:
         HarvestSettings(**wrong)

