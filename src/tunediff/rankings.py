@@ -254,14 +254,18 @@ def rank(
     few = sample.head(cut)
     keep = ordinary[:cut]
 
-    def energies(delta_NSD: Tensor) -> Tensor:
-        return energy_along(f_NK[:cut][keep], delta_NSD[keep], half_N[:cut][keep], constant_K)
+    def energies(streams_NSD: Tensor) -> Tensor:
+        # Each tune is read as it is: a readout may look at the difference itself, and then goes along with it.
+        read = replace(few, streams_NSMD=torch.stack([base_NSD[:cut], streams_NSD], 2))
+        own_NK = torch.stack([read.strength(c) for c in changes], 1)
+        delta_NSD = streams_NSD - base_NSD[:cut]
+        return energy_along(own_NK[keep], delta_NSD[keep], half_N[:cut][keep], constant_K)
 
-    energy_K = energies((tuned_NSD - base_NSD)[:cut])
+    energy_K = energies(tuned_NSD[:cut])
     nulls = []
     for draw in range(settings.nulls):
         other = streams_of(pair.random_tuned(seed_of(seed, "null", draw)), pair, few, settings.batch_tokens)
-        nulls.append(energies(other - base_NSD[:cut]))
+        nulls.append(energies(other))
         if progress:
             progress(draw + 1, settings.nulls)
     score_K, null_RK, p = max_t(energy_K, torch.stack(nulls))
