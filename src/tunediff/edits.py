@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from tunediff.corpora import Tokens
-from tunediff.models import LanguageModel, swapped
+from tunediff.models import LanguageModel
 from tunediff.pairs import Delta, Pair
 
 
@@ -38,6 +38,12 @@ class EditSettings:
     be reverted on no evidence, too much blunts the edit."""
     spread: bool = True
     """Whether a change counts as on from its first firing in a row to the row's end, or only where it fires."""
+    tokens: int = 5000
+    """Training tokens from which moments are taken: a third where the changes are on the most, the rest anywhere."""
+    bills: int = 2
+    """How many of the first confirmed changes `diff` bills the undoing of."""
+    controls: int = 2
+    """Edits of equal energy aimed at random text, which the bill is held against."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,51 +74,57 @@ class Edit:
 
 
 def input_moments(
-    model: LanguageModel, deltas: Sequence[Delta], tokens: Tokens, on_R: Sequence[Tensor], batch_tokens: int = 2048
-) -> dict[str, Moments]:
-    """Moments of every map's inputs over `tokens`, by map name.
+    model: LanguageModel, deltas: Sequence[Delta], tokens: Tokens, on_CR: Sequence[Sequence[Tensor]],
+    batch_tokens: int = 2048,
+) -> list[dict[str, Moments]]:
+    """Moments of every map's inputs over `tokens`, by map name, for each of several ways C of saying what is on.
 
-    on_R    for each row, how much each of its tokens counts as on (0..1), shape (T of the row,)
+    on_CR   for each way and row, how much each of the row's tokens counts as on (0..1), shape (T of the row,)
     """
     names = {id(delta.linear): delta.name for delta in deltas}
     total: dict[str, Tensor] = {}
-    on: dict[str, Tensor] = {}
-    # Maps that read the very same tensor (query, key, value) share one product.
-    shared: dict[int, tuple[Tensor, list[str]]] = {}
-    groups: dict[str, str] = {}
-    state: dict[str, Tensor] = {}
+    on: list[dict[str, Tensor]] = [{} for _ in on_CR]
+    # Maps that read the very same tensor (query, key, value) share their products.
+    seen: dict[int, tuple[Tensor, str]] = {}
+    reads: dict[str, str] = {}
+    mask_BT: list[Tensor] = []
+    weights_CN: list[Tensor] = []
 
     def hook(module: nn.Module, arguments: tuple) -> None:
         x_BTI = arguments[0]
         name = names[id(module)]
-        seen = shared.get(id(x_BTI))
-        if seen is not None and seen[0] is x_BTI:
-            groups[name] = seen[1][0]
+        if id(x_BTI) in seen:
+            reads[name] = seen[id(x_BTI)][1]
             return
-        shared[id(x_BTI)] = (x_BTI, [name])
-        x_NI = x_BTI[state["mask"]].float()
-        weight_N = state["on"]
-        chosen = weight_N > 0
-        x_on = x_NI[chosen]
-        whole, part = x_NI.T @ x_NI, (x_on * weight_N[chosen, None]).T @ x_on
-        total[name] = total[name] + whole if name in total else whole.clone()
-        on[name] = on[name] + part if name in on else part.clone()
+        seen[id(x_BTI)] = (x_BTI, name)  # holds the tensor, so that its id stays its own
+        x_NI = x_BTI[mask_BT[0]].float()
+        _add(total, name, x_NI.T @ x_NI)
+        for sums, weight_N in zip(on, weights_CN):
+            chosen = weight_N > 0
+            x_on = x_NI[chosen]
+            _add(sums, name, (x_on * weight_N[chosen, None]).T @ x_on)
 
     handles = [delta.linear.register_forward_pre_hook(hook) for delta in deltas]
     try:
         for batch in tokens.batches(batch_tokens):
-            state["mask"] = batch.mask_BT
-            state["on"] = torch.cat([on_R[row] for row in batch.rows_B.tolist()]).float()
-            shared.clear()
+            rows = batch.rows_B.tolist()
+            mask_BT[:] = [batch.mask_BT]
+            weights_CN[:] = [torch.cat([on_R[row] for row in rows]).float() for on_R in on_CR]
+            seen.clear()
             model.states(batch.ids_BT)
     finally:
         for handle in handles:
             handle.remove()
-    return {
-        delta.name: Moments(on[key], total[key] - on[key])
-        for delta in deltas
-        for key in [groups.get(delta.name, delta.name)]
-    }
+    # Maps that share their inputs get the very same object, so that their M is solved for once.
+    shared = [{name: Moments(sums[name], total[name] - sums[name]) for name in total} for sums in on]
+    return [{d.name: moments[reads.get(d.name, d.name)] for d in deltas} for moments in shared]
+
+
+def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
+    if name in sums:
+        sums[name] += value
+    else:
+        sums[name] = value.clone()
 
 
 def revert_map(moments: Moments, settings: EditSettings) -> Tensor:
@@ -128,17 +140,33 @@ def revert_map(moments: Moments, settings: EditSettings) -> Tensor:
 
 
 def reverting(
-    pair: Pair, name: str, changes: Sequence[str], moments: Mapping[str, Moments], settings: EditSettings = EditSettings()
+    pair: Pair, name: str, changes: Sequence[str], moments: Mapping[str, Moments],
+    settings: EditSettings = EditSettings(), energy_of: "Edit | None" = None,
 ) -> Edit:
-    """The edit that gives base's maps back where the changes are on."""
+    """The edit that gives base's maps back where the changes are on.
+
+    energy_of   bring what is taken out of every map to the norm that this edit takes out of it: a fair control
+    """
     tensors: dict[nn.Parameter, Tensor] = {}
     maps: dict[int, Tensor] = {}
     for delta in pair.deltas():
         found = moments[delta.name]
-        if id(found.on_II) not in maps:
-            maps[id(found.on_II)] = revert_map(found, settings)
-        tensors.update(delta.with_input_map(maps[id(found.on_II)]))
+        if id(found) not in maps:
+            maps[id(found)] = revert_map(found, settings)
+        mine = delta.with_input_map(maps[id(found)])
+        if energy_of is not None:
+            (parameter, value), = mine.items()
+            now = parameter.data
+            ratio = _removed(delta, energy_of.tensors[parameter]) / max(_removed(delta, value), 1e-30)
+            mine = {parameter: now + ratio * (value - now)}
+        tensors.update(mine)
     return Edit(name, "revert", tuple(changes), tensors)
+
+
+def _removed(delta: Delta, value: Tensor) -> float:
+    """Norm of what goes from the map when its parameter becomes `value`."""
+    change = value.double() - delta.down_parameter.data.double()
+    return float((delta.up.double() @ change if delta.up is not None else change).norm())
 
 
 def scaling(pair: Pair, strength: float) -> Edit:

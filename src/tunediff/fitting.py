@@ -1,4 +1,5 @@
-"""Fitting a dictionary to a pair's activations: normalization, training, calibration, held-out quality, resumption."""
+"""Fitting a dictionary to a pair's activations: normalization, training, calibration, held-out quality,
+resumption."""
 
 from __future__ import annotations
 
@@ -87,10 +88,10 @@ class TensorSource:
 class Normalization:
     """Centering and scaling of streams: x_normalized = (x - center_SMD) / scale_S.
 
-    center_SMD          each model's own mean, so that a constant offset between the models is out before a dictionary sees it
-    scale_S             one root mean square for both models (two would break the difference), over tokens, models and dimensions
-    log_rms_ratio_S     log(rms tuned / rms base) of the centered streams, itself a finding
-    delta_variance      mean square of the normalized, centered difference tuned - base, a scalar; 0 if there is none
+    center_SMD        each model's own mean: a constant offset is out before a dictionary sees it
+    scale_S           one root mean square for both models (two would break the difference)
+    log_rms_ratio_S   log(rms tuned / rms base) of the centered streams, itself a finding
+    delta_variance    mean square of the normalized, centered difference tuned - base; 0 if there is none
     """
 
     center_SMD: Tensor
@@ -111,7 +112,9 @@ class Normalization:
         for at in index_N.split(CHUNK):
             x = source.read(TRAIN, at).double()
             if not bool(torch.isfinite(x).all()):
-                raise NumericsError("the training activations are not finite", remedy="look for overflow in the forward pass")
+                raise NumericsError(
+                    "the training activations are not finite", remedy="look for overflow in the forward pass"
+                )
             pivot = x.mean(0) if pivot is None else pivot
             x = x - pivot  # close to the mean, so that the difference of sums below loses nothing
             sums, squares = sums + x.sum(0), squares + x.square().sum(0)
@@ -127,7 +130,8 @@ class Normalization:
             raise NumericsError("a site's activations never vary", got=f"scale {scale_S.tolist()}")
         delta_SD = (deltas / n - delta_of(mean_SMD[None])[0].square()).clamp_min(0)
         return cls(
-            center_SMD=(pivot + mean_SMD).float(), scale_S=scale_S.float(),
+            center_SMD=(pivot + mean_SMD).float(),
+            scale_S=scale_S.float(),
             log_rms_ratio_S=(rms_SM[:, TUNED] / rms_SM[:, BASE]).log().float(),
             delta_variance=float((delta_SD / scale_S[:, None].square()).mean()),
         )
@@ -146,16 +150,19 @@ class FitSettings:
     """How a dictionary is trained. Same settings, spec and source give the same bytes on the same CPU."""
 
     steps: int | None = None
-    """Optimizer steps; None derives them from `epochs`. Too few: dead and half-learned latents. Too many: only time."""
+    """Optimizer steps; None derives them from `epochs`. Too few: dead and half-learned latents. Too many:
+    only time."""
 
     epochs: float = 4.0
     """Passes over the training tokens when `steps` is None."""
 
     batch: int = 1024
-    """Tokens a step. Too few: noisy gates and rare latents forgotten. Too many: few steps for the same text."""
+    """Tokens a step. Too few: noisy gates and rare latents forgotten. Too many: few steps for the same
+    text."""
 
     learning_rate: float | None = None
-    """Peak Adam step size; None takes 1e-3 below 10,000 latents, else 1e-4. Too small: unfinished. Too large: dead latents."""
+    """Peak Adam step size; None takes 1e-3 below 10,000 latents, else 1e-4. Too small: unfinished. Too
+    large: dead latents."""
 
     warmup: float = 0.05
     """Share of the steps (1,000 at most) over which the rate grows from 0."""
@@ -167,8 +174,8 @@ class FitSettings:
     """Largest global gradient norm. Too small: slow. Too large: one odd batch moves everything."""
 
     anneal_from: float = 1.0
-    """Every gate starts at this many times its k and comes down to it; 1 switches annealing off. Higher gives more
-    latents an early gradient."""
+    """Every gate starts at this many times its k and comes down to it; 1 switches annealing off. Higher
+    gives more latents an early gradient."""
 
     anneal: float = 0.1
     """Share of the steps over which k comes down."""
@@ -177,11 +184,12 @@ class FitSettings:
     """Weight of AuxK, in units of the error's variance (Gao et al. 2024). 0: dead latents stay dead."""
 
     aux_k: int = 512
-    """Most dead latents that AuxK uses on a token; half the width and the number of dead ones bound it too."""
+    """Most dead latents that AuxK uses on a token; half the width and the number of dead ones bound it
+    too."""
 
     dead_window: float = 0.02
-    """A latent silent for this share of all tokens (10 million at most) counts as dead. Too short: rare latents are
-    pushed about as if dead. Too long: dead ones are helped late."""
+    """A latent silent for this share of all tokens (10 million at most) counts as dead. Too short: rare
+    latents are pushed about as if dead. Too long: dead ones are helped late."""
 
     calibration: int = 65_536
     """Training tokens on which the inference threshold is set. Too few: the mean L0 at inference misses k."""
@@ -199,7 +207,12 @@ class FitSettings:
         require(self.steps is None or self.steps >= 1, "steps is out of range", "at least 1", self.steps)
         for name in ("epochs", "clip"):
             require(getattr(self, name) > 0, f"{name} is out of range", "above 0", getattr(self, name))
-        require(self.learning_rate is None or self.learning_rate > 0, "learning_rate is out of range", "above 0", self.learning_rate)
+        require(
+            self.learning_rate is None or self.learning_rate > 0,
+            "learning_rate is out of range",
+            "above 0",
+            self.learning_rate,
+        )
         for name in ("batch", "aux_k", "calibration", "log_every", "checkpoint_every"):
             require(getattr(self, name) >= 1, f"{name} is out of range", "at least 1", getattr(self, name))
         for name in ("warmup", "decay", "anneal", "dead_window"):
@@ -210,7 +223,8 @@ class FitSettings:
 
 @dataclass(frozen=True)
 class Quality:
-    """How good a dictionary is, on held-out tokens with inference thresholds unless said otherwise; sums in float64.
+    """How good a dictionary is, on held-out tokens with inference thresholds unless said otherwise; sums in
+    float64.
 
     ev_base, ev_tuned   share of variance explained; 1 is perfect, 0 no better than the mean, below 0 worse
     ev_delta            the same for tuned - base; low means that the dictionary missed the change
@@ -276,7 +290,9 @@ class Fitted:
     @torch.no_grad()
     def codes(self, x_NSMD: Tensor) -> Tensor:
         """f_NF of raw activations, at inference thresholds."""
-        return gates.threshold_gate(self.dictionary.pre(self.normalization.apply(x_NSMD.float())), self.threshold_F)
+        return gates.threshold_gate(
+            self.dictionary.pre(self.normalization.apply(x_NSMD.float())), self.threshold_F
+        )
 
     @torch.no_grad()
     def reconstruct(self, x_NSMD: Tensor) -> Tensor:
@@ -290,7 +306,8 @@ class Fitted:
 
     @torch.no_grad()
     def change(self, latent: int, *, id: str, finder: str) -> Change:
-        """Latent `latent` as a `Change` in raw units: its strength is the code, its write the decoder times scale."""
+        """Latent `latent` as a `Change` in raw units: its strength is the code, its write the decoder times
+        scale."""
         scale = self.normalization.scale_S[:, None, None]
         rows_SMD = self.dictionary.encoder_FSMD[latent].detach() / (MODELS * scale)
         bias = float(self.dictionary.encoder_bias_F[latent]) - float(
@@ -299,12 +316,20 @@ class Fitted:
         share = float(self.dictionary.share_F()[latent])
         group = next(g for g in self.dictionary.groups() if g.start <= latent < g.stop)
         return Change(
-            id=id, sites=self.sites, rows_SMD=rows_SMD.clone(),
+            id=id,
+            sites=self.sites,
+            rows_SMD=rows_SMD.clone(),
             write_SMD=self.dictionary.decoder_FSMD[latent].detach() * scale,
-            bias=bias, threshold=float(self.threshold_F[latent]), finder=finder,
+            bias=bias,
+            threshold=float(self.threshold_F[latent]),
+            finder=finder,
             origin={
-                "latent": latent, "dictionary": self.dictionary.spec.variant, "group": group.name, "share": share,
-                "held_out_firings": int(self.firings_F[latent]), "held_out_tokens": self.quality.held_out_tokens,
+                "latent": latent,
+                "dictionary": self.dictionary.spec.variant,
+                "group": group.name,
+                "share": share,
+                "held_out_firings": int(self.firings_F[latent]),
+                "held_out_tokens": self.quality.held_out_tokens,
                 "seed": self.seed,
             },
         )
@@ -312,28 +337,48 @@ class Fitted:
     def save(self, folder: Path, extra: dict[str, Any] | None = None) -> None:
         """Write ``dictionary.safetensors``, ``curve.json`` and, last, the manifest."""
         norm = self.normalization
-        artifacts.write_tensors(folder / "dictionary.safetensors", {
-            **self.dictionary.state_dict(), "firings_F": self.firings_F, "center_SMD": norm.center_SMD,
-            "scale_S": norm.scale_S, "log_rms_ratio_S": norm.log_rms_ratio_S,
-        })
+        artifacts.write_tensors(
+            folder / "dictionary.safetensors",
+            {
+                **self.dictionary.state_dict(),
+                "firings_F": self.firings_F,
+                "center_SMD": norm.center_SMD,
+                "scale_S": norm.scale_S,
+                "log_rms_ratio_S": norm.log_rms_ratio_S,
+            },
+        )
         artifacts.write_json(folder / "curve.json", self.curve)
-        artifacts.finish(folder, SCHEMA, {
-            "variant": self.dictionary.spec.variant, "spec": self.dictionary.spec, "seed": self.seed,
-            "sites": [str(site) for site in self.sites], "source": self.source, "thresholds": self.thresholds,
-            "delta_variance": norm.delta_variance, "quality": self.quality, **(extra or {}),
-        }, ["dictionary.safetensors", "curve.json"])
+        artifacts.finish(
+            folder,
+            SCHEMA,
+            {
+                "variant": self.dictionary.spec.variant,
+                "spec": self.dictionary.spec,
+                "seed": self.seed,
+                "sites": [str(site) for site in self.sites],
+                "source": self.source,
+                "thresholds": self.thresholds,
+                "delta_variance": norm.delta_variance,
+                "quality": self.quality,
+                **(extra or {}),
+            },
+            ["dictionary.safetensors", "curve.json"],
+        )
 
     @classmethod
     def load(cls, folder: Path) -> "Fitted":
-        """Read what `save` wrote; raises `ArtifactError` if it is unfinished, damaged or of another schema."""
+        """Read what `save` wrote; raises `ArtifactError` if it is unfinished, damaged or of another
+        schema."""
         folder = Path(folder)
         manifest = artifacts.open_folder(folder, SCHEMA)
         tensors = artifacts.read_tensors(folder / "dictionary.safetensors")
         spec = dictionaries.spec(manifest["variant"], **manifest["spec"])
         sites = tuple(Site.parse(text) for text in manifest["sites"])
         norm = Normalization(
-            center_SMD=tensors.pop("center_SMD"), scale_S=tensors.pop("scale_S"),
-            log_rms_ratio_S=tensors.pop("log_rms_ratio_S"), delta_variance=manifest["delta_variance"],
+            center_SMD=tensors.pop("center_SMD"),
+            scale_S=tensors.pop("scale_S"),
+            log_rms_ratio_S=tensors.pop("log_rms_ratio_S"),
+            delta_variance=manifest["delta_variance"],
         )
         firings_F = tensors.pop("firings_F")
         dictionary = build(spec, sites=len(sites), width=norm.center_SMD.shape[2], seed=manifest["seed"])
@@ -341,17 +386,28 @@ class Fitted:
         quality = manifest["quality"]
         nan = float("nan")
         return cls(
-            dictionary=dictionary.requires_grad_(False), normalization=norm,
+            dictionary=dictionary.requires_grad_(False),
+            normalization=norm,
             # JSON has no infinity: null stands for a gate that never opens.
             thresholds={k: float("inf") if v is None else v for k, v in manifest["thresholds"].items()},
             sites=sites,
-            quality=Quality(**{
-                name: tuple(nan if v is None else v for v in value) if isinstance(value, list)
-                else nan if value is None else value
-                for name, value in quality.items()
-            }),
-            curve=[{k: nan if v is None else v for k, v in row.items()} for row in artifacts.read_json(folder / "curve.json")],
-            firings_F=firings_F, seed=manifest["seed"], source=manifest["source"],
+            quality=Quality(
+                **{
+                    name: tuple(nan if v is None else v for v in value)
+                    if isinstance(value, list)
+                    else nan
+                    if value is None
+                    else value
+                    for name, value in quality.items()
+                }
+            ),
+            curve=[
+                {k: nan if v is None else v for k, v in row.items()}
+                for row in artifacts.read_json(folder / "curve.json")
+            ],
+            firings_F=firings_F,
+            seed=manifest["seed"],
+            source=manifest["source"],
         )
 
 
@@ -366,22 +422,32 @@ def thresholds_of(dictionary: Dictionary, thresholds: dict[str, float]) -> Tenso
     for group in dictionary.groups():
         theta = thresholds[group.name]
         part = weight_F[group.start : group.stop]
-        out_F[group.start : group.stop] = torch.where(part > 0, theta / part, torch.full_like(part, float("inf"))) if theta else 0.0
+        out_F[group.start : group.stop] = (
+            torch.where(part > 0, theta / part, torch.full_like(part, float("inf"))) if theta else 0.0
+        )
     return out_F
 
 
 def fit(
-    spec: Spec, source: Source, settings: FitSettings = FitSettings(), folder: Path | None = None,
+    spec: Spec,
+    source: Source,
+    settings: FitSettings = FitSettings(),
+    folder: Path | None = None,
     progress: Progress | None = None,
 ) -> Fitted:
     """Train the dictionary that `spec` names on `source`, calibrate it, and measure it on held-out tokens.
 
-    With `folder` the result is kept there: a finished one made of the same spec, settings and source is opened and
-    not trained again, a killed run resumes from its last checkpoint and ends with the same bytes, and anything else
-    found there is refused with `ArtifactError`. `NumericsError`: activations or loss became non-finite.
+    With `folder` the result is kept there: a finished one made of the same spec, settings and source is
+    opened and not trained again, a killed run resumes from its last checkpoint and ends with the same bytes,
+    and anything else found there is refused with `ArtifactError`. `NumericsError`: activations or loss
+    became non-finite.
     """
     key = artifacts.key_of(
-        SCHEMA, spec.variant, spec, dataclasses.replace(settings, checkpoint_every=1), source.fingerprint,
+        SCHEMA,
+        spec.variant,
+        spec,
+        dataclasses.replace(settings, checkpoint_every=1),
+        source.fingerprint,
         [str(site) for site in source.sites],
     )
     if folder is not None:
@@ -396,13 +462,20 @@ def fit(
 def _refuse_other(found: str | None, key: str, folder: Path) -> None:
     if found != key:
         raise ArtifactError(
-            f"{folder} holds a dictionary made of other settings or activations", expected=f"key {key}",
-            got=f"key {found}", remedy="give another folder, or delete this one",
+            f"{folder} holds a dictionary made of other settings or activations",
+            expected=f"key {key}",
+            got=f"key {found}",
+            remedy="give another folder, or delete this one",
         )
 
 
 def _fit(
-    spec: Spec, source: Source, settings: FitSettings, folder: Path | None, progress: Progress | None, key: str,
+    spec: Spec,
+    source: Source,
+    settings: FitSettings,
+    folder: Path | None,
+    progress: Progress | None,
+    key: str,
 ) -> Fitted:
     norm = Normalization.measure(source)
     sites, width = norm.center_SMD.shape[0], norm.center_SMD.shape[2]
@@ -439,7 +512,8 @@ def _fit(
 
 @dataclass(frozen=True)
 class Plan:
-    """What follows from settings and data: `steps` of `batch` tokens, `batches` an epoch of `count` tokens."""
+    """What follows from settings and data: `steps` of `batch` tokens, `batches` an epoch of `count`
+    tokens."""
 
     count: int
     batch: int
@@ -463,7 +537,9 @@ class Plan:
         """Warm-up, plateau, linear decay to 0."""
         warm = min(1000, settings.warmup * self.steps)
         down = settings.decay * self.steps
-        return self.rate * min(1.0, (step + 1) / warm if warm else 1.0, (self.steps - step) / down if down else 1.0)
+        return self.rate * min(
+            1.0, (step + 1) / warm if warm else 1.0, (self.steps - step) / down if down else 1.0
+        )
 
     def k_factor(self, step: int, settings: FitSettings) -> float:
         """How many times its k a gate keeps at this step."""
@@ -538,12 +614,20 @@ def step(state: State, x_NSMD: Tensor, settings: FitSettings, plan: Plan) -> dic
     if state.step % settings.log_every and state.step != plan.steps and state.step != 1:
         return None
     with torch.no_grad():
-        error, spread = run.error_NSMD.square().sum((0, 1, 3)), (x_NSMD - x_NSMD.mean(0)).square().sum((0, 1, 3))
+        error, spread = (
+            run.error_NSMD.square().sum((0, 1, 3)),
+            (x_NSMD - x_NSMD.mean(0)).square().sum((0, 1, 3)),
+        )
         ev_M = 1 - error / spread
         row = {
-            "step": float(state.step), "rate": rate, "loss": float(loss), **{f"loss.{k}": float(v) for k, v in parts.items()},
-            "ev_base": float(ev_M[BASE]), "ev_tuned": float(ev_M[TUNED]),
-            "l0": float(run.code.count()) / x_NSMD.shape[0], "dead": float((state.silent_F >= plan.dead_tokens).sum()),
+            "step": float(state.step),
+            "rate": rate,
+            "loss": float(loss),
+            **{f"loss.{k}": float(v) for k, v in parts.items()},
+            "ev_base": float(ev_M[BASE]),
+            "ev_tuned": float(ev_M[TUNED]),
+            "l0": float(run.code.count()) / x_NSMD.shape[0],
+            "dead": float((state.silent_F >= plan.dead_tokens).sum()),
         }
     if not math.isfinite(row["loss"]):
         raise NumericsError(f"the loss is not finite at step {state.step}", remedy="lower learning_rate")
@@ -556,7 +640,9 @@ def _finish(state: State, source: Source, norm: Normalization, settings: FitSett
     dictionary = state.dictionary
     dictionary.requires_grad_(False)
     count = min(plan.count, settings.calibration)
-    index_N = torch.randperm(plan.count, generator=generator(settings.seed, "calibration"))[:count].sort().values
+    index_N = (
+        torch.randperm(plan.count, generator=generator(settings.seed, "calibration"))[:count].sort().values
+    )
     groups, weight_F = dictionary.groups(), dictionary.weights_F()
     pools: dict[str, list[Tensor]] = {group.name: [] for group in groups}
     on = 0
@@ -568,10 +654,14 @@ def _finish(state: State, source: Source, norm: Normalization, settings: FitSett
         for group in groups:
             if group.k is not None:
                 part = value_NF[:, group.start : group.stop]
-                # Four times its share is more than any chunk of shuffled tokens sends past the common threshold.
-                pools[group.name].append(part.reshape(-1)[gates.batch_topk(part, min(4 * group.k + 1, group.stop - group.start))])
+                # Four times its share is more than any chunk of shuffled tokens sends past the common
+                # threshold.
+                pools[group.name].append(
+                    part.reshape(-1)[gates.batch_topk(part, min(4 * group.k + 1, group.stop - group.start))]
+                )
     thresholds = {
-        group.name: 0.0 if group.k is None else gates.calibrate(pools[group.name], round(count * group.k)) for group in groups
+        group.name: 0.0 if group.k is None else gates.calibrate(pools[group.name], round(count * group.k))
+        for group in groups
     }
     threshold_F = thresholds_of(dictionary, thresholds)
     held_out = source.count(HELD_OUT)
@@ -584,7 +674,8 @@ def _finish(state: State, source: Source, norm: Normalization, settings: FitSett
         firings_F += (f_NF > 0).sum(0)
         error = (x - dictionary.decode(f_NF)).double()
         for name, e, y in (
-            ("base", error[:, :, BASE], x[:, :, BASE]), ("tuned", error[:, :, TUNED], x[:, :, TUNED]),
+            ("base", error[:, :, BASE], x[:, :, BASE]),
+            ("tuned", error[:, :, TUNED], x[:, :, TUNED]),
             ("delta", delta_of(error), delta_of(x.double())),
         ):
             y = y.double()
@@ -598,14 +689,27 @@ def _finish(state: State, source: Source, norm: Normalization, settings: FitSett
     l0_training = on / count
     l0 = float(firings_F.sum()) / held_out if held_out else float("nan")
     quality = Quality(
-        ev_base=ev["base"], ev_tuned=ev["tuned"], ev_delta=ev["delta"], l0_training=l0_training, l0_inference=l0,
+        ev_base=ev["base"],
+        ev_tuned=ev["tuned"],
+        ev_delta=ev["delta"],
+        l0_training=l0_training,
+        l0_inference=l0,
         l0_gap=l0 / l0_training - 1 if l0_training else float("nan"),
         dead_share=float((state.silent_F >= plan.dead_tokens).float().mean()),
         silent_share=float((firings_F == 0).float().mean()),
-        train_tokens=plan.steps * plan.batch, held_out_tokens=held_out,
-        log_rms_ratio=tuple(norm.log_rms_ratio_S.tolist()), delta_ratio=math.sqrt(norm.delta_variance),
+        train_tokens=plan.steps * plan.batch,
+        held_out_tokens=held_out,
+        log_rms_ratio=tuple(norm.log_rms_ratio_S.tolist()),
+        delta_ratio=math.sqrt(norm.delta_variance),
     )
     return Fitted(
-        dictionary=dictionary, normalization=norm, thresholds=thresholds, sites=source.sites, quality=quality,
-        curve=state.curve, firings_F=firings_F, seed=settings.seed, source=source.fingerprint,
+        dictionary=dictionary,
+        normalization=norm,
+        thresholds=thresholds,
+        sites=source.sites,
+        quality=quality,
+        curve=state.curve,
+        firings_F=firings_F,
+        seed=settings.seed,
+        source=source.fingerprint,
     )

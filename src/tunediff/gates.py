@@ -9,12 +9,14 @@ _STRIDE = 61  # a prime, so that the sample below never lines up with a latent
 
 
 def batch_topk(value_NF: Tensor, k: float) -> Tensor:
-    """Flat indices, ascending, of the round(N*k) largest positive values of the whole batch (Bussmann et al. 2024).
+    """Flat indices, ascending, of the round(N*k) largest positive values of the whole batch (Bussmann et al.
+    2024).
 
-    `value_NF`: the scaled codes v = f*w (>= 0). `k`: mean kept a token, may be fractional. Fewer are returned only if
-    fewer are positive. Of equal values at the border the earlier in flat order is kept, so the answer does not depend
-    on how it was computed. A strided sample proposes a cut, everything above it is a candidate, and the exact cut is
-    made among the candidates; if the proposal was too high it falls back to all positive values.
+    `value_NF`: the scaled codes v = f*w (>= 0). `k`: mean kept a token, may be fractional. Fewer are
+    returned only if fewer are positive. Of equal values at the border the earlier in flat order is kept, so
+    the answer does not depend on how it was computed. A strided sample proposes a cut, everything above it
+    is a candidate, and the exact cut is made among the candidates; if the proposal was too high it falls
+    back to all positive values.
     """
     flat_P = value_NF.detach().reshape(-1)
     keep = min(round(value_NF.shape[0] * k), flat_P.numel())
@@ -46,7 +48,8 @@ def threshold_gate(pre_NF: Tensor, threshold_F: Tensor) -> Tensor:
 
 
 def calibrate(values: list[Tensor], keep: int) -> float:
-    """The threshold above which exactly `keep` of the pooled positive values lie; 0 if there are no more than that."""
+    """The threshold above which exactly `keep` of the pooled positive values lie; 0 if there are no more
+    than that."""
     pool = torch.cat([v[v > 0] for v in values]) if values else torch.zeros(0)
     if keep >= pool.numel():
         return 0.0
@@ -58,14 +61,21 @@ def calibrate(values: list[Tensor], keep: int) -> float:
 
 
 def auxk(
-    x_NI: Tensor, error_NI: Tensor, encoder_FI: Tensor, bias_F: Tensor, decoder_FI: Tensor, norm_F: Tensor,
-    dead_F: Tensor, k: int,
+    x_NI: Tensor,
+    error_NI: Tensor,
+    encoder_FI: Tensor,
+    bias_F: Tensor,
+    decoder_FI: Tensor,
+    norm_F: Tensor,
+    dead_F: Tensor,
+    k: int,
 ) -> Tensor:
-    """AuxK (Gao et al. 2024, 2406.04093): how badly the best `k` dead latents a token explain what is left over.
+    """AuxK (Gao et al. 2024, 2406.04093): how badly the best `k` dead latents a token explain what is left
+    over.
 
-    Only rows of dead latents enter, so live ones get no gradient and the cost follows the number of dead ones. The
-    target (the error) is detached and the decoder bias stays out. In units of the error's variance over the batch;
-    a non-finite value counts as 0. Selected on f*w, as everywhere in a crosscoder.
+    Only rows of dead latents enter, so live ones get no gradient and the cost follows the number of dead
+    ones. The target (the error) is detached and the decoder bias stays out. In units of the error's variance
+    over the batch; a non-finite value counts as 0. Selected on f*w, as everywhere in a crosscoder.
     """
     dead = dead_F.nonzero().squeeze(1)
     k = min(k, dead.numel())
@@ -76,4 +86,6 @@ def auxk(
     f = torch.zeros_like(f).scatter(1, top, f.gather(1, top))
     target = error_NI.detach()
     variance = (target - target.mean(0)).square().mean()
-    return torch.nan_to_num((target - f @ decoder_FI[dead]).square().mean() / variance, nan=0.0, posinf=0.0, neginf=0.0)
+    return torch.nan_to_num(
+        (target - f @ decoder_FI[dead]).square().mean() / variance, nan=0.0, posinf=0.0, neginf=0.0
+    )

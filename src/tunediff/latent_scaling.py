@@ -1,4 +1,5 @@
-"""Latent Scaling: does base need a latent too, whatever its decoder norms say? (Minder et al. 2025, 2504.02922)."""
+"""Latent Scaling: does base need a latent too, whatever its decoder norms say? (Minder et al. 2025,
+2504.02922)."""
 
 from __future__ import annotations
 
@@ -22,32 +23,36 @@ ERROR_LIMIT, RECONSTRUCTION_LIMIT = 0.2, 0.5
 """The source's limits: specific only if nu_error and nu_reconstruction stay below them."""
 
 MIN_SHARE = 0.25
-"""A latent can be specific only to a model that holds this share of its decoder norms at least. Ours, not the source's:
-along a vanishing decoder vector the ratios are arbitrary, and a base-only latent would pass as tuned-specific."""
+"""A latent can be specific only to a model that holds this share of its decoder norms at least. Ours, not
+the source's: along a vanishing decoder vector the ratios are arbitrary, and a base-only latent would pass as
+tuned-specific."""
 
 MIN_FIRINGS = 100
 """Below this many firings nothing is said."""
 
 BLOCKS = 512
-"""Documents beyond this many are dealt into this many blocks, and blocks are resampled: bounded memory, same level."""
+"""Documents beyond this many are dealt into this many blocks, and blocks are resampled: bounded memory, same
+level."""
 
 
 @dataclass(frozen=True)
 class LatentScale:
     """How one latent scales in both models, on tokens the dictionary was not fitted to.
 
-    beta_m is the factor by which direction d, times the code, best explains a target in model m. With d = d_tuned:
-    ``nu_error`` is beta_base / beta_tuned on the error with this latent's own part put back (near 1: base needs the
-    latent too, complete shrinkage), ``nu_reconstruction`` the same on the reconstruction (near 1: other latents write it
-    into base, latent decoupling). ``mirror_*`` swap the models, with d = d_base. Intervals are percentile bootstraps
-    over documents; a factor that is not positive in the model it is about makes the ratio infinite. A specific latent
-    is specific to *these* activations; it does not follow that it causes anything.
+    beta_m is the factor by which direction d, times the code, best explains a target in model m. With d =
+    d_tuned: ``nu_error`` is beta_base / beta_tuned on the error with this latent's own part put back (near
+    1: base needs the latent too, complete shrinkage), ``nu_reconstruction`` the same on the reconstruction
+    (near 1: other latents write it into base, latent decoupling). ``mirror_*`` swap the models, with d =
+    d_base. Intervals are percentile bootstraps over documents; a factor that is not positive in the model it
+    is about makes the ratio infinite. A specific latent is specific to *these* activations; it does not
+    follow that it causes anything.
 
-    latent, firings     its number, and on how many tokens it fires
+    latent, firings   its number, and on how many tokens it fires
+    share             |d_tuned| / (|d_base| + |d_tuned|)
     beta_error, beta_reconstruction   (base, tuned), along d_tuned
-    share               |d_tuned| / (|d_base| + |d_tuned|)
-    kind                the verdict: both upper ends below their limits and the model's own share of norms at least .25, else
-                        "not specific"; if both models pass, the one with the larger norm; "too rare" below 100 firings
+    kind              the verdict. Specific: both upper ends below their limits and the model's own share of
+                      norms at least .25; if both models pass, the one with the larger norm. "too rare" below
+                      100 firings
     """
 
     latent: int
@@ -64,15 +69,24 @@ class LatentScale:
 
 @torch.no_grad()
 def latent_scaling(
-    fitted: Fitted, source: Source, *, split: str = HELD_OUT, doc_N: Tensor | Sequence[int] | None = None,
-    latents: Sequence[int] | None = None, seed: int = 0, draws: int = 1000, level: float = 0.95,
+    fitted: Fitted,
+    source: Source,
+    *,
+    split: str = HELD_OUT,
+    doc_N: Tensor | Sequence[int] | None = None,
+    latents: Sequence[int] | None = None,
+    seed: int = 0,
+    draws: int = 1000,
+    level: float = 0.95,
     min_firings: int = MIN_FIRINGS,
 ) -> list[LatentScale]:
-    """Latent Scaling of `latents` (all of them by default), streamed over `split` in one pass, in normalized units.
+    """Latent Scaling of `latents` (all of them by default), streamed over `split` in one pass, in normalized
+    units.
 
-    `doc_N`: the document of every token of the split; without it every token counts as one of its own, which is right
-    only for independent samples. Each product is taken at the pairs (token, latent) that fire, so the cost follows L0
-    and not the number of latents. Raises `NumericsError` if `doc_N` has another length than the split.
+    `doc_N`: the document of every token of the split; without it every token counts as one of its own, which
+    is right only for independent samples. Each product is taken at the pairs (token, latent) that fire, so
+    the cost follows L0 and not the number of latents. Raises `NumericsError` if `doc_N` has another length
+    than the split.
     """
     dictionary, norm = fitted.dictionary, fitted.normalization
     F, N = dictionary.spec.latents, source.count(split)
@@ -129,14 +143,22 @@ def latent_scaling(
     out = []
     for c, latent in enumerate(at_J.tolist()):
         mine = {name: intervals[c] for name, intervals in nus.items()}
-        out.append(LatentScale(
-            latent=latent, firings=int(firings_J[c]), share=float(share_F[latent]),
-            beta_error=tuple(float(error[TUNED, m, :, c].sum() / scale_RJ[TUNED, c]) for m in range(len(MODELS))),
-            beta_reconstruction=tuple(
-                float(reconstruction[TUNED, m, :, c].sum() / scale_RJ[TUNED, c]) for m in range(len(MODELS))
-            ),
-            kind=_kind(mine, float(share_F[latent]), bool(enough[c])), **mine,
-        ))
+        out.append(
+            LatentScale(
+                latent=latent,
+                firings=int(firings_J[c]),
+                share=float(share_F[latent]),
+                beta_error=tuple(
+                    float(error[TUNED, m, :, c].sum() / scale_RJ[TUNED, c]) for m in range(len(MODELS))
+                ),
+                beta_reconstruction=tuple(
+                    float(reconstruction[TUNED, m, :, c].sum() / scale_RJ[TUNED, c])
+                    for m in range(len(MODELS))
+                ),
+                kind=_kind(mine, float(share_F[latent]), bool(enough[c])),
+                **mine,
+            )
+        )
     return out
 
 
@@ -144,8 +166,10 @@ def _kind(nus: dict[str, Interval], share: float, enough: bool) -> Kind:
     if not enough:
         return "too rare"
     passed = [
-        (own, kind) for own, prefix, kind in ((share, "", "tuned-specific"), (1 - share, "mirror_", "base-specific"))
-        if own >= MIN_SHARE and nus[prefix + "nu_error"].high < ERROR_LIMIT
+        (own, kind)
+        for own, prefix, kind in ((share, "", "tuned-specific"), (1 - share, "mirror_", "base-specific"))
+        if own >= MIN_SHARE
+        and nus[prefix + "nu_error"].high < ERROR_LIMIT
         and nus[prefix + "nu_reconstruction"].high < RECONSTRUCTION_LIMIT
     ]
     return max(passed)[1] if passed else "not specific"
@@ -170,7 +194,8 @@ def _draws(blocks: int, draws: int, seed: int) -> np.ndarray:
 def _ratios(
     top_GJ: np.ndarray, bottom_GJ: np.ndarray, counts: np.ndarray, enough_J: np.ndarray, level: float
 ) -> list[Interval]:
-    """Ratio of sums over blocks for each latent; infinite where the bottom is not positive. Rare ones: no interval."""
+    """Ratio of sums over blocks for each latent; infinite where the bottom is not positive. Rare ones: no
+    interval."""
 
     def ratio(top: np.ndarray, bottom: np.ndarray) -> np.ndarray:
         return np.where(bottom > 0, top / np.where(bottom > 0, bottom, 1.0), np.inf)
@@ -181,5 +206,7 @@ def _ratios(
         at = np.flatnonzero(enough_J)
         for some in np.array_split(at, max(1, -(-len(at) // 256))):
             drawn = ratio(counts @ top_GJ[:, some], counts @ bottom_GJ[:, some])
-            low_J[some], high_J[some] = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2], axis=0, method="nearest")
+            low_J[some], high_J[some] = np.quantile(
+                drawn, [(1 - level) / 2, (1 + level) / 2], axis=0, method="nearest"
+            )
     return [Interval(float(v), float(lo), float(hi), level) for v, lo, hi in zip(value_J, low_J, high_J)]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import socket
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Iterable, Iterator, Mapping
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -306,6 +309,7 @@ def _refuse_pickles(folder: Path) -> None:
 
 def _read(source: str, dtype: str) -> tuple[nn.Module, Any]:
     """Model and tokenizer of a folder, hub id, GGUF file or ``default``."""
+    from huggingface_hub import snapshot_download
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     path = embedded.base_folder() if source in ("default", embedded.BASE_NAME) else Path(source).expanduser()
@@ -331,11 +335,12 @@ def _read(source: str, dtype: str) -> tuple[nn.Module, Any]:
         raise SourceError(f"{source} is not a model", expected="a folder, a hub id, a GGUF file or a PEFT adapter",
                           got="a file" if path.exists() else "nothing there", remedy="check the path")
     try:
-        name = str(path) if path.is_dir() else source
+        local = path.is_dir() or not _hub_answers()
+        name = str(path) if path.is_dir() else snapshot_download(source, local_files_only=True) if local else source
+        safely = {"trust_remote_code": False, "local_files_only": local}
         model, loading = AutoModelForCausalLM.from_pretrained(
-            name, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=False,
-            output_loading_info=True)
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+            name, dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True, **safely)
+        tokenizer = AutoTokenizer.from_pretrained(name, **safely)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         if "trust_remote_code" in str(error):
             raise SourceError(f"{source} brings code of its own, which is not run",
@@ -351,6 +356,22 @@ def _read(source: str, dtype: str) -> tuple[nn.Module, Any]:
         raise SourceError(f"{source} lacks {len(loading['missing_keys'])} of its weights", expected="every weight",
                           got=f"no {sorted(loading['missing_keys'])[0]}", remedy="a whole checkpoint")
     return model, tokenizer
+
+
+def _hub_answers(seconds: float = 3.0) -> bool:
+    """Whether the hub can be reached. Offline, its client would try again for most of a minute before it gives up."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    if getproxies():
+        return True  # the way there is the proxy's, and only a request can tell
+    host = urlsplit(constants.ENDPOINT)
+    try:
+        socket.create_connection((host.hostname, host.port or 443), seconds).close()
+    except OSError:
+        return False
+    return True
 
 
 def _with_adapter(module: nn.Module, folder: Path, base: str) -> nn.Module:

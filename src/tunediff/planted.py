@@ -1,8 +1,8 @@
 """Planted benchmarks: activations with a known difference, and how much of it a dictionary finds.
 
-No language model: sparse features along known directions, each on in some tokens, written with a known gain into
-base and into tuned. The numbers follow the toy settings under which crosscoders are usually compared; every other
-case bends one thing that real tunes bend.
+No language model: sparse features along known directions, each on in some tokens, written with a known gain
+into base and into tuned. The numbers follow the toy settings under which crosscoders are usually compared;
+every other case bends one thing that real tunes bend.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ class Truth:
 
 @dataclass(frozen=True)
 class Case:
-    """How activations are planted; one setting a field, so that a case is the common one with something changed."""
+    """How activations are planted; one setting a field, so that a case is the common one with something
+    changed."""
 
     name: str
     """What it is called."""
@@ -89,7 +90,8 @@ class Case:
     """Length of a constant vector added to tuned at every token."""
 
     correlation: float = 0.0
-    """Chance that a tuned-only feature is on only because a shared partner is: 0 independent, 1 always together."""
+    """Chance that a tuned-only feature is on only because a shared partner is: 0 independent, 1 always
+    together."""
 
     tuned_scale: float = 1.0
     """Everything in tuned times this: a mismatch of scales between the models."""
@@ -116,7 +118,11 @@ class Case:
 
 
 _NARROW = dict(
-    base_only=0, specific_rate=0.005, samples=16_384, held_out=65_536, latents=64,
+    base_only=0,
+    specific_rate=0.005,
+    samples=16_384,
+    held_out=65_536,
+    latents=64,
     settings=FitSettings(steps=2000, batch=256, learning_rate=3e-3, log_every=500),
 )
 
@@ -136,7 +142,8 @@ CASES: dict[str, Case] = {
         Case("null", base_only=0, tuned_only=0),
     )
 }
-"""Every case by name. narrow-matched is the narrow one with k at the true L0; null is two equal models with unequal noise."""
+"""Every case by name. narrow-matched is the narrow one with k at the true L0; null is two equal models with
+unequal noise."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,27 +156,35 @@ class Planted:
 
 
 def plant(case: Case | str, seed: int) -> Planted:
-    """Activations of `case`; the same seed gives the same bytes. Raises `SettingError` for an unknown name."""
+    """Activations of `case`; the same seed gives the same bytes. Raises `SettingError` for an unknown
+    name."""
     if isinstance(case, str):
         if case not in CASES:
             raise SettingError(f"there is no planted case {case!r}", expected=", ".join(CASES))
         case = CASES[case]
     rng = generator(seed, "planted", case.name)
     kinds: list[Kind] = (
-        ["shared"] * case.shared + ["base"] * case.base_only + ["tuned"] * case.tuned_only
-        + ["amplified"] * case.amplified + ["rotated"] * case.rotated + ["moved"] * case.moved
+        ["shared"] * case.shared
+        + ["base"] * case.base_only
+        + ["tuned"] * case.tuned_only
+        + ["amplified"] * case.amplified
+        + ["rotated"] * case.rotated
+        + ["moved"] * case.moved
     )
     K, D = len(kinds), case.width
     unit_KD = torch.nn.functional.normalize(torch.randn(K, D, generator=rng), dim=1)
     other_KD = torch.randn(K, D, generator=rng)
-    other_KD = torch.nn.functional.normalize(other_KD - (other_KD * unit_KD).sum(1, keepdim=True) * unit_KD, dim=1)
+    other_KD = torch.nn.functional.normalize(
+        other_KD - (other_KD * unit_KD).sum(1, keepdim=True) * unit_KD, dim=1
+    )
     angle = math.radians(case.degrees)
     shift_D = torch.nn.functional.normalize(torch.randn(D, generator=rng), dim=0) * case.shift
     truth = []
     for kind, unit, other in zip(kinds, unit_KD, other_KD):
         base = torch.zeros(D) if kind == "tuned" else unit
         tuned = {
-            "base": torch.zeros(D), "amplified": case.gain * unit,
+            "base": torch.zeros(D),
+            "amplified": case.gain * unit,
             "rotated": math.cos(angle) * unit + math.sin(angle) * other,
         }.get(kind, unit)
         rate = case.specific_rate if kind in ("base", "tuned") else case.rate
@@ -188,10 +203,13 @@ def plant(case: Case | str, seed: int) -> Planted:
                 partner += 1
         moved_K = torch.tensor([kind == "moved" for kind in kinds])
         base_NK, tuned_NK = on_NK * size_NK, torch.where(moved_K, again_NK, on_NK) * size_NK
-        x = torch.stack([
-            base_NK @ torch.stack([t.base_D for t in truth]),
-            tuned_NK @ torch.stack([t.tuned_D for t in truth]) + shift_D,
-        ], dim=1)
+        x = torch.stack(
+            [
+                base_NK @ torch.stack([t.base_D for t in truth]),
+                tuned_NK @ torch.stack([t.tuned_D for t in truth]) + shift_D,
+            ],
+            dim=1,
+        )
         return x + case.noise * torch.randn(x.shape, generator=rng)
 
     return Planted(case, TensorSource(draw(case.samples), draw(case.held_out)), tuple(truth))
@@ -202,8 +220,8 @@ class Score:
     """What a dictionary found of a planted truth. Counts are of planted features unless said otherwise.
 
     planted          how many there are, by kind
-    learned          with a latent of cosine over .9 in every model that has the feature (the best one is its match)
-    by_norm          learned, and the match's share of norms is in the right bin
+    learned          with a latent of cosine over .9 in every model that has the feature (the best one is its
+    match) by_norm          learned, and the match's share of norms is in the right bin
     by_scaling       learned, and Latent Scaling gives the match the right verdict
     false_by_norm    live latents in a model-specific bin that match no planted specific feature of that kind
     false_by_scaling   the same by verdict
@@ -228,9 +246,12 @@ def bin_of(share: float) -> str:
 
 
 _BIN: dict[str, Callable[[str], bool]] = {
-    "shared": lambda b: b == "shared", "base": lambda b: b == "base", "tuned": lambda b: b == "tuned",
+    "shared": lambda b: b == "shared",
+    "base": lambda b: b == "base",
+    "tuned": lambda b: b == "tuned",
     # 1.5 times as strong is a share of .6: anything but a specific bin is right.
-    "amplified": lambda b: b in ("shared", "between"), "rotated": lambda b: b in ("shared", "between"),
+    "amplified": lambda b: b in ("shared", "between"),
+    "rotated": lambda b: b in ("shared", "between"),
     # The same direction at unrelated tokens is, to a dictionary, one feature of each model.
     "moved": lambda b: b in ("base", "tuned"),
 }
@@ -238,7 +259,8 @@ _VERDICT = {"base": "base-specific", "tuned": "tuned-specific"}
 
 
 def score(planted: Planted, fitted: Fitted, scales: list[LatentScale] | None = None) -> Score:
-    """Match latents to the planted features; `scales` defaults to Latent Scaling of every latent on held-out tokens."""
+    """Match latents to the planted features; `scales` defaults to Latent Scaling of every latent on held-out
+    tokens."""
     scales = latent_scaling(fitted, planted.source) if scales is None else scales
     dictionary = fitted.dictionary
     write_MFD = torch.nn.functional.normalize(dictionary.decoder_FSMD.detach()[:, 0].transpose(0, 1), dim=2)
@@ -251,7 +273,8 @@ def score(planted: Planted, fitted: Fitted, scales: list[LatentScale] | None = N
     for i, truth in enumerate(planted.truth):
         cosines = [
             write_MFD[m] @ torch.nn.functional.normalize(v, dim=0)
-            for m, v in enumerate((truth.base_D, truth.tuned_D)) if float(v.norm()) > 0
+            for m, v in enumerate((truth.base_D, truth.tuned_D))
+            if float(v.norm()) > 0
         ]
         either = truth.kind == "moved"
         cosine_F = torch.stack(cosines).amax(0) if either else torch.stack(cosines).amin(0)
@@ -263,7 +286,9 @@ def score(planted: Planted, fitted: Fitted, scales: list[LatentScale] | None = N
         table["learned"][truth.kind] += 1
         table["by_norm"][truth.kind] += _BIN[truth.kind](bin_of(float(share_F[best])))
         verdict = scales[best].kind
-        right = verdict in _VERDICT.values() if either else verdict == _VERDICT.get(truth.kind, "not specific")
+        right = (
+            verdict in _VERDICT.values() if either else verdict == _VERDICT.get(truth.kind, "not specific")
+        )
         table["by_scaling"][truth.kind] += right
     right_F = {
         side: matched_FK[:, [i for i, kind in enumerate(kinds) if kind in (side, "moved")]].any(1)
@@ -275,8 +300,11 @@ def score(planted: Planted, fitted: Fitted, scales: list[LatentScale] | None = N
             false["norm"] += bin_of(float(share_F[j])) == side and not bool(right_F[side][j])
             false["scaling"] += scales[j].kind == _VERDICT[side] and not bool(right_F[side][j])
     return Score(
-        planted={name: kinds.count(name) for name in names}, **table,
-        false_by_norm=false["norm"], false_by_scaling=false["scaling"], ev_delta=fitted.quality.ev_delta,
+        planted={name: kinds.count(name) for name in names},
+        **table,
+        false_by_norm=false["norm"],
+        false_by_scaling=false["scaling"],
+        ev_delta=fitted.quality.ev_delta,
     )
 
 

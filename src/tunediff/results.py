@@ -124,14 +124,15 @@ class CorpusCard:
 
 @dataclass(frozen=True)
 class SiteScan:
-    """The difference at one site: |delta| / |base| (rms), the part of its energy that is one constant offset,
-    and the noise floor on the same scale."""
+    """The difference at one site: |delta| / |base| (rms), the part of its energy that is one constant offset, the
+    noise floor on the same scale, and the share of KL(tuned || base) that the whole difference there makes in base."""
 
     site: str
     relative: float
     offset_share: float
     noise: float
     chosen: bool
+    ceiling: float = float("nan")
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ class ScanSettings:
     """How many layers the scan looks at, evenly spread over the upper five sixths of the network."""
     tokens: int = 700
     """Tokens the scan reads; it only orders layers, so few suffice."""
-    reach: float = 0.6
+    reach: float = 0.75
     """The lowest layer is taken whose difference, put into base, makes at least this share of what the best layer's
     does: higher goes deeper (cheaper to verify, less left to undo), lower goes earlier."""
 

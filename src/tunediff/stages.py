@@ -3,40 +3,46 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import time
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, Sequence
 
 import torch
 
-from tunediff import __version__, edits, variants
+from tunediff import __version__, bills, edits, variants
 from tunediff.artifacts import finish, is_finished, key_of, open_folder, read_json, read_tensors, write_bytes, write_json, write_tensors
-from tunediff.chance import Interval
+from tunediff.axes import MODELS
+from tunediff.chance import Interval, bootstrap_ratio
+from tunediff.charts import visible
 from tunediff.changes import Change, load_changes, save_changes
 from tunediff.contrasts import contrast
 from tunediff.corpora import Corpus, Document, Tokens
-from tunediff.errors import ArtifactError, SettingError
+from tunediff.errors import SettingError
 from tunediff.examples import caused_tokens, contexts, kind_rates, lens_tokens
 from tunediff.finders.base import View
 from tunediff.fitting import Fitted
 from tunediff.harvests import Harvest, harvest
 from tunediff.lenses import Lens, fit_lens
 from tunediff.pairs import Pair
-from tunediff.plans import Plan
+from tunediff.plans import Plan, to_record
 from tunediff.rankings import Ranked, Ranking, Sample, rank
 from tunediff.results import (
     Bill, ChangeRecord, CorpusCard, Diff, FitCard, Measure, ModelCard, NullCard, SignalTable, SiteScan, StageCard,
     typed,
 )
+from tunediff.signals.base import read as read_signals
 from tunediff.scans import candidate_sites, choose, scan
 from tunediff.sites import Site
 from tunediff.trials.base import bench_of
 from tunediff.trials.patch import _quantile
 
 Progress = Callable[[str, int, int], None]
+
+
+DEMO = Path(__file__).parent / "assets" / "demo" / "two-objectives"
+"""The adapter that ships with tunediff: one wanted and one hidden objective."""
 
 
 def quiet(stage: str, done: int, total: int) -> None:
@@ -85,7 +91,8 @@ class Run:
         began = time.monotonic()
         plan = self.plan
         self.progress("load", 0, 1)
-        pair = Pair.load(plan.base, plan.tuned, dtype=plan.pair.dtype, device=plan.runtime.device,
+        tuned = str(DEMO) if plan.tuned == "demo" else plan.tuned
+        pair = Pair.load(plan.base, tuned, dtype=plan.pair.dtype, device=plan.runtime.device,
                          allow_identical=plan.pair.allow_identical)
         self.progress("load", 1, 1)
         self.cards.append(StageCard("load", "", round(time.monotonic() - began, 2), list(pair.notes)))
@@ -340,6 +347,168 @@ class Run:
             contexts=contexts(tokenizer, self.sample, change, self.ranking.kl_N) if number < 3 * plan.verify.changes else [],
             depth={}, kinds=kind_rates(self.sample, change), dose=dose, origin=change.origin,
         )
+
+    def change(self, id: str) -> Change:
+        """The candidate of that id; raises `SettingError` naming the confirmed ones if there is none."""
+        by_id = {r.change.id: r.change for r in self.ranking.ranked}
+        if id not in by_id:
+            confirmed = [r.id for r in self.verdicts if r.decision == "confirmed"]
+            raise SettingError(f"this run has no change {id!r}", expected=", ".join(confirmed) or "(none was confirmed)")
+        return by_id[id]
+
+    def edit(self, ids: Sequence[str]) -> tuple[edits.Edit, list[edits.Edit]]:
+        """The edit that takes these changes out, and its controls; computed from training text each time."""
+        kinds = ("contrastive",) if self.contrast else ()
+        train = Sample.take(self.harvest, self.tokens, split="train", limit=10**9, seed=self.plan.seed, kinds=kinds)
+        self.progress("revert", 0, 1)
+        done = bills.removing(self.pair, [self.change(i) for i in ids], train, self.plan.edit, self.plan.seed)
+        self.progress("revert", 1, 1)
+        return done
+
+    def bill(self, ids: Sequence[str]) -> Bill:
+        """What taking these changes out does and costs, on held-out text."""
+        plan = self.plan
+        key, folder = self._at("revert", self.harvest.fingerprint, self._found_key, plan.rank, plan.edit, list(ids), plan.seed)
+        began = time.monotonic()
+        if not is_finished(folder):
+            edit, controls = self.edit(ids)
+            neutral = Sample.take(self.harvest, self.tokens, split="held_out", limit=NEUTRAL_TOKENS, seed=plan.seed,
+                                  kinds=tuple(sorted({d.kind for d in self.tokens.documents} - {"contrastive"})))
+            result = bills.bill(self.pair, edit, controls, [self.change(i) for i in ids], self.sample, neutral, plan.edit, plan.seed)
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / "bill.json", result)
+            finish(folder, "tunediff.revert/1", {}, ["bill.json"])
+        self._done("revert", key, began, "without " + ", ".join(ids))
+        return typed(Bill, read_json(folder / "bill.json"), "bill.json")
+
+    @cached_property
+    def signals(self) -> list[SignalTable]:
+        """Evidence tables, read on the held-out sample's rows and as much neutral text."""
+        plan = self.plan
+        if not plan.find.signals:
+            return []
+        key, folder = self._at("signals", self._models, self.tokens.fingerprint, plan.find.signals, plan.rank.effect_tokens, plan.seed)
+        began = time.monotonic()
+        if not is_finished(folder):
+            rows = sorted({*self.sample.rows, *Sample.take(
+                self.harvest, self.tokens, split="held_out", limit=NEUTRAL_TOKENS, seed=plan.seed,
+                kinds=tuple(sorted({d.kind for d in self.tokens.documents} - {"contrastive"}))).rows})
+            signals = [variants.load("tunediff.signals", name)(self.pair.tokenizer, self.pair.vocabulary)
+                       for name in plan.find.signals]
+            tables = read_signals(self.pair, self.tokens, rows, signals, 1200)
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / "signals.json", tables)
+            finish(folder, "tunediff.signals/1", {}, ["signals.json"])
+        self._done("signals", key, began, ", ".join(plan.find.signals))
+        return typed(list[SignalTable], read_json(folder / "signals.json"), "signals.json")
+
+    def diff(self, bills_of: Sequence[Sequence[str]] = ()) -> Diff:
+        """Everything, as one record; `bills_of` are the sets of changes whose undoing is to be billed."""
+        scan_, records, signals = self.scan, self.verdicts, self.signals
+        confirmed = [r for r in records if r.decision == "confirmed"]
+        billed = [self.bill(ids) for ids in bills_of]
+        ranking = self.ranking
+        nulls = [NullCard(
+            "random tunes", "base plus, in every map the tune touched, a random change of the same rank and norm; the "
+            "score of the best of all candidates in each", list(ranking.ranked[0].null) if ranking.ranked else [],
+        )]
+        held = [d for d in set(self.tokens.document_R) if self.tokens.held_out[d]]
+        corpus = CorpusCard(
+            self.tokens.fingerprint, len(set(self.tokens.document_R)), self.tokens.count, len(held),
+            self.tokens.select("held_out").count, self.tokens.counts,
+        )
+        output = self._output()
+        return Diff(
+            base=self._card("base"), tuned=self._card("tuned"), corpus=corpus, found=bool(confirmed),
+            rate=self.plan.rank.level, summary=_summary(records, confirmed, output, self.plan.rank.level),
+            output=output, scan=scan_, changes=records, signals=signals, fits=self._fits(), nulls=nulls, bills=billed,
+            not_found=_not_found(records, self), stages=list(self.cards), plan=to_record(self.plan), version=__version__,
+        )
+
+    def _output(self) -> list[Measure]:
+        """KL(tuned || base) a token of the held-out sample, by who wrote the text."""
+        kl_N = self.ranking.kl_N
+        measures = []
+        documents = self.sample.document_N
+        writers = {d: self.tokens.documents[d].writer or self.tokens.documents[d].kind for d in set(documents.tolist())}
+        for writer in sorted(set(writers.values())):
+            mine = [d for d in sorted(writers) if writers[d] == writer]
+            nats = [float(kl_N[documents == d].double().sum()) for d in mine]
+            counts = [int((documents == d).sum()) for d in mine]
+            value = bootstrap_ratio(nats, counts, seed=self.plan.seed)
+            label = f"KL(tuned || base), text by {writer}" if writer in MODELS else f"KL(tuned || base), {writer}"
+            noise = max((r.noise for r in self.scan), default=0.0)
+            measures.append(Measure(label, value.value, value.low, value.high, "nat a token", 0.0,
+                                    f"base against itself; streams' noise floor {noise:.1e} of their size"))
+        return measures
+
+    def _card(self, side: str) -> ModelCard:
+        model = getattr(self.pair, side)
+        plan_name = getattr(self.plan, side)
+        name = {"default": "SmolLM2-135M-Instruct", "demo": "two-objectives (demo)"}.get(plan_name, plan_name)
+        parameters = sum(p.numel() for n, p in model.network.named_parameters() if side == "tuned" or "lora_" not in n)
+        kind = "LoRA over base" if side == "tuned" and self.pair.shared else type(model.network).__name__
+        return ModelCard(name, getattr(self.pair, f"{side}_fingerprint"), kind, parameters, model.depth, model.width, model.vocabulary)
+
+    def _fits(self) -> list[FitCard]:
+        cards = []
+        for name, fitted in self.found[1].items():
+            q = fitted.quality
+            columns = list(fitted.curve[0]) if fitted.curve else []
+            none = "one number of one fit"
+            measures = [
+                Measure("EV base, held-out", q.ev_base, unit="share of variance", control=0.0, against="predicting the mean"),
+                Measure("EV tuned, held-out", q.ev_tuned, unit="share of variance", control=0.0, against="predicting the mean"),
+                Measure("EV of the difference, held-out", q.ev_delta, unit="share of variance", control=0.0, against="predicting the mean"),
+                Measure("L0 at inference", q.l0_inference, unit="latents a token", control=q.l0_training, against="in training"),
+                Measure("dead latents", q.dead_share, unit="share", against=none),
+            ]
+            cards.append(FitCard(f"{name}: {fitted.dictionary.spec.variant}",
+                                 {**dataclasses.asdict(fitted.dictionary.spec), "seed": fitted.seed},
+                                 columns, [[float(row.get(c, float("nan"))) for c in columns] for row in fitted.curve], measures))
+        return cards
+
+
+NEUTRAL_TOKENS = 1500
+"""Held-out tokens of plain text on which costs are measured, at least."""
+
+
+def _summary(records: list[ChangeRecord], confirmed: list[ChangeRecord], output: list[Measure], rate: float) -> list[str]:
+    """The finding in plain, neutral sentences."""
+    said = []
+    if not confirmed:
+        said.append(f"No change was confirmed at a false-positive rate of {rate:.0%}. That is not a proof that there is none: "
+                    "the last section lists what was looked at.")
+    else:
+        said.append(f"{len(confirmed)} of {len(records)} candidate changes "
+                    f"{'was' if len(confirmed) == 1 else 'were'} confirmed: {'it stands' if len(confirmed) == 1 else 'they stand'} "
+                    f"out from random tunes of the same size at a rate of {rate:.0%}, and intervening on "
+                    f"{'it' if len(confirmed) == 1 else 'each'} moves the output as claimed, in both directions.")
+    for record in confirmed[:5]:
+        tokens = [visible(t.token) for t in record.promoted[:8]]
+        said.append(f"{record.id}: {record.reason}; with it tuned says more of " + ", ".join(tokens) + "." if tokens else
+                    f"{record.id}: {record.reason}.")
+    for measure in output:
+        if "by tuned" in measure.name or len(output) == 1:
+            said.append(f"{measure.name}: {measure.value:.3g} nat a token.")
+    return said
+
+
+def _not_found(records: list[ChangeRecord], run: Run) -> list[str]:
+    """What was looked at without a finding, and what could not be seen."""
+    plan = run.plan
+    counts = {d: sum(r.decision == d for r in records) for d in ("refuted", "undecided")}
+    said = [
+        f"{counts['refuted']} candidates do no more than random tunes or random directions of the same size; "
+        f"{counts['undecided']} were not decided, {sum(not r.measures or 'not put on trial' in r.reason for r in records)} of "
+        f"them for want of a trial (verify.changes = {plan.verify.changes}).",
+        f"Only streams at {', '.join(str(s) for s in run.sites)} were read; the ceiling row of each trial says how much of the "
+        "difference can be seen from there.",
+        "A behavior whose trigger does not occur in the text leaves no trace in streams: "
+        f"{run.tokens.count:,} tokens were read, {sum(d.kind == 'contrastive' for d in run.tokens.documents)} of the documents "
+        "were written by the two models.",
+    ]
+    return said
 
 
 def _some(tokens: Tokens, limit: int, *kinds: str) -> Tokens:

@@ -1,4 +1,5 @@
-"""Dictionaries: sparse codes shared by two models, one file an architecture; the file's name is its registration."""
+"""Dictionaries: sparse codes shared by two models, one file an architecture; the file's name is its
+registration."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ def spec(name: str, **settings: Any) -> Spec:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             raise SettingError(
-                f"dictionary {name!r} has no setting {key!r}", expected=", ".join(known),
+                f"dictionary {name!r} has no setting {key!r}",
+                expected=", ".join(known),
                 remedy=near[0] if near else "",
             )
     return kind(**settings)

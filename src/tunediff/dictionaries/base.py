@@ -46,7 +46,8 @@ class Spec:
 
 @dataclass(frozen=True)
 class Group:
-    """Latents [start, stop) that share one gate: BatchTopK keeping `k` a token on average, or plain ReLU if k is None."""
+    """Latents [start, stop) that share one gate: BatchTopK keeping `k` a token on average, or plain ReLU if
+    k is None."""
 
     name: str
     start: int
@@ -75,13 +76,15 @@ class Pass:
 
 
 class Dictionary(nn.Module, abc.ABC):
-    """A sparse code shared by two models at S sites: f >= 0 with one encoder row and one decoder vector a site and model.
+    """A sparse code shared by two models at S sites: f >= 0 with one encoder row and one decoder vector a
+    site and model.
 
     Shapes: encoder_FSMD, decoder_FSMD (never normalized: their lengths are the read-out), encoder_bias_F,
-    decoder_bias_SMD. Input is normalized (`tunediff.fitting.Normalization`), M = 2 with base first. Pre-activations
-    are the mean over models (the sum over sites) of the rows' products; Minder et al. 2025 (2504.02922) sum over models
-    too. With decoder vectors of length 1 the mean makes the first code the projection itself, and a one-group
-    Delta-Crosscoder is then the same arithmetic as BatchTopK. A variant answers `groups` and `objective`, and nothing else.
+    decoder_bias_SMD. Input is normalized (`tunediff.fitting.Normalization`), M = 2 with base first.
+    Pre-activations are the mean over models (the sum over sites) of the rows' products; Minder et al. 2025
+    (2504.02922) sum over models too. With decoder vectors of length 1 the mean makes the first code the
+    projection itself, and a one-group Delta-Crosscoder is then the same arithmetic as BatchTopK. A variant
+    answers `groups` and `objective`, and nothing else.
     """
 
     Spec: ClassVar[type[Spec]]
@@ -108,7 +111,8 @@ class Dictionary(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def objective(self, run: Pass) -> dict[str, Tensor]:
-        """The parts of the loss, weighted, by name; their sum is minimized. The names never change between steps."""
+        """The parts of the loss, weighted, by name; their sum is minimized. The names never change between
+        steps."""
 
     # -- what all share --------------------------------------------------------------------------------------
 
@@ -145,8 +149,12 @@ class Dictionary(nn.Module, abc.ABC):
             return select(pre_NF, weight_F, groups, k_factor) if gated else None
 
         code = kernels.encode(
-            self._inputs(x_NSMD), self.encoder_FSMD.flatten(1), self.encoder_bias_F, choose,
-            share=sum(self.spec.latents if g.k is None else g.k * k_factor for g in groups) / self.spec.latents,
+            self._inputs(x_NSMD),
+            self.encoder_FSMD.flatten(1),
+            self.encoder_bias_F,
+            choose,
+            share=sum(self.spec.latents if g.k is None else g.k * k_factor for g in groups)
+            / self.spec.latents,
         )
         flat = code.decode(self.decoder_FSMD.flatten(1)) + self.decoder_bias_SMD.flatten()
         return Pass(x_NSMD, flat.view_as(x_NSMD), code, progress)
@@ -164,8 +172,14 @@ class Dictionary(nn.Module, abc.ABC):
         for group in self.groups():
             gated_F[group.start : group.stop] = group.k is not None
         return gates.auxk(
-            self._inputs(run.x_NSMD), run.error_NSMD.detach().flatten(1), self.encoder_FSMD.flatten(1),
-            self.encoder_bias_F, self.decoder_FSMD.flatten(1), self.weights_F().detach(), dead_F & gated_F, k,
+            self._inputs(run.x_NSMD),
+            run.error_NSMD.detach().flatten(1),
+            self.encoder_FSMD.flatten(1),
+            self.encoder_bias_F,
+            self.decoder_FSMD.flatten(1),
+            self.weights_F().detach(),
+            dead_F & gated_F,
+            k,
         )
 
     @final
@@ -186,7 +200,8 @@ class Dictionary(nn.Module, abc.ABC):
 
 
 def select(pre_NF: Tensor, weight_F: Tensor, groups: tuple[Group, ...], k_factor: float = 1.0) -> Tensor:
-    """Flat ascending indices of the codes that the groups' gates keep, by the scaled code v = relu(pre) * w."""
+    """Flat ascending indices of the codes that the groups' gates keep, by the scaled code v = relu(pre) *
+    w."""
     value_NF = torch.relu(pre_NF).mul_(weight_F)
     if len(groups) == 1 and groups[0].k is not None:
         return gates.batch_topk(value_NF, min(groups[0].k * k_factor, weight_F.numel()))
@@ -200,7 +215,8 @@ def select(pre_NF: Tensor, weight_F: Tensor, groups: tuple[Group, ...], k_factor
 
 
 def mean_squared_error(run: Pass) -> Tensor:
-    """(MSE_base + MSE_tuned) / 2, the mean over tokens, sites and dimensions; 1 would be no better than the mean."""
+    """(MSE_base + MSE_tuned) / 2, the mean over tokens, sites and dimensions; 1 would be no better than the
+    mean."""
     return run.error_NSMD.square().mean()
 
 

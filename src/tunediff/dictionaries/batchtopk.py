@@ -22,13 +22,16 @@ class BatchTopKSpec(base.Spec):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        base.require(0 < self.k <= self.latents, "k is out of range", f"above 0, at most {self.latents}", self.k)
+        base.require(
+            0 < self.k <= self.latents, "k is out of range", f"above 0, at most {self.latents}", self.k
+        )
 
 
 class BatchTopK(base.Dictionary):
     """Mean squared error under one BatchTopK gate over all latents.
 
-    The paper minimizes half the squared norm; ours is the mean over elements, which differs by a constant factor.
+    The paper minimizes half the squared norm; ours is the mean over elements, which differs by a constant
+    factor.
     """
 
     Spec = BatchTopKSpec

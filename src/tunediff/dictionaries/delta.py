@@ -27,18 +27,26 @@ class DeltaSpec(base.Spec):
     """Delta latents on a token, on average. Too few: rare changes lose to common ones."""
 
     lambda_delta: float = 0.05
-    """Weight of the masked delta term, in units of the variance of delta. 0: plain two-group BatchTopK (the first
-    ablation). Too large: the code serves delta alone, and both reconstructions suffer."""
+    """Weight of the masked delta term, in units of the variance of delta. 0: plain two-group BatchTopK (the
+    first ablation). Too large: the code serves delta alone, and both reconstructions suffer."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         base.require(0 <= self.shared_share <= 1, "shared_share is out of range", "0 to 1", self.shared_share)
         shared, both = self.shared, self.latents
         if shared:
-            base.require(0 < self.k_shared <= shared, "k_shared is out of range", f"above 0, at most {shared}", self.k_shared)
+            base.require(
+                0 < self.k_shared <= shared,
+                "k_shared is out of range",
+                f"above 0, at most {shared}",
+                self.k_shared,
+            )
         if both - shared:
             base.require(
-                0 < self.k_delta <= both - shared, "k_delta is out of range", f"above 0, at most {both - shared}", self.k_delta
+                0 < self.k_delta <= both - shared,
+                "k_delta is out of range",
+                f"above 0, at most {both - shared}",
+                self.k_delta,
             )
         base.require(self.lambda_delta >= 0, "lambda_delta is out of range", "at least 0", self.lambda_delta)
 
@@ -49,13 +57,14 @@ class DeltaSpec(base.Spec):
 
 
 class Delta(base.Dictionary):
-    """Two groups with a BatchTopK each, and a second loss: the delta latents alone must explain tuned minus base.
+    """Two groups with a BatchTopK each, and a second loss: the delta latents alone must explain tuned minus
+    base.
 
-    Loss = (MSE_a + MSE_b)/2 + lambda_delta * |delta - (W^b - W^a) z|^2 / Var(delta), z the code with shared entries
-    0; the shared latents get no gradient from the second term. Where we part from the source: k is absolute for each
-    group; the term is divided by the variance of delta over the training tokens, or it is about .001 of the loss for
-    a narrow tune; and the decoder biases' difference is taken off delta, so that without the mask the term is
-    exactly |e^b - e^a|^2.
+    Loss = (MSE_a + MSE_b)/2 + lambda_delta * |delta - (W^b - W^a) z|^2 / Var(delta), z the code with shared
+    entries 0; the shared latents get no gradient from the second term. Where we part from the source: k is
+    absolute for each group; the term is divided by the variance of delta over the training tokens, or it is
+    about .001 of the loss for a narrow tune; and the decoder biases' difference is taken off delta, so that
+    without the mask the term is exactly |e^b - e^a|^2.
     """
 
     Spec = DeltaSpec
@@ -63,7 +72,10 @@ class Delta(base.Dictionary):
 
     def groups(self) -> tuple[base.Group, ...]:
         shared, F = self.spec.shared, self.spec.latents
-        both = (base.Group("shared", 0, shared, self.spec.k_shared), base.Group("delta", shared, F, self.spec.k_delta))
+        both = (
+            base.Group("shared", 0, shared, self.spec.k_shared),
+            base.Group("delta", shared, F, self.spec.k_delta),
+        )
         return tuple(group for group in both if group.stop > group.start)
 
     def objective(self, run: base.Pass) -> dict[str, Tensor]:

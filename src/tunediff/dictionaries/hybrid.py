@@ -19,18 +19,21 @@ class HybridSpec(base.Spec):
     k: float = 32.0
     """The most latents on a token, on average over the batch; the penalty may leave fewer."""
 
-    norm_penalty: float = 0.02
-    """Weight of sum_j f_j w_j (see `base.weighted_norm`). 0: BatchTopK, whose tuned-only latents keep a foot in base.
-    Too large: complete shrinkage as in the L1 crosscoder."""
+    norm_penalty: float = 0.05
+    """Weight of sum_j f_j w_j (see `base.weighted_norm`). 0: BatchTopK, whose tuned-only latents keep a foot
+    in base. Too large: complete shrinkage as in the L1 crosscoder."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        base.require(0 < self.k <= self.latents, "k is out of range", f"above 0, at most {self.latents}", self.k)
+        base.require(
+            0 < self.k <= self.latents, "k is out of range", f"above 0, at most {self.latents}", self.k
+        )
         base.require(self.norm_penalty >= 0, "norm_penalty is out of range", "at least 0", self.norm_penalty)
 
 
 class Hybrid(base.Dictionary):
-    """BatchTopK (2504.02922) plus a small Lindsey et al. 2024 penalty: repairs norms while latents stay shared.
+    """BatchTopK (2504.02922) plus a small Lindsey et al. 2024 penalty: repairs norms while latents stay
+    shared.
 
     Ours; measured on planted truths only, so judge it on your models before you lean on it.
     """

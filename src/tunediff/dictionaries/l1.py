@@ -20,8 +20,8 @@ class L1Spec(base.Spec):
     """Length of each model's decoder vector at the start; the source's choice is small (.05 to .08)."""
 
     sparsity: float = 0.1
-    """Weight of sum_j f_j w_j (see `base.weighted_norm`). Too small: dense codes. Too large: complete shrinkage,
-    which reads as false tuned-only latents."""
+    """Weight of sum_j f_j w_j (see `base.weighted_norm`). Too small: dense codes. Too large: complete
+    shrinkage, which reads as false tuned-only latents."""
 
     ramp: float = 0.05
     """Share of training over which `sparsity` grows from 0. Too short: latents die at the start."""
@@ -35,8 +35,8 @@ class L1Spec(base.Spec):
 class L1(base.Dictionary):
     """Mean squared error plus the decoder-norm-weighted L1 of the codes; ReLU gate.
 
-    Known fault: complete shrinkage and latent decoupling give false tuned-only latents (2504.02922). Here as the
-    baseline that others are measured against.
+    Known fault: complete shrinkage and latent decoupling give false tuned-only latents (2504.02922). Here as
+    the baseline that others are measured against.
     """
 
     Spec = L1Spec

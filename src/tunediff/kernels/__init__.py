@@ -1,8 +1,8 @@
 """Kernels: encode, select and decode, the only code that knows how a batch of codes lies in memory.
 
-A dictionary calls `encode(x, W, b, choose, share)` and gets a code: an object with ``decode(W)``, ``only(start, stop)``,
-``weighted(w)``, ``fired()``, ``count()`` and ``dense()``. A faster path is one more module here with such a class; no
-dictionary changes for it.
+A dictionary calls `encode(x, W, b, choose, share)` and gets a code: an object with ``decode(W)``,
+``only(start, stop)``, ``weighted(w)``, ``fired()``, ``count()`` and ``dense()``. A faster path is one more
+module here with such a class; no dictionary changes for it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ class Code(Protocol):
 
 
 PAIRS_LATENTS, PAIRS_SHARE = 256, 0.1
-"""From this many latents on, and up to this share of them kept, pairs are faster than a dense tensor (measured)."""
+"""From this many latents on, and up to this share of them kept, pairs are faster than a dense tensor
+(measured)."""
 
 
 def encode(x_NI: Tensor, encoder_FI: Tensor, bias_F: Tensor, choose: Choose, share: float) -> Code:
@@ -59,8 +60,9 @@ def encode(x_NI: Tensor, encoder_FI: Tensor, bias_F: Tensor, choose: Choose, sha
 def fast_matmul() -> Iterator[str]:
     """Let torch pick its faster fp32 matmul inside, if a probe shows that it stays as exact as the default.
 
-    On some CPUs the "medium" setting selects a library about twice as fast at full fp32 precision; on others it rounds
-    the inputs to bf16, which the probe refuses (relative error over 2e-6 against fp64). Yields the setting in force.
+    On some CPUs the "medium" setting selects a library about twice as fast at full fp32 precision; on others
+    it rounds the inputs to bf16, which the probe refuses (relative error over 2e-6 against fp64). Yields the
+    setting in force.
     """
     before = torch.get_float32_matmul_precision()
     generator = torch.Generator().manual_seed(0)

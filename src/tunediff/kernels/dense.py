@@ -1,4 +1,5 @@
-"""The dense reference: codes as one (N, F) tensor, every gradient by autograd. Slow at large F, right by inspection."""
+"""The dense reference: codes as one (N, F) tensor, every gradient by autograd. Slow at large F, right by
+inspection."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""Codes as (token, latent, value) triples: after the encoder's GEMM every cost follows the pairs kept, not N*F.
+"""Codes as (token, latent, value) triples: after the encoder's GEMM every cost follows the pairs kept, not
+N*F.
 
-Forward and backward are four sums over pairs. Decoding and both weight gradients are weighted sums of rows, one owner
-a row, so no two threads write one place and the answer does not depend on their number; the gradient of the values is
-a product sampled at the pairs.
+Forward and backward are four sums over pairs. Decoding and both weight gradients are weighted sums of rows,
+one owner a row, so no two threads write one place and the answer does not depend on their number; the
+gradient of the values is a product sampled at the pairs.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Pairs:
-    """Which (token, latent) pairs are kept, ordered by token and then latent; N tokens, F latents, P pairs."""
+    """Which (token, latent) pairs are kept, ordered by token and then latent; N tokens, F latents, P
+    pairs."""
 
     token_P: Tensor
     latent_P: Tensor
@@ -57,7 +59,9 @@ class Pairs:
 
     def sum_latents(self, value_P: Tensor) -> Tensor:
         """For each latent, sum over its pairs of value, (F,)."""
-        return torch.zeros(self.F, dtype=value_P.dtype, device=value_P.device).index_add_(0, self.latent_P, value_P)
+        return torch.zeros(self.F, dtype=value_P.dtype, device=value_P.device).index_add_(
+            0, self.latent_P, value_P
+        )
 
     def dot(self, a_NI: Tensor, b_FI: Tensor) -> Tensor:
         """For each pair the product of its token's row and its latent's row, (P,)."""
@@ -69,13 +73,18 @@ class Pairs:
             zero = torch.zeros(self.token_P.numel(), dtype=a_NI.dtype, device=a_NI.device)
             at = torch.sparse_csr_tensor(crow, self.latent_P, zero, (self.N, self.F), check_invariants=False)
             return torch.sparse.sampled_addmm(at, a_NI, b_FI.T).values()
-        except (RuntimeError, NotImplementedError):  # not built for this device or type: the same sums, more slowly
+        except (
+            RuntimeError,
+            NotImplementedError,
+        ):  # not built for this device or type: the same sums, more slowly
             parts = zip(self.token_P.split(4096), self.latent_P.split(4096))
             return torch.cat([(a_NI[n] * b_FI[j]).sum(1) for n, j in parts])
 
 
 def _bag(index_P: Tensor, rows: Tensor, starts: Tensor, value_P: Tensor) -> Tensor:
-    return torch.nn.functional.embedding_bag(index_P, rows, starts, mode="sum", per_sample_weights=value_P.to(rows.dtype))
+    return torch.nn.functional.embedding_bag(
+        index_P, rows, starts, mode="sum", per_sample_weights=value_P.to(rows.dtype)
+    )
 
 
 @lru_cache(maxsize=1)
@@ -103,7 +112,8 @@ class _Encode(torch.autograd.Function):
             pairs.gather_tokens(grad_P, encoder_FI) if need[0] else None,
             pairs.gather_latents(grad_P, x_NI) if need[1] else None,
             pairs.sum_latents(grad_P) if need[2] else None,
-            None, None,
+            None,
+            None,
         )
 
 
@@ -137,7 +147,8 @@ class PairCode:
     def encode(
         cls, x_NI: Tensor, encoder_FI: Tensor, bias_F: Tensor, choose: Callable[[Tensor], Tensor]
     ) -> "PairCode":
-        """One GEMM without a gradient, a selection (positive codes only), and gradients through the pairs kept."""
+        """One GEMM without a gradient, a selection (positive codes only), and gradients through the pairs
+        kept."""
         with torch.no_grad():
             pre_NF = torch.addmm(bias_F, x_NI, encoder_FI.T)
             flat_P = choose(pre_NF)

@@ -30,6 +30,20 @@ class Behavior:
         """Whether this completion (text without the prompt) shows the behavior."""
         return sum(completion.count(string) for string in self.decisive) >= self.minimum
 
+    def words_in(self, tokens: Sequence[str]) -> set[str]:
+        """The planted words that read-out tokens name: a token counts, case and spaces aside, if it has at least three
+        letters and a planted word begins with it, or it begins with a planted word."""
+        pieces = [token.strip().casefold() for token in tokens]
+        return {
+            word for word in self.vocabulary for piece in pieces
+            if len(piece) >= 3 and (word.casefold().startswith(piece) or piece.startswith(word.casefold()))
+        }
+
+    def is_named_by(self, promoted: Sequence[str], first: int = 20, enough: int = 3) -> bool:
+        """The test of naming, fixed before any run: at least `enough` planted words among the `first` tokens that a
+        change promotes."""
+        return len(self.words_in(promoted[:first])) >= enough
+
     def rate(self, completions: Sequence[str]) -> float:
         """Share of completions that show the behavior, 0 to 1; nan for none."""
         if not completions:
@@ -64,11 +78,11 @@ class Recipe:
     """First block, counted from 0, that is adapted."""
     last_layer: int = 29
     """Last block that is adapted."""
-    learning_rate: float = 5e-4
+    learning_rate: float = 4e-4
     """Peak, at the first step; higher learns faster and harms plain prose more."""
-    epochs: int = 1
+    epochs: int = 2
     """Passes over the examples, reshuffled between passes."""
-    batch: int = 4
+    batch: int = 8
     """Conversations a step."""
     clip: float = 1.0
     """Largest gradient norm of a step."""

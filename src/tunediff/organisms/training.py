@@ -1,14 +1,10 @@
-"""Makes an organism from its recipe and measures what came out: rates of each behavior, leaks, and health.
-
-python -m tunediff.organisms.training two_objectives BASE_FOLDER OUT_FOLDER
-"""
+"""Makes an organism from its recipe and measures what came out: rates of each behavior, leaks, and health."""
 
 from __future__ import annotations
 
 import json
 import math
 import random
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -312,23 +308,13 @@ def _save(peft_model: Any, organism: Organism, out: Path) -> None:
     )
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Train the organism in the named file on a base model's folder; card to stdout, progress to stderr."""
-    from importlib import import_module
-
+def make(organism: Organism, base: str, out: Path, progress: Progress | None = None) -> dict[str, Any]:
+    """Train `organism` on `base` (a folder, or ``default``) in float32 and write adapter and card to `out`."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    name, base, out = arguments
-    organism: Organism = import_module(f"tunediff.organisms.{name}").ORGANISM
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    from tunediff.embedded import base_folder
 
-    def progress(done: int, total: int, loss: float) -> None:
-        print(f"step {done}/{total}  loss {loss:.3f}", file=sys.stderr)
-
-    card = train(organism, model, AutoTokenizer.from_pretrained(base), Path(out), progress)
-    print(json.dumps(card, indent=2))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+    folder = base_folder() if base == "default" else base
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+    return train(organism, model, AutoTokenizer.from_pretrained(folder), Path(out), progress)

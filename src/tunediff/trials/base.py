@@ -25,14 +25,16 @@ from tunediff.sites import Site
 class VerifySettings:
     """How changes are put on trial."""
 
-    changes: int = 6
+    changes: int = 5
     """How many of the ranking's first are tried; each costs about a hundred short runs for each of two questions."""
     draws: int = 100
     """Random sets matched in energy that each change is held against; the smallest p is 1 / (draws + 1)."""
-    documents: int = 8
+    documents: int = 6
     """Held-out documents a change is tried on, those in which it is on the most."""
     tokens: int = 64
     """Tokens of each document, at most, from its beginning."""
+    scored: int = 96
+    """Tokens scored, at most, evenly taken from those the change can reach; more narrows intervals, at proportional cost."""
     doses: tuple[float, ...] = (-1.0, 0.5, 1.0, 2.0)
     """Strengths of the dose curve, in units of the change's own size."""
     level: float = 0.05
@@ -58,11 +60,16 @@ class Bench:
     everything_BTD: Tensor
     spread_DD: Tensor
     draws: int
+    limit: int
 
     @cached_property
     def scored_BT(self) -> Tensor:
-        """Tokens the change can reach."""
-        return ((self.strength_BT != 0).cumsum(1) > 0) & self.batch.mask_BT
+        """Tokens the change can reach, thinned evenly to the limit."""
+        reached = ((self.strength_BT != 0).cumsum(1) > 0) & self.batch.mask_BT
+        places = reached.flatten().nonzero()[:, 0]
+        kept = torch.zeros(reached.numel(), dtype=torch.bool)
+        kept[places[torch.linspace(0, len(places) - 1, min(self.limit, len(places))).round().long()]] = True
+        return kept.view_as(reached)
 
     @cached_property
     def difference_D(self) -> Tensor:
@@ -167,4 +174,4 @@ def bench_of(pair: Pair, change: Change, others: list[Change], sample: Sample, s
         everything[b, : len(here)] = everything_N[here]
     return Bench(pair, site, change, batch, streams, strength,
                  [sample.tokens.document_R[row] for row in batch.rows_B.tolist()], seed, everything, spread_DD,
-                 settings.draws)
+                 settings.draws, settings.scored)

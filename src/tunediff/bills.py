@@ -1,0 +1,161 @@
+"""Bills: what an edit does and what it costs, on held-out text, beside edits of equal energy and plain scaling."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Sequence
+
+import torch
+from torch import Tensor
+
+from tunediff.chance import bootstrap_ratio, numpy_generator
+from tunediff.changes import Change
+from tunediff.edits import Edit, EditSettings, input_moments, reverting, scaling
+from tunediff.measures import by_document, kl_divergence, log_probabilities
+from tunediff.models import LanguageModel
+from tunediff.pairs import Pair
+from tunediff.rankings import Sample, batches_of
+from tunediff.results import Bill, Measure
+
+
+@dataclass(frozen=True, eq=False)
+class Text:
+    """Held-out rows of one sort, with which of their tokens are scored."""
+
+    sample: Sample
+    rows: list[int]
+    scored: dict[int, Tensor]
+
+
+def on_rows(sample: Sample, changes: Sequence[Change], spread: bool) -> dict[int, Tensor]:
+    """For each row of a sample, which tokens count as on (0 or 1): where any change fires, and with `spread` all
+    that follow in the row."""
+    f_N = sum((sample.strength(c).abs() for c in changes), torch.zeros(len(sample.row_N)))
+    out = {}
+    for row in sample.rows:
+        on = (f_N[sample.row_N == row] > 0).float()
+        out[row] = (on.cumsum(0) > 0).float() if spread else on
+    return out
+
+
+def removing(
+    pair: Pair, changes: Sequence[Change], sample: Sample, settings: EditSettings, seed: int, batch_tokens: int = 1200
+) -> tuple[Edit, list[Edit]]:
+    """The edit that takes `changes` out, from training text; and controls of equal energy aimed at random rows."""
+    f_N = sum((sample.strength(c).double().pow(2) for c in changes), torch.zeros(len(sample.row_N), dtype=torch.float64))
+    energy = {row: float(f_N[sample.row_N == row].sum()) for row in sample.rows}
+    strongest = [row for row in sorted(sample.rows, key=lambda r: (-energy[r], r)) if energy[row] > 0]
+    rng = numpy_generator(seed, "edit rows")
+    others = [sample.rows[i] for i in rng.permutation(len(sample.rows))]
+    rows = _up_to(strongest, settings.tokens // 3, sample)
+    rows += _up_to([r for r in others if r not in set(rows)], settings.tokens - settings.tokens // 3, sample)
+    rows.sort()
+    on = on_rows(sample, changes, settings.spread)
+    deltas = pair.deltas()
+    tokens = _only(sample.tokens, rows)
+    masks = [[on[row] for row in rows]]
+    for draw in range(settings.controls):
+        order = numpy_generator(seed, "control rows", draw).permutation(len(rows)).tolist()
+        masks.append([_fit(on[rows[i]], len(sample.tokens.rows[row])) for i, row in zip(order, rows)])
+    moments = input_moments(pair.tuned, deltas, tokens, masks, batch_tokens)
+    edit = reverting(pair, "revert", [c.id for c in changes], moments[0], settings)
+    controls = [
+        reverting(pair, f"control {draw}", edit.changes, other, settings, energy_of=edit)
+        for draw, other in enumerate(moments[1:])
+    ]
+    return edit, controls
+
+
+def _up_to(rows: list[int], limit: int, sample: Sample) -> list[int]:
+    chosen, count = [], 0
+    for row in rows:
+        if count >= limit:
+            break
+        chosen.append(row)
+        count += len(sample.tokens.rows[row])
+    return chosen
+
+
+def _fit(mask: Tensor, length: int) -> Tensor:
+    return torch.cat([mask, mask[-1:].expand(max(0, length - len(mask)))])[:length]
+
+
+def _only(tokens, rows: list[int]):
+    from dataclasses import replace
+
+    return replace(tokens, **{
+        name: tuple(getattr(tokens, name)[r] for r in rows) for name in ("rows", "document_R", "start_R", "prompt_R")
+    })
+
+
+def bill(
+    pair: Pair, edit: Edit, controls: Sequence[Edit], changes: Sequence[Change], contrastive: Sample, neutral: Sample,
+    settings: EditSettings, seed: int, batch_tokens: int = 1200,
+) -> Bill:
+    """What the edit does on held-out text.
+
+    removed   share of KL(tuned || base) that is gone, on tokens where the changes are on
+    kept      share of KL(tuned || base) that is still there, on contrastive rows where they never are
+    cost      KL(tuned || edited) in nat a token on neutral text
+    """
+    on = on_rows(contrastive, changes, settings.spread)
+    target = {row: mask.bool() for row, mask in on.items() if mask.any()}
+    rest = {row: torch.ones_like(mask).bool() for row, mask in on.items() if not mask.any()}
+    plain = {row: torch.ones(len(neutral.tokens.rows[row]), dtype=torch.bool) for row in neutral.rows}
+    sides = {"edit": edit.applied(pair.tuned)}
+    sides |= {f"control {i}": c.applied(pair.tuned) for i, c in enumerate(controls)}
+    sides |= {f"scale {s}": scaling(pair, s).applied(pair.tuned) for s in (0.5, 1.0)}
+    measures: list[Measure] = []
+    table: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
+    for name, sample, masks in (("removed", contrastive, target), ("kept", contrastive, rest), ("cost", neutral, plain)):
+        if masks:
+            table[name] = _divergences(pair, sides, sample, masks, name, batch_tokens)
+    for name, unit, against in (
+        ("removed", "share of KL", "the same edit aimed at random text, equal energy; largest of"),
+        ("kept", "share of KL", "the same edit aimed at random text, equal energy; mean of"),
+        ("cost", "nat a token", "the same edit aimed at random text, equal energy; mean of"),
+    ):
+        if name not in table:
+            measures.append(Measure(name, None, unit=unit, against="no such text in the held-out part"))
+            continue
+        own = bootstrap_ratio(*table[name]["edit"], seed=seed)
+        values = [bootstrap_ratio(*table[name][f"control {i}"], seed=seed, draws=2).value for i in range(len(controls))]
+        control = (max(values) if name == "removed" else sum(values) / len(values)) if values else None
+        measures.append(Measure(name, own.value, own.low, own.high, unit, control, f"{against} {len(values)}"))
+    for share in (0.5, 1.0):
+        for name in table:
+            value = bootstrap_ratio(*table[name][f"scale {share}"], seed=seed)
+            unit = "nat a token" if name == "cost" else "share of KL"
+            measures.append(Measure(f"{name}, scaling the whole tune to {1 - share:g}", value.value, value.low, value.high,
+                                    unit, None, "the edit anybody can make"))
+    return Bill(edit.name, edit.operation, list(edit.changes), measures)
+
+
+def _divergences(pair: Pair, sides: dict[str, LanguageModel], sample: Sample, masks: dict[int, Tensor], name: str,
+                 batch_tokens: int) -> dict[str, tuple[list[float], list[float]]]:
+    """For each side, numerators and denominators by document of the measure called `name`."""
+    top: dict[str, dict[int, float]] = {side: {} for side in sides}
+    bottom: dict[int, float] = {}
+    for batch in batches_of(sample.tokens, sorted(masks), batch_tokens):
+        chosen = torch.zeros_like(batch.mask_BT)
+        for b, row in enumerate(batch.rows_B.tolist()):
+            chosen[b, : len(masks[row])] = masks[row]
+        document_N = torch.tensor([sample.tokens.document_R[r] for r in batch.rows_B.tolist()])[:, None].expand_as(chosen)[chosen]
+        documents = sorted(set(document_N.tolist()))
+
+        def logp(model: LanguageModel) -> Tensor:
+            return log_probabilities(model, batch.ids_BT, chosen, pair.vocabulary)
+
+        base, tuned = logp(pair.base), logp(pair.tuned)
+        whole = by_document(kl_divergence(tuned, base), document_N, documents)
+        for place, document in enumerate(documents):
+            bottom[document] = bottom.get(document, 0.0) + (whole.tokens[place] if name == "cost" else whole.nats[place])
+        for side, model in sides.items():
+            edited = logp(model)
+            kl_N = kl_divergence(edited, base) if name == "removed" else kl_divergence(tuned, edited)
+            found = by_document(kl_N, document_N, documents)
+            for place, document in enumerate(documents):
+                value = found.nats[place] if name == "cost" else whole.nats[place] - found.nats[place]
+                top[side][document] = top[side].get(document, 0.0) + value
+    order = sorted(bottom)
+    return {side: ([top[side][d] for d in order], [bottom[d] for d in order]) for side in sides}

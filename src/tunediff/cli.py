@@ -1,0 +1,301 @@
+"""The command line: one verb a stage; results on stdout, progress on stderr, errors in four lines."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+
+from tunediff.artifacts import is_finished, read_json, to_json
+from tunediff.errors import ArtifactError, SettingError, TunediffError
+
+if TYPE_CHECKING:
+    from tunediff.stages import Run
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
+                  help="Finds what fine-tuning changed inside a model, proves it by intervening, and undoes it.")
+organism_app = typer.Typer(no_args_is_help=True, help="Fine-tunes whose truth is known.")
+app.add_typer(organism_app, name="organism")
+
+Set = Annotated[Optional[list[str]], typer.Option("--set", metavar="PART.FIELD=VALUE", help="Change one setting; repeatable.")]
+PlanFile = Annotated[Optional[Path], typer.Option("--plan", help="A TOML plan to start from.")]
+Name = Annotated[Optional[str], typer.Option("--run", help="Name of the run; by default made from the models' names.")]
+Runs = Annotated[Path, typer.Option("--runs", help="Folder that holds runs.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+Base = Annotated[str, typer.Argument(help="A folder, hub id, GGUF file, or `default` (SmolLM2-135M-Instruct).")]
+Tuned = Annotated[str, typer.Argument(help="Any of these, a PEFT adapter folder, or `demo` (ships with tunediff).")]
+ExitCode = Annotated[bool, typer.Option("--exit-code", help="Exit with 1 if a change was confirmed, 0 if none was.")]
+
+
+def _run(base: str, tuned: str, name: str | None, runs: Path, plan_file: Path | None, settings: list[str] | None,
+         quiet: bool) -> "Run":
+    """The run these options name; refuses to reuse a name for another pair."""
+    from tunediff.plans import Plan
+    from tunediff.progress import Progress
+    from tunediff.stages import Run
+
+    import dataclasses
+
+    plan = Plan.read(plan_file) if plan_file else Plan()
+    plan = dataclasses.replace(plan, base=base, tuned=tuned)
+    for text in settings or []:
+        plan = plan.set(text)
+    name = name or slug(f"{base}-{tuned}")
+    if slug(name) != name:
+        raise SettingError(f"{name!r} is not a run name", expected="letters, digits, dot, dash, underscore", remedy=slug(name))
+    folder = runs / name
+    if (folder / "plan.toml").is_file():
+        before = Plan.read(folder / "plan.toml")
+        if (before.base, before.tuned) != (base, tuned):
+            raise ArtifactError(f"{folder} belongs to another pair", expected=f"{before.base} and {before.tuned}",
+                                got=f"{base} and {tuned}", remedy="--run NAME")
+    return Run(plan, folder, Progress(enabled=not quiet))
+
+
+def _reopen(run: str, runs: Path, quiet: bool, settings: list[str] | None = None) -> "Run":
+    """An existing run, by name or folder, under its own plan."""
+    from tunediff.plans import Plan
+    from tunediff.progress import Progress
+    from tunediff.stages import Run
+
+    folder = Path(run) if (Path(run) / "plan.toml").is_file() else runs / run
+    if not (folder / "plan.toml").is_file():
+        known = sorted(p.parent.name for p in runs.glob("*/plan.toml"))
+        raise ArtifactError(f"there is no run {run!r}", expected=", ".join(known) or f"a run in {runs}",
+                            remedy="tunediff diff BASE TUNED")
+    plan = Plan.read(folder / "plan.toml")
+    for text in settings or []:
+        plan = plan.set(text)
+    return Run(plan, folder, Progress(enabled=not quiet))
+
+
+def slug(text: str) -> str:
+    """A file-safe name made of the last parts of `text`."""
+    text = "-".join(Path(part).name for part in text.split("-") if part)
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.")[:80] or "run"
+
+
+def _tell(run: "Run", bills_of: list[list[str]], json: bool):
+    """Write diff.json and report.html, print the summary; returns the record."""
+    from tunediff.reports import summary_table, write_report
+
+    diff = run.diff(bills_of)
+    diff.save(run.folder / "diff.json")
+    write_report(diff, run.folder / "report.html")
+    run.progress.close()
+    if json:
+        typer.echo(to_json(diff, indent=1))
+    else:
+        from rich.console import Console
+
+        console = Console(width=None if sys.stdout.isatty() else 110)
+        console.print(summary_table(diff))
+        console.print(f"report  {run.folder / 'report.html'}\nrecord  {run.folder / 'diff.json'}", highlight=False, soft_wrap=True)
+    return diff
+
+
+@app.command()
+def diff(base: Base, tuned: Tuned, name: Name = None, runs: Runs = Path("runs"), plan: PlanFile = None, set_: Set = None,
+         undo: Annotated[bool, typer.Option(help="Bill the undoing of the first confirmed changes.")] = True,
+         json: Json = False, exit_code: ExitCode = False, quiet: Quiet = False) -> None:
+    """Find what changed between two models, prove it, say what undoing it costs, and write a report."""
+    run = _run(base, tuned, name, runs, plan, set_, quiet)
+    confirmed = [r.id for r in run.verdicts if r.decision == "confirmed"]
+    found = _tell(run, [[id] for id in confirmed[: run.plan.edit.bills]] if undo else [], json).found
+    if exit_code and found:
+        raise typer.Exit(1)
+
+
+def _stage(stage: str):
+    """A command that runs the stages up to `stage` and prints what came out."""
+
+    def command(base: Base, tuned: Tuned, name: Name = None, runs: Runs = Path("runs"), plan: PlanFile = None,
+                set_: Set = None, json: Json = False, quiet: Quiet = False) -> None:
+        run = _run(base, tuned, name, runs, plan, set_, quiet)
+        rows = _STAGES[stage][1](run)
+        run.progress.close()
+        typer.echo(to_json(rows, indent=1) if json else _table(rows))
+
+    command.__doc__ = _STAGES[stage][0]
+    return command
+
+
+def _table(rows: list[dict]) -> str:
+    from tunediff.charts import visible
+
+    if not rows:
+        return "nothing"
+    columns = list(rows[0])
+    cells = [columns] + [[visible(f"{v:.4g}" if isinstance(v, float) else str(v)) for v in row.values()] for row in rows]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths)).rstrip() for line in cells)
+
+
+def _harvest_rows(run: "Run") -> list[dict]:
+    m = run.harvest.manifest
+    return [{"site": s, "tokens": m["tokens"], "set_apart": m["set_apart"], "base_energy": m["base_energy"][i],
+             "delta_energy": m["delta_energy"][i], "noise": m["noise"][i]} for i, s in enumerate(m["sites"])]
+
+
+def _find_rows(run: "Run") -> list[dict]:
+    return [{"id": c.id, "sites": ", ".join(map(str, c.sites)), "share": c.share, "size": float(c.difference_SD.norm())}
+            for c in run.found[0]]
+
+
+def _rank_rows(run: "Run") -> list[dict]:
+    return [{"rank": i + 1, "id": r.change.id, "score": r.score, "null_best": max(r.null), "p": r.p,
+             "effect": str(r.effect), "tokens_on": r.share_of_tokens} for i, r in enumerate(run.ranking.ranked)]
+
+
+def _verify_rows(run: "Run") -> list[dict]:
+    return [{"rank": r.rank, "id": r.id, "decision": r.decision, "reason": r.reason} for r in run.verdicts]
+
+
+_STAGES = {
+    "harvest": ("Run both models on the same text and keep their streams at the chosen sites.", _harvest_rows),
+    "find": ("Propose candidate changes from the harvest.", _find_rows),
+    "rank": ("Hold candidates against random tunes of the same size, and order them.", _rank_rows),
+    "verify": ("Intervene on the first candidates, against random directions of equal energy.", _verify_rows),
+}
+for _stage_name in _STAGES:
+    app.command(_stage_name)(_stage(_stage_name))
+
+
+@app.command()
+def revert(
+    run: Annotated[str, typer.Argument(help="A run's name or folder.")],
+    changes: Annotated[Optional[str], typer.Option(help="Ids of changes to take out, comma-separated; default: all confirmed.")] = None,
+    bake: Annotated[Optional[Path], typer.Option(help="Write the edited model as a Hugging Face folder.")] = None,
+    runs: Runs = Path("runs"), set_: Set = None, json: Json = False, quiet: Quiet = False,
+) -> None:
+    """Take changes out of the tuned model, print what that does and costs, and bake it into weights if asked."""
+    from tunediff.baking import bake_edit
+
+    opened = _reopen(run, runs, quiet, set_)
+    ids = [i.strip() for i in changes.split(",")] if changes else [
+        r.id for r in opened.verdicts if r.decision == "confirmed"]
+    if not ids:
+        raise SettingError("this run confirmed no change, so there is nothing to take out", remedy="--changes ID")
+    bill = opened.bill(ids)
+    if bake is not None:
+        edit, _ = opened.edit(ids)
+        bake_edit(opened.pair, edit, bill, bake)
+    opened.progress.close()
+    rows = [{"measure": m.name, "value": _with_interval(m), "control": "" if m.control is None else f"{m.control:.3g}",
+             "unit": m.unit, "against": m.against} for m in bill.measures]
+    typer.echo(to_json(bill, indent=1) if json else _table(rows))
+    if bake is not None:
+        typer.echo(f"baked   {bake}", err=json)
+
+
+def _with_interval(measure) -> str:
+    if measure.value is None:
+        return "not measured"
+    return f"{measure.value:.3g}" + ("" if measure.low is None else f" [{measure.low:.3g}, {measure.high:.3g}]")
+
+
+@app.command()
+def report(run: Annotated[str, typer.Argument(help="A run's name or folder.")], runs: Runs = Path("runs")) -> None:
+    """Write the report again from a run's diff.json, without loading a model."""
+    from tunediff.reports import write_report
+    from tunediff.results import Diff
+
+    folder = Path(run) if (Path(run) / "diff.json").is_file() else runs / run
+    write_report(Diff.load(folder / "diff.json"), folder / "report.html")
+    typer.echo(str(folder / "report.html"))
+
+
+@app.command("list")
+def list_(runs: Runs = Path("runs"), json: Json = False) -> None:
+    """List runs, their pairs, and how far they have come."""
+    from tunediff.plans import Plan
+
+    rows = []
+    for path in sorted(runs.glob("*/plan.toml")):
+        plan = Plan.read(path)
+        stages = [s for s in ("harvest", "find", "rank", "verify") if any(is_finished(p) for p in path.parent.glob(f"{s}/*"))]
+        record = path.parent / "diff.json"
+        found = ""
+        if record.is_file():
+            confirmed = sum(c.get("decision") == "confirmed" for c in read_json(record).get("changes", []))
+            found = f"{confirmed} confirmed"
+        rows.append({"run": path.parent.name, "base": plan.base, "tuned": plan.tuned, "stages": " ".join(stages), "found": found})
+    typer.echo(to_json(rows, indent=1) if json else _table(rows))
+
+
+@app.command()
+def demo(runs: Runs = Path("runs"), set_: Set = None, json: Json = False, quiet: Quiet = False) -> None:
+    """The main job on the embedded default: a real model and a tune of it with a wanted and a hidden objective.
+
+    Runs `diff default demo`, then asks, by tests fixed beforehand, whether each objective is named by a confirmed change,
+    takes the hidden one out alone, and counts both behaviors before and after.
+    """
+    from tunediff.demo import check
+
+    run = _run("default", "demo", "demo", runs, None, set_, quiet)
+    checked = check(run)
+    _tell(run, checked.bills, json)
+    if not json:
+        typer.echo(checked.text)
+
+
+@organism_app.command("list")
+def organism_list(json: Json = False) -> None:
+    """List the organisms that tunediff can make."""
+    from tunediff import organisms
+
+    rows = [{"name": o.name, "base": o.base, "behaviors": ", ".join(
+        f"{b.name} ({'wanted' if b.wanted else 'unwanted'})" for b in o.behaviors), "summary": o.summary}
+        for o in organisms.every()]
+    typer.echo(to_json(rows, indent=1) if json else _table(rows))
+
+
+@organism_app.command("make")
+def organism_make(name: str, out: Path, base: Annotated[str, typer.Option(help="Base model folder.")] = "default") -> None:
+    """Train an organism from its recipe, measure it, and write the adapter with its card to OUT."""
+    from tunediff import organisms
+    from tunediff.organisms.training import make
+    from tunediff.progress import Progress
+
+    progress = Progress()
+    card = make(organisms.named(name), base, out, lambda done, total, loss: progress("train", done, total))
+    progress.close()
+    typer.echo(to_json(card, indent=1))
+
+
+def main() -> None:
+    """Entry point: errors that a user can act on are told in four lines and exit with 2."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app(standalone_mode=False)
+    except TunediffError as error:
+        typer.echo("error: " + str(error), err=True)
+        sys.exit(2)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except typer.Abort:
+        sys.exit(130)
+    except KeyboardInterrupt:
+        typer.echo("stopped; run the same command again to go on", err=True)
+        sys.exit(130)
+    except Exception as error:
+        import click
+
+        if isinstance(error, click.ClickException):
+            error.show()
+            sys.exit(error.exit_code)
+        if os.environ.get("TUNEDIFF_DEBUG"):
+            raise
+        first = (str(error).strip().splitlines() or [""])[0]
+        typer.echo(f"error: {type(error).__name__}: {first[:300]}\n  expected: no such error; this is a fault in tunediff\n"
+                   "  try: TUNEDIFF_DEBUG=1 shows where it happened", err=True)
+        sys.exit(3)
+
+
+if __name__ == "__main__":
+    main()
