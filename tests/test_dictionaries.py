@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,7 @@ from tunediff import dictionaries, gates, kernels, variants
 from tunediff.axes import BASE, TUNED
 from tunediff.dictionaries.base import Pass, delta_of, select
 from tunediff.errors import ArtifactError, SettingError, VariantError
-from tunediff.fitting import Fitted, FitSettings, Normalization, Plan, State, TensorSource, build, fit, step
+from tunediff.fitting import FitSettings, Fitted, Normalization, Plan, State, TensorSource, build, fit, step
 from tunediff.kernels.dense import DenseCode
 from tunediff.kernels.pairs import PairCode
 from tunediff.latent_scaling import latent_scaling
@@ -49,8 +48,12 @@ def activations(n: int = 256, seed: int = 0, dtype=torch.float32) -> torch.Tenso
     directions[:14, :, TUNED] = directions[:14, :, BASE]
     directions[14:17, :, BASE] = 0
     directions[17:, :, TUNED] = 0
-    on = (torch.rand(n, 20, generator=g, dtype=dtype) < 0.1) * (0.5 + torch.rand(n, 20, generator=g, dtype=dtype))
-    return torch.einsum("nf,fsmd->nsmd", on, directions) + 0.02 * torch.randn(n, S, 2, D, generator=g, dtype=dtype)
+    on = (torch.rand(n, 20, generator=g, dtype=dtype) < 0.1) * (
+        0.5 + torch.rand(n, 20, generator=g, dtype=dtype)
+    )
+    return torch.einsum("nf,fsmd->nsmd", on, directions) + 0.02 * torch.randn(
+        n, S, 2, D, generator=g, dtype=dtype
+    )
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +69,8 @@ def fits(source) -> dict[str, Fitted]:
     return {name: fit(small(name), source, SHORT) for name in VARIANTS}
 
 
-# -- variants -------------------------------------------------------------------------------------------------
+# -- variants
+# -------------------------------------------------------------------------------------------------
 
 
 def test_all_are_found():
@@ -81,7 +85,10 @@ def test_abstract_or_final(name):
     kind = variants.load(dictionaries.PACKAGE, name)
     assert kind.Spec.variant == name
     implemented = {key for key in vars(Dictionary) if key not in Dictionary.__abstractmethods__}
-    assert not {key for key in vars(kind) if not key.startswith("__") and key in implemented} - {"Spec", "_abc_impl"}
+    assert not {key for key in vars(kind) if not key.startswith("__") and key in implemented} - {
+        "Spec",
+        "_abc_impl",
+    }
 
 
 def test_settings_refuse():
@@ -141,9 +148,12 @@ def test_order_changes_nothing(name):
     run = d(x)
     tokens = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(d(x[tokens]).code.dense(), run.code.dense()[tokens])
-    order = torch.cat([
-        g.start + torch.randperm(g.stop - g.start, generator=torch.Generator().manual_seed(1)) for g in d.groups()
-    ])
+    order = torch.cat(
+        [
+            g.start + torch.randperm(g.stop - g.start, generator=torch.Generator().manual_seed(1))
+            for g in d.groups()
+        ]
+    )
     twin = d.mirrored().mirrored()
     with torch.no_grad():
         for part in ("encoder_FSMD", "decoder_FSMD", "encoder_bias_F"):
@@ -155,7 +165,8 @@ def test_order_changes_nothing(name):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_gradient_fp64(name):
-    """Every part of every objective against finite differences, in the middle of one pattern of kept codes."""
+    """Every part of every objective against finite differences, in the middle of one pattern of kept
+    codes."""
     d, x = made(name, torch.float64), activations(24, dtype=torch.float64)
     names = [n for n, _ in d.named_parameters()]
 
@@ -185,7 +196,8 @@ class swapped:
             self.module._parameters[n] = self.kept[n]
 
 
-# -- fits -----------------------------------------------------------------------------------------------------
+# -- fits
+# -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -217,7 +229,9 @@ def test_changes_are_the_dictionary(name, fits):
     g = torch.stack([c.strength(x) for c in changes], 1)
     near = (fitted.dictionary.pre(fitted.normalization.apply(x)) - fitted.threshold_F).abs() < 1e-4
     torch.testing.assert_close(torch.where(near, f_NF, g), f_NF, atol=1e-4, rtol=1e-4)
-    total = torch.einsum("nf,fsmd->nsmd", f_NF, torch.stack([c.write_SMD for c in changes])) + fitted.offset_SMD
+    total = (
+        torch.einsum("nf,fsmd->nsmd", f_NF, torch.stack([c.write_SMD for c in changes])) + fitted.offset_SMD
+    )
     torch.testing.assert_close(total, fitted.reconstruct(x), atol=1e-4, rtol=1e-4)
     shares = torch.tensor([c.share for c in changes])
     torch.testing.assert_close(shares, fitted.dictionary.share_F(), atol=0.05 if S > 1 else 1e-5, rtol=0)
@@ -238,7 +252,9 @@ def test_normalization(source):
     torch.testing.assert_close(x.square().mean((0, 2, 3)), torch.ones(S))
     torch.testing.assert_close(norm.undo(x), source.read("train", torch.arange(source.count("train"))))
     assert abs(norm.delta_variance - float(delta_of(x).square().mean())) < 1e-5
-    loud = Normalization.measure(TensorSource(activations() * torch.tensor([1.0, 1.3])[:, None], activations()))
+    loud = Normalization.measure(
+        TensorSource(activations() * torch.tensor([1.0, 1.3])[:, None], activations())
+    )
     quiet = Normalization.measure(TensorSource(activations(), activations()))
     difference = loud.log_rms_ratio_S - quiet.log_rms_ratio_S
     torch.testing.assert_close(difference, torch.full((S,), 1.3).log())
@@ -252,10 +268,13 @@ def test_identical_models_stay_identical():
         torch.testing.assert_close(trained_steps(name, x).share_F(), torch.full((F,), 0.5), atol=1e-5, rtol=0)
 
 
-# -- gates ----------------------------------------------------------------------------------------------------
+# -- gates
+# ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape,k", [((64, 40), 3), ((512, 300), 7.5), ((1024, 512), 0.01), ((300, 400), 120)])
+@pytest.mark.parametrize(
+    "shape,k", [((64, 40), 3), ((512, 300), 7.5), ((1024, 512), 0.01), ((300, 400), 120)]
+)
 def test_batch_topk_is_exact(shape, k):
     v = torch.rand(shape, generator=torch.Generator().manual_seed(0))
     at = gates.batch_topk(v, k)
@@ -292,7 +311,8 @@ def test_calibrate():
 
 
 def test_auxk_helps_the_dead_alone():
-    """It reaches the encoder of dead latents, leaves live ones and the target alone, and survives nonsense."""
+    """It reaches the encoder of dead latents, leaves live ones and the target alone, and survives
+    nonsense."""
     d, x = made("batchtopk"), activations()
     dead = torch.zeros(F, dtype=torch.bool)
     dead[5:15] = True
@@ -308,13 +328,16 @@ def test_auxk_helps_the_dead_alone():
     assert made("l1").auxiliary(run, dead, 4).item() == 0  # ReLU latents are not gated
 
 
-# -- kernels --------------------------------------------------------------------------------------------------
+# -- kernels
+# --------------------------------------------------------------------------------------------------
 
 
 def test_pairs_equal_dense():
     """Two layouts, one answer: forward and every gradient, in float64."""
     g = torch.Generator().manual_seed(0)
-    x, w, b, out = (torch.randn(s, generator=g, dtype=torch.float64) for s in ((50, 16), (300, 16), (300,), (300, 16)))
+    x, w, b, out = (
+        torch.randn(s, generator=g, dtype=torch.float64) for s in ((50, 16), (300, 16), (300,), (300, 16))
+    )
     weight = torch.rand(300, generator=g, dtype=torch.float64)
     target = torch.randn(50, 16, generator=g, dtype=torch.float64)
     groups = made("batchtopk").groups()[:1]
@@ -338,7 +361,8 @@ def test_fast_matmul_restores():
     assert torch.get_float32_matmul_precision() == before
 
 
-# -- Delta-Crosscoder -----------------------------------------------------------------------------------------
+# -- Delta-Crosscoder
+# -----------------------------------------------------------------------------------------
 
 
 def test_delta_term_spares_the_shared_group():
@@ -354,7 +378,9 @@ def test_unmasked_delta_term_is_the_difference_of_errors():
     d, x = made("delta", torch.float64), activations(dtype=torch.float64)
     run = d(x)
     error = run.error_NSMD
-    torch.testing.assert_close(d.delta_error(run, 0), (error[:, :, TUNED] - error[:, :, BASE]).square().mean())
+    torch.testing.assert_close(
+        d.delta_error(run, 0), (error[:, :, TUNED] - error[:, :, BASE]).square().mean()
+    )
 
 
 def test_without_its_term_and_groups_delta_is_batchtopk():
@@ -366,7 +392,8 @@ def test_without_its_term_and_groups_delta_is_batchtopk():
             assert torch.equal(value, other.state_dict()[key]), key
 
 
-# -- Latent Scaling -------------------------------------------------------------------------------------------
+# -- Latent Scaling
+# -------------------------------------------------------------------------------------------
 
 
 def test_latent_scaling_by_hand(source, fits):
@@ -385,8 +412,12 @@ def test_latent_scaling_by_hand(source, fits):
         beta = []
         for m in (BASE, TUNED):
             y = e[:, :, m] + f[:, j, None, None] * d.decoder_FSMD[j, :, m]
-            beta.append([float((f[:, j] * (t * v).sum((1, 2))).sum() / (v.square().sum() * f[:, j].square().sum()))
-                         for t in (y, xhat[:, :, m])])
+            beta.append(
+                [
+                    float((f[:, j] * (t * v).sum((1, 2))).sum() / (v.square().sum() * f[:, j].square().sum()))
+                    for t in (y, xhat[:, :, m])
+                ]
+            )
         assert scales[j].beta_error == pytest.approx([b[0] for b in beta], rel=1e-3, abs=1e-4)
         assert scales[j].beta_reconstruction == pytest.approx([b[1] for b in beta], rel=1e-3, abs=1e-4)
         if beta[1][0] > 1e-3:
@@ -399,7 +430,8 @@ def test_latent_scaling_mirrors(source, fits):
     held = source.read("held_out", torch.arange(source.count("held_out"))).flip(2)
     norm = fitted.normalization
     twin = dataclasses.replace(
-        fitted, dictionary=fitted.dictionary.mirrored().requires_grad_(False),
+        fitted,
+        dictionary=fitted.dictionary.mirrored().requires_grad_(False),
         normalization=dataclasses.replace(norm, center_SMD=norm.center_SMD.flip(1)),
     )
     swap = {"tuned-specific": "base-specific", "base-specific": "tuned-specific"}
@@ -410,10 +442,13 @@ def test_latent_scaling_mirrors(source, fits):
     some = [s.latent for s in one if s.kind != "too rare"][:5]
     subset = latent_scaling(fitted, source, doc_N=doc_N, draws=100, latents=some)
     assert [s.latent for s in subset] == some
-    assert [s.nu_error.value for s in subset] == pytest.approx([one[j].nu_error.value for j in some], rel=1e-4)
+    assert [s.nu_error.value for s in subset] == pytest.approx(
+        [one[j].nu_error.value for j in some], rel=1e-4
+    )
 
 
-# -- folders --------------------------------------------------------------------------------------------------
+# -- folders
+# --------------------------------------------------------------------------------------------------
 
 
 def test_finished_is_not_trained_again(source, tmp_path):
@@ -421,7 +456,11 @@ def test_finished_is_not_trained_again(source, tmp_path):
     settings = dataclasses.replace(SHORT, steps=40)
     first = fit(spec, source, settings, tmp_path, lambda done, total, row: rows.append((done, total)))
     assert rows[-1] == (40 * 256, 40 * 256)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["curve.json", "dictionary.safetensors", "manifest.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "curve.json",
+        "dictionary.safetensors",
+        "manifest.json",
+    ]
     rows.clear()
     again = fit(spec, source, settings, tmp_path, lambda *_: rows.append(0))
     assert not rows and again.quality == first.quality
@@ -445,7 +484,9 @@ RESUMED = FitSettings(steps=300, batch=256, learning_rate=3e-3, log_every=5, che
 
 def child(folder: Path, name: str) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-c", CHILD, str(folder), str(Path(__file__).parent), name], stdout=subprocess.PIPE, text=True,
+        [sys.executable, "-c", CHILD, str(folder), str(Path(__file__).parent), name],
+        stdout=subprocess.PIPE,
+        text=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
     )
 

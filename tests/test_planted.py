@@ -1,4 +1,5 @@
-"""Planted truths: what dictionaries find of a difference that we put there, over several seeds, and on a null."""
+"""Planted truths: what dictionaries find of a difference that we put there, over several seeds, and on a
+null."""
 
 from __future__ import annotations
 
@@ -35,11 +36,15 @@ def means(case: str, variant: str, seeds: int, steps: int | None = None, **setti
     scores: list[Score] = [run(c, spec, seed, fit) for seed in range(seeds)]
     out = {
         f"{column}.{kind}": sum(getattr(s, column)[kind] for s in scores) / seeds
-        for column in ("learned", "by_norm", "by_scaling") for kind in scores[0].planted
+        for column in ("learned", "by_norm", "by_scaling")
+        for kind in scores[0].planted
     }
     for name in ("false_by_norm", "false_by_scaling", "ev_delta"):
         out[name] = sum(getattr(s, name) for s in scores) / seeds
-    print(f"\n{case} {variant} {settings} over {seeds} seeds:", ", ".join(f"{k} {v:.2f}" for k, v in out.items()))
+    print(
+        f"\n{case} {variant} {settings} over {seeds} seeds:",
+        ", ".join(f"{k} {v:.2f}" for k, v in out.items()),
+    )
     return out
 
 
@@ -48,7 +53,13 @@ def test_planting():
     assert one.source.fingerprint == same.source.fingerprint != other.source.fingerprint
     with pytest.raises(SettingError, match="common"):
         plant("comon", 0)
-    assert [bin_of(s) for s in (0.0, 0.3, 0.5, 0.7, 0.95)] == ["base", "between", "shared", "between", "tuned"]
+    assert [bin_of(s) for s in (0.0, 0.3, 0.5, 0.7, 0.95)] == [
+        "base",
+        "between",
+        "shared",
+        "between",
+        "tuned",
+    ]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -98,21 +109,30 @@ def test_common(variant):
 
 @pytest.mark.slow
 def test_narrow():
-    """Rare tuned-only features: the norm bin misses what Latent Scaling tells, unless k fits or norms are penalized."""
+    """Rare tuned-only features: the norm bin misses what Latent Scaling tells, unless k fits or norms are
+    penalized."""
     plain, hybrid = means("narrow", "batchtopk", SLOW), means("narrow", "hybrid", SLOW)
     matched = means("narrow-matched", "batchtopk", SLOW)
     delta = means("narrow", "delta", SLOW)
     assert plain["learned.tuned"] >= 2.5 and plain["by_norm.tuned"] <= 1
     assert plain["by_scaling.tuned"] >= plain["by_norm.tuned"] + 1.5
-    assert hybrid["by_scaling.tuned"] >= 3 and hybrid["by_norm.tuned"] >= 2.4
+    assert hybrid["by_scaling.tuned"] >= 3.4 and hybrid["by_norm.tuned"] >= 3
     assert matched["by_norm.tuned"] >= 3
     assert delta["learned.tuned"] >= 2.5
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "case,kind", [("amplified", "amplified"), ("rotated", "rotated"), ("moved", "moved"), ("removed", "base"),
-                  ("shift", "tuned"), ("correlated", "tuned"), ("scale", "tuned")],
+    "case,kind",
+    [
+        ("amplified", "amplified"),
+        ("rotated", "rotated"),
+        ("moved", "moved"),
+        ("removed", "base"),
+        ("shift", "tuned"),
+        ("correlated", "tuned"),
+        ("scale", "tuned"),
+    ],
 )
 def test_bent_cases(case, kind):
     m = means(case, "hybrid", QUICK)

@@ -220,8 +220,8 @@ class Score:
     """What a dictionary found of a planted truth. Counts are of planted features unless said otherwise.
 
     planted          how many there are, by kind
-    learned          with a latent of cosine over .9 in every model that has the feature (the best one is its
-    match) by_norm          learned, and the match's share of norms is in the right bin
+    learned          with a latent of cosine over .9 in every model that has it (the best one is its match)
+    by_norm          learned, and the match's share of norms is in the right bin
     by_scaling       learned, and Latent Scaling gives the match the right verdict
     false_by_norm    live latents in a model-specific bin that match no planted specific feature of that kind
     false_by_scaling   the same by verdict
