@@ -498,9 +498,31 @@ def test_models_that_bring_code_are_refused(home, tmp_path):
 
 
 @pytest.mark.parametrize("source", ["no-such-lab/no-such-model", "no-such-model"])
-def test_an_unknown_hub_id_is_refused_quickly(home, source):
+@pytest.mark.parametrize("told", [True, False])
+def test_an_unknown_hub_id_is_refused_quickly(home, source, told, monkeypatch):
+    """Also where nobody has said that the machine is offline."""
+    import huggingface_hub.constants
+
+    def unreachable(*rest):
+        raise OSError("Network is unreachable")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", told)
+    monkeypatch.setattr("tunediff.pairs.getproxies", dict)
+    monkeypatch.setattr("tunediff.pairs.socket.create_connection", unreachable)
     error = refused(home / "llama" / "base", source, SourceError, "could not be read")
     assert error.got and error.remedy
+
+
+def test_a_cached_hub_id_loads_offline(home, tmp_path, monkeypatch):
+    import huggingface_hub.constants
+
+    cached = tmp_path / "models--lab--tiny"
+    shutil.copytree(home / "llama" / "full", cached / "snapshots" / ("a" * 40))
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("a" * 40)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    pair = load(home / "llama" / "base", "lab/tiny")
+    assert pair.tuned.name == "lab/tiny" and len(pair.deltas()) == 21
 
 
 def test_models_of_other_kinds_are_refused(home, tmp_path):
