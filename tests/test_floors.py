@@ -22,8 +22,8 @@ FLOORS = [
     ("dicts", "dictionaries kernels gates fitting"),
     ("finders", "finders signals rankings latent_scaling scans"),
     ("causes", "measures trials edits"),
-    ("telling", "results bills charts examples reports explorer"),
-    ("doors", "plans stages cli organisms planted nulls bench demo"),
+    ("telling", "results bills baking charts examples reports explorer"),
+    ("doors", "plans stages cli organisms planted nulls bench demo progress"),
 ]
 FLOOR_OF = {name: number for number, (_, names) in enumerate(FLOORS) for name in names.split()}
 KNOWS_HUGGING_FACE = {"families", "models", "pairs", "embedded", "corpora", "organisms"}
