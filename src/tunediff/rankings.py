@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Callable, Iterator, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -134,7 +133,7 @@ def batches_of(tokens: Tokens, rows: Sequence[int], batch_tokens: int) -> Iterat
 
 @dataclass(frozen=True, eq=False)
 class Ranking:
-    """Changes, those that stand out first, then by effect; and KL(tuned || base) in nat at each token of the sample."""
+    """Changes, those that stand out first and in the order of `cover`; and KL(tuned || base), nat, at each token."""
 
     ranked: list[Ranked]
     kl_N: Tensor
@@ -270,16 +269,36 @@ def rank(
             progress(draw + 1, settings.nulls)
     score_K, null_RK, p = max_t(energy_K, torch.stack(nulls))
 
-    effects = _effects(changes, sample, f_NK, gradients, seed)
+    effects, nats_KD, gap_D = _effects(changes, sample, f_NK, gradients, kl_N, seed)
     best = tuple(null_RK.max(1).values.tolist())
     ranked = [
         Ranked(c, float(score_K[k]), best, p[k], effects[k], int((f_NK[:, k] != 0).sum()),
                float((f_NK[:, k] != 0).float().mean()))
         for k, c in enumerate(changes)
     ]
-    lowest = 1 / (1 + settings.nulls)
-    ranked.sort(key=lambda r: (r.p > max(lowest, settings.level), -np.nan_to_num(r.effect.value), r.change.id))
-    return Ranking(ranked, kl_N)
+    claim = max(settings.level, 1 / (1 + settings.nulls))
+    standing = [k for k in range(len(changes)) if ranked[k].p <= claim]
+    order = cover(nats_KD, gap_D, standing)
+    order += sorted(set(range(len(changes))) - set(standing), key=lambda k: (-ranked[k].score, changes[k].id))
+    return Ranking([ranked[k] for k in order], kl_N)
+
+
+def cover(nats_KD: Tensor, gap_D: Tensor, among: Sequence[int]) -> list[int]:
+    """Changes in the order in which they explain most of the output's shift that those before leave unexplained.
+
+    nats_KD   first-order effect of each change in each document; gap_D the whole KL(tuned || base) of each document.
+    A document counts up to its gap, so ten changes that say the same of the same documents do not crowd out one that
+    speaks for others.
+    """
+    left, order = list(among), []
+    covered_D = torch.zeros_like(gap_D)
+    while left:
+        gains = torch.stack([torch.minimum(gap_D, covered_D + nats_KD[k]) - covered_D for k in left]).sum(1)
+        best = int(gains.argmax())
+        k = left.pop(best)
+        order.append(k)
+        covered_D = torch.minimum(gap_D, covered_D + nats_KD[k]).clamp_min(0)
+    return order
 
 
 def _output(pair: Pair, sample: Sample, batch_tokens: int) -> tuple[Tensor, dict[Site, Tensor]]:
@@ -291,18 +310,23 @@ def _output(pair: Pair, sample: Sample, batch_tokens: int) -> tuple[Tensor, dict
     return kl_N, gradients
 
 
-def _effects(changes: Sequence[Change], sample: Sample, f_NK: Tensor, gradients: dict[Site, Tensor],
-             seed: int) -> list[Interval]:
-    """First-order effects on the output, a token of the sample, with intervals over documents."""
+def _effects(
+    changes: Sequence[Change], sample: Sample, f_NK: Tensor, gradients: dict[Site, Tensor], kl_N: Tensor, seed: int
+) -> tuple[list[Interval], Tensor, Tensor]:
+    """First-order effects on the output: nat a token with intervals over documents, nat by change and document (K, D),
+    and each document's whole KL (D,)."""
     documents, document_N = sample.document_N.unique(return_inverse=True)
     tokens_D = torch.bincount(document_N, minlength=len(documents)).double()
-    effects = []
+
+    def summed(value_N: Tensor) -> Tensor:
+        return torch.zeros(len(documents), dtype=torch.float64).index_add_(0, document_N, value_N.double())
+
+    nats = []
     for k, change in enumerate(changes):
         along_N = torch.zeros(len(f_NK))
         for s, site in enumerate(change.sites):
             if site in gradients:
                 along_N += gradients[site] @ change.difference_SD[s].float()
-        nats_N = (f_NK[:, k] * along_N).double()
-        nats_D = torch.zeros(len(documents), dtype=torch.float64).index_add_(0, document_N, nats_N)
-        effects.append(bootstrap_ratio(nats_D.numpy(), tokens_D.numpy(), seed=seed))
-    return effects
+        nats.append(summed(f_NK[:, k] * along_N))
+    effects = [bootstrap_ratio(n.numpy(), tokens_D.numpy(), seed=seed) for n in nats]
+    return effects, torch.stack(nats), summed(kl_N)
