@@ -26,13 +26,18 @@ def baked_network(pair: Pair, edit: Edit) -> nn.Module:
     return module.merge_and_unload() if hasattr(module, "merge_and_unload") else module
 
 
+def check_empty(out: Path) -> None:
+    """Raise `ArtifactError` unless `out` is an empty folder or does not exist."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ArtifactError(f"{out} is not an empty folder", remedy="another --bake folder")
+
+
 def bake_edit(pair: Pair, edit: Edit, bill: Bill, out: Path) -> float:
     """Write the edited model to `out` and check it against the live edit; returns the relative error of its logits.
 
     Raises `ArtifactError` if `out` is not empty, `NumericsError` if the baked model differs by more than `TOLERANCE`.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ArtifactError(f"{out} is not an empty folder", remedy="another --bake folder")
+    check_empty(out)
     network = baked_network(pair, edit)
     error = relative_error(pair, edit, network)
     if error > TOLERANCE:

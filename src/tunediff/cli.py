@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
@@ -35,17 +36,19 @@ ExitCode = Annotated[bool, typer.Option("--exit-code", help="Exit with 1 if a ch
 def _run(base: str, tuned: str, name: str | None, runs: Path, plan_file: Path | None, settings: list[str] | None,
          quiet: bool) -> "Run":
     """The run these options name; refuses to reuse a name for another pair."""
+    _hush(quiet)
+    import dataclasses
+
     from tunediff.plans import Plan
     from tunediff.progress import Progress
     from tunediff.stages import Run
-
-    import dataclasses
 
     plan = Plan.read(plan_file) if plan_file else Plan()
     plan = dataclasses.replace(plan, base=base, tuned=tuned)
     for text in settings or []:
         plan = plan.set(text)
-    name = name or slug(f"{base}-{tuned}")
+    plan.check()
+    name = name or slug(f"{Path(base).name}-{Path(tuned).name}")
     if slug(name) != name:
         raise SettingError(f"{name!r} is not a run name", expected="letters, digits, dot, dash, underscore", remedy=slug(name))
     folder = runs / name
@@ -59,25 +62,38 @@ def _run(base: str, tuned: str, name: str | None, runs: Path, plan_file: Path | 
 
 def _reopen(run: str, runs: Path, quiet: bool, settings: list[str] | None = None) -> "Run":
     """An existing run, by name or folder, under its own plan."""
+    _hush(quiet)
     from tunediff.plans import Plan
     from tunediff.progress import Progress
     from tunediff.stages import Run
 
-    folder = Path(run) if (Path(run) / "plan.toml").is_file() else runs / run
-    if not (folder / "plan.toml").is_file():
-        known = sorted(p.parent.name for p in runs.glob("*/plan.toml"))
-        raise ArtifactError(f"there is no run {run!r}", expected=", ".join(known) or f"a run in {runs}",
-                            remedy="tunediff diff BASE TUNED")
+    folder = _folder(run, runs, "plan.toml")
     plan = Plan.read(folder / "plan.toml")
     for text in settings or []:
         plan = plan.set(text)
+    plan.check()
     return Run(plan, folder, Progress(enabled=not quiet))
 
 
+def _folder(run: str, runs: Path, file: str) -> Path:
+    """The folder of a run given by name or folder; it must hold `file`."""
+    folder = Path(run) if (Path(run) / file).is_file() else runs / run
+    if not (folder / file).is_file():
+        known = sorted(p.parent.name for p in runs.glob(f"*/{file}"))
+        what = f"run {run!r} is not finished" if (folder / "plan.toml").is_file() else f"there is no run {run!r}"
+        raise ArtifactError(what, expected=", ".join(known) or f"a run in {runs}", remedy="tunediff diff BASE TUNED")
+    return folder
+
+
+def _hush(quiet: bool) -> None:
+    """Keep other libraries' progress bars off stderr unless somebody watches; before they are first imported."""
+    if quiet or not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
 def slug(text: str) -> str:
-    """A file-safe name made of the last parts of `text`."""
-    text = "-".join(Path(part).name for part in text.split("-") if part)
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.")[:80] or "run"
+    """A file-safe name of at most 80 characters."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.")[:80].rstrip("-.") or "run"
 
 
 def _tell(run: "Run", bills_of: list[list[str]], json: bool):
@@ -174,9 +190,11 @@ def revert(
     runs: Runs = Path("runs"), set_: Set = None, json: Json = False, quiet: Quiet = False,
 ) -> None:
     """Take changes out of the tuned model, print what that does and costs, and bake it into weights if asked."""
-    from tunediff.baking import bake_edit
-
     opened = _reopen(run, runs, quiet, set_)
+    from tunediff.baking import bake_edit, check_empty
+
+    if bake is not None:
+        check_empty(bake)  # now, as the bill takes a while
     ids = [i.strip() for i in changes.split(",")] if changes else [
         r.id for r in opened.verdicts if r.decision == "confirmed"]
     if not ids:
@@ -205,7 +223,7 @@ def report(run: Annotated[str, typer.Argument(help="A run's name or folder.")], 
     from tunediff.reports import write_report
     from tunediff.results import Diff
 
-    folder = Path(run) if (Path(run) / "diff.json").is_file() else runs / run
+    folder = _folder(run, runs, "diff.json")
     write_report(Diff.load(folder / "diff.json"), folder / "report.html")
     typer.echo(str(folder / "report.html"))
 
@@ -217,7 +235,11 @@ def list_(runs: Runs = Path("runs"), json: Json = False) -> None:
 
     rows = []
     for path in sorted(runs.glob("*/plan.toml")):
-        plan = Plan.read(path)
+        try:
+            plan = Plan.read(path)
+        except TunediffError as error:
+            rows.append({"run": path.parent.name, "base": "", "tuned": "", "stages": "", "found": error.what})
+            continue
         stages = [s for s in ("harvest", "find", "rank", "verify") if any(is_finished(p) for p in path.parent.glob(f"{s}/*"))]
         record = path.parent / "diff.json"
         found = ""
@@ -271,22 +293,18 @@ def organism_make(name: str, out: Path, base: Annotated[str, typer.Option(help="
 def main() -> None:
     """Entry point: errors that a user can act on are told in four lines and exit with 2."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore", FutureWarning)  # of other libraries; nothing a user could act on
     try:
-        app(standalone_mode=False)
+        sys.exit(app(standalone_mode=False))
     except TunediffError as error:
         typer.echo("error: " + str(error), err=True)
         sys.exit(2)
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
-    except typer.Abort:
-        sys.exit(130)
-    except KeyboardInterrupt:
+    except (typer.Abort, KeyboardInterrupt):
         typer.echo("stopped; run the same command again to go on", err=True)
         sys.exit(130)
     except Exception as error:
-        import click
-
-        if isinstance(error, click.ClickException):
+        if hasattr(error, "show") and hasattr(error, "exit_code"):  # usage, of typer's click or of click's own
             error.show()
             sys.exit(error.exit_code)
         if os.environ.get("TUNEDIFF_DEBUG"):

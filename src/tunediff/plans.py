@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tunediff import dictionaries
+from tunediff import dictionaries, variants
 from tunediff.contrasts import ContrastSettings
 from tunediff.dictionaries.base import Spec
 from tunediff.edits import EditSettings
@@ -99,6 +99,13 @@ class Plan:
     def spec(self) -> Spec:
         """The dictionary's spec with this plan's settings."""
         return dictionaries.spec(self.find.dictionary, **self.dictionary)
+
+    def check(self) -> None:
+        """Raise `VariantError` or `SettingError` if a named part does not exist or the dictionary has no such setting."""
+        self.spec()
+        for package, names in (("tunediff.finders", self.find.finders), ("tunediff.signals", self.find.signals)):
+            for name in names:
+                variants.load(package, name)
 
     def set(self, text: str) -> "Plan":
         """This plan with one ``part.field=value`` (or ``seed=3``) applied; the value as TOML, else as a string."""
@@ -194,7 +201,11 @@ def _toml(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(map(_toml, value)) + "]"
     if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False)
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise SettingError(f"{value!r} is not text", expected="UTF-8") from None
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, bool):
         return "true" if value else "false"
     return repr(value)

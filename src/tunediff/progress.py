@@ -12,17 +12,17 @@ class Progress:
     def __init__(self, stream=None, enabled: bool = True):
         self.stream, self.enabled = stream or sys.stderr, enabled
         self.stage, self.began, self.told = "", 0.0, 0.0
-        self.first = 0
+        self.first, self.over = 0, False
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         now = time.monotonic()
         if stage != self.stage:
             self.close()
-            self.stage, self.began, self.told, self.first = stage, now, 0.0, done
+            self.stage, self.began, self.told, self.first, self.over = stage, now, 0.0, done, False
         live = self.stream.isatty() if hasattr(self.stream, "isatty") else False
-        if not self.enabled or (now - self.told < (0.2 if live else 10) and done < total):
+        if not self.enabled or self.over or (now - self.told < (0.2 if live else 10) and done < total):
             return
-        self.told = now
+        self.told, self.over = now, done >= total
         elapsed = now - self.began
         rate = (done - self.first) / elapsed if elapsed > 0.5 else 0.0
         left = f"{rate:,.0f}/s  {max(0.0, (total - done) / rate):.0f} s left" if rate and done < total else f"{elapsed:.0f} s"

@@ -83,7 +83,9 @@ class Run:
             seconds = round(time.monotonic() - began, 2)
             note.parent.mkdir(parents=True, exist_ok=True)
             write_json(note, {"seconds": seconds})
-        self.cards.append(StageCard(stage, key, seconds, list(notes)))
+        card = StageCard(stage, key, seconds, list(notes))
+        if card not in self.cards:
+            self.cards.append(card)
 
     @cached_property
     def pair(self) -> Pair:
@@ -273,6 +275,7 @@ class Run:
     def verdicts(self) -> list[ChangeRecord]:
         """Every ranked change as a record; the first few put on trial."""
         plan, ranking = self.plan, self.ranking
+        self.lens  # now, so that a run that finds its verdicts done lists the same stages
         key, folder = self._at("verify", self.harvest.fingerprint, self._found_key, plan.rank, plan.verify, plan.seed)
         began = time.monotonic()
         if not is_finished(folder):
