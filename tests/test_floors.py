@@ -16,13 +16,13 @@ PACKAGE = "tunediff"
 
 FLOORS = [
     ("ground", "errors axes chance artifacts variants"),
-    ("waist", "sites changes"),
+    ("waist", "sites changes results"),
     ("models", "corpora families models pairs embedded"),
     ("harvest", "harvests contrasts lenses"),
     ("dicts", "dictionaries kernels gates fitting"),
     ("finders", "finders signals rankings latent_scaling scans"),
-    ("causes", "measures trials edits"),
-    ("telling", "results bills baking charts examples reports explorer"),
+    ("causes", "measures trials edits bills"),
+    ("telling", "baking charts examples reports explorer"),
     ("doors", "plans stages cli organisms planted nulls bench demo progress"),
 ]
 FLOOR_OF = {name: number for number, (_, names) in enumerate(FLOORS) for name in names.split()}

@@ -263,7 +263,7 @@ class Run:
     @cached_property
     def lens(self) -> Lens:
         """A tuned lens of base at the sites."""
-        key, folder = self._at("lens", self._models[0], self.tokens.fingerprint, list(map(str, self.sites)))
+        key, folder = self._at("lens", self._models, self.tokens.fingerprint, list(map(str, self.sites)), self.plan.harvest.abnormal)
         began = time.monotonic()
         kinds = {d.kind for d in self.tokens.documents}
         few = _some(self.tokens.select("train"), 4000, *sorted(kinds))
