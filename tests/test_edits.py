@@ -47,12 +47,14 @@ def added(pair: Pair, edit=None) -> dict[str, torch.Tensor]:
     return out
 
 
-def moments_of(pair: Pair, on_II: torch.Tensor | None, off_II: torch.Tensor | None) -> dict[str, Moments]:
-    """The same moments for every map, the identity where none are given... scaled to each map's inputs."""
+def moments_of(pair: Pair, on_II=None, off_II=None) -> dict[str, Moments]:
+    """The same moments for every map, made from its number of inputs; zeros where none are given."""
     out = {}
     for delta in pair.deltas():
         size = delta.down.shape[1]
-        out[delta.name] = Moments(*(torch.zeros(size, size) if m is None else m(size) for m in (on_II, off_II)))
+        out[delta.name] = Moments(
+            *(torch.zeros(size, size) if m is None else m(size) for m in (on_II, off_II))
+        )
     return out
 
 
@@ -74,7 +76,7 @@ def test_strength_zero_is_the_identity():
 
 
 def test_on_everywhere_gives_base_back():
-    everywhere = Moments(moments().on_II, torch.zeros(12, 12))
+    everywhere = Moments(moments().off_II, torch.zeros(12, 12))
     assert float(revert_map(everywhere, EditSettings(strength=10.0)).norm()) < 0.01
 
 
@@ -98,7 +100,9 @@ def test_the_map_is_the_least_squares_answer():
 
     def objective(new_OI: torch.Tensor) -> float:
         lost = new_OI - added_OI
-        return float(settings.strength * (new_OI @ on @ new_OI.T).trace() + (lost @ (off + ridge) @ lost.T).trace())
+        return float(
+            settings.strength * (new_OI @ on @ new_OI.T).trace() + (lost @ (off + ridge) @ lost.T).trace()
+        )
 
     answer = added_OI @ revert_map(m, settings)
     for _ in range(20):
@@ -120,19 +124,25 @@ def test_moments_are_those_of_the_inputs(pair, tokens):
     found, none = input_moments(pair.tuned, pair.deltas(), tokens, [on_R, none_R], batch_tokens=300)
     for delta in pair.deltas()[:5]:
         seen, on = [], []
-        handle = delta.linear.register_forward_pre_hook(lambda module, given: seen.append(given[0][0].double()))
+        handle = delta.linear.register_forward_pre_hook(
+            lambda module, given: seen.append(given[0][0].double())
+        )
         for row, weights in zip(tokens.rows, on_R):
             pair.tuned.states(torch.tensor([row]))
             on.append(weights.bool())
         handle.remove()
         x, chosen = torch.cat(seen), torch.cat(on)
-        torch.testing.assert_close(found[delta.name].on_II.double(), x[chosen].T @ x[chosen], atol=1e-3, rtol=1e-3)
-        torch.testing.assert_close(found[delta.name].off_II.double(), x[~chosen].T @ x[~chosen], atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(
+            found[delta.name].on_II.double(), x[chosen].T @ x[chosen], atol=1e-3, rtol=1e-3
+        )
+        torch.testing.assert_close(
+            found[delta.name].off_II.double(), x[~chosen].T @ x[~chosen], atol=1e-3, rtol=1e-3
+        )
         assert not none[delta.name].on_II.any()
 
 
 def test_reverting_at_the_limits(pair):
-    eye, whole = (lambda size: torch.eye(size)), added(pair)
+    eye, whole = torch.eye, added(pair)
     kept = added(pair, reverting(pair, "x", ["x"], moments_of(pair, None, eye)))
     half = added(pair, reverting(pair, "x", ["x"], moments_of(pair, eye, eye), EditSettings(ridge=0.0)))
     gone = added(pair, reverting(pair, "x", ["x"], moments_of(pair, eye, None)))
@@ -164,13 +174,15 @@ def test_equal_energy_is_equal_energy(pair, tokens):
     control = reverting(pair, "y", ["y"], others, energy_of=edit)
     before, a, b = added(pair), added(pair, edit), added(pair, control)
     for name in before:
-        assert float((before[name] - b[name]).norm()) == pytest.approx(float((before[name] - a[name]).norm()), rel=1e-2)
+        assert float((before[name] - b[name]).norm()) == pytest.approx(
+            float((before[name] - a[name]).norm()), rel=1e-2
+        )
 
 
 def test_scaling_runs_from_tuned_to_base(pair):
     tuned, base = logits(pair.tuned), logits(pair.base)
     assert torch.equal(logits(scaling(pair, 0.0).applied(pair.tuned)), tuned)
-    torch.testing.assert_close(logits(scaling(pair, 1.0).applied(pair.tuned)), base, atol=1e-4, rtol=1e-4)
+    assert torch.equal(logits(scaling(pair, 1.0).applied(pair.tuned)), base)
     whole, half = added(pair), added(pair, scaling(pair, 0.5))
     for name in whole:
         torch.testing.assert_close(half[name], whole[name] / 2, atol=1e-6, rtol=1e-3)

@@ -65,13 +65,18 @@ def case(seed: int, n: int = 400, width: int = 12, changes: int = 4):
 
 
 def test_energy_along_expects_nothing_of_unrelated_strengths():
+    """Or a little less: a direction fitted to noise costs 2 / N of the noise's energy on the other half."""
     energies = []
     for seed in range(60):
         f_NK, _, noise_NSD, half_N = case(seed)
-        energies.append(energy_along(f_NK, noise_NSD + 3.0, half_N, torch.zeros(4, dtype=torch.bool)) / noise_NSD.pow(2).sum())
+        energies.append(
+            energy_along(f_NK, noise_NSD + 3.0, half_N, torch.zeros(4, dtype=torch.bool))
+            / noise_NSD.pow(2).sum()
+        )
     energies = torch.stack(energies)
     error = energies.std(0) / 60**0.5
-    assert (energies.mean(0).abs() < 4 * error + 2e-3).all()
+    assert (energies.mean(0) < 4 * error).all()
+    assert (energies.mean(0) > -2 / 400 - 4 * error).all()
     assert float(energies.abs().max()) < 0.03
 
 
@@ -110,7 +115,8 @@ def test_energy_is_the_same_in_any_order_of_tokens():
     varying = torch.zeros(4, dtype=torch.bool)
     torch.testing.assert_close(
         energy_along(f_NK, noise_NSD, half_N, varying),
-        energy_along(f_NK[order], noise_NSD[order], half_N[order], varying))
+        energy_along(f_NK[order], noise_NSD[order], half_N[order], varying),
+    )
 
 
 @pytest.fixture(scope="module")

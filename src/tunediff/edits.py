@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from tunediff.corpora import Tokens
 from tunediff.models import LanguageModel
-from tunediff.pairs import Delta, Pair
+from tunediff.pairs import Delta, Pair, counterparts
 
 
 @dataclass(frozen=True)
@@ -170,12 +170,17 @@ def _removed(delta: Delta, value: Tensor) -> float:
 
 
 def scaling(pair: Pair, strength: float) -> Edit:
-    """Plain adapter scaling: a share `strength` (0..1) of the whole tune is taken out, whatever it does."""
-    tensors: dict[nn.Parameter, Tensor] = {}
-    for delta in pair.deltas():
-        if delta.up is not None:
-            tensors[delta.down_parameter] = delta.down * (1 - strength)
-        else:
-            change = -strength * delta.down
-            tensors[delta.down_parameter] = delta.down_parameter.data + (change.T if delta.transposed else change)
+    """Plain adapter scaling: a share `strength` (0..1) of the whole tune is taken out, whatever it does.
+
+    Of everything tuning touched, norms, embeddings and the unembedding too; at 1 the weights are base's.
+    """
+    tensors: dict[nn.Parameter, Tensor] = {
+        delta.down_parameter: delta.down * (1 - strength) for delta in pair.deltas() if delta.up is not None
+    }
+    for parameter, base in counterparts(pair):
+        now, rows = parameter.data, min(len(base), len(parameter))  # tokens that tuning added keep their rows
+        if not torch.equal(now[:rows], base[:rows]):
+            value = now.clone()
+            value[:rows] = (1 - strength) * now[:rows] + strength * base[:rows].to(now)
+            tensors[parameter] = value
     return Edit(f"scale {1 - strength:g}", "scale", (), tensors)

@@ -225,7 +225,7 @@ class Pair:
         for delta in self.deltas():
             tensors.update(delta.random(seed))
         linear = {id(parameter) for parameter in tensors}
-        for parameter, mine in _counterparts(self):
+        for parameter, mine in counterparts(self):
             if id(parameter) not in linear:
                 same = mine.shape == parameter.shape
                 tensors[parameter] = mine if same else torch.cat([mine[: len(parameter)], parameter.data[len(mine) :]])
@@ -257,7 +257,7 @@ def fingerprint(module: nn.Module, adapters: bool = True) -> str:
     return digest.hexdigest()
 
 
-def _counterparts(pair: Pair) -> Iterator[tuple[nn.Parameter, Tensor]]:
+def counterparts(pair: Pair) -> Iterator[tuple[nn.Parameter, Tensor]]:
     """Every parameter tuning could change as a whole, with base's value of it; LoRA factors have none."""
     if pair.shared:
         from peft.utils.other import ModulesToSaveWrapper

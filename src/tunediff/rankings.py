@@ -158,7 +158,8 @@ def energy_along(strength_NK: Tensor, delta_NSD: Tensor, half_N: Tensor, constan
     """For each change, how much of the difference's energy its strength predicts on documents it was not fitted to.
 
     The write direction is estimated anew by least squares on one half of the documents and scored on the other (and
-    the other way round), so chance gives nothing on average, for any difference, tuned or null. Changes that vary are
+    the other way round), so chance gives nothing on average, or a little less (what the fitted noise costs on the other
+    half), for any difference, tuned or null. Changes that vary are
     asked about what is left after the constant offset; constant ones about the offset. Returns (K,), float64.
     """
     N, S, D = delta_NSD.shape
