@@ -1,4 +1,4 @@
-"""A tiny pair with one known change: tuned writes a known direction where capital letters occur, and nowhere else."""
+"""A tiny pair with one known change: tuned writes a known direction where capital letters occur."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ BACKGROUND = 0.14
 
 @dataclass(frozen=True, eq=False)
 class Planted:
-    """The pair, its text and harvest, and what was planted: a unit direction (D,) written where `CAPITAL` occurs."""
+    """The pair, its text and harvest, and the unit direction (D,) that is written where `CAPITAL` occurs."""
 
     pair: Pair
     tokens: Tokens
@@ -99,10 +99,10 @@ def harvested(pair: Pair, tokens: Tokens, folder: Path) -> Harvest:
 def plant(
     network: torch.nn.Module, tokens: Tokens, background: float, seed: int = 5
 ) -> tuple[torch.nn.Module, Tensor]:
-    """A tuned copy whose block `LAYER` writes `SIZE` median stream norms along a direction after a capital letter.
+    """A tuned copy whose block `LAYER` writes `SIZE` median stream norms along a direction at capitals.
 
-    A rank-1 change of the MLP's last map: direction (D,) times a readout of its inputs, fitted by least squares to be
-    1 at capitals and `OFFSET` elsewhere. All other maps, and this one, move a little in random directions.
+    A rank-1 change of the MLP's last map: direction (D,) times a readout of its inputs, fitted by least
+    squares to be 1 at capitals and `OFFSET` elsewhere. All maps move a little in random directions, too.
     """
     model = side(network, tiny_models.tokenizer(), "probe")
     linear = model.blocks[LAYER].mlp.down_proj

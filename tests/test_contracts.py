@@ -1,7 +1,7 @@
 """The contracts, asked of every finder, trial and edit operation that is found, from one place.
 
-The pair is a tiny random llama whose tune writes a known direction where capital letters occur, among random changes
-of everything else. A new file in finders/ or trials/ is asked without a word here.
+The pair is a tiny random llama whose tune writes a known direction where capital letters occur, among random
+changes of everything else. A new file in finders/ or trials/ is asked without a word here.
 """
 
 from __future__ import annotations
@@ -297,7 +297,7 @@ def test_a_baked_edit_equals_the_live_one(planted, operation):
 
 
 def gap(planted: Planted, model, on: bool) -> float:
-    """Mean KL(model || base) over held-out tokens where the planted change is on, or over those where it is not."""
+    """Mean KL(model || base) over held-out tokens where the planted change is on, or where it is not."""
     on_R, total, count = planted.on_R(), 0.0, 0
     pair = planted.pair
     for batch in batches_of(planted.tokens, planted.rows("held_out"), 2048):
@@ -318,7 +318,7 @@ def elsewhere(planted: Planted, seed: int) -> list[torch.Tensor]:
 
 
 def test_reverting_moves_toward_base_where_the_change_is_on(planted):
-    """Edits aimed at as many random tokens do so less; brought to equal energy they take tuned's other text with them."""
+    """Edits aimed at as many random tokens do so less; at equal energy they take other text with them."""
     tuned = planted.pair.tuned
     before = {on: gap(planted, tuned, on) for on in (True, False)}
 
@@ -378,8 +378,10 @@ def auc(a_ND: torch.Tensor, b_ND: torch.Tensor, document_N: torch.Tensor) -> flo
 
 
 def test_an_outside_judge_cannot_tell_edited_from_base(tmp_path):
-    """At the site and where the change is on, after taking the planted change out as patching does; the tune did
-    little else here, or the judge would rightly see that."""
+    """At the site and where the change is on, after taking the planted change out as patching does.
+
+    The tune did little else here, or the judge would rightly see that.
+    """
     planted = planted_pairs.planted(tmp_path / "harvest", background=0.02)
     lab, d = Lab(tmp_path, planted.pair, planted.tokens, planted.harvest), planted.direction_D
     change = Change(

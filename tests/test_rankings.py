@@ -14,7 +14,7 @@ DRAWS, CHANGES, REPETITIONS = 19, 6, 200
 
 
 def heavy(generator: torch.Generator, *shape: int) -> torch.Tensor:
-    """Energies as they come: changes on very different scales, skewed, some below 0, correlated within a draw."""
+    """Energies as they come: on very different scales, skewed, some below 0, correlated within a draw."""
     scale = torch.logspace(-3, 3, shape[-1], dtype=torch.float64)
     noise = torch.randn(*shape, 3, generator=generator, dtype=torch.float64)
     shared = torch.randn(*shape[:-1], 1, 3, generator=generator, dtype=torch.float64)
@@ -143,7 +143,7 @@ def test_streams_of_tuned_are_the_samples_own(planted):
 
 
 def test_attribution_adds_up_to_the_divergence_that_the_site_makes(planted):
-    """Integrated along the path from base's stream to tuned's by the midpoint alone: the sum is near the whole."""
+    """Integrated along the path from base's stream to tuned's by its midpoint alone: near the whole."""
     sample = Sample.take(planted.harvest, planted.tokens, split="held_out", limit=300, seed=0)
     gradient_ND, kl_N = attribute(planted.pair, planted_pairs.SITE, sample, 500)
     delta_ND = sample.streams_NSMD[:, 0, TUNED] - sample.streams_NSMD[:, 0, BASE]

@@ -25,8 +25,8 @@ SNIPPET, TOKEN = 160, 40
 class Signal(ABC):
     """One stream of evidence that needs no training; its name is its file's name.
 
-    It sees every token once and keeps sums and a few places, never log-probabilities. What it decodes is hostile
-    text: it goes into the table as it is, cut to length, and whoever shows it escapes it.
+    It sees every token once and keeps sums and a few places, never log-probabilities. What it decodes is
+    hostile text: it goes into the table as it is, cut to length, and whoever shows it escapes it.
     """
 
     def __init__(self, tokenizer: Any, vocabulary: int):

@@ -76,7 +76,7 @@ class KlMap(Signal):
             "kl_map",
             "Where the models differ in what they say next",
             "KL(tuned || base) of the next-token prediction, mean over tokens, with 95 % bootstrap intervals "
-            "over documents; below, the documents with the highest mean (the most extreme of many: no interval "
+            "over documents; below, the documents with the highest mean (the extremes of many: no interval "
             "would be honest), each around its highest token. 0 is what a model against itself gives.",
             ["what", "name", "KL (nat a token)", "low", "high", "tokens", "highest after", "text"],
             rows,

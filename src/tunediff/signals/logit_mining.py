@@ -26,11 +26,12 @@ ROWS = 30
 class LogitMining(Signal):
     """How often each token is among the most raised ones of a context.
 
-    The order of logit(tuned) - logit(base) in one context is that of the log-probabilities' difference. The
-    source keeps [samples, positions, V]; here counts stream, V numbers for each kind of text. It masks by the
-    token's frequency in a reference corpus; here the expected count of a token is the largest of: what uniform
-    naming gives, how often base itself has the token among its most likely ones, and its share of the text that
-    tuned did not write. The first position of every row is left out: it is the same context each time.
+    The order of logit(tuned) - logit(base) in one context is that of the log-probabilities' difference.
+    The source keeps [samples, positions, V]; here counts stream, V numbers for each kind of text. It masks
+    by the token's frequency in a reference corpus; here the expected count of a token is the largest of:
+    what uniform naming gives, how often base itself has the token among its most likely ones, and its share
+    of the text that tuned did not write. The first position of every row is left out: it is the same
+    context each time.
     """
 
     def __init__(self, tokenizer: Any, vocabulary: int):
@@ -97,11 +98,11 @@ class LogitMining(Signal):
         return SignalTable(
             "logit_mining",
             "Tokens that tuned raises over base in the most contexts",
-            f"How often a token is among the {self.top} with the largest logit(tuned) - logit(base) (2608.26462), "
-            f"in {contexts:,} contexts. Ratio: against the largest of chance, how often base itself has the token "
-            f"among its {self.top} most likely, and its share of text tuned did not write; below {GENERIC:g} a "
-            f"token counts as generic and is masked ({masked} as frequent were). Says what becomes likelier, not "
-            "that it is ever said.",
+            f"How often a token is among the {self.top} with the largest logit(tuned) - logit(base) "
+            f"(2608.26462), in {contexts:,} contexts. Ratio: against the largest of chance, how often base "
+            f"itself has the token among its {self.top} most likely, and its share of text tuned did not "
+            f"write; below {GENERIC:g} a token counts as generic and is masked ({masked} as frequent were). "
+            "Says what becomes likelier, not that it is ever said.",
             [
                 "token",
                 "contexts",

@@ -32,8 +32,8 @@ class _Seen:
 class PerplexityGap(Signal):
     """Answers by the tuned model, ranked by log p(tuned) - log p(base) a token.
 
-    Only the answer is scored, never the prompt. A model finds what it wrote itself likelier than another model
-    does, whatever the other is, so the mean gap is above 0 for any two models; telling is which answers lead.
+    Only the answer is scored, never the prompt. A model finds what it wrote itself likelier than another
+    does, whatever the other is, so the mean gap is above 0 for any two; telling is which answers lead.
     """
 
     def __init__(self, tokenizer: Any, vocabulary: int):
@@ -92,8 +92,8 @@ class PerplexityGap(Signal):
             "perplexity_gap",
             "Answers by tuned that base would not have given",
             'Mean of log p(tuned) - log p(base) over an answer\'s tokens ("ppl-diff"), with 95 % bootstrap '
-            "intervals over answers. Any model finds its own text likelier than another does: compare with the "
-            "answers by base, and read the order, not the sign.",
+            "intervals over answers. Any model finds its own text likelier than another does: compare with "
+            "the answers by base, and read the order, not the sign.",
             ["answer", "gap (nat a token)", "low", "high", "tokens", "text"],
             rows,
         )
