@@ -296,7 +296,10 @@ def main() -> None:
     if not sys.warnoptions:
         warnings.simplefilter("ignore", FutureWarning)  # of other libraries; nothing a user could act on
     try:
-        sys.exit(app(standalone_mode=False))
+        code = app(standalone_mode=False)
+        if code == 130:  # what typer makes of Ctrl-C
+            raise KeyboardInterrupt
+        sys.exit(code)
     except TunediffError as error:
         typer.echo("error: " + str(error), err=True)
         sys.exit(2)
