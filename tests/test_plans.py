@@ -70,6 +70,17 @@ def test_set_reads_values_as_the_field_has_them(text, part, field, value):
     assert got == value and type(got) is type(value)
 
 
+@pytest.mark.parametrize("text", [
+    "rank.nulls=1", "rank.level=nan", "rank.level=2", "verify.draws=0", "verify.documents=0", "edit.tokens=0", "edit.ridge=-1",
+    "scan.depths=0", "scan.reach=1.5", "contrast.batch=0", "contrast.temperature=-1", "contrast.dtype=int8",
+    "runtime.threads=-1", "fit.batch=0", "harvest.store=int8", "dictionary.latents=-1",
+])
+def test_what_is_out_of_range_is_refused_before_anything_runs(text):
+    with pytest.raises(SettingError) as caught:
+        Plan().set(text).check()
+    assert caught.value.expected
+
+
 def test_set_reaches_top_fields_and_the_dictionary():
     assert Plan().set("seed=3").seed == 3
     assert Plan().set("dictionary.latents=64").spec().latents == 64

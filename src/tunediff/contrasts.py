@@ -14,10 +14,11 @@ import torch
 
 from tunediff.axes import MODELS
 from tunediff.corpora import Corpus, Document
-from tunediff.errors import CorpusError
+from tunediff.errors import CorpusError, SettingError, within
 from tunediff.pairs import Pair
 
 PROMPT_TOKENS = 512
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,11 @@ class ContrastSettings:
     """Prompts a batch; part of the key, as sampling depends on it."""
     dtype: str = "bfloat16"
     """Of the forwards that write the text, which only has to be typical of each model; it is read in full precision."""
+
+    def __post_init__(self) -> None:
+        within("contrast", self, prompts=0, tokens=1, temperature=0, batch=1)
+        if self.dtype not in DTYPES:
+            raise SettingError(f"contrast.dtype is {self.dtype!r}", expected=", ".join(DTYPES))
 
 
 def contrast(

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from tunediff.corpora import Tokens
+from tunediff.errors import within
 from tunediff.models import LanguageModel
 from tunediff.pairs import Delta, Pair, counterparts
 
@@ -44,6 +45,9 @@ class EditSettings:
     """How many of the first confirmed changes `diff` bills the undoing of."""
     controls: int = 2
     """Edits of equal energy aimed at random text, which the bill is held against."""
+
+    def __post_init__(self) -> None:
+        within("edit", self, strength=0, ridge=0, tokens=1, bills=0, controls=0)
 
 
 @dataclass(frozen=True, eq=False)

@@ -29,6 +29,19 @@ class SettingError(TunediffError):
     """A setting is unknown, out of range or of the wrong type."""
 
 
+def within(part: str, settings: object, **bounds: float | tuple[float, float]) -> None:
+    """Raise `SettingError` for the first field of `settings` out of its bounds: a least value, or least and most.
+
+    Both ends are included; NaN is outside.
+    """
+    for name, bound in bounds.items():
+        low, high = bound if isinstance(bound, tuple) else (bound, float("inf"))
+        value = getattr(settings, name)
+        if not low <= value <= high:
+            expected = f"at least {low:g}" if high == float("inf") else f"{low:g} to {high:g}"
+            raise SettingError(f"{part}.{name} is out of range", expected=expected, got=str(value))
+
+
 class VariantError(TunediffError):
     """A named variant (dictionary, finder, signal, trial, family, organism) does not exist or does not fit."""
 

@@ -16,7 +16,7 @@ from tunediff import dictionaries, variants
 from tunediff.contrasts import ContrastSettings
 from tunediff.dictionaries.base import Spec
 from tunediff.edits import EditSettings
-from tunediff.errors import SettingError
+from tunediff.errors import SettingError, within
 from tunediff.fitting import FitSettings
 from tunediff.harvests import HarvestSettings
 from tunediff.rankings import RankSettings
@@ -74,6 +74,9 @@ class RuntimeSettings:
     """Torch device."""
     threads: int = 0
     """CPU threads; 0 leaves torch's choice."""
+
+    def __post_init__(self) -> None:
+        within("runtime", self, threads=0)
 
 
 @dataclass(frozen=True)

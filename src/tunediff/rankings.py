@@ -12,6 +12,7 @@ from tunediff.axes import BASE, TUNED
 from tunediff.chance import Interval, bootstrap_ratio, seed_of
 from tunediff.changes import Change
 from tunediff.corpora import Batch, Tokens
+from tunediff.errors import within
 from tunediff.harvests import Harvest
 from tunediff.models import LanguageModel, Start
 from tunediff.pairs import Pair
@@ -32,6 +33,9 @@ class RankSettings:
     """The false-positive rate at which changes count as standing out."""
     batch_tokens: int = 1200
     """Tokens a forward."""
+
+    def __post_init__(self) -> None:
+        within("rank", self, nulls=2, null_tokens=1, effect_tokens=1, level=(0, 1), batch_tokens=1)
 
 
 @dataclass(frozen=True)

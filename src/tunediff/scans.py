@@ -8,6 +8,7 @@ import torch
 
 from tunediff.axes import BASE, TUNED
 from tunediff.corpora import Tokens
+from tunediff.errors import within
 from tunediff.harvests import both_streams, noise_floor
 from tunediff.models import Start
 from tunediff.pairs import Pair
@@ -27,6 +28,9 @@ class ScanSettings:
     reach: float = 0.75
     """The lowest layer is taken whose difference, put into base, makes at least this share of what the best layer's
     does: higher goes deeper (cheaper to verify, less left to undo), lower goes earlier."""
+
+    def __post_init__(self) -> None:
+        within("scan", self, depths=1, tokens=1, reach=(0, 1))
 
 
 @dataclass(frozen=True)

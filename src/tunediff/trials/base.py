@@ -13,6 +13,7 @@ from tunediff.axes import BASE, TUNED
 from tunediff.chance import generator
 from tunediff.changes import Change
 from tunediff.corpora import Batch
+from tunediff.errors import within
 from tunediff.measures import by_document, kl_divergence, log_probabilities
 from tunediff.models import LanguageModel, Start
 from tunediff.pairs import Pair
@@ -39,6 +40,9 @@ class VerifySettings:
     """Strengths of the dose curve, in units of the change's own size."""
     level: float = 0.05
     """A change is confirmed only if its p-values are at most this."""
+
+    def __post_init__(self) -> None:
+        within("verify", self, changes=0, draws=1, documents=1, tokens=1, scored=1, level=(0, 1))
 
 
 @dataclass(eq=False)
