@@ -15,6 +15,7 @@ from tunediff.artifacts import is_finished, read_json, to_json
 from tunediff.errors import ArtifactError, SettingError, TunediffError
 
 if TYPE_CHECKING:
+    from tunediff.results import Bill, Diff
     from tunediff.stages import Run
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
@@ -96,11 +97,11 @@ def slug(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.")[:80].rstrip("-.") or "run"
 
 
-def _tell(run: "Run", bills_of: list[list[str]], json: bool):
+def _tell(run: "Run", billed: "list[Bill]", json: bool) -> "Diff":
     """Write diff.json and report.html, print the summary; returns the record."""
     from tunediff.reports import summary_table, write_report
 
-    diff = run.diff(bills_of)
+    diff = run.diff(billed)
     diff.save(run.folder / "diff.json")
     write_report(diff, run.folder / "report.html")
     run.progress.close()
@@ -122,7 +123,7 @@ def diff(base: Base, tuned: Tuned, name: Name = None, runs: Runs = Path("runs"),
     """Find what changed between two models, prove it, say what undoing it costs, and write a report."""
     run = _run(base, tuned, name, runs, plan, set_, quiet)
     confirmed = [r.id for r in run.verdicts if r.decision == "confirmed"]
-    found = _tell(run, [[id] for id in confirmed[: run.plan.edit.bills]] if undo else [], json).found
+    found = _tell(run, [run.bill([id]) for id in confirmed[: run.plan.edit.bills]] if undo else [], json).found
     if exit_code and found:
         raise typer.Exit(1)
 

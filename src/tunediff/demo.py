@@ -26,9 +26,9 @@ ANSWER_TOKENS = 40
 
 @dataclass(frozen=True)
 class Checked:
-    """What the check found: the sets of changes that were billed, and a few lines to read."""
+    """What the check found: the bill of taking the unwanted behavior out, if it was named, and a few lines to read."""
 
-    bills: list[list[str]]
+    bills: list[Bill]
     text: str
     named: dict[str, list[str]]
 
@@ -57,14 +57,15 @@ def check(run: Run) -> Checked:
     bill = count(run, targets, organism.behaviors)
     for m in bill.measures:
         if m.name.startswith("answers that show"):
-            lines.append(f"{m.name}: {m.value:.0%} [{m.low:.0%}, {m.high:.0%}] after, {m.against}; control {m.control:.0%}")
-    return Checked([targets], "\n".join(lines), named)
+            lines.append(f"{m.name}: {m.value:.0%} [{m.low:.0%}, {m.high:.0%}] after, {m.against}"
+                         + ("" if m.control is None else f"; control {m.control:.0%}"))
+    return Checked([bill], "\n".join(lines), named)
 
 
 def count(run: Run, ids: list[str], behaviors: Sequence[Behavior]) -> Bill:
     """The run's bill for these changes with how often each behavior shows, before, after and under the controls added.
 
-    The counts become part of the stage's kept bill, so a second call is free.
+    The counts are kept in a folder of their own, so a second call is free.
     """
     bill = run.bill(ids)
     key, folder = run._at("counted", run.harvest.fingerprint, run._found_key, run.plan.rank, run.plan.edit, ids, run.plan.seed)
@@ -85,7 +86,7 @@ def count(run: Run, ids: list[str], behaviors: Sequence[Behavior]) -> Bill:
             control = [sum(v) / len(v) for s, v in shows[b.name].items() if s.startswith("control")]
             measures.append(Measure(
                 f"answers that show {b.name} ({'wanted' if b.wanted else 'unwanted'})", after.value, after.low, after.high,
-                "share", min(control), f"{before.value:.0%} before; control: edits of equal energy aimed at random text, lowest",
+                "share", min(control, default=None), f"{before.value:.0%} before; control: edits of equal energy aimed at random text, lowest",
             ))
         write_json(folder / "measures.json", measures)
         finish(folder, "tunediff.counted/1", {}, ["measures.json"])

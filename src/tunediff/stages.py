@@ -405,11 +405,10 @@ class Run:
         self._done("signals", key, began, ", ".join(plan.find.signals))
         return typed(list[SignalTable], read_json(folder / "signals.json"), "signals.json")
 
-    def diff(self, bills_of: Sequence[Sequence[str]] = ()) -> Diff:
-        """Everything, as one record; `bills_of` are the sets of changes whose undoing is to be billed."""
+    def diff(self, billed: Sequence[Bill] = ()) -> Diff:
+        """Everything, as one record, with the bills that were drawn up."""
         scan_, records, signals = self.scan, self.verdicts, self.signals
         confirmed = [r for r in records if r.decision == "confirmed"]
-        billed = [self.bill(ids) for ids in bills_of]
         ranking = self.ranking
         nulls = [NullCard(
             "random tunes", "base plus, in every map the tune touched, a random change of the same rank and norm; the "
@@ -424,7 +423,7 @@ class Run:
         return Diff(
             base=self._card("base"), tuned=self._card("tuned"), corpus=corpus, found=bool(confirmed),
             rate=self.plan.rank.level, summary=_summary(records, confirmed, output, self.plan.rank.level),
-            output=output, scan=scan_, changes=records, signals=signals, fits=self._fits(), nulls=nulls, bills=billed,
+            output=output, scan=scan_, changes=records, signals=signals, fits=self._fits(), nulls=nulls, bills=list(billed),
             not_found=_not_found(records, self), stages=list(self.cards), plan=to_record(self.plan), version=__version__,
         )
 
