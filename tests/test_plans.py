@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import importlib.util
 import inspect
 import textwrap
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -163,3 +165,12 @@ def test_settings_are_frozen_and_have_one_default():
         assert kind.__dataclass_params__.frozen
         kind()
     assert dictionaries.spec("delta") == Plan().spec()
+
+
+def test_the_settings_page_is_up_to_date():
+    """Made anew by ``python tools/make_settings_page.py``."""
+    root = Path(__file__).resolve().parent.parent
+    spec = importlib.util.spec_from_file_location("make_settings_page", root / "tools" / "make_settings_page.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    assert tool.PAGE.read_text(encoding="utf-8") == tool.page()

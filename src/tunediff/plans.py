@@ -84,8 +84,11 @@ class Plan:
     """A whole run. ``dictionary`` holds settings of the named dictionary's own spec, checked against it."""
 
     base: str = "default"
+    """The model that was tuned: a folder, a hub id, a GGUF file, or default."""
     tuned: str = "demo"
+    """The tuned model: any of these, a PEFT adapter folder, or demo."""
     seed: int = 0
+    """Of every random stream: the split, sampling, fitting, nulls and controls."""
     pair: PairSettings = PairSettings()
     corpus: CorpusSettings = CorpusSettings()
     contrast: ContrastSettings = ContrastSettings()

@@ -1,0 +1,89 @@
+"""Makes docs/settings.md from the docstrings under the settings' fields: ``python tools/make_settings_page.py``."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import textwrap
+from pathlib import Path
+
+from tunediff import variants
+from tunediff.plans import Plan, _toml
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "settings.md"
+
+HEAD = """# Settings
+
+Every setting of a run, its default, and what it does. This page is made from the source by
+`tools/make_settings_page.py`.
+
+A setting is changed on the command line by `--set part.field=value` (repeatable), or in a TOML file given with
+`--plan`:
+
+```toml
+seed = 1
+
+[verify]
+draws = 200
+```
+
+Values are read as TOML, and as plain text where they are none: `--set find.finders='["principal"]'`,
+`--set pair.dtype=bfloat16`. What a plan leaves out keeps its default. An unknown name or a value out of range is
+refused before any work, and the nearest known name is told. `runs/NAME/plan.toml` holds the whole plan of the last
+command in that run.
+
+Each stage's folder is keyed by everything its result depends on. A changed setting starts a folder beside the old one
+for the stages it reaches; the others are taken as they are. Settings under `runtime` are in no key.
+"""
+
+
+def docstrings(kind: type) -> dict[str, str]:
+    """The docstring under each field of a settings class, its parents' included."""
+    found: dict[str, str] = {}
+    for owner in reversed(kind.__mro__):
+        if dataclasses.is_dataclass(owner):
+            body = ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0].body
+            for statement, after in zip(body, body[1:]):
+                if isinstance(statement, ast.AnnAssign) and isinstance(after, ast.Expr):
+                    found[statement.target.id] = " ".join(after.value.value.split())
+    return found
+
+
+def summary(kind: type) -> str:
+    """The first sentence of a class's docstring."""
+    return " ".join(inspect.getdoc(kind).split("\n\n")[0].split())
+
+
+def table(part: str, kind: type) -> list[str]:
+    """One part as a Markdown table."""
+    texts = docstrings(kind)
+    lines = ["| setting | default | what it does |", "|---|---|---|"]
+    for field in dataclasses.fields(kind):
+        default = field.default
+        if field.default_factory is not dataclasses.MISSING or dataclasses.is_dataclass(default):
+            continue
+        shown = "derived" if default is None else f"`{_toml(default)}`"
+        name = f"{part}.{field.name}" if part else field.name
+        lines.append(f"| `{name}` | {shown} | {texts[field.name].replace('|', chr(92) + '|')} |")
+    return lines
+
+
+def page() -> str:
+    """The whole page."""
+    lines = [HEAD, "## The run", "", *table("", Plan)]
+    for field in dataclasses.fields(Plan):
+        if dataclasses.is_dataclass(field.default):
+            kind = type(field.default)
+            lines += ["", f"## {field.name}", "", summary(kind), "", *table(field.name, kind)]
+        elif field.name == "dictionary":
+            lines += ["", "## dictionary", "", "Settings of the dictionary that `find.dictionary` names; each has its own."]
+            for name in variants.names("tunediff.dictionaries"):
+                kind = variants.load("tunediff.dictionaries", name)
+                lines += ["", f"### `{name}`", "", summary(kind), "", *table("dictionary", kind.Spec)]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.parent.mkdir(exist_ok=True)
+    PAGE.write_text(page(), encoding="utf-8")
