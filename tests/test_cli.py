@@ -484,3 +484,40 @@ def test_a_run_killed_while_it_computes_ends_with_the_same_bytes(world, full):
     whole = cli(*world.command("diff", "adapter"), "--json", "-q")
     run = world.root / "killed" / "base-adapter"
     assert without_seconds(run / "diff.json") == without_seconds(world.run("adapter") / "diff.json") and whole.code == 0
+
+
+# -- pages ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_command_has_its_page():
+    from tunediff.cli import app
+
+    docs = Path(__file__).resolve().parent.parent / "docs"
+    verbs = [c.name or c.callback.__name__ for c in app.registered_commands] + [g.name for g in app.registered_groups]
+    for verb in verbs:
+        page = (docs / f"{verb}.md").read_text(encoding="utf-8")
+        assert page.startswith(f"# {verb}\n") and f"$ tunediff {verb}" in page
+
+
+def test_settings_named_in_the_pages_exist():
+    from tunediff.plans import Plan, to_record
+
+    docs = Path(__file__).resolve().parent.parent / "docs"
+    known = {f"{part}.{name}" for part, fields in to_record(Plan()).items() if isinstance(fields, dict) for name in fields}
+    parts = {name.split(".")[0] for name in known}
+    for page in docs.glob("*.md"):
+        for name in re.findall(r"[`\s]([a-z]+\.[a-z_]+)[`=]", page.read_text(encoding="utf-8")):
+            if name.split(".")[0] in parts:
+                assert name in known, f"{page.name}: {name}"
+        for link in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
+            assert link.startswith("http") or (docs / link).is_file(), f"{page.name}: {link}"
+
+
+def test_the_house_page_names_every_module():
+    import tunediff
+
+    page = (Path(__file__).resolve().parent.parent / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    source = Path(tunediff.__file__).parent
+    names = [p.stem for p in source.glob("*.py") if not p.stem.startswith("_")]
+    names += [f"{p.parent.name}/" for p in source.glob("*/__init__.py")]
+    assert [name for name in names if f"`{name}`" not in page] == []
