@@ -325,6 +325,40 @@ def test_organism_list_names_wanted_and_unwanted(world):
     assert rows[0]["name"] in cli("organism", "list").out
 
 
+def test_demo_counts_behaviors_into_the_record(world, full, monkeypatch):
+    """The check's own arithmetic on the tiny pair; the real demo is in test_realmodel."""
+    from types import SimpleNamespace
+
+    import tunediff.cli
+    from tunediff import demo
+    from tunediff.plans import Plan
+    from tunediff.progress import Progress
+    from tunediff.stages import Run
+
+    first = Diff.load(world.run() / "diff.json").confirmed[0]
+    names_first = [t.token for t in first.promoted]
+    behaviors = [
+        SimpleNamespace(name="asked", wanted=True, prompts=["abc", "def"], shows=lambda a: True, is_named_by=lambda p: False),
+        SimpleNamespace(name="hidden", wanted=False, prompts=["ABC", "fgh"], shows=lambda a: "A" in a,
+                        is_named_by=lambda p: p == names_first),
+    ]
+    monkeypatch.setattr(demo.organisms, "named", lambda name: SimpleNamespace(behaviors=behaviors))
+    monkeypatch.setattr(demo, "PROMPTS", 2)
+    monkeypatch.setattr(demo, "ANSWER_TOKENS", 4)
+    monkeypatch.setattr(tunediff.cli, "_run", lambda *a: Run(
+        Plan.read(world.run() / "plan.toml"), world.run(), Progress(enabled=False)))
+    kept = (world.run() / "diff.json").read_bytes(), (world.run() / "report.html").read_bytes()
+    told = cli("demo", "-q")
+    assert told.code == 0, told.err
+    assert "asked (wanted): NOT named" in told.out and f"hidden (hidden, unwanted): named by {first.id}" in told.out
+    bill, = Diff.load(world.run() / "diff.json").bills
+    shown = [m for m in bill.measures if m.name.startswith("answers that show")]
+    assert [m.name for m in shown] == ["answers that show asked (wanted)", "answers that show hidden (unwanted)"]
+    assert shown[0].value == shown[0].control == 1.0 and "100% before" in shown[0].against
+    for name, data in zip(("diff.json", "report.html"), kept):
+        (world.run() / name).write_bytes(data)
+
+
 # -- refusals ------------------------------------------------------------------------------------------------------
 
 
