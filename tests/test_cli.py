@@ -292,6 +292,22 @@ def test_bake_refuses_a_folder_that_is_not_empty(world, full, tmp_path):
     assert told.code == 2 and "not an empty folder" in told.err and os.listdir(tmp_path) == ["mine.txt"]
 
 
+def test_a_folder_is_baked_whole_or_not_at_all(world, full, tmp_path, monkeypatch):
+    import tunediff.baking
+
+    def full_disk(*arguments):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(tunediff.baking, "write_bytes", full_disk)
+        told = cli("revert", world.run(), "--bake", tmp_path / "baked", "-q")
+        four_lines(Told(told.code, told.out, told.err), "No space left")
+    assert os.listdir(tmp_path) == []
+    (tmp_path / "baked").mkdir()
+    assert cli("revert", world.run(), "--bake", tmp_path / "baked", "-q").code == 0
+    assert os.listdir(tmp_path) == ["baked"] and (tmp_path / "baked" / "model.safetensors").is_file()
+
+
 def test_revert_refuses_an_unknown_change(world, full):
     told = cli("revert", world.run(), "--changes", "no/such", "-q")
     assert told.code == 2 and "no/such" in told.err and Diff.load(world.run() / "diff.json").confirmed[0].id in told.err
@@ -402,8 +418,22 @@ def test_a_run_name_of_another_pair_is_refused(world, full):
     four_lines(cli("diff", world.base, world.adapter, "--runs", world.runs, "--run", "base-tuned"), "another pair", "--run")
 
 
+def test_a_runs_folder_that_cannot_be_made_is_refused(world, tmp_path):
+    (tmp_path / "runs").write_text("a file")
+    four_lines(cli("diff", world.base, world.tuned, "--runs", tmp_path / "runs"), "cannot be made", "--runs")
+
+
 def test_a_missing_model_is_refused(world):
     four_lines(cli("rank", world.base, world.root / "nowhere", "--runs", world.root / "x", "-q"), "nowhere")
+
+
+def test_names_cannot_steer_the_terminal_or_add_lines(world, tmp_path):
+    folder = tmp_path / "m\x1b[31m\nerror: x"
+    folder.mkdir()
+    (folder / "evil\x1b[2J\n\n\n.txt").write_text("")
+    told = cli("harvest", world.base, folder, "--runs", tmp_path / "runs", "-q")
+    four_lines(told)
+    assert "\x1b" not in told.err
 
 
 def test_usage_errors_are_told_as_usage(world):
@@ -466,6 +496,13 @@ def test_a_process_tells_errors_in_four_lines_and_exits_2(tmp_path):
     done = subprocess.run([sys.executable, "-m", "tunediff.cli", "revert", "nope", "--runs", str(tmp_path)],
                           capture_output=True, text=True, timeout=120)
     four_lines(Told(done.returncode, done.stdout, done.stderr), "'nope'")
+
+
+def test_bytes_that_are_no_text_are_told_as_any_error(tmp_path):
+    done = subprocess.run([sys.executable, "-m", "tunediff.cli", "report", b"caf\xe9\x1b[31m", "--runs", str(tmp_path)],
+                          capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    four_lines(Told(done.returncode, done.stdout, done.stderr), "no run 'caf")
+    assert "\x1b" not in done.stderr
 
 
 DYING = """
@@ -555,3 +592,58 @@ def test_the_house_page_names_every_module():
     names = [p.stem for p in source.glob("*.py") if not p.stem.startswith("_")]
     names += [f"{p.parent.name}/" for p in source.glob("*/__init__.py")]
     assert [name for name in names if f"`{name}`" not in page] == []
+
+
+# -- progress ------------------------------------------------------------------------------------------------------
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_tells_rate_and_time_left(monkeypatch):
+    from tunediff import progress
+
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    log, screen = io.StringIO(), Terminal()
+    for stream in (log, screen):
+        now[0], told = 100.0, progress.Progress(stream)
+        for done in range(0, 1001, 10):
+            told("harvest", done, 1000)
+            now[0] += 1.0
+        told("harvest", 1000, 1000)
+        told("rank", 1, 3)
+        told.close()
+    lines = log.getvalue().splitlines()
+    assert len([x for x in lines if x.startswith("harvest")]) in range(9, 13)  # every ten seconds, and the end once
+    assert "10/s" in lines[1] and re.search(r"\d+ s left", lines[1])
+    assert "\r" not in log.getvalue() and "\x1b" not in log.getvalue()
+    assert screen.getvalue().count("\n") == 2 and "\r\x1b[K" in screen.getvalue()
+
+
+def test_quiet_progress_says_nothing():
+    from tunediff.progress import Progress
+
+    stream = Terminal()
+    told = Progress(stream, enabled=False)
+    told("rank", 1, 3)
+    told.close()
+    assert stream.getvalue() == ""
+
+
+@pytest.mark.slow
+def test_an_interrupted_process_says_how_to_go_on(world):
+    child = subprocess.Popen([sys.executable, "-m", "tunediff.cli", *map(str, world.command("diff", runs="interrupted"))],
+                             stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    told = ""
+    for line in child.stderr:
+        told += line
+        if line.startswith("find"):
+            child.send_signal(signal.SIGINT)
+            told += child.stderr.read()
+            break
+    assert child.wait(60) == 130 and told.endswith("stopped; run the same command again to go on\n"), told

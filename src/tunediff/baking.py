@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import os
+import shutil
 from pathlib import Path
 
+from safetensors import SafetensorError
 from torch import nn
 
 from tunediff.artifacts import write_bytes
@@ -35,17 +38,27 @@ def check_empty(out: Path) -> None:
 def bake_edit(pair: Pair, edit: Edit, bill: Bill, out: Path) -> float:
     """Write the edited model to `out` and check it against the live edit; returns the relative error of its logits.
 
-    Raises `ArtifactError` if `out` is not empty, `NumericsError` if the baked model differs by more than `TOLERANCE`.
+    All or nothing: the folder appears when it is whole. Raises `ArtifactError` if `out` is not empty or cannot be
+    written, `NumericsError` if the baked model differs by more than `TOLERANCE`.
     """
     check_empty(out)
     network = baked_network(pair, edit)
     error = relative_error(pair, edit, network)
     if error > TOLERANCE:
         raise NumericsError("the baked model is not the live edit", expected=f"error below {TOLERANCE}", got=f"{error:.2g}")
-    out.mkdir(parents=True, exist_ok=True)
-    network.save_pretrained(out)
-    pair.tuned.tokenizer.save_pretrained(out)
-    write_bytes(out / "README.md", _card(pair, edit, bill, error).encode())
+    out = out.resolve()
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a bake that was killed
+    try:
+        partial.mkdir(parents=True)
+        network.save_pretrained(partial)
+        pair.tuned.tokenizer.save_pretrained(partial)
+        write_bytes(partial / "README.md", _card(pair, edit, bill, error).encode())
+        os.replace(partial, out)
+    except (OSError, SafetensorError) as fault:
+        raise ArtifactError(f"{out} could not be written", got=str(fault), remedy="another --bake folder") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return error
 
 

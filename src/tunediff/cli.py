@@ -58,6 +58,10 @@ def _run(base: str, tuned: str, name: str | None, runs: Path, plan_file: Path | 
         if (before.base, before.tuned) != (base, tuned):
             raise ArtifactError(f"{folder} belongs to another pair", expected=f"{before.base} and {before.tuned}",
                                 got=f"{base} and {tuned}", remedy="--run NAME")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ArtifactError(f"{folder} cannot be made", got=error.strerror or str(error), remedy="--runs FOLDER") from None
     return Run(plan, folder, Progress(enabled=not quiet))
 
 
@@ -294,6 +298,9 @@ def organism_make(name: str, out: Path, base: Annotated[str, typer.Option(help="
 def main() -> None:
     """Entry point: errors that a user can act on are told in four lines and exit with 2."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal that cannot show a character, or a name that is no text
+            stream.reconfigure(errors="backslashreplace")
     if not sys.warnoptions:
         warnings.simplefilter("ignore", FutureWarning)  # of other libraries; nothing a user could act on
     try:
@@ -302,7 +309,9 @@ def main() -> None:
             raise KeyboardInterrupt
         sys.exit(code)
     except TunediffError as error:
-        typer.echo("error: " + str(error), err=True)
+        from tunediff.charts import visible
+
+        typer.echo("error: " + "\n".join(map(visible, error.lines())), err=True)
         sys.exit(2)
     except (typer.Abort, KeyboardInterrupt):
         typer.echo("stopped; run the same command again to go on", err=True)
@@ -313,8 +322,10 @@ def main() -> None:
             sys.exit(error.exit_code)
         if os.environ.get("TUNEDIFF_DEBUG"):
             raise
+        from tunediff.charts import visible
+
         first = (str(error).strip().splitlines() or [""])[0]
-        typer.echo(f"error: {type(error).__name__}: {first[:300]}\n  expected: no such error; this is a fault in tunediff\n"
+        typer.echo(f"error: {type(error).__name__}: {visible(first[:300])}\n  expected: no such error; this is a fault in tunediff\n"
                    "  try: TUNEDIFF_DEBUG=1 shows where it happened", err=True)
         sys.exit(3)
 

@@ -19,7 +19,7 @@ class TunediffError(Exception):
         for label, text in (("expected", self.expected), ("got", self.got), ("try", self.remedy)):
             if text:
                 told.append(f"  {label}: {text}")
-        return told
+        return [" ".join(line.splitlines()) for line in told]
 
     def __str__(self) -> str:
         return "\n".join(self.lines())
