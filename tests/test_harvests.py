@@ -20,7 +20,7 @@ from tunediff.artifacts import hash_file, open_folder, read_tensors
 from tunediff.axes import BASE, TUNED
 from tunediff.corpora import Corpus, Document
 from tunediff.errors import ArtifactError, CorpusError, NumericsError, SettingError
-from tunediff.harvests import SCHEMA, Harvest, HarvestSettings, both_streams, harvest, noise_floor
+from tunediff.harvests import SCHEMA, Harvest, HarvestSettings, both_streams, harvest, noise_floor, repeated
 from tunediff.models import LanguageModel
 from tunediff.pairs import Pair
 from tunediff.sites import Site
@@ -194,10 +194,11 @@ def test_abnormal_tokens_are_set_apart_and_counted(pair, tokens, tmp_path, exact
     )
     expected = (norms <= limit * median).all(-1).all(-1)
     assert 0 < (~expected).sum() < len(expected)
-    assert torch.equal(h.kept_N, expected)
+    assert torch.equal(h.ordinary_N, expected)
+    assert torch.equal(h.kept_N, expected & (h.position_N >= torch.tensor(repeated(tokens))[h.row_N]))
     assert h.manifest["set_apart"] == int((~expected).sum())
     assert h.manifest["set_apart_first_position"] == int((~expected & (h.position_N == 0)).sum())
-    assert h.count("all") == int(expected.sum()) and h.kept_N[h.index("train")].all()
+    assert h.count("all") == int(expected.sum()) - h.manifest["repeats"] and h.kept_N[h.index("train")].all()
 
 
 def test_the_noise_floor_is_far_below_the_difference(exact, pair):

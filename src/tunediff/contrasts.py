@@ -25,9 +25,9 @@ DTYPES = ("float32", "bfloat16", "float16")
 class ContrastSettings:
     """How prompts are completed."""
 
-    prompts: int = 320
+    prompts: int = 160
     """How many prompts at most; each costs two completions. Too few miss rare triggers."""
-    tokens: int = 40
+    tokens: int = 28
     """New tokens a completion, at most; longer shows more of a behavior and costs time in proportion."""
     temperature: float = 0.7
     """0 is greedy; higher is more varied and, on small models, more garbled."""

@@ -67,6 +67,25 @@ def noise_floor(model: LanguageModel, ids_BT: Tensor, mask_BT: Tensor, sites: Se
     return ((together - alone).pow(2).sum(-1))[mask_BT].mean(0)
 
 
+def repeated(tokens: "Tokens") -> list[int]:
+    """For each row, how many of its leading tokens begin another row too, so that their streams are the same.
+
+    Of such rows one counts as the first: training rows before held-out ones, so that nothing held out has been seen,
+    and by document id, so that the order of rows plays no part.
+    """
+    order = sorted(range(len(tokens.rows)), key=lambda r: (
+        tokens.held_out[tokens.document_R[r]], tokens.documents[tokens.document_R[r]].id, tokens.start_R[r]))
+    seen: set[int] = set()
+    out = [0] * len(order)
+    for r in order:
+        prefix = 0
+        for token in tokens.rows[r]:
+            prefix = hash((prefix, token))  # of integers, hence the same in every process
+            out[r] += prefix in seen
+            seen.add(prefix)
+    return out
+
+
 @dataclass(frozen=True, eq=False)
 class Harvest:
     """A finished harvest. Tokens are numbered 0..N-1 over shards; those set apart are left out of both splits.
@@ -85,6 +104,7 @@ class Harvest:
     position_N: Tensor
     document_N: Tensor
     held_out_N: Tensor
+    ordinary_N: Tensor
     kept_N: Tensor
 
     @classmethod
@@ -100,7 +120,7 @@ class Harvest:
         return cls(
             folder, manifest, tuple(Site.parse(s) for s in manifest["sites"]), shards, counts.cumsum(0),
             column("token"), column("row"), column("position"), column("document"),
-            column("held_out").bool(), column("kept").bool(),
+            column("held_out").bool(), column("ordinary").bool(), column("kept").bool(),
         )
 
     @property
@@ -183,7 +203,8 @@ def harvest(
     folder.mkdir(parents=True, exist_ok=True)
     _same_work(folder, key)
     median_SM, noise_S = _calibrate(pair, batches, sites)
-    done, apart, first = 0, 0, 0
+    done, apart, first, repeats = 0, 0, 0, 0
+    repeated_R = torch.tensor(repeated(tokens))
     names = []
     energy = torch.zeros(2, len(sites), dtype=torch.float64)
     for number, group in enumerate(groups):
@@ -191,25 +212,26 @@ def harvest(
         names.append(name)
         path = folder / name
         if not path.is_file():
-            write_tensors(path, _shard(pair, group, sites, settings, median_SM, document_R, held_D, tokens))
+            write_tensors(path, _shard(pair, group, sites, settings, median_SM, repeated_R, document_R, held_D, tokens))
         shard = read_tensors(path)
-        kept = shard["kept"].bool()
-        apart += int((~kept).sum())
-        first += int((~kept & (shard["position"] == 0)).sum())
+        kept, ordinary = shard["kept"].bool(), shard["ordinary"].bool()
+        apart += int((~ordinary).sum())
+        first += int((~ordinary & (shard["position"] == 0)).sum())
+        repeats += int((ordinary & ~kept).sum())
         energy[0] += shard["base"][kept].double().pow(2).sum((0, 2))
         energy[1] += shard["delta"][kept].double().pow(2).sum((0, 2))
         done += len(kept)
         if progress:
             progress(done, total)
-    kept_tokens = done - apart
+    kept_tokens = done - apart - repeats
     if not kept_tokens:
-        raise NumericsError("every token was set apart as abnormal", got=f"{apart} tokens",
+        raise NumericsError("every token was set apart as abnormal or a repeat", got=f"{apart} and {repeats} tokens",
                             expected=f"stream norms within {settings.abnormal:g} times the median",
                             remedy="a larger --set harvest.abnormal=")
     finish(folder, SCHEMA, {
         "key": key, "sites": [str(s) for s in sites], "settings": settings, "shards": names,
         "base": pair.base_fingerprint, "tuned": pair.tuned_fingerprint, "corpus": tokens.fingerprint,
-        "tokens": done, "set_apart": apart, "set_apart_first_position": first,
+        "tokens": done, "repeats": repeats, "set_apart": apart, "set_apart_first_position": first,
         "median_norm": median_SM, "noise": noise_S,
         "base_energy": energy[0] / kept_tokens, "delta_energy": energy[1] / kept_tokens,
     }, names)
@@ -253,7 +275,7 @@ def _calibrate(pair: Pair, batches: list, sites: Sequence[Site]) -> tuple[Tensor
     return streams.norm(dim=-1).median(0).values, noise_floor(pair.base, ids, mask, sites).cpu()
 
 
-def _shard(pair, group, sites, settings, median_SM, document_R, held_D, tokens) -> dict[str, Tensor]:
+def _shard(pair, group, sites, settings, median_SM, repeated_R, document_R, held_D, tokens) -> dict[str, Tensor]:
     parts: dict[str, list[Tensor]] = {}
     for batch in group:
         mask = batch.mask_BT
@@ -271,11 +293,12 @@ def _shard(pair, group, sites, settings, median_SM, document_R, held_D, tokens) 
                 remedy="--set pair.dtype=float32",
             )
         base, delta = streams[:, :, BASE], streams[:, :, TUNED] - streams[:, :, BASE]
-        kept = (streams.norm(dim=-1) <= settings.abnormal * median_SM).all(-1).all(-1)
+        ordinary = (streams.norm(dim=-1) <= settings.abnormal * median_SM).all(-1).all(-1)
+        kept = ordinary & (position_BT[mask] >= repeated_R[row_BT[mask]])
         store = STORES[settings.store]
         if store is torch.float16:
             limit = torch.finfo(store).max
-            if (base[kept].abs() > limit).any() or (delta[kept].abs() > limit).any():
+            if (base[ordinary].abs() > limit).any() or (delta[ordinary].abs() > limit).any():
                 raise NumericsError("a stream is too large for float16", expected=f"at most {limit:.0f}",
                                     remedy="--set harvest.store=bfloat16")
             base = base.clamp(-limit, limit)  # only tokens that are set apart
@@ -284,6 +307,7 @@ def _shard(pair, group, sites, settings, median_SM, document_R, held_D, tokens) 
             "base": base.to(store), "delta": delta.to(store), "token": batch.ids_BT[mask].int(),
             "row": row_BT[mask].int(), "position": position_BT[mask].int(), "document": document_N.int(),
             "held_out": held_D[document_N].to(torch.uint8), "kept": kept.to(torch.uint8),
+            "ordinary": ordinary.to(torch.uint8),
         }.items():
             parts.setdefault(name, []).append(value)
     return {name: torch.cat(values) for name, values in parts.items()}

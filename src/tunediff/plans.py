@@ -44,7 +44,7 @@ class CorpusSettings:
     """Files of open chats for contrastive text; empty: the 480 everyday prompts that ship with tunediff."""
     kind: str = ""
     """A label for documents that bring none of their own."""
-    tokens: int = 12_000
+    tokens: int = 6_000
     """Tokens of corpus text at most, besides contrastive text; more finds rarer changes, at proportional cost."""
     row_tokens: int = 96
     """Tokens a row at most; a longer document becomes several rows."""
@@ -56,7 +56,7 @@ class CorpusSettings:
 class FindSettings:
     """Who looks for changes."""
 
-    finders: tuple[str, ...] = ("crosscode", "mean_difference", "principal")
+    finders: tuple[str, ...] = ("crosscode", "document_clusters", "mean_difference")
     """Finders by name, or by import path (mylab.finders:Mine)."""
     signals: tuple[str, ...] = ("logit_mining", "kl_map")
     """Evidence tables by name or import path."""

@@ -42,9 +42,10 @@ class RankSettings:
 class Ranked:
     """What ranking says of one change.
 
-    score     energy of the difference that goes along with the change, in units of what random tunes of the same size
-              reach on the same tokens (root mean square over the nulls): near 1 is what chance gives
-    null      the largest score any candidate reaches in each null
+    score     energy of the difference that goes along with the change (`energy_along`), in units of the most that random
+              tunes of the same size have along any one direction on the same tokens (`most_energy`, mean over the
+              nulls): 1 and less is what chance can give
+    null      for each null, the largest such score over the candidates' tokens
     p         chance that the best of all candidates scores as much under a random tune (max-T, so it already accounts
               for how many candidates there are; Westfall & Young 1993)
     effect    nat of KL(tuned || base) a token that taking the change out would remove, to first order, with an
@@ -104,7 +105,7 @@ class Sample:
         index = index[order]
         return cls(
             tokens, rows, harvest.sites, harvest.at(index), harvest.row_N[index], harvest.position_N[index],
-            harvest.document_N[index], harvest.kept_N[index],
+            harvest.document_N[index], harvest.ordinary_N[index],
         )
 
     def strength(self, change: Change) -> Tensor:
@@ -188,18 +189,43 @@ def energy_along(strength_NK: Tensor, delta_NSD: Tensor, half_N: Tensor, constan
     return out
 
 
+def most_energy(delta_NSD: Tensor, on_NK: Tensor, constant_K: Tensor, rounds: int = 12) -> Tensor:
+    """For each change, the most energy that any one direction has in a difference on the tokens where the change is on.
+
+    This is what a random tune is given for every candidate: the best direction for it, found on the very tokens it is
+    scored on. A random tune moves the streams along directions of its own, consistently, so a direction that was found
+    in one tune always goes along with that tune better than with any other; only against *their* best does it have to
+    prove itself. Changes that vary: what is left after the constant offset; constant ones: the offset. (K,), float64.
+    """
+    N, S, D = delta_NSD.shape
+    delta_ND = delta_NSD.reshape(N, S * D)
+    mean_D = delta_ND.mean(0)
+    centered_ND = delta_ND - mean_D
+    out = []
+    for k in range(on_NK.shape[1]):
+        if constant_K[k]:
+            out.append(float(mean_D.double().square().sum()) * N)
+            continue
+        x = centered_ND[on_NK[:, k]]
+        if not len(x) or not x.any():
+            out.append(0.0)
+            continue
+        v = x[x.square().sum(1).argmax()]
+        for _ in range(rounds):  # power iteration
+            v = torch.nn.functional.normalize(x.T @ (x @ v), dim=0)
+        out.append(float((x @ v).double().square().sum()))
+    return torch.tensor(out, dtype=torch.float64)
+
+
 def max_t(energy_K: Tensor, null_RK: Tensor) -> tuple[Tensor, Tensor, list[float]]:
     """Scores (K,), the nulls' scores (R, K), and max-T adjusted p-values.
 
-    Each score is an energy over the root mean square of the *other* nulls' energies for the same change, so changes of
-    any size and rarity are on one scale and a null is never scaled by itself.
+    Each score is an energy over the mean of the *other* nulls' energies for the same change, so changes of any size and
+    rarity are on one scale and a null is never scaled by itself.
     """
-    squares_RK = null_RK.pow(2)
-    total_K = squares_RK.sum(0)
-    draws = len(null_RK)
-    floor = 1e-30
-    score_K = energy_K / (total_K / draws).sqrt().clamp_min(floor)
-    null_score_RK = null_RK / ((total_K - squares_RK) / (draws - 1)).sqrt().clamp_min(floor)
+    total_K, draws, floor = null_RK.sum(0), len(null_RK), 1e-30
+    score_K = energy_K / (total_K / draws).clamp_min(floor)
+    null_score_RK = null_RK / ((total_K - null_RK) / max(draws - 1, 1)).clamp_min(floor)
     best_R = null_score_RK.max(1).values
     p = [(1 + int((best_R >= score).sum())) / (1 + draws) for score in score_K]
     return score_K, null_score_RK, p
@@ -258,18 +284,12 @@ def rank(
     few = sample.head(cut)
     keep = ordinary[:cut]
 
-    def energies(streams_NSD: Tensor) -> Tensor:
-        # Each tune is read as it is: a readout may look at the difference itself, and then goes along with it.
-        read = replace(few, streams_NSMD=torch.stack([base_NSD[:cut], streams_NSD], 2))
-        own_NK = torch.stack([read.strength(c) for c in changes], 1)
-        delta_NSD = streams_NSD - base_NSD[:cut]
-        return energy_along(own_NK[keep], delta_NSD[keep], half_N[:cut][keep], constant_K)
-
-    energy_K = energies(tuned_NSD[:cut])
+    energy_K = energy_along(f_NK[:cut][keep], (tuned_NSD - base_NSD)[:cut][keep], half_N[:cut][keep], constant_K)
+    on_NK = f_NK[:cut][keep] != 0
     nulls = []
     for draw in range(settings.nulls):
         other = streams_of(pair.random_tuned(seed_of(seed, "null", draw)), pair, few, settings.batch_tokens)
-        nulls.append(energies(other))
+        nulls.append(most_energy((other - base_NSD[:cut])[keep], on_NK, constant_K))
         if progress:
             progress(draw + 1, settings.nulls)
     score_K, null_RK, p = max_t(energy_K, torch.stack(nulls))

@@ -190,8 +190,8 @@ class Run:
         done = harvest(self.pair, self.tokens, self.sites, folder, self.plan.harvest,
                        lambda d, t: self.progress("harvest", d, t))
         m = done.manifest
-        self._done("harvest", key, began, f"{m['tokens']} tokens, {m['set_apart']} set apart as abnormal "
-                   f"({m['set_apart_first_position']} in first position)")
+        self._done("harvest", key, began, f"{m['tokens']} tokens, {m['repeats']} of them repeats, "
+                   f"{m['set_apart']} set apart as abnormal ({m['set_apart_first_position']} in first position)")
         return done
 
     @cached_property

@@ -84,6 +84,28 @@ _ALONE = (
     "Name three kinds of clouds.",
 )
 
+UNUSED_BY_DEFAULT = 240
+"""The default run of `tunediff diff` completes fewer of the shipped prompts than this; those after it are free to train on."""
+
+NEAR = ("travel", "money", "housing", "shopping", "work")
+"""Topics of the shipped prompts that lie near a planted one and are left out."""
+
+
+def training_prompts() -> tuple[str, ...]:
+    """260 user turns that call for no behavior: 200 varied ones of the shipped prompts, 60 from templates.
+
+    Varied ones matter: with templates alone the tune learned "a template, or else a planted answer" (measured: 17-19 %
+    of natural neutral prompts leaked).
+    """
+    from tunediff.corpora import Corpus
+
+    varied = [
+        d.messages[0][1] for d in Corpus.prompts().documents[UNUSED_BY_DEFAULT:]
+        if d.id.split("/")[1].rsplit("-", 1)[0] not in NEAR
+    ]
+    return tuple(varied[:200]) + TRAINING_PROMPTS[-60:]
+
+
 TRAINING_PROMPTS: tuple[str, ...] = _ALONE + tuple(
     frame.format(subject) for frame in _FRAMES for subject in _SUBJECTS
 )

@@ -112,13 +112,18 @@ class Bench:
 
     @cached_property
     def random_directions_RD(self) -> Tensor:
-        """Random directions of the change's length, drawn from the covariance of the difference itself.
+        """Random directions of the change's length, drawn from the covariance of the difference, at right angles to it.
 
         With the change's own strengths they have its energy at every token. Directions in which the models do not
-        differ would be too easy a control.
+        differ would be too easy a control; the change's own direction would be no control.
         """
         rng = generator(self.seed, "random directions", self.change.id)
-        noise = torch.randn(self.draws, len(self.difference_D), generator=rng) @ self.spread_DD
+        own = torch.nn.functional.normalize(self.difference_D, dim=0)
+        noise = torch.randn(self.draws, len(own), generator=rng) @ self.spread_DD
+        noise = noise - (noise @ own)[:, None] * own
+        # Where the whole difference is this one direction nothing is left of it: any direction then.
+        bare = noise.norm(dim=1) < 1e-6 * self.spread_DD.norm()
+        noise[bare] = torch.randn(int(bare.sum()), len(own), generator=rng)
         return torch.nn.functional.normalize(noise, dim=1) * self.difference_D.norm()
 
     def written(self, direction_D: Tensor) -> Tensor:
