@@ -21,7 +21,7 @@ SITE = Site(LAYER)
 """Where the change is planted: what this block's MLP writes into the stream."""
 
 PLAIN, CAPITAL = "abcdefghijklmnop", "ABCD"
-SIZE = 1.0
+SIZE = 1.5
 """Length of the planted write where it is on, in units of the median stream norm."""
 OFFSET = 0.2
 """What the change writes elsewhere, as a share of that: part of most tunes is one constant."""

@@ -149,14 +149,14 @@ class Normalization:
 class FitSettings:
     """How a dictionary is trained. Same settings, spec and source give the same bytes on the same CPU."""
 
-    steps: int | None = None
+    steps: int | None = 600
     """Optimizer steps; None derives them from `epochs`. Too few: dead and half-learned latents. Too many:
     only time."""
 
     epochs: float = 4.0
     """Passes over the training tokens when `steps` is None."""
 
-    batch: int = 1024
+    batch: int = 512
     """Tokens a step. Too few: noisy gates and rare latents forgotten. Too many: few steps for the same
     text."""
 

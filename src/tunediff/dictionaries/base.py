@@ -32,7 +32,7 @@ class Spec:
     variant: ClassVar[str]
     """The file name of the variant, or ``module:Class`` for one from elsewhere."""
 
-    latents: int = 2048
+    latents: int = 1024
     """How many latents. Too few: rare changes get none. Too many: slow, more of them dead, features split."""
 
     init_norm: float = 1.0

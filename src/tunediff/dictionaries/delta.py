@@ -23,7 +23,7 @@ class DeltaSpec(base.Spec):
     k_shared: float = 8.0
     """Shared latents on a token, on average. An absolute number, not a multiplier."""
 
-    k_delta: float = 24.0
+    k_delta: float = 16.0
     """Delta latents on a token, on average. Too few: rare changes lose to common ones."""
 
     lambda_delta: float = 0.05
