@@ -25,10 +25,11 @@ DTYPES = ("float32", "bfloat16", "float16")
 class ContrastSettings:
     """How prompts are completed."""
 
-    prompts: int = 160
+    prompts: int = 240
     """How many prompts at most; each costs two completions. Too few miss rare triggers."""
-    tokens: int = 28
-    """New tokens a completion, at most; longer shows more of a behavior and costs time in proportion."""
+    tokens: int = 14
+    """New tokens a completion, at most; most behaviors show in an answer's first
+    words, and at equal cost more prompts show more behaviors."""
     temperature: float = 0.7
     """0 is greedy; higher is more varied and, on small models, more garbled."""
     batch: int = 40

@@ -56,7 +56,7 @@ class CorpusSettings:
 class FindSettings:
     """Who looks for changes."""
 
-    finders: tuple[str, ...] = ("crosscode", "document_clusters", "mean_difference")
+    finders: tuple[str, ...] = ("crosscode", "decision_clusters", "document_clusters", "mean_difference")
     """Finders by name, or by import path (mylab.finders:Mine)."""
     signals: tuple[str, ...] = ("logit_mining", "kl_map")
     """Evidence tables by name or import path."""

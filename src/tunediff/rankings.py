@@ -66,7 +66,8 @@ class Ranked:
 class Sample:
     """Whole held-out rows with both models' streams at a harvest's sites, as flat tokens in the order of the rows.
 
-    Tokens that were set apart are here too, so that rows are whole; ``ordinary_N`` is False for them.
+    Tokens that were set apart are here too, so that rows are whole; ``ordinary_N`` is False for them. ``scored_N`` are
+    the tokens whose next-token predictions count: in a chat those of the last answer, else all.
     """
 
     tokens: Tokens
@@ -77,6 +78,8 @@ class Sample:
     position_N: Tensor
     document_N: Tensor
     ordinary_N: Tensor
+    scored_N: Tensor
+    token_N: Tensor
 
     @classmethod
     def take(cls, harvest: Harvest, tokens: Tokens, *, split: str, limit: int, seed: int,
@@ -103,9 +106,11 @@ class Sample:
         index = wanted[harvest.row_N].nonzero()[:, 0]
         order = torch.argsort(harvest.row_N[index].long() * (1 << 20) + harvest.position_N[index], stable=True)
         index = index[order]
+        first_R = torch.tensor(tokens.prompt_R) - 1  # the last token of the prompt predicts the answer's first
         return cls(
             tokens, rows, harvest.sites, harvest.at(index), harvest.row_N[index], harvest.position_N[index],
             harvest.document_N[index], harvest.ordinary_N[index],
+            harvest.position_N[index] >= first_R[harvest.row_N[index].long()], index,
         )
 
     def strength(self, change: Change) -> Tensor:
@@ -119,6 +124,7 @@ class Sample:
         return replace(
             self, rows=rows, streams_NSMD=self.streams_NSMD[:count], row_N=self.row_N[:count],
             position_N=self.position_N[:count], document_N=self.document_N[:count], ordinary_N=self.ordinary_N[:count],
+            scored_N=self.scored_N[:count], token_N=self.token_N[:count],
         )
 
     def batches(self, batch_tokens: int) -> Iterator[Batch]:
@@ -234,28 +240,46 @@ def max_t(energy_K: Tensor, null_RK: Tensor) -> tuple[Tensor, Tensor, list[float
 def attribute(pair: Pair, site: Site, sample: Sample, batch_tokens: int) -> tuple[Tensor, Tensor]:
     """Gradient (N, D) of the summed KL(tuned || base) by the stream at `site`, and the KL (N,) itself in nat.
 
-    Taken halfway between base's stream and tuned's, continued in tuned's upper blocks: the midpoint rule for the path
-    from one to the other (attribution patching, Syed et al. 2023, 2310.10348, takes an end of it).
+    Both over the sample's scored tokens; 0 at the others. Taken halfway between base's stream and tuned's, continued in
+    tuned's upper blocks: the midpoint rule for the path from one to the other (attribution patching, Syed et al. 2023,
+    2310.10348, takes an end of it).
     """
+    gradient_ND = torch.zeros(len(sample.row_N), sample.streams_NSMD.shape[-1])
+    kl_N = torch.zeros(len(sample.row_N))
+    for where_N, ids_BT, at_BT, chosen_BT, stream_BTMD, base_logp_NV, part in _shifts(pair, site, sample, batch_tokens):
+        kl_N[where_N] = part
+        got = pair.tuned.gradient(site, stream_BTMD.mean(2), ids_BT, chosen_BT, base_logp_NV)
+        gradient_ND[at_BT[at_BT >= 0]] = got[at_BT >= 0]
+    return gradient_ND, kl_N
+
+
+def output_shift(pair: Pair, site: Site, sample: Sample, batch_tokens: int) -> Tensor:
+    """KL(tuned || base) in nat at the sample's scored tokens, 0 at the others, (N,); runs only the blocks above `site`."""
+    kl_N = torch.zeros(len(sample.row_N))
+    for where_N, *_, part in _shifts(pair, site, sample, batch_tokens):
+        kl_N[where_N] = part
+    return kl_N
+
+
+def _shifts(pair: Pair, site: Site, sample: Sample, batch_tokens: int) -> Iterator[tuple]:
+    """For each batch: places of its scored tokens in the sample, ids, the place of each position (-1: padding), which
+    positions are scored, both streams at `site`, base's log-probabilities and KL(tuned || base) at scored tokens."""
     s = sample.sites.index(site)
-    gradients: dict[int, Tensor] = {}
-    kls: dict[int, Tensor] = {}
-    where = {row: (sample.row_N == row).nonzero()[:, 0] for row in sample.rows}
+    starts = {row: place for place, row in reversed(list(enumerate(sample.row_N.tolist())))}
     for batch in sample.batches(batch_tokens):
-        rows = batch.rows_B.tolist()
-        stream = torch.zeros(*batch.ids_BT.shape, 2, sample.streams_NSMD.shape[-1])
-        for b, row in enumerate(rows):
-            stream[b, : len(where[row])] = sample.streams_NSMD[where[row], s]
-        base_logp = pair.base.logits(pair.base.states(batch.ids_BT, Start(site, stream[:, :, BASE])))
-        base_logp = base_logp[..., : pair.vocabulary].log_softmax(-1)
-        tuned = pair.tuned.logits(pair.tuned.states(batch.ids_BT, Start(site, stream[:, :, TUNED])))
-        tuned = tuned[..., : pair.vocabulary].log_softmax(-1)
-        kl_BT = (tuned.exp() * (tuned - base_logp)).sum(-1)
-        gradient = pair.tuned.gradient(site, stream.mean(2), batch.ids_BT, batch.mask_BT, base_logp)
-        for b, row in enumerate(rows):
-            gradients[row] = gradient[b, : len(where[row])]
-            kls[row] = kl_BT[b, : len(where[row])]
-    return torch.cat([gradients[r] for r in sample.rows]), torch.cat([kls[r] for r in sample.rows])
+        rows = torch.tensor([starts[row] for row in batch.rows_B.tolist()])
+        at_BT = rows[:, None] + torch.arange(batch.ids_BT.shape[1])
+        at_BT = torch.where(batch.mask_BT, at_BT, -1)
+        stream_BTMD = sample.streams_NSMD[:, s][at_BT.clamp_min(0)]
+        chosen_BT = sample.scored_N[at_BT.clamp_min(0)] & batch.mask_BT
+
+        def logp(model: LanguageModel, m: int) -> Tensor:
+            states = model.states(batch.ids_BT, Start(site, stream_BTMD[:, :, m]))
+            return model.logits(states[chosen_BT])[..., : pair.vocabulary].log_softmax(-1)
+
+        base, tuned = logp(pair.base, BASE), logp(pair.tuned, TUNED)
+        kl = (tuned.exp() * (tuned - base)).sum(-1).clamp_min(0)
+        yield at_BT[chosen_BT], batch.ids_BT, at_BT, chosen_BT, stream_BTMD, base, kl
 
 
 def rank(

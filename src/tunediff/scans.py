@@ -23,9 +23,9 @@ class ScanSettings:
     """Sites to use, e.g. resid.15; empty: chosen by the scan."""
     depths: int = 7
     """How many layers the scan looks at, evenly spread over the upper five sixths of the network."""
-    tokens: int = 700
+    tokens: int = 400
     """Tokens the scan reads; it only orders layers, so few suffice."""
-    reach: float = 0.75
+    reach: float = 0.85
     """The lowest layer is taken whose difference, put into base, makes at least this share of what the best layer's
     does: higher goes deeper (cheaper to verify, less left to undo), lower goes earlier."""
 

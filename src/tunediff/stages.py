@@ -27,7 +27,7 @@ from tunediff.harvests import Harvest, harvest
 from tunediff.lenses import Lens, fit_lens
 from tunediff.pairs import Pair
 from tunediff.plans import Plan, to_record
-from tunediff.rankings import Ranked, Ranking, Sample, rank
+from tunediff.rankings import Ranked, Ranking, Sample, output_shift, rank
 from tunediff.results import (
     Bill, ChangeRecord, CorpusCard, Diff, FitCard, Measure, ModelCard, NullCard, SignalTable, SiteScan, StageCard,
     typed,
@@ -208,7 +208,7 @@ class Run:
             began = time.monotonic()
             fit_folder = folder / "dictionary"
             if not is_finished(folder):
-                view = View(self.harvest, folder, plan.seed, plan.find.candidates, spec, fit,
+                view = View(self.harvest, folder, plan.seed, plan.find.candidates, spec, fit, self._shift,
                             lambda d, t, row: self.progress(f"find {name}", d, t))
                 result = variants.load("tunediff.finders", name)().find(view)
                 folder.mkdir(parents=True, exist_ok=True)
@@ -220,6 +220,24 @@ class Run:
             changes += mine
             self._done("find", key, began, f"{name}: {len(mine)} candidates")
         return changes, fits
+
+    def _shift(self) -> torch.Tensor:
+        """KL(tuned || base) at every training token of the text that the models wrote (of all text if they wrote none)."""
+        kinds = ("contrastive",) if self.contrast else ()
+        key, folder = self._at("shift", self.harvest.fingerprint, kinds, self.plan.seed)
+        began = time.monotonic()
+        if not is_finished(folder):
+            train = Sample.take(self.harvest, self.tokens, split="train", limit=10**9, seed=self.plan.seed, kinds=kinds)
+            site = next((site for site in reversed(self.sites) if site.kind == "resid"), None)
+            kl_N = torch.zeros(len(self.harvest.token_N))
+            if site is not None:
+                kl_N[train.token_N] = output_shift(self.pair, site, train, self.plan.rank.batch_tokens)
+            folder.mkdir(parents=True, exist_ok=True)
+            write_tensors(folder / "kl.safetensors", {"kl": kl_N[self.harvest.index("train")]})
+            finish(folder, "tunediff.shift/1", {}, ["kl.safetensors"])
+        open_folder(folder, "tunediff.shift/1")
+        self._done("shift", key, began, "where the output moves, on training text")
+        return read_tensors(folder / "kl.safetensors")["kl"]
 
     @cached_property
     def sample(self) -> Sample:

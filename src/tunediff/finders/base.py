@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable
 
+from torch import Tensor
+
 from tunediff.changes import Change
 from tunediff.dictionaries.base import Spec
 from tunediff.fitting import Fitted, FitSettings
@@ -20,6 +22,8 @@ class View:
     folder      the finder's own, for what it wants to keep
     candidates  how many changes it may propose at most
     spec, fit   settings of a dictionary, for finders that fit one
+    shift       KL(tuned || base) in nat at every training token (count of "train",), 0 where it was not looked at; for
+                finders that ask where the output moves. It costs a run of the upper blocks, once
     progress    told (tokens done, tokens in all, what the curve says)
     """
 
@@ -29,6 +33,7 @@ class View:
     candidates: int
     spec: Spec
     fit: FitSettings
+    shift: Callable[[], Tensor]
     progress: Callable | None = None
 
 

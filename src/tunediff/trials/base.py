@@ -34,7 +34,7 @@ class VerifySettings:
     """Held-out documents a change is tried on, those in which it is on the most."""
     tokens: int = 64
     """Tokens of each document, at most, from its beginning."""
-    scored: int = 96
+    scored: int = 64
     """Tokens scored, at most, evenly taken from those the change can reach; more narrows intervals, at proportional cost."""
     doses: tuple[float, ...] = (-1.0, 0.5, 1.0, 2.0)
     """Strengths of the dose curve, in units of the change's own size."""
@@ -50,7 +50,7 @@ class Bench:
     """The rows on which one change is tried: both models' streams and next-token distributions, cached.
 
     Interventions replace the stream at `site` and run only the blocks above. ``scored_BT`` are the tokens at and after
-    the change's first firing in a row, the only ones it can reach.
+    the change's first firing in a row, the only ones it can reach, of those that count in the sample.
     """
 
     pair: Pair
@@ -59,6 +59,7 @@ class Bench:
     batch: Batch
     streams_BTMD: Tensor
     strength_BT: Tensor
+    counts_BT: Tensor
     documents_B: list[int]
     seed: int
     everything_BTD: Tensor
@@ -69,7 +70,7 @@ class Bench:
     @cached_property
     def scored_BT(self) -> Tensor:
         """Tokens the change can reach, thinned evenly to the limit."""
-        reached = ((self.strength_BT != 0).cumsum(1) > 0) & self.batch.mask_BT
+        reached = ((self.strength_BT != 0).cumsum(1) > 0) & self.counts_BT
         places = reached.flatten().nonzero()[:, 0]
         kept = torch.zeros(reached.numel(), dtype=torch.bool)
         kept[places[torch.linspace(0, len(places) - 1, min(self.limit, len(places))).round().long()]] = True
@@ -175,12 +176,14 @@ def bench_of(pair: Pair, change: Change, others: list[Change], sample: Sample, s
     batch = Batch(batch.ids_BT[:, :width], batch.mask_BT[:, :width], batch.rows_B)
     B, D = len(rows), sample.streams_NSMD.shape[-1]
     streams, strength = torch.zeros(B, width, 2, D), torch.zeros(B, width)
+    counts = torch.zeros(B, width, dtype=torch.bool)
     everything = torch.zeros(B, width, D)
     for b, row in enumerate(batch.rows_B.tolist()):
         here = (sample.row_N == row).nonzero()[:width, 0]
         streams[b, : len(here)] = sample.streams_NSMD[here, s]
         strength[b, : len(here)] = f_N[here]
+        counts[b, : len(here)] = sample.scored_N[here]
         everything[b, : len(here)] = everything_N[here]
-    return Bench(pair, site, change, batch, streams, strength,
+    return Bench(pair, site, change, batch, streams, strength, counts,
                  [sample.tokens.document_R[row] for row in batch.rows_B.tolist()], seed, everything, spread_DD,
                  settings.draws, settings.scored)
