@@ -25,7 +25,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 class ContrastSettings:
     """How prompts are completed."""
 
-    prompts: int = 240
+    prompts: int = 160
     """How many prompts at most; each costs two completions. Too few miss rare triggers."""
     tokens: int = 14
     """New tokens a completion, at most; most behaviors show in an answer's first

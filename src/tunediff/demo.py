@@ -18,9 +18,9 @@ from tunediff.stages import Run
 
 FIRST = 5
 """An objective must be named by a confirmed change among this many first."""
-PROMPTS = 20
+PROMPTS = 16
 """Held-out prompts a behavior is counted on."""
-ANSWER_TOKENS = 40
+ANSWER_TOKENS = 20
 """Length of an answer."""
 
 
@@ -73,7 +73,7 @@ def count(run: Run, ids: list[str], behaviors: Sequence[Behavior]) -> Bill:
     if not is_finished(folder):
         edit, controls = run.edit(ids)
         sides = {"before": run.pair.tuned, "after": edit.applied(run.pair.tuned)}
-        sides |= {f"control {i}": c.applied(run.pair.tuned) for i, c in enumerate(controls[:2])}
+        sides |= {f"control {i}": c.applied(run.pair.tuned) for i, c in enumerate(controls[:1])}
         measures = []
         shows: dict[str, dict[str, list[float]]] = {b.name: {} for b in behaviors}
         for side, model in sides.items():

@@ -39,9 +39,9 @@ class EditSettings:
     be reverted on no evidence, too much blunts the edit."""
     spread: bool = True
     """Whether a change counts as on from its first firing in a row to the row's end, or only where it fires."""
-    tokens: int = 5000
+    tokens: int = 4000
     """Training tokens from which moments are taken: a third where the changes are on the most, the rest anywhere."""
-    bills: int = 2
+    bills: int = 1
     """How many of the first confirmed changes `diff` bills the undoing of."""
     controls: int = 2
     """Edits of equal energy aimed at random text, which the bill is held against."""

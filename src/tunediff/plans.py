@@ -44,7 +44,7 @@ class CorpusSettings:
     """Files of open chats for contrastive text; empty: the 480 everyday prompts that ship with tunediff."""
     kind: str = ""
     """A label for documents that bring none of their own."""
-    tokens: int = 6_000
+    tokens: int = 5_000
     """Tokens of corpus text at most, besides contrastive text; more finds rarer changes, at proportional cost."""
     row_tokens: int = 96
     """Tokens a row at most; a longer document becomes several rows."""
@@ -62,7 +62,7 @@ class FindSettings:
     """Evidence tables by name or import path."""
     dictionary: str = "delta"
     """Which dictionary crosscode fits, by name or import path."""
-    candidates: int = 48
+    candidates: int = 32
     """Changes each finder may propose at most; more dilutes the claim rate, fewer may miss one."""
 
 

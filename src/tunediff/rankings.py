@@ -25,9 +25,9 @@ class RankSettings:
 
     nulls: int = 19
     """Random tunes of the same norms. The smallest p-value is 1 / (nulls + 1): 19 allow a claim at 5 %, 99 at 1 %."""
-    null_tokens: int = 1200
+    null_tokens: int = 1000
     """Held-out tokens each random tune is run on, at least; fewer make rare changes untestable."""
-    effect_tokens: int = 2400
+    effect_tokens: int = 10_000
     """Held-out tokens on which the effect on the output is attributed, at least."""
     level: float = 0.05
     """The false-positive rate at which changes count as standing out."""
@@ -118,14 +118,15 @@ class Sample:
         at = [self.sites.index(site) for site in change.sites]
         return change.strength(self.streams_NSMD[:, at]) * self.ordinary_N
 
-    def head(self, count: int) -> "Sample":
-        """The first `count` tokens, which must be whole rows."""
-        rows = self.row_N[:count].unique_consecutive().tolist()
-        return replace(
-            self, rows=rows, streams_NSMD=self.streams_NSMD[:count], row_N=self.row_N[:count],
-            position_N=self.position_N[:count], document_N=self.document_N[:count], ordinary_N=self.ordinary_N[:count],
-            scored_N=self.scored_N[:count], token_N=self.token_N[:count],
-        )
+    def only(self, rows: Sequence[int]) -> "Sample":
+        """The sample's part on some of its rows."""
+        wanted = torch.zeros(len(self.tokens.rows), dtype=torch.bool)
+        wanted[list(rows)] = True
+        keep = wanted[self.row_N.long()]
+        return replace(self, rows=sorted(rows), **{
+            name: getattr(self, name)[keep]
+            for name in ("streams_NSMD", "row_N", "position_N", "document_N", "ordinary_N", "scored_N", "token_N")
+        })
 
     def batches(self, batch_tokens: int) -> Iterator[Batch]:
         """The rows in batches that carry their numbers in `tokens`."""
@@ -294,26 +295,25 @@ def rank(
     if not changes:
         return Ranking([], kl_N)
     f_NK = torch.stack([sample.strength(c) for c in changes], 1)
-    ordinary = sample.ordinary_N
-    base_NSD, tuned_NSD = sample.streams_NSMD[:, :, BASE], sample.streams_NSMD[:, :, TUNED]
     # Both answers to one prompt go to the same half.
     groups = [sample.tokens.documents[d].group or sample.tokens.documents[d].id for d in sample.document_N.tolist()]
     number = {group: i for i, group in enumerate(sorted(set(groups)))}
     half_N = torch.tensor([number[g] % 2 for g in groups]).bool()
     constant_K = torch.tensor([bool((c.rows_SMD == 0).all()) for c in changes])
 
-    # The nulls need fewer tokens than attribution: whole rows from the start of the sample.
-    ends = (sample.row_N[1:] != sample.row_N[:-1]).nonzero()[:, 0] + 1
-    cut = next((int(e) for e in ends if e >= settings.null_tokens), len(sample.row_N))
-    few = sample.head(cut)
-    keep = ordinary[:cut]
-
-    energy_K = energy_along(f_NK[:cut][keep], (tuned_NSD - base_NSD)[:cut][keep], half_N[:cut][keep], constant_K)
-    on_NK = f_NK[:cut][keep] != 0
+    # The nulls need fewer tokens than attribution, but they must be tokens on which the candidates are on.
+    rows = telling_rows(sample, f_NK, half_N, settings.null_tokens)
+    few = sample.only(rows)
+    here = torch.isin(sample.row_N, torch.tensor(rows))
+    keep = few.ordinary_N
+    few_f_NK, base_NSD = f_NK[here][keep], few.streams_NSMD[:, :, BASE]
+    delta_NSD = (few.streams_NSMD[:, :, TUNED] - base_NSD)[keep]
+    energy_K = energy_along(few_f_NK, delta_NSD, half_N[here][keep], constant_K)
+    on_NK = few_f_NK != 0
     nulls = []
     for draw in range(settings.nulls):
         other = streams_of(pair.random_tuned(seed_of(seed, "null", draw)), pair, few, settings.batch_tokens)
-        nulls.append(most_energy((other - base_NSD[:cut])[keep], on_NK, constant_K))
+        nulls.append(most_energy((other - base_NSD)[keep], on_NK, constant_K))
         if progress:
             progress(draw + 1, settings.nulls)
     score_K, null_RK, p = max_t(energy_K, torch.stack(nulls))
@@ -330,6 +330,29 @@ def rank(
     order = cover(nats_KD, gap_D, standing)
     order += sorted(set(range(len(changes))) - set(standing), key=lambda k: (-ranked[k].score, changes[k].id))
     return Ranking([ranked[k] for k in order], kl_N)
+
+
+def telling_rows(sample: Sample, f_NK: Tensor, half_N: Tensor, limit: int) -> list[int]:
+    """Rows on which the candidates are on the most, in turn and from both halves, until `limit` tokens are reached."""
+    rows, row_N = sample.row_N.unique(return_inverse=True)
+    length_R = torch.bincount(row_N)
+    half_R = torch.zeros(len(rows), dtype=torch.bool)
+    half_R[row_N] = half_N
+    energy_RK = torch.zeros(len(rows), f_NK.shape[1]).index_add_(0, row_N, f_NK.square())
+    orders = [
+        [r for r in torch.argsort(energy_RK[:, k], descending=True, stable=True).tolist() if half_R[r] == half]
+        for half in (False, True) for k in range(f_NK.shape[1])
+    ]
+    chosen: dict[int, None] = {}
+    count = 0
+    for turn in range(len(rows)):
+        for order in orders:
+            if turn < len(order) and order[turn] not in chosen:
+                if count >= limit:
+                    return sorted(rows[list(chosen)].tolist())
+                chosen[order[turn]] = None
+                count += int(length_R[order[turn]])
+    return sorted(rows[list(chosen)].tolist())
 
 
 def cover(nats_KD: Tensor, gap_D: Tensor, among: Sequence[int]) -> list[int]:

@@ -21,11 +21,11 @@ class ScanSettings:
 
     sites: tuple[str, ...] = ()
     """Sites to use, e.g. resid.15; empty: chosen by the scan."""
-    depths: int = 7
+    depths: int = 6
     """How many layers the scan looks at, evenly spread over the upper five sixths of the network."""
-    tokens: int = 400
+    tokens: int = 300
     """Tokens the scan reads; it only orders layers, so few suffice."""
-    reach: float = 0.85
+    reach: float = 0.95
     """The lowest layer is taken whose difference, put into base, makes at least this share of what the best layer's
     does: higher goes deeper (cheaper to verify, less left to undo), lower goes earlier."""
 

@@ -9,7 +9,7 @@ from tunediff.measures import kl_divergence
 from tunediff.results import DosePoint, Measure
 from tunediff.trials.base import Bench, Outcome, Trial, VerifySettings
 
-CONTROLS = 8
+CONTROLS = 4
 """Random directions beside each point of the curve; the p-values come from patching, which has many more."""
 
 
