@@ -247,24 +247,29 @@ def attribute(pair: Pair, site: Site, sample: Sample, batch_tokens: int) -> tupl
     """
     gradient_ND = torch.zeros(len(sample.row_N), sample.streams_NSMD.shape[-1])
     kl_N = torch.zeros(len(sample.row_N))
-    for where_N, ids_BT, at_BT, chosen_BT, stream_BTMD, base_logp_NV, part in _shifts(pair, site, sample, batch_tokens):
+    for where_N, ids_BT, at_BT, chosen_BT, stream_BTMD, base_logp_NV, _, part in _shifts(pair, site, sample, batch_tokens):
         kl_N[where_N] = part
         got = pair.tuned.gradient(site, stream_BTMD.mean(2), ids_BT, chosen_BT, base_logp_NV)
         gradient_ND[at_BT[at_BT >= 0]] = got[at_BT >= 0]
     return gradient_ND, kl_N
 
 
-def output_shift(pair: Pair, site: Site, sample: Sample, batch_tokens: int) -> Tensor:
-    """KL(tuned || base) in nat at the sample's scored tokens, 0 at the others, (N,); runs only the blocks above `site`."""
+def output_shift(pair: Pair, site: Site, sample: Sample, batch_tokens: int) -> tuple[Tensor, Tensor]:
+    """KL(tuned || base) in nat at the sample's scored tokens, 0 at the others, (N,), and where the prediction moves (N, D):
+    the change of the mean unembedding row, centered rows weighted by probability. Runs only the blocks above `site`."""
     kl_N = torch.zeros(len(sample.row_N))
-    for where_N, *_, part in _shifts(pair, site, sample, batch_tokens):
+    move_ND = torch.zeros(len(sample.row_N), sample.streams_NSMD.shape[-1])
+    rows_VD = pair.base.family.unembedding(pair.base.network).weight[: pair.vocabulary].float()
+    rows_VD = rows_VD - rows_VD.mean(0)
+    for where_N, _, _, _, _, base, tuned, part in _shifts(pair, site, sample, batch_tokens):
         kl_N[where_N] = part
-    return kl_N
+        move_ND[where_N] = (tuned.exp() - base.exp()) @ rows_VD
+    return kl_N, move_ND
 
 
 def _shifts(pair: Pair, site: Site, sample: Sample, batch_tokens: int) -> Iterator[tuple]:
     """For each batch: places of its scored tokens in the sample, ids, the place of each position (-1: padding), which
-    positions are scored, both streams at `site`, base's log-probabilities and KL(tuned || base) at scored tokens."""
+    positions are scored, both streams at `site`, both log-probabilities and KL(tuned || base) at scored tokens."""
     s = sample.sites.index(site)
     starts = {row: place for place, row in reversed(list(enumerate(sample.row_N.tolist())))}
     for batch in sample.batches(batch_tokens):
@@ -280,7 +285,7 @@ def _shifts(pair: Pair, site: Site, sample: Sample, batch_tokens: int) -> Iterat
 
         base, tuned = logp(pair.base, BASE), logp(pair.tuned, TUNED)
         kl = (tuned.exp() * (tuned - base)).sum(-1).clamp_min(0)
-        yield at_BT[chosen_BT], batch.ids_BT, at_BT, chosen_BT, stream_BTMD, base, kl
+        yield at_BT[chosen_BT], batch.ids_BT, at_BT, chosen_BT, stream_BTMD, base, tuned, kl
 
 
 def rank(

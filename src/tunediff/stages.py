@@ -109,8 +109,8 @@ class Run:
         """The text that is not written by the models."""
         c = self.plan.corpus
         if c.paths:
-            return Corpus.from_files(c.paths, kind=c.kind or None, held_out_share=c.held_out_share, seed=self.plan.seed)
-        return Corpus.default(held_out_share=c.held_out_share, seed=self.plan.seed)
+            return Corpus.from_files(c.paths, kind=c.kind or None, held_out_share=c.held_out_share, seed=c.split)
+        return Corpus.default(held_out_share=c.held_out_share, seed=c.split)
 
     # -- stages ------------------------------------------------------------------------------------------------
 
@@ -120,8 +120,8 @@ class Run:
         plan, c = self.plan, self.plan.corpus
         if not plan.contrast.prompts:
             return []
-        prompts = (Corpus.from_files(c.prompts, held_out_share=c.held_out_share, seed=plan.seed) if c.prompts
-                   else Corpus.prompts(held_out_share=c.held_out_share, seed=plan.seed))
+        prompts = (Corpus.from_files(c.prompts, held_out_share=c.held_out_share, seed=c.split) if c.prompts
+                   else Corpus.prompts(held_out_share=c.held_out_share, seed=c.split))
         key, folder = self._at("contrast", self._models, prompts.fingerprint, plan.contrast, plan.seed)
         began = time.monotonic()
         if not is_finished(folder):
@@ -221,8 +221,8 @@ class Run:
             self._done("find", key, began, f"{name}: {len(mine)} candidates")
         return changes, fits
 
-    def _shift(self) -> torch.Tensor:
-        """KL(tuned || base) at every training token of the text that the models wrote (of all text if they wrote none)."""
+    def _shift(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """How far and where the output moves, at training tokens of the text that the models wrote (all if they wrote none)."""
         kinds = ("contrastive",) if self.contrast else ()
         key, folder = self._at("shift", self.harvest.fingerprint, kinds, self.plan.seed)
         began = time.monotonic()
@@ -230,14 +230,18 @@ class Run:
             train = Sample.take(self.harvest, self.tokens, split="train", limit=10**9, seed=self.plan.seed, kinds=kinds)
             site = next((site for site in reversed(self.sites) if site.kind == "resid"), None)
             kl_N = torch.zeros(len(self.harvest.token_N))
+            move_ND = torch.zeros(len(kl_N), self.pair.base.width)
             if site is not None:
-                kl_N[train.token_N] = output_shift(self.pair, site, train, self.plan.rank.batch_tokens)
+                kl_N[train.token_N], move_ND[train.token_N] = output_shift(
+                    self.pair, site, train, self.plan.rank.batch_tokens)
+            index = self.harvest.index("train")
             folder.mkdir(parents=True, exist_ok=True)
-            write_tensors(folder / "kl.safetensors", {"kl": kl_N[self.harvest.index("train")]})
-            finish(folder, "tunediff.shift/1", {}, ["kl.safetensors"])
+            write_tensors(folder / "shift.safetensors", {"kl": kl_N[index], "move": move_ND[index]})
+            finish(folder, "tunediff.shift/1", {}, ["shift.safetensors"])
         open_folder(folder, "tunediff.shift/1")
         self._done("shift", key, began, "where the output moves, on training text")
-        return read_tensors(folder / "kl.safetensors")["kl"]
+        saved = read_tensors(folder / "shift.safetensors")
+        return saved["kl"], saved["move"]
 
     @cached_property
     def sample(self) -> Sample:

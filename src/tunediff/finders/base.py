@@ -22,8 +22,9 @@ class View:
     folder      the finder's own, for what it wants to keep
     candidates  how many changes it may propose at most
     spec, fit   settings of a dictionary, for finders that fit one
-    shift       KL(tuned || base) in nat at every training token (count of "train",), 0 where it was not looked at; for
-                finders that ask where the output moves. It costs a run of the upper blocks, once
+    shift       for finders that ask where the output moves: KL(tuned || base) in nat at every training token (N,), and
+                the move of the mean unembedding row (N, D); 0 where it was not looked at. Costs a run of the upper
+                blocks, once
     progress    told (tokens done, tokens in all, what the curve says)
     """
 
@@ -33,7 +34,7 @@ class View:
     candidates: int
     spec: Spec
     fit: FitSettings
-    shift: Callable[[], Tensor]
+    shift: Callable[[], tuple[Tensor, Tensor]]
     progress: Callable | None = None
 
 

@@ -1,4 +1,4 @@
-"""What happens where the output moves most: clusters of the difference at decisive tokens, each a direction of its own."""
+"""What happens where the output moves most: documents clustered by where their predictions move, a change for each."""
 
 from __future__ import annotations
 
@@ -9,58 +9,67 @@ from tunediff.changes import Change
 from tunediff.finders.base import Finder, Found, View
 from tunediff.finders.document_clusters import spherical_k_means
 
-CLUSTERS = 10
-"""Clusters at each site, at most one for every four decisive tokens."""
-SHARE = 0.6
+CLUSTERS = 8
+"""Clusters of documents, at most one for every four that have a decisive token."""
+SHARE = 0.8
 """Share of the whole KL(tuned || base) on training text that decisive tokens hold: those with the largest, down to this."""
+RIDGE = 0.1
+"""Shrinkage of the readout's covariance toward a sphere, as a share of its mean variance."""
 
 
 class DecisionClusters(Finder):
-    """A behavior is often decided at one token (how an answer begins), too rare for a dictionary to spend a latent on.
+    """A behavior is often decided at few tokens (how an answer begins), too rare for a dictionary to spend a latent on.
 
-    The tokens that hold most of KL(tuned || base) are clustered by the direction of the centered difference, each
-    weighted by the root of its KL. A cluster's change is read by the coordinate of the centered difference along
-    the cluster's direction above a threshold, halfway between the cluster's own tokens and the others', and writes
-    that coordinate.
+    The tokens that hold most of KL(tuned || base) say where the prediction moves. Documents are clustered by the
+    direction of that move in the space of unembedding rows, summed over their decisive tokens with KL as weight
+    (spherical k-means). A cluster's change writes the KL-weighted mean of the centered difference over its decisive
+    tokens and is read by the shrunken linear discriminant between these and all other tokens, scaled to 1 on its own
+    and on above a half: what it writes may be shared with other behaviors, where it writes is its own.
     """
 
     def find(self, view: View) -> Found:
         harvest = view.harvest
         tokens = harvest.index("train")
-        kl_N = view.shift()
+        kl_N, move_ND = view.shift()
         order = torch.argsort(kl_N, descending=True, stable=True)
         held = kl_N[order].cumsum(0) / kl_N.sum().clamp_min(1e-30)
         decisive = order[: int((held < SHARE).sum()) + 1]
         decisive = decisive[kl_N[decisive] > 0]
-        if len(decisive) < 8:
+        if not len(decisive):
             return Found([])
+        documents, number = harvest.document_N[tokens][decisive].unique(return_inverse=True)
+        weighted = move_ND[decisive] * kl_N[decisive, None]
+        sums_DW = torch.zeros(len(documents), move_ND.shape[1]).index_add_(0, number, weighted)
+        clusters = min(CLUSTERS, view.candidates, len(documents) // 4)
+        if clusters < 2:
+            return Found([])
+        labels = spherical_k_means(sums_DW, clusters)[number]
         x_NSMD = harvest.at(tokens)
         changes = []
         for s, site in enumerate(harvest.sites):
             delta_NW = x_NSMD[:, s, 1] - x_NSMD[:, s, 0]
             mean_W = delta_NW.mean(0)
             centered_NW = delta_NW - mean_W
-            own_CW = torch.nn.functional.normalize(centered_NW[decisive], dim=1) * kl_N[decisive, None].sqrt()
-            clusters = max(2, min(CLUSTERS, view.candidates, len(decisive) // 4))
-            labels = spherical_k_means(own_CW, clusters)
+            covariance = centered_NW.T @ centered_NW / len(centered_NW)
+            covariance.diagonal().add_(RIDGE * covariance.diagonal().mean())
             for cluster in range(clusters):
                 mine = decisive[labels == cluster]
+                center = (move_ND[mine] * kl_N[mine, None]).sum(0)
+                mine = mine[move_ND[mine] @ center > 0]
                 if len(mine):
-                    changes.append(_change(site, cluster, centered_NW, mean_W, mine, kl_N))
+                    changes.append(_change(site, cluster, centered_NW, mean_W, covariance, mine, kl_N))
         return Found(changes)
 
 
-def _change(site, cluster: int, centered_NW: Tensor, mean_W: Tensor, mine: Tensor, kl_N: Tensor) -> Change:
+def _change(site, cluster: int, centered_NW: Tensor, mean_W: Tensor, covariance: Tensor, mine: Tensor,
+            kl_N: Tensor) -> Change:
     weight = kl_N[mine] / kl_N[mine].sum()
-    v = torch.nn.functional.normalize(weight @ centered_NW[mine], dim=0)
-    along_N = centered_NW @ v
-    others = torch.ones(len(along_N), dtype=torch.bool)
-    others[mine] = False
-    # The others' high end, not their mean: what reads a rare decision must be off elsewhere.
-    threshold = (float(weight @ along_N[mine]) + float(along_N[others].quantile(0.9))) / 2
+    write_W = weight @ centered_NW[mine]
+    row_W = torch.linalg.solve(covariance, write_W)
+    row_W = row_W / (row_W @ write_W)
     return Change(
-        id=f"decision_clusters/{site}-{cluster}", sites=(site,), rows_SMD=torch.stack([-v, v])[None],
-        write_SMD=torch.stack([torch.zeros_like(v), v])[None], bias=-float(v @ mean_W), threshold=max(threshold, 0.0),
+        id=f"decision_clusters/{site}-{cluster}", sites=(site,), rows_SMD=torch.stack([-row_W, row_W])[None],
+        write_SMD=torch.stack([torch.zeros_like(write_W), write_W])[None], bias=-float(row_W @ mean_W), threshold=0.5,
         finder="decision_clusters",
         origin={"decisive_tokens": len(mine), "kl_share": float(kl_N[mine].sum() / kl_N.sum())},
     )
