@@ -360,14 +360,20 @@ def telling_rows(sample: Sample, f_NK: Tensor, half_N: Tensor, limit: int) -> li
     return sorted(rows[list(chosen)].tolist())
 
 
+SPOKEN_FOR = 0.1
+"""Share of a document's KL(tuned || base) beyond which changes gain nothing by explaining more of it. First-order effects
+are a fraction of true ones where the output has moved far, so the whole gap would hardly ever be reached."""
+
+
 def cover(nats_KD: Tensor, gap_D: Tensor, among: Sequence[int]) -> list[int]:
     """Changes in the order in which they explain most of the output's shift that those before leave unexplained.
 
     nats_KD   first-order effect of each change in each document; gap_D the whole KL(tuned || base) of each document.
-    A document counts up to its gap, so ten changes that say the same of the same documents do not crowd out one that
-    speaks for others.
+    A document counts up to `SPOKEN_FOR` of its gap, so ten changes that say the same of the same documents do not crowd
+    out one that speaks for others.
     """
     left, order = list(among), []
+    gap_D = SPOKEN_FOR * gap_D
     covered_D = torch.zeros_like(gap_D)
     while left:
         gains = torch.stack([torch.minimum(gap_D, covered_D + nats_KD[k]) - covered_D for k in left]).sum(1)

@@ -9,11 +9,11 @@ from tunediff.changes import Change
 from tunediff.finders.base import Finder, Found, View
 from tunediff.finders.document_clusters import spherical_k_means
 
-CLUSTERS = 8
+CLUSTERS = 5
 """Clusters of documents, at most one for every four that have a decisive token."""
 SHARE = 0.8
 """Share of the whole KL(tuned || base) on training text that decisive tokens hold: those with the largest, down to this."""
-RIDGE = 0.1
+RIDGE = 1.0
 """Shrinkage of the readout's covariance toward a sphere, as a share of its mean variance."""
 
 
