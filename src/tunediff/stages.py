@@ -63,6 +63,7 @@ class Run:
 
     def __post_init__(self) -> None:
         self.cards: list[StageCard] = []
+        self._edits: dict[tuple[str, ...], tuple[edits.Edit, list[edits.Edit]]] = {}
         self.folder.mkdir(parents=True, exist_ok=True)
         write_bytes(self.folder / "plan.toml", self.plan.to_toml().encode())
         if self.plan.runtime.threads:
@@ -222,10 +223,11 @@ class Run:
         return changes, fits
 
     def _shift(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """How far and where the output moves, at training tokens of the text that the models wrote (all if they wrote none)."""
+        """How far and where the output moves, at training tokens of the text that the models wrote (all if they wrote none).
+
+        No stage of its own: its time is part of the finder's that asked first."""
         kinds = ("contrastive",) if self.contrast else ()
-        key, folder = self._at("shift", self.harvest.fingerprint, kinds, self.plan.seed)
-        began = time.monotonic()
+        _, folder = self._at("shift", self.harvest.fingerprint, kinds, self.plan.seed)
         if not is_finished(folder):
             train = Sample.take(self.harvest, self.tokens, split="train", limit=10**9, seed=self.plan.seed, kinds=kinds)
             site = next((site for site in reversed(self.sites) if site.kind == "resid"), None)
@@ -239,7 +241,6 @@ class Run:
             write_tensors(folder / "shift.safetensors", {"kl": kl_N[index], "move": move_ND[index]})
             finish(folder, "tunediff.shift/1", {}, ["shift.safetensors"])
         open_folder(folder, "tunediff.shift/1")
-        self._done("shift", key, began, "where the output moves, on training text")
         saved = read_tensors(folder / "shift.safetensors")
         return saved["kl"], saved["move"]
 
@@ -382,12 +383,18 @@ class Run:
         return by_id[id]
 
     def edit(self, ids: Sequence[str]) -> tuple[edits.Edit, list[edits.Edit]]:
-        """The edit that takes these changes out, and its controls; computed from training text each time."""
+        """The edit that takes these changes out, and its controls; computed from training text, once a run in memory."""
+        if tuple(ids) in self._edits:
+            return self._edits[tuple(ids)]
         kinds = ("contrastive",) if self.contrast else ()
         train = Sample.take(self.harvest, self.tokens, split="train", limit=10**9, seed=self.plan.seed, kinds=kinds)
+        changes = [self.change(i) for i in ids]
+        if kinds and not all(train.strength(c).any() for c in changes):  # such an edit would do nothing, silently
+            train = Sample.take(self.harvest, self.tokens, split="train", limit=10**9, seed=self.plan.seed)
         self.progress("revert", 0, 1)
-        done = bills.removing(self.pair, [self.change(i) for i in ids], train, self.plan.edit, self.plan.seed)
+        done = bills.removing(self.pair, changes, train, self.plan.edit, self.plan.seed)
         self.progress("revert", 1, 1)
+        self._edits[tuple(ids)] = done
         return done
 
     def bill(self, ids: Sequence[str]) -> Bill:
@@ -493,7 +500,7 @@ class Run:
         return cards
 
 
-NEUTRAL_TOKENS = 1500
+NEUTRAL_TOKENS = 800
 """Held-out tokens of plain text on which costs are measured, at least."""
 
 
