@@ -12,7 +12,7 @@ from typing import Any, Callable, Sequence
 import torch
 
 from tunediff import __version__, bills, edits, variants
-from tunediff.artifacts import finish, is_finished, key_of, open_folder, read_json, read_tensors, write_bytes, write_json, write_tensors
+from tunediff.artifacts import finish, is_finished, key_of, open_folder, plain, read_json, read_tensors, write_bytes, write_json, write_tensors
 from tunediff.axes import MODELS
 from tunediff.chance import Interval, bootstrap_ratio
 from tunediff.charts import visible
@@ -449,12 +449,13 @@ class Run:
             self.tokens.select("held_out").count, self.tokens.counts,
         )
         output = self._output()
-        return Diff(
+        diff = Diff(
             base=self._card("base"), tuned=self._card("tuned"), corpus=corpus, found=bool(confirmed),
             rate=self.plan.rank.level, summary=_summary(records, confirmed, output, self.plan.rank.level),
             output=output, scan=scan_, changes=records, signals=signals, fits=self._fits(), nulls=nulls, bills=list(billed),
             not_found=_not_found(records, self), stages=list(self.cards), plan=to_record(self.plan), version=__version__,
         )
+        return typed(Diff, plain(diff), "diff.json")  # as saved: unbounded intervals are none, in every report alike
 
     def _output(self) -> list[Measure]:
         """KL(tuned || base) a token of the held-out sample, by who wrote the text."""
