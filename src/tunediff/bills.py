@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Sequence
 
 import torch
@@ -18,13 +17,11 @@ from tunediff.rankings import Sample, batches_of
 from tunediff.results import Bill, Measure
 
 
-@dataclass(frozen=True, eq=False)
-class Text:
-    """Held-out rows of one sort, with which of their tokens are scored."""
+ROWS_TOKENS = 800
+"""Tokens of each sort of held-out text on which a bill is measured, at least."""
 
-    sample: Sample
-    rows: list[int]
-    scored: dict[int, Tensor]
+SCALES = (0.5,)
+"""Shares of the whole tune that the plain control takes out."""
 
 
 def on_rows(sample: Sample, changes: Sequence[Change], spread: bool) -> dict[int, Tensor]:
@@ -42,9 +39,7 @@ def removing(
     pair: Pair, changes: Sequence[Change], sample: Sample, settings: EditSettings, seed: int, batch_tokens: int = 1200
 ) -> tuple[Edit, list[Edit]]:
     """The edit that takes `changes` out, from training text; and controls of equal energy aimed at random rows."""
-    f_N = sum((sample.strength(c).double().pow(2) for c in changes), torch.zeros(len(sample.row_N), dtype=torch.float64))
-    energy = {row: float(f_N[sample.row_N == row].sum()) for row in sample.rows}
-    strongest = [row for row in sorted(sample.rows, key=lambda r: (-energy[r], r)) if energy[row] > 0]
+    strongest = _by_strength(sample, changes)
     rng = numpy_generator(seed, "edit rows")
     others = [sample.rows[i] for i in rng.permutation(len(sample.rows))]
     rows = _up_to(strongest, settings.tokens // 3, sample)
@@ -64,6 +59,13 @@ def removing(
         for draw, other in enumerate(moments[1:])
     ]
     return edit, controls
+
+
+def _by_strength(sample: Sample, changes: Sequence[Change]) -> list[int]:
+    """Rows on which the changes are on at all, the most energy first."""
+    f_N = sum((sample.strength(c).double().pow(2) for c in changes), torch.zeros(len(sample.row_N), dtype=torch.float64))
+    energy = {row: float(f_N[sample.row_N == row].sum()) for row in sample.rows}
+    return [row for row in sorted(sample.rows, key=lambda r: (-energy[r], r)) if energy[row] > 0]
 
 
 def _up_to(rows: list[int], limit: int, sample: Sample) -> list[int]:
@@ -99,12 +101,16 @@ def bill(
     cost      KL(tuned || edited) in nat a token on neutral text
     """
     on = on_rows(contrastive, changes, settings.spread)
-    target = {row: mask.bool() for row, mask in on.items() if mask.any()}
-    rest = {row: torch.ones_like(mask).bool() for row, mask in on.items() if not mask.any()}
+    strongest = _by_strength(contrastive, changes)
+    target = {row: on[row].bool() for row in _up_to([r for r in strongest if on[r].any()], ROWS_TOKENS, contrastive)}
+    rest = {
+        row: torch.ones_like(on[row]).bool()
+        for row in _up_to([r for r in contrastive.rows if not on[r].any()], ROWS_TOKENS, contrastive)
+    }
     plain = {row: torch.ones(len(neutral.tokens.rows[row]), dtype=torch.bool) for row in neutral.rows}
     sides = {"edit": edit.applied(pair.tuned)}
     sides |= {f"control {i}": c.applied(pair.tuned) for i, c in enumerate(controls)}
-    sides |= {f"scale {s}": scaling(pair, s).applied(pair.tuned) for s in (0.5, 1.0)}
+    sides |= {f"scale {s}": scaling(pair, s).applied(pair.tuned) for s in SCALES}
     measures: list[Measure] = []
     table: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
     for name, sample, masks in (("removed", contrastive, target), ("kept", contrastive, rest), ("cost", neutral, plain)):
@@ -122,7 +128,7 @@ def bill(
         values = [bootstrap_ratio(*table[name][f"control {i}"], seed=seed, draws=2).value for i in range(len(controls))]
         control = (max(values) if name == "removed" else sum(values) / len(values)) if values else None
         measures.append(Measure(name, own.value, own.low, own.high, unit, control, f"{against} {len(values)}"))
-    for share in (0.5, 1.0):
+    for share in SCALES:
         for name in table:
             value = bootstrap_ratio(*table[name][f"scale {share}"], seed=seed)
             unit = "nat a token" if name == "cost" else "share of KL"
