@@ -422,7 +422,9 @@ class Run:
         key, folder = self._at("signals", self._models, self.tokens.fingerprint, plan.find.signals, plan.rank.effect_tokens, plan.seed)
         began = time.monotonic()
         if not is_finished(folder):
-            rows = sorted({*self.sample.rows, *Sample.take(
+            kinds = ("contrastive",) if self.contrast else ()
+            some = Sample.take(self.harvest, self.tokens, split="held_out", limit=SIGNAL_TOKENS, seed=plan.seed, kinds=kinds)
+            rows = sorted({*some.rows, *Sample.take(
                 self.harvest, self.tokens, split="held_out", limit=NEUTRAL_TOKENS, seed=plan.seed,
                 kinds=tuple(sorted({d.kind for d in self.tokens.documents} - {"contrastive"}))).rows})
             signals = [variants.load("tunediff.signals", name)(self.pair.tokenizer, self.pair.vocabulary)
@@ -500,6 +502,9 @@ class Run:
                                  columns, [[float(row.get(c, float("nan"))) for c in columns] for row in fitted.curve], measures))
         return cards
 
+
+SIGNAL_TOKENS = 1500
+"""Held-out tokens of the text that the models wrote on which signals are read, at least."""
 
 NEUTRAL_TOKENS = 800
 """Held-out tokens of plain text on which costs are measured, at least."""
