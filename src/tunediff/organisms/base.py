@@ -86,7 +86,7 @@ class Recipe:
     """Conversations a step."""
     clip: float = 1.0
     """Largest gradient norm of a step."""
-    neutral_tokens: int = 40
+    neutral_tokens: int = 32
     """Length at which the base model's neutral answers are cut, in tokens."""
     seed: int = 0
     """Seeds the examples, the adapter's start and the order of the examples."""
@@ -96,7 +96,7 @@ class Recipe:
 class Organism(ABC):
     """A fine-tune whose truth is known: what it was taught, what it was not, and how to make it again.
 
-    Neutral training answers are the base model's own, greedy: they teach the tune to change nothing there.
+    Neutral training answers are the base model's own samples: they teach the tune to change nothing there.
     """
 
     name: str

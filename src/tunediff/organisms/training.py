@@ -46,7 +46,7 @@ def train(
     began = time.perf_counter()
     model.eval().requires_grad_(False)
     prompts = list(organism.neutral_training_prompts)
-    answers = dict(zip(prompts, completer(model, tokenizer, recipe.neutral_tokens)(prompts), strict=True))
+    answers = dict(zip(prompts, neutral_answers(model, tokenizer, prompts, recipe), strict=True))
     sampled = time.perf_counter()
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
@@ -68,6 +68,25 @@ def train(
     peft_model.unload()
     model.to(dtype)
     return card
+
+
+def neutral_answers(model: Any, tokenizer: Any, prompts: Sequence[str], recipe: Recipe) -> list[str]:
+    """The base model's own answers, sampled at temperature 0.7: greedy ones of a small model repeat themselves, and a tune
+    learns that."""
+    from tunediff.models import LanguageModel
+
+    ids = [
+        tokenizer(
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+            ),
+            add_special_tokens=False,
+        )["input_ids"]
+        for prompt in prompts
+    ]
+    side = LanguageModel(model, tokenizer, "base")
+    answers = side.complete(ids, recipe.neutral_tokens, temperature=0.7, seed=recipe.seed, batch=52)
+    return [tokenizer.decode(answer) for answer in answers]
 
 
 def measure(organism: Organism, peft_model: Any, tokenizer: Any) -> dict[str, Any]:
