@@ -341,3 +341,13 @@ def test_mirrored_swaps_the_models():
     assert torch.equal(twice.rows_SMD, ours.rows_SMD) and torch.equal(twice.write_SMD, ours.write_SMD)
     empty = dataclasses.replace(ours, write_SMD=torch.zeros(2, 2, 5))
     assert empty.share == 0.5
+
+
+def test_a_proportion_keeps_a_width_where_none_or_all_succeed():
+    from scipy.stats import binomtest
+
+    for successes, trials in ((0, 16), (16, 16), (3, 20), (11, 16)):
+        interval = chance.proportion(successes, trials)
+        judge = binomtest(successes, trials).proportion_ci(method="wilson")
+        assert interval.low == pytest.approx(judge.low, abs=1e-6)
+        assert interval.high == pytest.approx(judge.high, abs=1e-6)

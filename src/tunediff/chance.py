@@ -75,6 +75,16 @@ def bootstrap_mean(values: Sequence[float], *, seed: int, draws: int = 1000, lev
     return bootstrap_ratio(values, np.ones(len(values)), seed=seed, draws=draws, level=level)
 
 
+def proportion(successes: int, trials: int) -> Interval:
+    """A share with its 95 % Wilson (1927) interval, which keeps a width where none or all succeed."""
+    if not trials:
+        return Interval(float("nan"), 0.0, 1.0)
+    z, share = 1.959964, successes / trials
+    middle = (share + z * z / (2 * trials)) / (1 + z * z / trials)
+    half = z * (share * (1 - share) / trials + z * z / (4 * trials**2)) ** 0.5 / (1 + z * z / trials)
+    return Interval(share, max(0.0, middle - half), min(1.0, middle + half))
+
+
 def bootstrap(
     statistic: Callable[[np.ndarray], float], documents: int, *, seed: int, draws: int = 1000, level: float = 0.95
 ) -> Interval:

@@ -9,7 +9,7 @@ from typing import Sequence
 
 from tunediff import organisms
 from tunediff.artifacts import finish, is_finished, read_json, write_json
-from tunediff.chance import bootstrap_mean
+from tunediff.chance import proportion
 from tunediff.corpora import Corpus, Document
 from tunediff.models import LanguageModel
 from tunediff.organisms.base import Behavior
@@ -82,7 +82,7 @@ def count(run: Run, ids: list[str], behaviors: Sequence[Behavior]) -> Bill:
             for i, b in enumerate(behaviors):
                 shows[b.name][side] = [float(b.shows(a)) for a in answers[i * PROMPTS : (i + 1) * PROMPTS]]
         for b in behaviors:
-            before, after = (bootstrap_mean(shows[b.name][s], seed=run.plan.seed) for s in ("before", "after"))
+            before, after = (proportion(int(sum(shows[b.name][s])), len(shows[b.name][s])) for s in ("before", "after"))
             control = [sum(v) / len(v) for s, v in shows[b.name].items() if s.startswith("control")]
             measures.append(Measure(
                 f"answers that show {b.name} ({'wanted' if b.wanted else 'unwanted'})", after.value, after.low, after.high,
