@@ -13,6 +13,7 @@ from tunediff.chance import Interval, bootstrap_ratio, seed_of
 from tunediff.changes import Change
 from tunediff.corpora import Batch, Tokens
 from tunediff.errors import within
+from tunediff.errors import NumericsError
 from tunediff.harvests import Harvest
 from tunediff.models import LanguageModel, Start
 from tunediff.pairs import Pair
@@ -180,6 +181,8 @@ def energy_along(strength_NK: Tensor, delta_NSD: Tensor, half_N: Tensor, constan
     out = torch.zeros(f_NK.shape[1], dtype=torch.float64)
     for fit_half in (False, True):
         fitted, scored = half_N == fit_half, half_N != fit_half
+        if not fitted.any() or not scored.any():
+            continue  # one half alone shows nothing that another could confirm
         mean_D = delta_ND[fitted].mean(0)
         for constant in (True, False):
             chosen = (constant_K == constant).nonzero()[:, 0]
@@ -231,6 +234,8 @@ def max_t(energy_K: Tensor, null_RK: Tensor) -> tuple[Tensor, Tensor, list[float
     rarity are on one scale and a null is never scaled by itself.
     """
     total_K, draws, floor = null_RK.sum(0), len(null_RK), 1e-30
+    if not bool(torch.isfinite(energy_K).all() and torch.isfinite(null_RK).all()):
+        raise NumericsError("an energy is not finite, so no change can be ranked", remedy="--set pair.dtype=float32")
     score_K = energy_K / (total_K / draws).clamp_min(floor)
     null_score_RK = null_RK / ((total_K - null_RK) / max(draws - 1, 1)).clamp_min(floor)
     best_R = null_score_RK.max(1).values
@@ -346,7 +351,7 @@ def telling_rows(sample: Sample, f_NK: Tensor, half_N: Tensor, limit: int) -> li
     energy_RK = torch.zeros(len(rows), f_NK.shape[1]).index_add_(0, row_N, f_NK.square())
     orders = [
         [r for r in torch.argsort(energy_RK[:, k], descending=True, stable=True).tolist() if half_R[r] == half]
-        for half in (False, True) for k in range(f_NK.shape[1])
+        for k in range(f_NK.shape[1]) for half in (False, True)
     ]
     chosen: dict[int, None] = {}
     count = 0
