@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tunediff.axes import BASE, TUNED
+from tunediff.errors import NumericsError
 from tunediff.rankings import Sample, attribute, energy_along, max_t, streams_of
 
 DRAWS, CHANGES, REPETITIONS = 19, 6, 200
@@ -149,3 +150,12 @@ def test_attribution_adds_up_to_the_divergence_that_the_site_makes(planted):
     delta_ND = sample.streams_NSMD[:, 0, TUNED] - sample.streams_NSMD[:, 0, BASE]
     assert float((gradient_ND * delta_ND).sum()) == pytest.approx(float(kl_N.sum()), rel=0.3)
     assert (kl_N >= -1e-6).all()
+
+
+def test_one_half_alone_shows_nothing_and_what_is_not_finite_is_refused():
+    rng = torch.Generator().manual_seed(3)
+    f_NK, delta = torch.rand(20, 2, generator=rng), torch.randn(20, 1, 4, generator=rng)
+    one_half = torch.zeros(20, dtype=torch.bool)
+    assert energy_along(f_NK, delta, one_half, torch.tensor([False, True])).tolist() == [0.0, 0.0]
+    with pytest.raises(NumericsError, match="not finite"):
+        max_t(torch.tensor([float("nan")]), torch.ones(3, 1))
