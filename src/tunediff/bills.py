@@ -47,7 +47,7 @@ def removing(
     rows.sort()
     on = on_rows(sample, changes, settings.spread)
     deltas = pair.deltas()
-    tokens = _only(sample.tokens, rows)
+    tokens = sample.tokens.only(rows)
     masks = [[on[row] for row in rows]]
     for draw in range(settings.controls):
         order = numpy_generator(seed, "control rows", draw).permutation(len(rows)).tolist()
@@ -80,14 +80,6 @@ def _up_to(rows: list[int], limit: int, sample: Sample) -> list[int]:
 
 def _fit(mask: Tensor, length: int) -> Tensor:
     return torch.cat([mask, mask[-1:].expand(max(0, length - len(mask)))])[:length]
-
-
-def _only(tokens, rows: list[int]):
-    from dataclasses import replace
-
-    return replace(tokens, **{
-        name: tuple(getattr(tokens, name)[r] for r in rows) for name in ("rows", "document_R", "start_R", "prompt_R")
-    })
 
 
 def bill(

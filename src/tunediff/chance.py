@@ -108,6 +108,11 @@ def p_value(statistic: float, null: Sequence[float]) -> float:
     return float((1 + np.sum(null >= statistic)) / (1 + len(null)))
 
 
+def quantile(values: Sequence[float], q: float) -> float:
+    """The `q`-quantile (0..1) of `values`, linear between neighbors."""
+    return float(np.quantile(np.asarray(values, np.float64), q))
+
+
 def q_values(p: Sequence[float]) -> list[float]:
     """Benjamini-Hochberg (1995) adjusted p-values: the smallest false-discovery rate at which each would be claimed."""
     p = np.asarray(p, np.float64)

@@ -352,10 +352,14 @@ class Tokens:
                 got=f"{len(set(self.document_R))} documents in all",
                 remedy="add documents" + ("" if callable(which) else " or change held_out_share"),
             )
+        return self.only(kept)
+
+    def only(self, rows: Sequence[int]) -> Tokens:
+        """The rows of these numbers, in the order given; the documents stay all."""
         return replace(
             self,
             **{
-                name: tuple(getattr(self, name)[row] for row in kept)
+                name: tuple(getattr(self, name)[row] for row in rows)
                 for name in ("rows", "document_R", "start_R", "prompt_R")
             },
         )

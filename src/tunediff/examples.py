@@ -80,20 +80,3 @@ def _named(tokenizer, weight_V: Tensor, count: int) -> tuple[list[TokenWeight], 
             for i, w in zip(top.indices.tolist(), top.values.tolist()) if w > 1e-4
         ])
     return sides[0], sides[1]
-
-
-def depth_profile(change: Change, streams_NLMD: Tensor, strength_N: Tensor, layers: list[int]) -> dict[str, float]:
-    """For each layer, the share of the squared difference on firing tokens that lies along what goes with the change.
-
-    At each layer the direction is the strength-weighted mean difference there; 1 means that the whole difference on
-    those tokens is this one direction.
-    """
-    on = strength_N != 0
-    f_N = strength_N[on]
-    profile = {}
-    for place, layer in enumerate(layers):
-        delta_ND = (streams_NLMD[on, place, 1] - streams_NLMD[on, place, 0]).double()
-        direction = torch.nn.functional.normalize((f_N[:, None].double() * delta_ND).sum(0), dim=0)
-        total = delta_ND.pow(2).sum()
-        profile[str(layer)] = float((delta_ND @ direction).pow(2).sum() / total) if total else 0.0
-    return profile

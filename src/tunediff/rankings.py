@@ -12,8 +12,7 @@ from tunediff.axes import BASE, TUNED
 from tunediff.chance import Interval, bootstrap_ratio, seed_of
 from tunediff.changes import Change
 from tunediff.corpora import Batch, Tokens
-from tunediff.errors import within
-from tunediff.errors import NumericsError
+from tunediff.errors import NumericsError, within
 from tunediff.harvests import Harvest
 from tunediff.models import LanguageModel, Start
 from tunediff.pairs import Pair
@@ -136,11 +135,7 @@ class Sample:
 
 def batches_of(tokens: Tokens, rows: Sequence[int], batch_tokens: int) -> Iterator[Batch]:
     """Batches of some rows that carry their numbers in `tokens`."""
-    chosen = replace(tokens, **{
-        name: tuple(getattr(tokens, name)[row] for row in rows)
-        for name in ("rows", "document_R", "start_R", "prompt_R")
-    })
-    for batch in chosen.batches(batch_tokens):
+    for batch in tokens.only(rows).batches(batch_tokens):
         yield replace(batch, rows_B=torch.tensor(list(rows))[batch.rows_B])
 
 

@@ -14,7 +14,7 @@ import torch
 from tunediff import __version__, bills, edits, variants
 from tunediff.artifacts import finish, is_finished, key_of, open_folder, plain, read_json, read_tensors, write_bytes, write_json, write_tensors
 from tunediff.axes import MODELS
-from tunediff.chance import Interval, bootstrap_ratio
+from tunediff.chance import Interval, bootstrap_ratio, quantile
 from tunediff.charts import visible
 from tunediff.changes import Change, load_changes, save_changes
 from tunediff.contrasts import contrast
@@ -36,7 +36,6 @@ from tunediff.signals.base import read as read_signals
 from tunediff.scans import candidate_sites, choose, scan
 from tunediff.sites import Site
 from tunediff.trials.base import bench_of
-from tunediff.trials.patch import _quantile
 
 Progress = Callable[[str, int, int], None]
 
@@ -112,6 +111,16 @@ class Run:
         if c.paths:
             return Corpus.from_files(c.paths, kind=c.kind or None, held_out_share=c.held_out_share, seed=c.split)
         return Corpus.default(held_out_share=c.held_out_share, seed=c.split)
+
+    @property
+    def _written(self) -> tuple[str, ...]:
+        """The kind of text that the models wrote; empty, which is every kind, where they wrote none."""
+        return ("contrastive",) if self.contrast else ()
+
+    @property
+    def _plain(self) -> tuple[str, ...]:
+        """The kinds of text that the models did not write."""
+        return tuple(sorted({d.kind for d in self.tokens.documents} - {"contrastive"}))
 
     # -- stages ------------------------------------------------------------------------------------------------
 
@@ -226,10 +235,9 @@ class Run:
         """How far and where the output moves, at training tokens of the text that the models wrote (all if they wrote none).
 
         No stage of its own: its time is part of the finder's that asked first."""
-        kinds = ("contrastive",) if self.contrast else ()
-        _, folder = self._at("shift", self.harvest.fingerprint, kinds, self.plan.seed)
+        _, folder = self._at("shift", self.harvest.fingerprint, self._written, self.plan.seed)
         if not is_finished(folder):
-            train = Sample.take(self.harvest, self.tokens, split="train", limit=10**9, seed=self.plan.seed, kinds=kinds)
+            train = Sample.take(self.harvest, self.tokens, split="train", limit=10**9, seed=self.plan.seed, kinds=self._written)
             site = next((site for site in reversed(self.sites) if site.kind == "resid"), None)
             kl_N = torch.zeros(len(self.harvest.token_N))
             move_ND = torch.zeros(len(kl_N), self.pair.base.width)
@@ -247,9 +255,8 @@ class Run:
     @cached_property
     def sample(self) -> Sample:
         """Held-out rows on which changes are ranked and verified: contrastive text first, where there is any."""
-        kinds = ("contrastive",) if self.contrast else ()
         return Sample.take(self.harvest, self.tokens, split="held_out", limit=self.plan.rank.effect_tokens,
-                           seed=self.plan.seed, kinds=kinds)
+                           seed=self.plan.seed, kinds=self._written)
 
     @cached_property
     def ranking(self) -> Ranking:
@@ -288,8 +295,7 @@ class Run:
         """A tuned lens of base at the sites."""
         key, folder = self._at("lens", self._models, self.tokens.fingerprint, list(map(str, self.sites)), self.plan.harvest.abnormal)
         began = time.monotonic()
-        kinds = {d.kind for d in self.tokens.documents}
-        few = _some(self.tokens.select("train"), 4000, *sorted(kinds))
+        few = _some(self.tokens.select("train"), 4000)
         lens = fit_lens(self.pair.base, few, self.sites, folder, abnormal=self.plan.harvest.abnormal)
         self._done("lens", key, began, "R² " + ", ".join(f"{v:.2f}" for v in lens.r2_S.tolist()))
         return lens
@@ -364,7 +370,7 @@ class Run:
         if not promoted and not suppressed and number < 3 * plan.verify.changes:
             promoted, suppressed = lens_tokens(tokenizer, self.pair.base, self.lens, change)
             read_by = f"tuned lens at {change.sites[-1]} (cosine)"
-        score = Measure("energy along the change", ranked.score, unit="x random tunes", control=_quantile(list(ranked.null), 0.95),
+        score = Measure("energy along the change", ranked.score, unit="x random tunes", control=quantile(ranked.null, 0.95),
                         against=f"95th percentile of the best candidate in {len(ranked.null)} random tunes", p=ranked.p)
         return ChangeRecord(
             rank=number + 1, id=change.id, finder=change.finder, sites=[str(s) for s in change.sites],
@@ -386,10 +392,9 @@ class Run:
         """The edit that takes these changes out, and its controls; computed from training text, once a run in memory."""
         if tuple(ids) in self._edits:
             return self._edits[tuple(ids)]
-        kinds = ("contrastive",) if self.contrast else ()
-        train = Sample.take(self.harvest, self.tokens, split="train", limit=10**9, seed=self.plan.seed, kinds=kinds)
+        train = Sample.take(self.harvest, self.tokens, split="train", limit=10**9, seed=self.plan.seed, kinds=self._written)
         changes = [self.change(i) for i in ids]
-        if kinds and not all(train.strength(c).any() for c in changes):  # such an edit would do nothing, silently
+        if self._written and not all(train.strength(c).any() for c in changes):  # such an edit would do nothing, silently
             train = Sample.take(self.harvest, self.tokens, split="train", limit=10**9, seed=self.plan.seed)
         self.progress("revert", 0, 1)
         done = bills.removing(self.pair, changes, train, self.plan.edit, self.plan.seed)
@@ -405,7 +410,7 @@ class Run:
         if not is_finished(folder):
             edit, controls = self.edit(ids)
             neutral = Sample.take(self.harvest, self.tokens, split="held_out", limit=NEUTRAL_TOKENS, seed=plan.seed,
-                                  kinds=tuple(sorted({d.kind for d in self.tokens.documents} - {"contrastive"})))
+                                  kinds=self._plain)
             result = bills.bill(self.pair, edit, controls, [self.change(i) for i in ids], self.sample, neutral, plan.edit, plan.seed)
             folder.mkdir(parents=True, exist_ok=True)
             write_json(folder / "bill.json", result)
@@ -422,11 +427,10 @@ class Run:
         key, folder = self._at("signals", self._models, self.tokens.fingerprint, plan.find.signals, plan.rank.effect_tokens, plan.seed)
         began = time.monotonic()
         if not is_finished(folder):
-            kinds = ("contrastive",) if self.contrast else ()
-            some = Sample.take(self.harvest, self.tokens, split="held_out", limit=SIGNAL_TOKENS, seed=plan.seed, kinds=kinds)
+            some = Sample.take(self.harvest, self.tokens, split="held_out", limit=SIGNAL_TOKENS, seed=plan.seed, kinds=self._written)
             rows = sorted({*some.rows, *Sample.take(
                 self.harvest, self.tokens, split="held_out", limit=NEUTRAL_TOKENS, seed=plan.seed,
-                kinds=tuple(sorted({d.kind for d in self.tokens.documents} - {"contrastive"}))).rows})
+                kinds=self._plain).rows})
             signals = [variants.load("tunediff.signals", name)(self.pair.tokenizer, self.pair.vocabulary)
                        for name in plan.find.signals]
             tables = read_signals(self.pair, self.tokens, rows, signals, 1200)
@@ -553,7 +557,4 @@ def _some(tokens: Tokens, limit: int, *kinds: str) -> Tokens:
     rows = [r for r, d in enumerate(tokens.document_R) if not kinds or tokens.documents[d].kind in kinds]
     total = sum(len(tokens.rows[r]) for r in rows)
     stride = max(1, total // max(1, limit))
-    chosen = rows[::stride]
-    return dataclasses.replace(tokens, **{
-        name: tuple(getattr(tokens, name)[r] for r in chosen) for name in ("rows", "document_R", "start_R", "prompt_R")
-    })
+    return tokens.only(rows[::stride])

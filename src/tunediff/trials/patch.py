@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from tunediff.axes import BASE, TUNED
-from tunediff.chance import Interval, bootstrap_ratio, p_value
+from tunediff.chance import Interval, bootstrap_ratio, p_value, quantile
 from tunediff.measures import Divergence
 from tunediff.results import Measure
 from tunediff.trials.base import Bench, Outcome, Trial, VerifySettings
@@ -42,7 +41,7 @@ class Patch(Trial):
             null = [1 - trial(d).mean / gap.mean for d in bench.random_directions_RD]
             p = p_value(own.value, null)
             measures.append(Measure(
-                name, own.value, own.low, own.high, "share of KL", _quantile(null, 0.95),
+                name, own.value, own.low, own.high, "share of KL", quantile(null, 0.95),
                 f"95th percentile of {len(null)} random directions of equal energy", p,
             ))
             speaks.append((own, p))
@@ -72,10 +71,6 @@ def recovered(after: Divergence, before: Divergence, seed: int) -> Interval:
 
 def _row(name: str, value: Interval, against: str) -> Measure:
     return Measure(name, value.value, value.low, value.high, "share of KL", None, against)
-
-
-def _quantile(values: list[float], q: float) -> float:
-    return float(torch.tensor(values, dtype=torch.float64).quantile(q))
 
 
 def _decide(speaks: list[tuple[Interval, float]], level: float) -> tuple[bool | None, str]:
