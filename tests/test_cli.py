@@ -22,7 +22,7 @@ from tunediff.artifacts import read_json
 from tunediff.results import Diff
 
 SETTINGS = {
-    "contrast.prompts": 6, "contrast.tokens": 6, "contrast.dtype": "float32", "corpus.row_tokens": 48,
+    "contrast.prompts": 6, "contrast.tokens": 6, "corpus.row_tokens": 48,
     "dictionary.latents": 64, "dictionary.k_shared": 2, "dictionary.k_delta": 4, "fit.steps": 20, "fit.batch": 256,
     "find.candidates": 3, "scan.depths": 2, "rank.nulls": 3, "rank.null_tokens": 200, "rank.effect_tokens": 300,
     "verify.draws": 5, "verify.changes": 2, "edit.tokens": 500,

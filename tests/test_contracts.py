@@ -286,7 +286,7 @@ def test_edits_that_break_off_leave_no_trace(planted, operation, monkeypatch):
     before = logits(tuned, planted)
     edited = edit.applied(tuned)
 
-    def broken(ids_BT):
+    def broken(*anything):
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(edited, "_forward", broken)

@@ -46,7 +46,7 @@ def test_two_answers_a_prompt_each_by_its_writer(pair):
 
 
 def test_answers_are_the_models_own_completions(pair):
-    settings = ContrastSettings(prompts=3, tokens=5, temperature=0.0, dtype="float32")
+    settings = ContrastSettings(prompts=3, tokens=5, temperature=0.0)
     made = contrast(pair, prompts(), settings, seed=0)
     for document in made:
         model = pair.base if document.writer == "base" else pair.tuned

@@ -36,6 +36,28 @@ def test_logits_are_the_networks_own(model):
     torch.testing.assert_close(model.logits(model.states(IDS)), own(model).logits, rtol=1e-4, atol=1e-4)
 
 
+def test_rows_that_begin_alike_share_that_beginnings_run(model, monkeypatch):
+    ids = torch.cat([IDS[:1, :9].expand(len(IDS), -1), IDS], 1)
+    model.check_reading(IDS)
+    assert model.shares_prefixes, "a network whose cache cannot be shared is to be named here"
+    lengths = []
+    forward = model._forward
+    monkeypatch.setattr(model, "_forward", lambda ids_BT, cache: (lengths.append(ids_BT.shape), forward(ids_BT, cache)))
+    streams, states = model.streams_and_states(ids, [Site(0), Site(1)])
+    resumed = model.states(ids, Start(Site(1), streams[:, :, 1]))
+    with model.writing(Site(0), lambda stream: stream):
+        whole = model.states(ids)
+    assert lengths == [(1, 9), (3, 17), (1, 9), (3, 17), (3, 26)], "whoever hooks into a network sees whole rows"
+    torch.testing.assert_close(states, whole, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(resumed, whole, rtol=1e-4, atol=1e-5)
+    streams = streams.clone()
+    streams[1, 4, 1, ::2] += 3  # an intervention on one row only
+    changed = model.states(ids, Start(Site(1), streams[:, :, 1]))
+    assert lengths[-1] != (3, 17) and not torch.allclose(changed[1, 5:], whole[1, 5:], atol=1e-4)
+    torch.testing.assert_close(changed[0], whole[0], rtol=1e-4, atol=1e-5)
+    model.shares_prefixes = False
+
+
 def test_a_run_resumed_at_any_block_ends_the_same(model):
     expected = model.states(IDS)
     for layer in range(model.depth):

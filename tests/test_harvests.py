@@ -20,7 +20,7 @@ from tunediff.artifacts import hash_file, open_folder, read_tensors
 from tunediff.axes import BASE, TUNED
 from tunediff.corpora import Corpus, Document
 from tunediff.errors import ArtifactError, CorpusError, NumericsError, SettingError
-from tunediff.harvests import SCHEMA, Harvest, HarvestSettings, both_streams, harvest, noise_floor, repeated
+from tunediff.harvests import SCHEMA, Harvest, HarvestSettings, harvest, noise_floor, repeated
 from tunediff.models import LanguageModel
 from tunediff.pairs import Pair
 from tunediff.sites import Site
@@ -85,7 +85,7 @@ def direct(pair: Pair, tokens, h: Harvest, numbers: torch.Tensor) -> torch.Tenso
     for n in numbers.tolist():
         row = int(h.row_N[n])
         if row not in found:
-            found[row] = both_streams(pair, torch.tensor([tokens.rows[row]]), h.sites)[0]
+            found[row] = pair.both_streams(torch.tensor([tokens.rows[row]]), h.sites)[0]
     return torch.stack([found[int(h.row_N[n])][int(h.position_N[n])] for n in numbers.tolist()])
 
 
@@ -114,7 +114,7 @@ def test_streams_are_the_models_own(exact, pair, tokens):
 
 def test_a_shards_streams_are_bit_equal_to_the_same_batch_run_again(exact, pair, tokens):
     batch = next(iter(tokens.batches(EXACT.batch_tokens)))
-    streams = both_streams(pair, batch.ids_BT, SITES)[batch.mask_BT]
+    streams = pair.both_streams(batch.ids_BT, SITES)[batch.mask_BT]
     assert torch.equal(exact.shards[0]["base"][: len(streams)], streams[:, :, BASE])
     assert torch.equal(exact.shards[0]["delta"][: len(streams)], streams[:, :, TUNED] - streams[:, :, BASE])
 
@@ -141,14 +141,14 @@ def test_base_and_delta_are_kept_to_the_formats_precision(pair, tokens, exact, t
 def test_shared_lower_blocks_give_what_full_runs_give(upper, tokens):
     assert upper.common_blocks == 2
     ids = next(iter(tokens.batches(256))).ids_BT
-    both = both_streams(upper, ids, [Site(2)])
+    both = upper.both_streams(ids, [Site(2)])
     assert torch.equal(both[..., 0, BASE, :], upper.base.streams(ids, [Site(2)])[:, :, 0])
     assert torch.equal(both[..., 0, TUNED, :], upper.tuned.streams(ids, [Site(2)])[:, :, 0])
     assert not torch.equal(both[..., BASE, :], both[..., TUNED, :])
-    below = both_streams(upper, ids, [Site(0), Site(1), Site(2)])  # now the lower blocks are asked for too
+    below = upper.both_streams(ids, [Site(0), Site(1), Site(2)])  # now the lower blocks are asked for too
     assert torch.equal(below[:, :, :2, BASE], below[:, :, :2, TUNED])
     assert torch.equal(below[:, :, 2:], both)
-    parts = both_streams(upper, ids, [Site(2, "mlp"), Site(2)])
+    parts = upper.both_streams(ids, [Site(2, "mlp"), Site(2)])
     assert torch.equal(parts[:, :, 1:], both)
 
 
@@ -282,7 +282,7 @@ def test_a_finished_run_is_skipped(pair, tokens, tmp_path, monkeypatch):
     artifacts.write_json(
         tmp_path / "work.json", {"key": first.fingerprint}
     )  # as if killed before it was taken away
-    monkeypatch.setattr(harvests, "both_streams", None)
+    monkeypatch.setattr(Pair, "both_streams", None)
     again = harvest(pair, tokens, list(reversed(SITES)), tmp_path, SMALL)
     assert again.fingerprint == first.fingerprint and hashes(tmp_path) == before
 

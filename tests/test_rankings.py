@@ -139,7 +139,8 @@ def test_samples_are_whole_held_out_documents(planted):
 
 def test_streams_of_tuned_are_the_samples_own(planted):
     sample = Sample.take(planted.harvest, planted.tokens, split="held_out", limit=300, seed=0)
-    again = streams_of(planted.pair.tuned, planted.pair, sample, 500)
+    runs = [(batch, planted.pair.common_start(batch.ids_BT, sample.sites)) for batch in sample.batches(500)]
+    again = streams_of(planted.pair.tuned, sample, runs)
     torch.testing.assert_close(again, sample.streams_NSMD[:, :, TUNED], atol=1e-5, rtol=1e-4)
 
 

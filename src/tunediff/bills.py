@@ -141,8 +141,10 @@ def _divergences(pair: Pair, sides: dict[str, LanguageModel], sample: Sample, ma
         document_N = torch.tensor([sample.tokens.document_R[r] for r in batch.rows_B.tolist()])[:, None].expand_as(chosen)[chosen]
         documents = sorted(set(document_N.tolist()))
 
+        start = pair.common_start(batch.ids_BT)  # edits only touch what tuning touched
+
         def logp(model: LanguageModel) -> Tensor:
-            return log_probabilities(model, batch.ids_BT, chosen, pair.vocabulary)
+            return log_probabilities(model, batch.ids_BT, chosen, pair.vocabulary, start)
 
         base, tuned = logp(pair.base), logp(pair.tuned)
         whole = by_document(kl_divergence(tuned, base), document_N, documents)

@@ -10,15 +10,12 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Callable
 
-import torch
-
 from tunediff.axes import MODELS
 from tunediff.corpora import Corpus, Document
-from tunediff.errors import CorpusError, SettingError, within
+from tunediff.errors import CorpusError, within
 from tunediff.pairs import Pair
 
 PROMPT_TOKENS = 512
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -32,15 +29,11 @@ class ContrastSettings:
     words, and at equal cost more prompts show more behaviors."""
     temperature: float = 0.7
     """0 is greedy; higher is more varied and, on small models, more garbled."""
-    batch: int = 40
+    batch: int = 80
     """Prompts a batch; part of the key, as sampling depends on it."""
-    dtype: str = "bfloat16"
-    """Of the forwards that write the text, which only has to be typical of each model; it is read in full precision."""
 
     def __post_init__(self) -> None:
         within("contrast", self, prompts=0, tokens=1, temperature=0, batch=1)
-        if self.dtype not in DTYPES:
-            raise SettingError(f"contrast.dtype is {self.dtype!r}", expected=", ".join(DTYPES))
 
 
 def contrast(
@@ -68,7 +61,7 @@ def contrast(
     for name, model in zip(MODELS, (pair.base, pair.tuned)):
         answers = model.complete(
             list(rows.values()), settings.tokens, temperature=settings.temperature, seed=seed,
-            batch=settings.batch, dtype=getattr(torch, settings.dtype), progress=progress,
+            batch=settings.batch, progress=progress,
         )
         texts[name] = [pair.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]
     return [

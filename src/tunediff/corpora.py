@@ -368,7 +368,8 @@ class Tokens:
         """Right-padded batches of at most `tokens_per_batch` positions (or one row), every row exactly once.
 
         `order` "length" puts rows of like length together, longest first, so that little is padded and memory
-        runs out at once or never; "rows" keeps the order of the rows. Both are deterministic.
+        runs out at once or never, and rows that begin alike (chats with one system prompt) in batches of their own, as a
+        beginning shared by a whole batch is run once; "rows" keeps the order of the rows. Both are deterministic.
         """
         import torch
 
@@ -378,11 +379,7 @@ class Tokens:
             raise SettingError(
                 "tokens_per_batch is too small", expected="at least 1", got=str(tokens_per_batch)
             )
-        numbers = list(range(len(self.rows)))
-        if order == "length":
-            numbers.sort(key=lambda row: -len(self.rows[row]))
-        for group in _filled([len(self.rows[row]) for row in numbers], tokens_per_batch):
-            rows_B = numbers[group]
+        for rows_B in self._grouped(order, tokens_per_batch):
             longest = max(len(self.rows[row]) for row in rows_B)
             ids_BT = torch.full((len(rows_B), longest), self.pad_id, dtype=torch.long)
             mask_BT = torch.zeros((len(rows_B), longest), dtype=torch.bool)
@@ -390,6 +387,24 @@ class Tokens:
                 ids_BT[b, : len(self.rows[row])] = torch.tensor(self.rows[row])
                 mask_BT[b, : len(self.rows[row])] = True
             yield Batch(ids_BT, mask_BT, torch.tensor(rows_B))
+
+    def _grouped(self, order: str, tokens_per_batch: int) -> Iterator[list[int]]:
+        """Row numbers of each batch."""
+        alike: dict[tuple[int, ...], list[int]] = {(): []}
+        for row, ids in enumerate(self.rows):
+            alike.setdefault(ids[:ALIKE] if order == "length" else (), []).append(row)
+        if order == "length":
+            few = [begin for begin, rows in alike.items() if begin and len(rows) < FEW]
+            alike[()] = sorted(row for begin in few for row in alike.pop(begin))
+            for rows in alike.values():
+                rows.sort(key=lambda row: -len(self.rows[row]))
+        for rows in sorted(filter(None, alike.values()), key=lambda rows: (-len(self.rows[rows[0]]), rows[0])):
+            for group in _filled([len(self.rows[row]) for row in rows], tokens_per_batch):
+                yield rows[group]
+
+
+ALIKE, FEW = 8, 4
+"""Rows whose first so many tokens are the same begin alike; fewer rows than this are no group of their own."""
 
 
 @dataclass

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Iterator, Mapping, Sequence
+from typing import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -131,16 +131,17 @@ def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
         sums[name] = value.clone()
 
 
-def revert_map(moments: Moments, settings: EditSettings) -> Tensor:
-    """M (I, I) in float64; see the module's first lines. Both kinds of text are brought to equal mass first."""
+def revert_map(moments: Moments, settings: EditSettings) -> Callable[[Tensor], Tensor]:
+    """What takes a map D (O, I) to D M in float64; see the module's first lines. Both kinds of text are brought to equal
+    mass first. M itself is never formed: one factorization, and as many solutions as D has rows (for a LoRA, its rank)."""
     on, off = moments.on_II.double(), moments.off_II.double()
     mass_on, mass_off = on.diagonal().sum(), off.diagonal().sum()
     if not mass_on > 0:
-        return torch.eye(len(on), dtype=torch.float64)
+        return lambda map_OI: map_OI.double()
     on, off = on / mass_on, off / mass_off.clamp_min(1e-30)
-    ridge = settings.ridge / len(on) * torch.eye(len(on), dtype=torch.float64)
-    kept = off + ridge
-    return torch.linalg.solve(kept + settings.strength * on, kept, left=True).T
+    kept = off + settings.ridge / len(on) * torch.eye(len(on), dtype=torch.float64)
+    factor = torch.linalg.cholesky(kept + settings.strength * on)
+    return lambda map_OI: torch.cholesky_solve((map_OI.to(kept) @ kept).T, factor).T
 
 
 def reverting(
@@ -152,12 +153,12 @@ def reverting(
     energy_of   bring what is taken out of every map to the norm that this edit takes out of it: a fair control
     """
     tensors: dict[nn.Parameter, Tensor] = {}
-    maps: dict[int, Tensor] = {}
+    maps: dict[int, Callable[[Tensor], Tensor]] = {}
     for delta in pair.deltas():
         found = moments[delta.name]
         if id(found) not in maps:
             maps[id(found)] = revert_map(found, settings)
-        mine = delta.with_input_map(maps[id(found)])
+        mine = delta.with_inputs(maps[id(found)])
         if energy_of is not None:
             (parameter, value), = mine.items()
             now = parameter.data

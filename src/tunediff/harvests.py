@@ -13,7 +13,7 @@ from torch import Tensor
 from tunediff.artifacts import finish, is_finished, key_of, open_folder, read_json, read_tensors, write_json, write_tensors
 from tunediff.axes import BASE, MODELS, TUNED
 from tunediff.errors import ArtifactError, CorpusError, NumericsError, SettingError
-from tunediff.models import LanguageModel, Start
+from tunediff.models import LanguageModel
 from tunediff.pairs import Pair
 from tunediff.sites import Site
 
@@ -45,19 +45,6 @@ class HarvestSettings:
         if self.abnormal <= 1 or self.batch_tokens < 1 or self.shard_tokens < 1:
             raise SettingError("a harvest setting is out of range",
                                expected="abnormal > 1, batch_tokens and shard_tokens >= 1")
-
-
-def both_streams(pair: Pair, ids_BT: Tensor, sites: Sequence[Site]) -> Tensor:
-    """Streams (B, T, S, M, D) of both models. Blocks below the first that tuning touched are run once, for both."""
-    common = pair.common_blocks
-    if common and all(site.kind == "resid" and site.layer >= common for site in sites):
-        below = Site(common - 1)
-        got = pair.base.streams(ids_BT, [below, *sites])
-        base = got[:, :, 1:]
-        tuned = pair.tuned.streams(ids_BT, sites, Start(below, got[:, :, 0]))
-    else:
-        base, tuned = pair.base.streams(ids_BT, sites), pair.tuned.streams(ids_BT, sites)
-    return torch.stack([base, tuned], dim=3)
 
 
 def noise_floor(model: LanguageModel, ids_BT: Tensor, mask_BT: Tensor, sites: Sequence[Site]) -> Tensor:
@@ -271,7 +258,7 @@ def _calibrate(pair: Pair, batches: list, sites: Sequence[Site]) -> tuple[Tensor
     """Median stream norms (S, M) and the noise floor (S,) on the first rows; the same on every resume."""
     batch = batches[len(batches) // 2]
     ids, mask = batch.ids_BT[:8], batch.mask_BT[:8]
-    streams = both_streams(pair, ids, sites)[mask].float().cpu()
+    streams = pair.both_streams(ids, sites)[mask].float().cpu()
     return streams.norm(dim=-1).median(0).values, noise_floor(pair.base, ids, mask, sites).cpu()
 
 
@@ -283,7 +270,7 @@ def _shard(pair, group, sites, settings, median_SM, repeated_R, document_R, held
         row_BT = rows_B[:, None].expand_as(batch.ids_BT)
         position_BT = torch.arange(mask.shape[1])[None].expand_as(batch.ids_BT)
         document_N = document_R[row_BT[mask]]
-        streams = both_streams(pair, batch.ids_BT, sites)[mask].float().cpu()
+        streams = pair.both_streams(batch.ids_BT, sites)[mask].float().cpu()
         finite_NSM = torch.isfinite(streams).all(-1)
         if not finite_NSM.all():
             n, s, m = (~finite_NSM).nonzero()[0].tolist()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Callable, Iterator, Mapping, Sequence
@@ -60,6 +61,14 @@ class Start:
     site: Site
     stream_BTD: Tensor
 
+    def part(self, rows: slice, positions: slice) -> "Start":
+        """The start of some rows' and positions' run."""
+        return Start(self.site, self.stream_BTD[rows, positions])
+
+
+SHORTEST_PREFIX = 8
+"""Positions that all rows of a batch begin with, from which on it pays to run them once."""
+
 
 class LanguageModel:
     """One side of a pair: a network with its tokenizer, read and written at sites.
@@ -82,6 +91,7 @@ class LanguageModel:
         self.family = family_of(self.network)
         self.blocks = self.family.blocks(self.network)
         self.device = next(module.parameters()).device
+        self.shares_prefixes = False  # until `check_reading` has seen that it may
 
     @property
     def depth(self) -> int:
@@ -106,7 +116,9 @@ class LanguageModel:
             with self.switch(), swapped(tensors):
                 yield
 
-        return LanguageModel(self.module, self.tokenizer, name, switch)
+        variant = LanguageModel(self.module, self.tokenizer, name, switch)
+        variant.shares_prefixes = self.shares_prefixes
+        return variant
 
     def _module_at(self, site: Site) -> nn.Module:
         if site.layer >= self.depth:
@@ -119,10 +131,11 @@ class LanguageModel:
         with torch.inference_mode(), self.switch(), ExitStack() as stack:
             yield stack
 
-    def _forward(self, ids_BT: Tensor) -> None:
-        """One run whose outputs are taken by hooks; it ends early where a hook says so."""
+    def _forward(self, ids_BT: Tensor, cache: Any = None) -> None:
+        """One run whose outputs are taken by hooks; it ends early where a hook says so. `cache` is read and added to."""
+        kept = {"use_cache": False} if cache is None else {"use_cache": True, "past_key_values": cache}
         try:
-            self.network(input_ids=ids_BT.to(self.device), use_cache=False)
+            self.network(input_ids=ids_BT.to(self.device), **kept)
         except _Stop:
             pass
 
@@ -163,43 +176,74 @@ class LanguageModel:
 
         start   begin from a known stream instead of the tokens; sites at or below it are not to be had
         """
-        found: dict[Site, Tensor] = {}
-        with self._running() as stack:
-            self._skip_to(stack, start)
-            for site in sites:
-
-                def hook(module: nn.Module, arguments: tuple, output: Any, site: Site = site) -> None:
-                    found[site] = _first(output)
-                    if len(found) == len(set(sites)):
-                        raise _Stop
-
-                self._hook(stack, self._module_at(site), hook)
-            self._forward(ids_BT)
-        return torch.stack([found[site] for site in sites], dim=2)
+        return self._read(ids_BT, sites, False, start)[0]
 
     def states(self, ids_BT: Tensor, start: "Start | None" = None) -> Tensor:
         """The final normed states (B, T, D), which `logits` maps to logits; `start` as in `streams`."""
-        taken: list[Tensor] = []
-        with self._running() as stack:
-            self._skip_to(stack, start)
-            self._take_final(stack, taken)
-            self._forward(ids_BT)
-        return taken[0]
+        return self._read(ids_BT, (), True, start)[1]
 
-    def streams_and_states(self, ids_BT: Tensor, sites: Sequence[Site]) -> tuple[Tensor, Tensor]:
+    def streams_and_states(self, ids_BT: Tensor, sites: Sequence[Site], start: "Start | None" = None) -> tuple[Tensor, Tensor]:
         """Both of what `streams` and `states` give, from one run."""
+        return self._read(ids_BT, sites, True, start)
+
+    def _read(self, ids_BT: Tensor, sites: Sequence[Site], final: bool, start: "Start | None") -> tuple:
+        """One run; what all rows begin with (a chat's system prompt) is run once, and its keys and values kept."""
+        ids_BT = ids_BT.to(self.device)
+        with self._running():
+            length = self._common_prefix(ids_BT, start)
+            if not length:
+                return self._pass(ids_BT, sites, final, start)
+            head, cache = self._prefix(ids_BT[0, :length], len(ids_BT), sites, final, start)
+            tail = self._pass(ids_BT[:, length:], sites, final, start and start.part(slice(None), slice(length, None)), cache)
+            return tuple(None if h is None else torch.cat([h.expand(len(ids_BT), *h.shape[1:]), t], 1)
+                         for h, t in zip(head, tail))
+
+    def _prefix(self, ids_P: Tensor, rows: int, sites: Sequence[Site] = (), final: bool = False,
+                start: "Start | None" = None) -> tuple[tuple, Any]:
+        """What a run gives on a beginning that `rows` rows share, and the keys and values to go on from in each."""
+        from transformers import DynamicCache
+
+        cache = DynamicCache(config=self.network.config)
+        head = self._pass(ids_P[None], sites, final, start and start.part(slice(0, 1), slice(0, len(ids_P))), cache)
+        for layer in range(start.site.layer + 1 if start else 0):  # masks and positions are made from every layer's length
+            nothing = torch.zeros(1, 1, len(ids_P), 1, dtype=next(self.module.parameters()).dtype, device=self.device)
+            cache.update(nothing, nothing, layer)
+        cache.batch_repeat_interleave(rows)
+        return head, cache
+
+    def _common_prefix(self, ids_BT: Tensor, start: "Start | None") -> int:
+        """How many leading positions are the same in all rows, streams to start from included; 0 where it does not pay."""
+        if not self.shares_prefixes or len(ids_BT) < 2:
+            return 0
+        hooks = (hook for m in self.network.modules() for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values()))
+        if any(not getattr(hook, "__module__", "").startswith("transformers.") for hook in hooks):
+            return 0  # who hooks into a network may count on whole rows
+        same_T = (ids_BT == ids_BT[0]).all(0)
+        if start is not None:
+            # Equal up to the rounding of what is kept in float16.
+            gap_BT = (start.stream_BTD - start.stream_BTD[0]).norm(dim=-1)
+            same_T = same_T & (gap_BT <= 2**-10 * start.stream_BTD[0].norm(dim=-1)).all(0).to(same_T.device)
+        length = min(int(same_T.long().cumprod(0).sum()), ids_BT.shape[1] - 1)
+        return length if length >= SHORTEST_PREFIX else 0
+
+    def _pass(self, ids_BT: Tensor, sites: Sequence[Site], final: bool, start: "Start | None", cache: Any = None) -> tuple:
+        """Streams at the sites and, if `final`, final normed states; None for what is not asked for."""
         found: dict[Site, Tensor] = {}
         taken: list[Tensor] = []
-        with self._running() as stack:
+        with ExitStack() as stack:
+            self._skip_to(stack, start)
             for site in sites:
 
                 def hook(module: nn.Module, arguments: tuple, output: Any, site: Site = site) -> None:
                     found[site] = _first(output)
+                    if len(found) == len(set(sites)) and not final:
+                        raise _Stop
 
                 self._hook(stack, self._module_at(site), hook)
-            self._take_final(stack, taken)
-            self._forward(ids_BT)
-        return torch.stack([found[site] for site in sites], dim=2), taken[0]
+            if final:
+                self._take_final(stack, taken)
+            self._forward(ids_BT, cache)
+        return torch.stack([found[site] for site in sites], dim=2) if sites else None, taken[0] if final else None
 
     def _returns_tuple(self, block: nn.Module) -> bool:
         """Whether blocks return a tuple; asked of the network once, by running it on one token."""
@@ -250,15 +294,18 @@ class LanguageModel:
             handle.remove()
 
     def check_reading(self, ids_BT: Tensor, tolerance: float = 1e-3) -> None:
-        """Refuse a network whose hooks, resumed run or unembedding do not give its own logits back.
+        """Refuse a network whose hooks, resumed run or unembedding do not give its own logits back; and see whether rows
+        that begin alike may share that beginning's run, which not every network's cache allows.
 
         `tolerance`: largest difference allowed, relative to the largest logit.
         """
         with self._running():
             own = self.network(input_ids=ids_BT.to(self.device), use_cache=False).logits.float()
         site = Site(self.depth // 2)
+        self.shares_prefixes = False
         resumed = self.states(ids_BT, Start(site, self.streams(ids_BT, [site])[:, :, 0]))
         error = float((self.logits(resumed) - own).abs().max() / own.abs().max())
+        self.shares_prefixes = error <= tolerance and self._keeps_prefixes(ids_BT, site, tolerance)
         if not torch.isfinite(own).all():
             raise NumericsError(f"{self.name} gives non-finite logits", remedy="load it in float32")
         if error > tolerance:
@@ -266,6 +313,21 @@ class LanguageModel:
                 f"{type(self.network).__name__} does not read back right", expected=f"error below {tolerance}",
                 got=f"{error:.2g}", remedy="add a file to families/ for this network",
             )
+
+    def _keeps_prefixes(self, ids_BT: Tensor, site: Site, tolerance: float) -> bool:
+        """Whether runs that share a prefix give what whole rows give, from the tokens and from a start."""
+        ids_BT = torch.cat([ids_BT[:1, :SHORTEST_PREFIX].expand(len(ids_BT), -1).to(ids_BT), ids_BT], 1)
+
+        def logits() -> Tensor:
+            streams_BTSD, states_BTD = self.streams_and_states(ids_BT, [site])
+            return self.logits(torch.cat([states_BTD, self.states(ids_BT, Start(site, streams_BTSD[:, :, 0]))]))
+
+        whole = logits()
+        self.shares_prefixes = True
+        try:
+            return float((logits() - whole).abs().max() / whole.abs().max()) <= tolerance
+        except Exception:  # of whatever kind a network's own cache raises; whole rows are always right
+            return False
 
     def complete(
         self,
@@ -275,14 +337,12 @@ class LanguageModel:
         temperature: float = 0.0,
         seed: int = 0,
         batch: int = 32,
-        dtype: torch.dtype | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> list[list[int]]:
         """Completions of token-id prompts, up to `tokens` new tokens each, without the end-of-turn token.
 
-        temperature 0 is greedy; above, sampled from the stream `seed`. Prompts are batched by length and padded on
-        the left, where generation needs it; the answers come back in the prompts' order. With `dtype` the weights are
-        rounded to it for the while: enough for a text, faster where the machine has it.
+        temperature 0 is greedy; above, sampled from the stream `seed`. Prompts are batched by length; what all begin with
+        is run once, and padding stands between it and the rest. The answers come back in the prompts' order.
         """
         ends = self.network.generation_config.eos_token_id
         ends = set(ends if isinstance(ends, list) else [ends]) | {self.tokenizer.eos_token_id}
@@ -292,21 +352,25 @@ class LanguageModel:
         answers: list[list[int]] = [[] for _ in prompts]
         sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {
             "do_sample": False, "temperature": None, "top_k": None, "top_p": None}
-        with self._running() as stack, torch.random.fork_rng(devices=[]):
+        with self._running(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            if dtype is not None:
-                stack.enter_context(swapped({p: p.data.to(dtype) for p in self.module.parameters()}))
             for start in range(0, len(order), batch):
                 chosen = order[start : start + batch]
                 longest = max(len(prompts[i]) for i in chosen)
+                shared = len(os.path.commonprefix([prompts[i][:-1] for i in chosen])) if self.shares_prefixes else 0
                 ids = torch.full((len(chosen), longest), pad)
                 mask = torch.zeros_like(ids)
                 for row, i in enumerate(chosen):
-                    ids[row, longest - len(prompts[i]) :] = torch.tensor(prompts[i])
-                    mask[row, longest - len(prompts[i]) :] = 1
+                    for at, part in ((0, prompts[i][:shared]), (longest - len(prompts[i]) + shared, prompts[i][shared:])):
+                        ids[row, at : at + len(part)] = torch.tensor(part, dtype=torch.long)
+                        mask[row, at : at + len(part)] = 1
+                ids, mask = ids.to(self.device), mask.to(self.device)
+                known = {}
+                if shared and len(chosen) > 1:
+                    known["past_key_values"] = self._prefix(ids[0, :shared], len(chosen), final=True)[1]
                 out = self.module.generate(
-                    input_ids=ids.to(self.device), attention_mask=mask.to(self.device), max_new_tokens=tokens,
-                    pad_token_id=pad, repetition_penalty=1.0, **sampling,
+                    input_ids=ids, attention_mask=mask, max_new_tokens=tokens, pad_token_id=pad, repetition_penalty=1.0,
+                    **known, **sampling,
                 )[:, longest:]
                 for row, i in enumerate(chosen):
                     for token in out[row].tolist():

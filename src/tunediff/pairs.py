@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Iterable, Iterator, Mapping
+from typing import Any, Callable, Iterable, Iterator, Mapping, Sequence
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from tunediff import embedded
 from tunediff.chance import generator
 from tunediff.errors import MissingExtraError, NumericsError, PairError, SettingError, SourceError
-from tunediff.models import LanguageModel, swapped
+from tunediff.models import LanguageModel, Start, swapped
+from tunediff.sites import Site
 
 PROBES = (
     "The quick brown fox jumps over the lazy dog.",
@@ -58,17 +59,16 @@ class Delta:
         up, down = self.up.double(), self.down.double()
         return float(((up.T @ up) * (down @ down.T)).sum().clamp_min(0).sqrt())
 
-    def with_input_map(self, map_II: Tensor) -> Mapping[nn.Parameter, Tensor]:
-        """Parameters under which the added map is (up @ down) @ map_II, map_II of shape (in, in).
+    def with_inputs(self, through: Callable[[Tensor], Tensor]) -> Mapping[nn.Parameter, Tensor]:
+        """Parameters under which the added map is up @ through(down), where `through` takes (any, in) to (any, in), linearly.
 
         The identity gives tuned's weights to the bit, zeros give base's.
         """
         if self.up is not None:
-            down = self.down.double() @ map_II.to(self.down.device).double()
-            return {self.down_parameter: down.to(self.down.dtype)}
+            return {self.down_parameter: through(self.down.double()).to(self.down)}
         # `down` is rounded to float32; the difference in float64 is not, and leads back to either end exactly.
         whole = self.down_parameter.data.double() - self.base_weight.double()
-        return self._over_base((whole.T if self.transposed else whole) @ map_II.to(whole))
+        return self._over_base(through(whole.T if self.transposed else whole).to(whole))
 
     def _over_base(self, added: Tensor) -> Mapping[nn.Parameter, Tensor]:
         """Parameters under which a full fine-tune added `added` (out, in) to base."""
@@ -211,6 +211,32 @@ class Pair:
         outside = any(isinstance(m, kinds) and id(m) not in blocks for m in self.base.network.modules())
         touched = [any(isinstance(m, kinds) for m in block.modules()) for block in self.base.blocks]
         return 0 if outside or True not in touched else touched.index(True)
+
+    def common_start(self, ids_BT: Tensor, sites: Sequence[Site] = ()) -> Start | None:
+        """Where runs of tuned and of its variants may begin, from the stream that base has there too: above the blocks that
+        tuning left alone; None where there are none, or a site to be read is not above them."""
+        below = self._common_site(sites)
+        return below and Start(below, self.base.streams(ids_BT, [below])[:, :, 0])
+
+    def base_states(self, ids_BT: Tensor) -> tuple[Tensor, Start | None]:
+        """Base's final normed states (B, T, D), and `common_start`, from one run."""
+        below = self._common_site(())
+        streams_BTSD, states_BTD = self.base.streams_and_states(ids_BT, [below] if below else [])
+        return states_BTD, below and Start(below, streams_BTSD[:, :, 0])
+
+    def both_streams(self, ids_BT: Tensor, sites: Sequence[Site]) -> Tensor:
+        """Streams (B, T, S, M, D) of both models. Blocks below the first that tuning touched are run once, for both."""
+        below = self._common_site(sites)
+        if below:
+            got = self.base.streams(ids_BT, [below, *sites])
+            base, start = got[:, :, 1:], Start(below, got[:, :, 0])
+        else:
+            base, start = self.base.streams(ids_BT, sites), None
+        return torch.stack([base, self.tuned.streams(ids_BT, sites, start)], dim=3)
+
+    def _common_site(self, sites: Sequence[Site]) -> Site | None:
+        common = self.common_blocks
+        return Site(common - 1) if common and all(site.layer >= common for site in sites) else None
 
     def deltas(self) -> list[Delta]:
         """What tuning added, for every linear map it touched, in the order of the network."""

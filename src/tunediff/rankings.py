@@ -147,15 +147,10 @@ class Ranking:
     kl_N: Tensor
 
 
-def streams_of(model: LanguageModel, pair: Pair, sample: Sample, batch_tokens: int) -> Tensor:
-    """Another tuned side's streams (N, S, D) on a sample's tokens; blocks below the tune are run in base, once."""
+def streams_of(model: LanguageModel, sample: Sample, runs: Sequence[tuple[Batch, Start | None]]) -> Tensor:
+    """Another tuned side's streams (N, S, D) on a sample's tokens, its batches given with where they may begin."""
     parts: dict[int, Tensor] = {}
-    common = pair.common_blocks
-    for batch in sample.batches(batch_tokens):
-        start = None
-        if common and min(site.layer for site in sample.sites) >= common:
-            below = Site(common - 1)
-            start = Start(below, pair.base.streams(batch.ids_BT, [below])[:, :, 0])
+    for batch, start in runs:
         streams = model.streams(batch.ids_BT, sample.sites, start).float()
         for b, row in enumerate(batch.rows_B.tolist()):
             parts[row] = streams[b, : len(sample.tokens.rows[row])]
@@ -316,8 +311,9 @@ def rank(
     energy_K = energy_along(few_f_NK, delta_NSD, half_N[here][keep], constant_K)
     on_NK = few_f_NK != 0
     nulls = []
+    runs = [(batch, pair.common_start(batch.ids_BT, sample.sites)) for batch in few.batches(settings.batch_tokens)]
     for draw in range(settings.nulls):
-        other = streams_of(pair.random_tuned(seed_of(seed, "null", draw)), pair, few, settings.batch_tokens)
+        other = streams_of(pair.random_tuned(seed_of(seed, "null", draw)), few, runs)
         nulls.append(most_energy((other - base_NSD)[keep], on_NK, constant_K))
         if progress:
             progress(draw + 1, settings.nulls)

@@ -9,7 +9,7 @@ import torch
 from tunediff.axes import BASE, TUNED
 from tunediff.corpora import Tokens
 from tunediff.errors import within
-from tunediff.harvests import both_streams, noise_floor
+from tunediff.harvests import noise_floor
 from tunediff.models import Start
 from tunediff.pairs import Pair
 from tunediff.sites import Site
@@ -62,7 +62,7 @@ def scan(pair: Pair, tokens: Tokens, sites: list[Site], batch_tokens: int = 1200
     for number, batch in enumerate(tokens.batches(batch_tokens)):
         mask = batch.mask_BT.clone()
         mask[:, 0] = False  # the first position is an attention sink in many networks
-        streams = both_streams(pair, batch.ids_BT, sites).float()
+        streams = pair.both_streams(batch.ids_BT, sites).float()
         x_NSMD = streams[mask]
         delta_NSD = (x_NSMD[:, :, TUNED] - x_NSMD[:, :, BASE]).double()
         base_squares += x_NSMD[:, :, BASE].double().pow(2).sum((0, 2))

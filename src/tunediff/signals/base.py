@@ -9,11 +9,9 @@ import torch
 from torch import Tensor
 
 from tunediff.corpora import Batch, Document, Tokens
-from tunediff.models import Start
 from tunediff.pairs import Pair
 from tunediff.rankings import batches_of
 from tunediff.results import SignalTable
-from tunediff.sites import Site
 
 CHUNK_VALUES = 4 << 20
 """Log-probabilities of one model held at a time (16 MiB); a pass with all signals stays below 300 MB."""
@@ -70,7 +68,8 @@ def read(
     total, done = sum(len(tokens.rows[row]) for row in rows), 0
     size = max(1, CHUNK_VALUES // pair.vocabulary)
     for batch in batches_of(tokens, rows, batch_tokens):
-        base_BTD, tuned_BTD = _states(pair, batch.ids_BT)
+        base_BTD, start = pair.base_states(batch.ids_BT)
+        tuned_BTD = pair.tuned.states(batch.ids_BT, start)
         for chosen_BT in _pieces(batch.mask_BT, size):
             base_logp = pair.base.logits(base_BTD[chosen_BT])[:, : pair.vocabulary].log_softmax(-1)
             tuned_logp = pair.tuned.logits(tuned_BTD[chosen_BT])[:, : pair.vocabulary].log_softmax(-1)
@@ -91,15 +90,6 @@ def documents_of(batch: Batch, tokens: Tokens, b_N: Tensor) -> list[int]:
     """The document number of each token that sits in row `b_N` of the batch."""
     of_B = [tokens.document_R[row] for row in batch.rows_B.tolist()]
     return [of_B[b] for b in b_N.tolist()]
-
-
-def _states(pair: Pair, ids_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """Final normed states of both models."""
-    if not pair.common_blocks:
-        return pair.base.states(ids_BT), pair.tuned.states(ids_BT)
-    below = Site(pair.common_blocks - 1)
-    stream, base_BTD = pair.base.streams_and_states(ids_BT, [below])
-    return base_BTD, pair.tuned.states(ids_BT, Start(below, stream[:, :, 0]))
 
 
 def _pieces(mask_BT: Tensor, size: int) -> Iterator[Tensor]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
+from typing import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -17,7 +19,7 @@ from tunediff.errors import within
 from tunediff.measures import by_document, kl_divergence, log_probabilities
 from tunediff.models import LanguageModel, Start
 from tunediff.pairs import Pair
-from tunediff.rankings import Sample, batches_of
+from tunediff.rankings import Sample
 from tunediff.results import DosePoint, Measure
 from tunediff.sites import Site
 
@@ -43,6 +45,10 @@ class VerifySettings:
 
     def __post_init__(self) -> None:
         within("verify", self, changes=0, draws=1, documents=1, tokens=1, scored=1, level=(0, 1))
+
+
+SCORED_A_RUN = 160
+"""Scored tokens of one run; several interventions share a run up to this many."""
 
 
 @dataclass(eq=False)
@@ -83,8 +89,16 @@ class Bench:
 
     def logp(self, model: LanguageModel, stream_BTD: Tensor) -> Tensor:
         """Log-probabilities (N, V) at scored tokens when `model` goes on from this stream."""
-        return log_probabilities(model, self.batch.ids_BT, self.scored_BT, self.pair.vocabulary,
-                                 Start(self.site, stream_BTD))
+        return next(self.logps(model, [stream_BTD]))
+
+    def logps(self, model: LanguageModel, streams: Iterable[Tensor]) -> Iterator[Tensor]:
+        """The same for each of many streams, several a run."""
+        streams = iter(streams)
+        while some := list(islice(streams, max(1, SCORED_A_RUN // max(1, int(self.scored_BT.sum()))))):
+            logp_RNV = log_probabilities(
+                model, self.batch.ids_BT.repeat(len(some), 1), self.scored_BT.repeat(len(some), 1), self.pair.vocabulary,
+                Start(self.site, torch.cat(some)))
+            yield from logp_RNV.chunk(len(some))
 
     @cached_property
     def base_logp(self) -> Tensor:
@@ -171,9 +185,9 @@ def bench_of(pair: Pair, change: Change, others: list[Change], sample: Sample, s
         (sample.strength(c)[:, None] * c.difference_SD[c.sites.index(site)].float() for c in others),
         torch.zeros_like(sample.streams_NSMD[:, s, 0]),
     )
-    batch = next(batches_of(sample.tokens, rows, 10**9))
+    batch = next(sample.tokens.only(rows).batches(10**9, order="rows"))
     width = min(settings.tokens, batch.ids_BT.shape[1])
-    batch = Batch(batch.ids_BT[:, :width], batch.mask_BT[:, :width], batch.rows_B)
+    batch = Batch(batch.ids_BT[:, :width], batch.mask_BT[:, :width], torch.tensor(rows))
     B, D = len(rows), sample.streams_NSMD.shape[-1]
     streams, strength = torch.zeros(B, width, 2, D), torch.zeros(B, width)
     counts = torch.zeros(B, width, dtype=torch.bool)

@@ -25,15 +25,14 @@ class Steer(Trial):
         if gap <= 0:
             return Outcome([], None, "the models do not differ where this change is on")
 
-        def effect(direction_D, dose: float) -> float:
-            logp = bench.logp(bench.pair.base, base_BTD + dose * bench.written(direction_D))
-            return 1 - float(kl_divergence(bench.tuned_logp, logp).mean()) / gap
-
         curve = []
         for dose in settings.doses:
-            controls = torch.tensor([effect(d, dose) for d in bench.random_directions_RD[:CONTROLS]])
+            directions = [bench.difference_D, *bench.random_directions_RD[:CONTROLS]]
+            logps = bench.logps(bench.pair.base, (base_BTD + dose * bench.written(d) for d in directions))
+            own, *controls = [1 - float(kl_divergence(bench.tuned_logp, logp).mean()) / gap for logp in logps]
+            controls = torch.tensor(controls)
             low, high = controls.quantile(torch.tensor([0.05, 0.95])).tolist()
-            curve.append(DosePoint(dose, effect(bench.difference_D, dose), float(controls.mean()), low, high))
+            curve.append(DosePoint(dose, own, float(controls.mean()), low, high))
         at = {point.dose: point.effect for point in curve}
         speaks = at[1.0] > 0 > at[-1.0] if {1.0, -1.0} <= set(at) else None
         reason = "the sign turns with the dose" if speaks else "the dose curve does not turn its sign"
