@@ -28,7 +28,9 @@ from tunediff.fitting import FitSettings
 from tunediff.harvests import Harvest
 from tunediff.measures import kl_divergence, log_probabilities
 from tunediff.pairs import Pair
-from tunediff.rankings import Ranking, RankSettings, Sample, batches_of, output_shift, rank
+from tunediff.attributions import output_shift
+from tunediff.rankings import Ranking, RankSettings, rank
+from tunediff.samples import Sample, batches_of
 from tunediff.trials.base import Bench, Outcome, VerifySettings, bench_of
 
 FINDERS = variants.names("tunediff.finders")
@@ -57,6 +59,7 @@ class Lab:
             dictionaries.spec("delta", latents=48, k_shared=4.0, k_delta=4.0),
             FitSettings(steps=250, batch=256, learning_rate=3e-3),
             lambda: self.shift(finder),
+            self.pair,
         )
         return variants.load("tunediff.finders", finder)().find(view)
 

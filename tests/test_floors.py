@@ -18,10 +18,10 @@ FLOORS = [
     ("ground", "errors axes chance artifacts variants"),
     ("waist", "sites changes results"),
     ("models", "corpora families models pairs embedded"),
-    ("harvest", "harvests contrasts lenses"),
+    ("harvest", "measures harvests contrasts lenses samples"),
     ("dicts", "dictionaries kernels gates fitting"),
-    ("finders", "finders signals rankings latent_scaling scans"),
-    ("causes", "measures trials edits bills"),
+    ("finders", "finders signals attributions rankings latent_scaling scans"),
+    ("causes", "trials edits bills"),
     ("telling", "baking charts examples reports explorer"),
     ("doors", "plans stages cli organisms planted nulls bench demo progress"),
 ]

@@ -9,7 +9,9 @@ import torch
 
 from tunediff.axes import BASE, TUNED
 from tunediff.errors import NumericsError
-from tunediff.rankings import Sample, attribute, energy_along, max_t, streams_of
+from tunediff.attributions import attribute
+from tunediff.rankings import energy_along, max_t, streams_of
+from tunediff.samples import Sample
 
 DRAWS, CHANGES, REPETITIONS = 19, 6, 200
 

@@ -13,7 +13,7 @@ from tunediff.edits import Edit, EditSettings, input_moments, reverting, scaling
 from tunediff.measures import by_document, kl_divergence, log_probabilities
 from tunediff.models import LanguageModel
 from tunediff.pairs import Pair
-from tunediff.rankings import Sample, batches_of
+from tunediff.samples import Sample, batches_of
 from tunediff.results import Bill, Measure
 
 

@@ -9,7 +9,7 @@ from tunediff.axes import TUNED
 from tunediff.changes import Change
 from tunediff.lenses import Lens
 from tunediff.models import LanguageModel
-from tunediff.rankings import Sample
+from tunediff.samples import Sample
 from tunediff.results import Context, TokenWeight
 from tunediff.trials.base import Bench
 

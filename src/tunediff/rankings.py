@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from tunediff.attributions import attribute
 from tunediff.axes import BASE, TUNED
 from tunediff.chance import Interval, bootstrap_ratio, seed_of
 from tunediff.changes import Change
-from tunediff.corpora import Batch, Tokens
+from tunediff.corpora import Batch
 from tunediff.errors import NumericsError, within
-from tunediff.harvests import Harvest
 from tunediff.models import LanguageModel, Start
 from tunediff.pairs import Pair
+from tunediff.samples import Sample
 from tunediff.sites import Site
 
 
@@ -60,83 +61,6 @@ class Ranked:
     effect: Interval
     firings: int
     share_of_tokens: float
-
-
-@dataclass(frozen=True, eq=False)
-class Sample:
-    """Whole held-out rows with both models' streams at a harvest's sites, as flat tokens in the order of the rows.
-
-    Tokens that were set apart are here too, so that rows are whole; ``ordinary_N`` is False for them. ``scored_N`` are
-    the tokens whose next-token predictions count: in a chat those of the last answer, else all.
-    """
-
-    tokens: Tokens
-    rows: list[int]
-    sites: tuple[Site, ...]
-    streams_NSMD: Tensor
-    row_N: Tensor
-    position_N: Tensor
-    document_N: Tensor
-    ordinary_N: Tensor
-    scored_N: Tensor
-    token_N: Tensor
-
-    @classmethod
-    def take(cls, harvest: Harvest, tokens: Tokens, *, split: str, limit: int, seed: int,
-             kinds: Sequence[str] = ()) -> "Sample":
-        """Whole documents of one split, in an order fixed by `seed`, until `limit` tokens are reached.
-
-        kinds   only documents of these kinds, all of them if empty
-        """
-        held = split == "held_out"
-        rows_of: dict[int, list[int]] = {}
-        for row, document in enumerate(tokens.document_R):
-            if tokens.held_out[document] == held and (not kinds or tokens.documents[document].kind in kinds):
-                rows_of.setdefault(document, []).append(row)
-        rows: list[int] = []
-        count = 0
-        for document in sorted(rows_of, key=lambda d: seed_of(seed, "sample", tokens.documents[d].id)):
-            if count >= limit:
-                break
-            rows += rows_of[document]
-            count += sum(len(tokens.rows[row]) for row in rows_of[document])
-        rows.sort()
-        wanted = torch.zeros(len(tokens.rows), dtype=torch.bool)
-        wanted[rows] = True
-        index = wanted[harvest.row_N].nonzero()[:, 0]
-        order = torch.argsort(harvest.row_N[index].long() * (1 << 20) + harvest.position_N[index], stable=True)
-        index = index[order]
-        first_R = torch.tensor(tokens.prompt_R) - 1  # the last token of the prompt predicts the answer's first
-        return cls(
-            tokens, rows, harvest.sites, harvest.at(index), harvest.row_N[index], harvest.position_N[index],
-            harvest.document_N[index], harvest.ordinary_N[index],
-            harvest.position_N[index] >= first_R[harvest.row_N[index].long()], index,
-        )
-
-    def strength(self, change: Change) -> Tensor:
-        """The change's strength at every token; 0 at tokens that were set apart, which no finder has seen."""
-        at = [self.sites.index(site) for site in change.sites]
-        return change.strength(self.streams_NSMD[:, at]) * self.ordinary_N
-
-    def only(self, rows: Sequence[int]) -> "Sample":
-        """The sample's part on some of its rows."""
-        wanted = torch.zeros(len(self.tokens.rows), dtype=torch.bool)
-        wanted[list(rows)] = True
-        keep = wanted[self.row_N.long()]
-        return replace(self, rows=sorted(rows), **{
-            name: getattr(self, name)[keep]
-            for name in ("streams_NSMD", "row_N", "position_N", "document_N", "ordinary_N", "scored_N", "token_N")
-        })
-
-    def batches(self, batch_tokens: int) -> Iterator[Batch]:
-        """The rows in batches that carry their numbers in `tokens`."""
-        return batches_of(self.tokens, self.rows, batch_tokens)
-
-
-def batches_of(tokens: Tokens, rows: Sequence[int], batch_tokens: int) -> Iterator[Batch]:
-    """Batches of some rows that carry their numbers in `tokens`."""
-    for batch in tokens.only(rows).batches(batch_tokens):
-        yield replace(batch, rows_B=torch.tensor(list(rows))[batch.rows_B])
 
 
 @dataclass(frozen=True, eq=False)
@@ -231,56 +155,6 @@ def max_t(energy_K: Tensor, null_RK: Tensor) -> tuple[Tensor, Tensor, list[float
     best_R = null_score_RK.max(1).values
     p = [(1 + int((best_R >= score).sum())) / (1 + draws) for score in score_K]
     return score_K, null_score_RK, p
-
-
-def attribute(pair: Pair, site: Site, sample: Sample, batch_tokens: int) -> tuple[Tensor, Tensor]:
-    """Gradient (N, D) of the summed KL(tuned || base) by the stream at `site`, and the KL (N,) itself in nat.
-
-    Both over the sample's scored tokens; 0 at the others. Taken halfway between base's stream and tuned's, continued in
-    tuned's upper blocks: the midpoint rule for the path from one to the other (attribution patching, Syed et al. 2023,
-    2310.10348, takes an end of it).
-    """
-    gradient_ND = torch.zeros(len(sample.row_N), sample.streams_NSMD.shape[-1])
-    kl_N = torch.zeros(len(sample.row_N))
-    for where_N, ids_BT, at_BT, chosen_BT, stream_BTMD, base_logp_NV, _, part in _shifts(pair, site, sample, batch_tokens):
-        kl_N[where_N] = part
-        got = pair.tuned.gradient(site, stream_BTMD.mean(2), ids_BT, chosen_BT, base_logp_NV)
-        gradient_ND[at_BT[at_BT >= 0]] = got[at_BT >= 0]
-    return gradient_ND, kl_N
-
-
-def output_shift(pair: Pair, site: Site, sample: Sample, batch_tokens: int) -> tuple[Tensor, Tensor]:
-    """KL(tuned || base) in nat at the sample's scored tokens, 0 at the others, (N,), and where the prediction moves (N, D):
-    the change of the mean unembedding row, centered rows weighted by probability. Runs only the blocks above `site`."""
-    kl_N = torch.zeros(len(sample.row_N))
-    move_ND = torch.zeros(len(sample.row_N), sample.streams_NSMD.shape[-1])
-    rows_VD = pair.base.family.unembedding(pair.base.network).weight[: pair.vocabulary].float()
-    rows_VD = rows_VD - rows_VD.mean(0)
-    for where_N, _, _, _, _, base, tuned, part in _shifts(pair, site, sample, batch_tokens):
-        kl_N[where_N] = part
-        move_ND[where_N] = (tuned.exp() - base.exp()) @ rows_VD
-    return kl_N, move_ND
-
-
-def _shifts(pair: Pair, site: Site, sample: Sample, batch_tokens: int) -> Iterator[tuple]:
-    """For each batch: places of its scored tokens in the sample, ids, the place of each position (-1: padding), which
-    positions are scored, both streams at `site`, both log-probabilities and KL(tuned || base) at scored tokens."""
-    s = sample.sites.index(site)
-    starts = {row: place for place, row in reversed(list(enumerate(sample.row_N.tolist())))}
-    for batch in sample.batches(batch_tokens):
-        rows = torch.tensor([starts[row] for row in batch.rows_B.tolist()])
-        at_BT = rows[:, None] + torch.arange(batch.ids_BT.shape[1])
-        at_BT = torch.where(batch.mask_BT, at_BT, -1)
-        stream_BTMD = sample.streams_NSMD[:, s][at_BT.clamp_min(0)]
-        chosen_BT = sample.scored_N[at_BT.clamp_min(0)] & batch.mask_BT
-
-        def logp(model: LanguageModel, m: int) -> Tensor:
-            states = model.states(batch.ids_BT, Start(site, stream_BTMD[:, :, m]))
-            return model.logits(states[chosen_BT])[..., : pair.vocabulary].log_softmax(-1)
-
-        base, tuned = logp(pair.base, BASE), logp(pair.tuned, TUNED)
-        kl = (tuned.exp() * (tuned - base)).sum(-1).clamp_min(0)
-        yield at_BT[chosen_BT], batch.ids_BT, at_BT, chosen_BT, stream_BTMD, base, tuned, kl
 
 
 def rank(

@@ -13,6 +13,7 @@ import torch
 
 from tunediff import __version__, bills, edits, variants
 from tunediff.artifacts import finish, is_finished, key_of, open_folder, plain, read_json, read_tensors, write_bytes, write_json, write_tensors
+from tunediff.attributions import output_shift
 from tunediff.axes import MODELS
 from tunediff.chance import Interval, bootstrap_ratio, quantile
 from tunediff.charts import visible
@@ -27,11 +28,12 @@ from tunediff.harvests import Harvest, harvest
 from tunediff.lenses import Lens, fit_lens
 from tunediff.pairs import Pair
 from tunediff.plans import Plan, to_record
-from tunediff.rankings import Ranked, Ranking, Sample, output_shift, rank
+from tunediff.rankings import Ranked, Ranking, rank
 from tunediff.results import (
     Bill, ChangeRecord, CorpusCard, Diff, FitCard, Measure, ModelCard, NullCard, SignalTable, SiteScan, StageCard,
     typed,
 )
+from tunediff.samples import Sample
 from tunediff.signals.base import read as read_signals
 from tunediff.scans import candidate_sites, choose, scan
 from tunediff.sites import Site
@@ -218,7 +220,7 @@ class Run:
             began = time.monotonic()
             fit_folder = folder / "dictionary"
             if not is_finished(folder):
-                view = View(self.harvest, folder, plan.seed, plan.find.candidates, spec, fit, self._shift,
+                view = View(self.harvest, folder, plan.seed, plan.find.candidates, spec, fit, self._shift, self.pair,
                             lambda d, t, row: self.progress(f"find {name}", d, t))
                 result = variants.load("tunediff.finders", name)().find(view)
                 folder.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tunediff.corpora import Batch, Document, Tokens
 from tunediff.pairs import Pair
-from tunediff.rankings import batches_of
+from tunediff.samples import batches_of
 from tunediff.results import SignalTable
 
 CHUNK_VALUES = 4 << 20

@@ -19,7 +19,7 @@ from tunediff.errors import within
 from tunediff.measures import by_document, kl_divergence, log_probabilities
 from tunediff.models import LanguageModel, Start
 from tunediff.pairs import Pair
-from tunediff.rankings import Sample
+from tunediff.samples import Sample
 from tunediff.results import DosePoint, Measure
 from tunediff.sites import Site
 

@@ -1,0 +1,92 @@
+"""Samples: whole rows of one split with both models' streams, as flat tokens, for whoever runs the models again on them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from tunediff.chance import seed_of
+from tunediff.changes import Change
+from tunediff.corpora import Batch, Tokens
+from tunediff.harvests import Harvest
+from tunediff.sites import Site
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """Whole held-out rows with both models' streams at a harvest's sites, as flat tokens in the order of the rows.
+
+    Tokens that were set apart are here too, so that rows are whole; ``ordinary_N`` is False for them. ``scored_N`` are
+    the tokens whose next-token predictions count: in a chat those of the last answer, else all.
+    """
+
+    tokens: Tokens
+    rows: list[int]
+    sites: tuple[Site, ...]
+    streams_NSMD: Tensor
+    row_N: Tensor
+    position_N: Tensor
+    document_N: Tensor
+    ordinary_N: Tensor
+    scored_N: Tensor
+    token_N: Tensor
+
+    @classmethod
+    def take(cls, harvest: Harvest, tokens: Tokens, *, split: str, limit: int, seed: int,
+             kinds: Sequence[str] = ()) -> "Sample":
+        """Whole documents of one split, in an order fixed by `seed`, until `limit` tokens are reached.
+
+        kinds   only documents of these kinds, all of them if empty
+        """
+        held = split == "held_out"
+        rows_of: dict[int, list[int]] = {}
+        for row, document in enumerate(tokens.document_R):
+            if tokens.held_out[document] == held and (not kinds or tokens.documents[document].kind in kinds):
+                rows_of.setdefault(document, []).append(row)
+        rows: list[int] = []
+        count = 0
+        for document in sorted(rows_of, key=lambda d: seed_of(seed, "sample", tokens.documents[d].id)):
+            if count >= limit:
+                break
+            rows += rows_of[document]
+            count += sum(len(tokens.rows[row]) for row in rows_of[document])
+        rows.sort()
+        wanted = torch.zeros(len(tokens.rows), dtype=torch.bool)
+        wanted[rows] = True
+        index = wanted[harvest.row_N].nonzero()[:, 0]
+        order = torch.argsort(harvest.row_N[index].long() * (1 << 20) + harvest.position_N[index], stable=True)
+        index = index[order]
+        first_R = torch.tensor(tokens.prompt_R) - 1  # the last token of the prompt predicts the answer's first
+        return cls(
+            tokens, rows, harvest.sites, harvest.at(index), harvest.row_N[index], harvest.position_N[index],
+            harvest.document_N[index], harvest.ordinary_N[index],
+            harvest.position_N[index] >= first_R[harvest.row_N[index].long()], index,
+        )
+
+    def strength(self, change: Change) -> Tensor:
+        """The change's strength at every token; 0 at tokens that were set apart, which no finder has seen."""
+        at = [self.sites.index(site) for site in change.sites]
+        return change.strength(self.streams_NSMD[:, at]) * self.ordinary_N
+
+    def only(self, rows: Sequence[int]) -> "Sample":
+        """The sample's part on some of its rows."""
+        wanted = torch.zeros(len(self.tokens.rows), dtype=torch.bool)
+        wanted[list(rows)] = True
+        keep = wanted[self.row_N.long()]
+        return replace(self, rows=sorted(rows), **{
+            name: getattr(self, name)[keep]
+            for name in ("streams_NSMD", "row_N", "position_N", "document_N", "ordinary_N", "scored_N", "token_N")
+        })
+
+    def batches(self, batch_tokens: int) -> Iterator[Batch]:
+        """The rows in batches that carry their numbers in `tokens`."""
+        return batches_of(self.tokens, self.rows, batch_tokens)
+
+
+def batches_of(tokens: Tokens, rows: Sequence[int], batch_tokens: int) -> Iterator[Batch]:
+    """Batches of some rows that carry their numbers in `tokens`."""
+    for batch in tokens.only(rows).batches(batch_tokens):
+        yield replace(batch, rows_B=torch.tensor(list(rows))[batch.rows_B])
