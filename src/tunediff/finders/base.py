@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Callable
+from typing import Callable, ClassVar
 
 from torch import Tensor
 
@@ -13,6 +13,7 @@ from tunediff.changes import Change
 from tunediff.dictionaries.base import Spec
 from tunediff.fitting import Fitted, FitSettings
 from tunediff.harvests import Harvest
+from tunediff.pairs import Pair
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +26,7 @@ class View:
     shift       for finders that ask where the output moves: KL(tuned || base) in nat at every training token (N,), and
                 the move of the mean unembedding row (N, D); 0 where it was not looked at. Costs a run of the upper
                 blocks, once
+    pair        both models, for finders that look at weights
     progress    told (tokens done, tokens in all, what the curve says)
     """
 
@@ -35,6 +37,7 @@ class View:
     spec: Spec
     fit: FitSettings
     shift: Callable[[], tuple[Tensor, Tensor]]
+    pair: Pair
     progress: Callable | None = None
 
 
@@ -48,6 +51,9 @@ class Found:
 
 class Finder(ABC):
     """Stateless; its name is its file's name."""
+
+    control: ClassVar[bool] = False
+    """Whether it looks for nothing and is there for the others to be held against: it must not find what is there."""
 
     @abstractmethod
     def find(self, view: View) -> Found:
