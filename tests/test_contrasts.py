@@ -6,7 +6,7 @@ import pytest
 import tiny_models
 import torch
 
-from tunediff.contrasts import ContrastSettings, contrast
+from tunediff.contrasts import ContrastSettings, contrast, first_word_divergence, screen
 from tunediff.corpora import Corpus, Document
 from tunediff.errors import CorpusError
 from tunediff.models import LanguageModel
@@ -126,7 +126,7 @@ def test_only_the_first_open_chats_are_asked(pair):
     closed = Document("closed", "chat", messages=(("user", "a"), ("assistant", "b")))
     prose = Document("prose", "prose", text="text")
     mixed = Corpus("mixed", (closed, prose, *prompts(5).documents))
-    made = contrast(pair, mixed, ContrastSettings(prompts=2, tokens=4), seed=0)
+    made = contrast(pair, mixed, ContrastSettings(prompts=2, pool=2, tokens=4), seed=0)
     assert [d.group for d in made] == ["p/0", "p/0", "p/1", "p/1"]
     with pytest.raises(CorpusError, match="no open chat") as caught:
         contrast(pair, Corpus("closed", (closed, prose)), QUICK, seed=0)
@@ -137,3 +137,23 @@ def test_progress_counts_new_tokens(pair):
     told = []
     contrast(pair, prompts(), QUICK, 0, told.append)
     assert len(told) == 4 and 0 < sum(told) <= 16 * QUICK.tokens
+
+
+def test_half_of_the_prompts_are_those_whose_first_word_differs_the_most(pair):
+    corpus = prompts(40, held_out_share=0.4, seed=1)
+    tokens = corpus.tokens(pair.tokenizer, row_tokens=512)
+    chosen = screen(pair, tokens, ContrastSettings(prompts=16, pool=40))
+    assert chosen == sorted(set(chosen)) and len(chosen) == 16 and chosen[:8] == list(range(8))
+    kl_R = torch.stack([
+        (t.exp() * (t - b)).sum() for ids in tokens.rows for b, t in [[
+            m.logits(m.states(torch.tensor([ids])))[0, -1].log_softmax(-1) for m in (pair.base, pair.tuned)]]
+    ])
+    torch.testing.assert_close(first_word_divergence(pair, tokens), kl_R, rtol=1e-3, atol=1e-5)
+    held = [tokens.held_out[d] for d in tokens.document_R]
+    for side in (False, True):
+        of_side = [r for r in range(8, 40) if held[r] == side]
+        taken = [r for r in chosen[8:] if held[r] == side]
+        assert len(taken) == pytest.approx(8 * len(of_side) / 32, abs=1)
+        assert min(kl_R[taken]) >= max(kl_R[[r for r in of_side if r not in taken]])
+    made = contrast(pair, corpus, ContrastSettings(prompts=16, pool=40, tokens=4), seed=0)
+    assert {d.group for d in made} <= {f"p/{n}" for n in chosen}

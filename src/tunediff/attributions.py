@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Iterator
 
 import torch
@@ -31,17 +32,44 @@ def attribute(pair: Pair, site: Site, sample: Sample, batch_tokens: int) -> tupl
     return gradient_ND, kl_N
 
 
-def output_shift(pair: Pair, site: Site, sample: Sample, batch_tokens: int) -> tuple[Tensor, Tensor]:
-    """KL(tuned || base) in nat at the sample's scored tokens, 0 at the others, (N,), and where the prediction moves (N, D):
-    the change of the mean unembedding row, centered rows weighted by probability. Runs only the blocks above `site`."""
-    kl_N = torch.zeros(len(sample.row_N))
-    move_ND = torch.zeros(len(sample.row_N), sample.streams_NSMD.shape[-1])
-    rows_VD = pair.base.family.unembedding(pair.base.network).weight[: pair.vocabulary].float()
-    rows_VD = rows_VD - rows_VD.mean(0)
-    for where_N, _, _, _, _, base, tuned, part in _shifts(pair, site, sample, batch_tokens):
-        kl_N[where_N] = part
-        move_ND[where_N] = (tuned.exp() - base.exp()) @ rows_VD
-    return kl_N, move_ND
+SAID = 16
+"""Tokens kept of those that tuned says more of at a place."""
+
+
+@dataclass(frozen=True, eq=False)
+class Shift:
+    """How the output moves at each of N tokens: KL(tuned || base) in nat (N,), and the vocabulary tokens whose probability
+    rises the most, ids and rise (N, 16); all 0 where it was not looked at."""
+
+    kl_N: Tensor
+    said_NK: Tensor
+    rise_NK: Tensor
+
+    @classmethod
+    def none(cls, count: int) -> "Shift":
+        """No move at `count` tokens."""
+        return cls(torch.zeros(count), torch.zeros(count, SAID, dtype=torch.int32), torch.zeros(count, SAID))
+
+    def at(self, tokens_N: Tensor) -> "Shift":
+        """The move at some of the tokens."""
+        return Shift(self.kl_N[tokens_N], self.said_NK[tokens_N], self.rise_NK[tokens_N])
+
+    def put(self, tokens_N: Tensor, other: "Shift") -> None:
+        """Take over what another has seen of some tokens."""
+        for name, value in vars(other).items():
+            getattr(self, name)[tokens_N] = value
+
+
+def output_shift(pair: Pair, site: Site, sample: Sample, batch_tokens: int) -> Shift:
+    """The move at the sample's scored tokens; runs only the blocks above `site`."""
+    shift = Shift.none(len(sample.row_N))
+    kept = min(SAID, pair.vocabulary)
+    for where_N, _, _, _, _, base, tuned, kl_N in _shifts(pair, site, sample, batch_tokens):
+        rise, said = (tuned.exp() - base.exp()).topk(kept)
+        shift.kl_N[where_N] = kl_N
+        shift.rise_NK[where_N, :kept] = rise.clamp_min(0)
+        shift.said_NK[where_N, :kept] = said.int()
+    return shift
 
 
 def _shifts(pair: Pair, site: Site, sample: Sample, batch_tokens: int) -> Iterator[tuple]:

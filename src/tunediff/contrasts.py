@@ -7,15 +7,20 @@ formed on the same token ids.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Callable
 
+import torch
+from torch import Tensor
+
 from tunediff.axes import MODELS
-from tunediff.corpora import Corpus, Document
+from tunediff.corpora import Corpus, Document, Tokens
 from tunediff.errors import CorpusError, within
+from tunediff.measures import kl_divergence
 from tunediff.pairs import Pair
 
 PROMPT_TOKENS = 512
+BATCH_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -23,7 +28,13 @@ class ContrastSettings:
     """How prompts are completed."""
 
     prompts: int = 160
-    """How many prompts at most; each costs two completions. Too few miss rare triggers."""
+    """How many prompts are answered at most; each costs two completions. Too few miss rare triggers."""
+    pool: int = 480
+    """How many prompts these are chosen from at most; each costs one reading by both models."""
+    screened: float = 0.5
+    """Share of the answered prompts (0..1) that are those of the pool on which the models' first word differs the most; the
+    others are the pool's first. Behaviors with a rare trigger then show often enough to be tested on unseen text; rates
+    are rates on this text. 0 takes the first only."""
     tokens: int = 14
     """New tokens a completion, at most; most behaviors show in an answer's first
     words, and at equal cost more prompts show more behaviors."""
@@ -33,7 +44,7 @@ class ContrastSettings:
     """Prompts a batch; part of the key, as sampling depends on it."""
 
     def __post_init__(self) -> None:
-        within("contrast", self, prompts=0, tokens=1, temperature=0, batch=1)
+        within("contrast", self, prompts=0, pool=0, screened=(0, 1), tokens=1, temperature=0, batch=1)
 
 
 def contrast(
@@ -43,20 +54,22 @@ def contrast(
     seed: int,
     progress: Callable[[int], None] | None = None,
 ) -> list[Document]:
-    """Answer the first open chats of `prompts` with both models; two documents of kind ``contrastive`` a prompt.
+    """Answer open chats of `prompts` with both models; two documents of kind ``contrastive`` a prompt.
 
     Both answers to one prompt are in one group, hence on the same side of the split. A prompt to which a model answers
     nothing, or of more than 512 tokens, is left out for both. `progress` is told the new tokens as they come.
     """
-    chosen = [d for d in prompts.documents if d.is_open][: settings.prompts]
-    if not chosen:
+    pool = [d for d in prompts.documents if d.is_open][: max(settings.pool, settings.prompts)]
+    if not pool:
         raise CorpusError(f"corpus {prompts.name!r} holds no open chat", expected="documents that end with a user message")
-    tokens = Corpus("chosen prompts", tuple(chosen)).tokens(pair.tokenizer, row_tokens=PROMPT_TOKENS)
+    tokens = replace(prompts, documents=tuple(pool)).tokens(pair.tokenizer, row_tokens=PROMPT_TOKENS)
     whole = Counter(tokens.document_R)
-    rows = {d: row for row, d in zip(tokens.rows, tokens.document_R) if whole[d] == 1}
-    if not rows:
+    tokens = tokens.only([row for row, d in enumerate(tokens.document_R) if whole[d] == 1])
+    if not tokens.rows:
         raise CorpusError(f"no open chat of corpus {prompts.name!r} fits", expected=f"at most {PROMPT_TOKENS} tokens",
                           remedy="shorter prompts")
+    tokens = tokens.only(screen(pair, tokens, settings))
+    rows = {d: row for row, d in zip(tokens.rows, tokens.document_R)}
     texts = {}
     for name, model in zip(MODELS, (pair.base, pair.tuned)):
         answers = model.complete(
@@ -66,7 +79,37 @@ def contrast(
         texts[name] = [pair.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]
     return [
         document.answered(texts[name][number], writer=name)
-        for number, document in enumerate(chosen[d] for d in rows)
+        for number, document in enumerate(pool[d] for d in rows)
         if all(texts[name][number] for name in MODELS)
         for name in MODELS
     ]
+
+
+def screen(pair: Pair, tokens: Tokens, settings: ContrastSettings) -> list[int]:
+    """Which prompts are answered: the first, and of the others those with the largest KL(tuned || base) of the answer's
+    first token, from each side of the split in proportion; in the order of the rows."""
+    count = min(settings.prompts, len(tokens.rows))
+    first = count if count == len(tokens.rows) else count - round(settings.screened * count)
+    chosen, rest = list(range(first)), list(range(first, len(tokens.rows)))
+    if first == count:
+        return chosen
+    kl = dict(zip(rest, first_word_divergence(pair, tokens.only(rest)).tolist()))
+    sides = {held: [r for r in rest if tokens.held_out[tokens.document_R[r]] == held] for held in (False, True)}
+    wanted = round((count - first) * len(sides[True]) / len(rest))
+    for held, some in ((True, wanted), (False, count - first - wanted)):
+        chosen += sorted(sides[held], key=lambda r: (-kl[r], r))[:some]
+    return sorted(chosen)
+
+
+def first_word_divergence(pair: Pair, tokens: Tokens) -> Tensor:
+    """KL(tuned || base) in nat of the token that follows each row, (R,)."""
+    kl_R = torch.zeros(len(tokens.rows))
+    for batch in tokens.batches(BATCH_TOKENS):
+        last_BT = torch.zeros_like(batch.mask_BT)
+        last_BT[torch.arange(len(last_BT)), batch.mask_BT.sum(1) - 1] = True
+        base_BTD, start = pair.base_states(batch.ids_BT)
+        tuned_BTD = pair.tuned.states(batch.ids_BT, start)
+        base, tuned = (m.logits(states[last_BT])[..., : pair.vocabulary].log_softmax(-1)
+                       for m, states in ((pair.base, base_BTD), (pair.tuned, tuned_BTD)))
+        kl_R[batch.rows_B] = kl_divergence(tuned, base).cpu()
+    return kl_R

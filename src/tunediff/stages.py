@@ -13,7 +13,7 @@ import torch
 
 from tunediff import __version__, bills, edits, variants
 from tunediff.artifacts import finish, is_finished, key_of, open_folder, plain, read_json, read_tensors, write_bytes, write_json, write_tensors
-from tunediff.attributions import output_shift
+from tunediff.attributions import Shift, output_shift
 from tunediff.axes import MODELS
 from tunediff.chance import Interval, bootstrap_ratio, quantile
 from tunediff.charts import visible
@@ -233,26 +233,22 @@ class Run:
             self._done("find", key, began, f"{name}: {len(mine)} candidates")
         return changes, fits
 
-    def _shift(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """How far and where the output moves, at training tokens of the text that the models wrote (all if they wrote none).
+    def _shift(self) -> Shift:
+        """How the output moves at training tokens of the text that the models wrote (all if they wrote none).
 
         No stage of its own: its time is part of the finder's that asked first."""
         _, folder = self._at("shift", self.harvest.fingerprint, self._written, self.plan.seed)
         if not is_finished(folder):
             train = Sample.take(self.harvest, self.tokens, split="train", limit=10**9, seed=self.plan.seed, kinds=self._written)
             site = next((site for site in reversed(self.sites) if site.kind == "resid"), None)
-            kl_N = torch.zeros(len(self.harvest.token_N))
-            move_ND = torch.zeros(len(kl_N), self.pair.base.width)
+            shift = Shift.none(len(self.harvest.token_N))
             if site is not None:
-                kl_N[train.token_N], move_ND[train.token_N] = output_shift(
-                    self.pair, site, train, self.plan.rank.batch_tokens)
-            index = self.harvest.index("train")
+                shift.put(train.token_N, output_shift(self.pair, site, train, self.plan.rank.batch_tokens))
             folder.mkdir(parents=True, exist_ok=True)
-            write_tensors(folder / "shift.safetensors", {"kl": kl_N[index], "move": move_ND[index]})
+            write_tensors(folder / "shift.safetensors", vars(shift.at(self.harvest.index("train"))))
             finish(folder, "tunediff.shift/1", {}, ["shift.safetensors"])
         open_folder(folder, "tunediff.shift/1")
-        saved = read_tensors(folder / "shift.safetensors")
-        return saved["kl"], saved["move"]
+        return Shift(**read_tensors(folder / "shift.safetensors"))
 
     @cached_property
     def sample(self) -> Sample:
