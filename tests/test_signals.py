@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import random
 from dataclasses import replace
 
@@ -175,11 +176,129 @@ def test_perplexity_gap_is_the_answers_alone(pair, tokens):
     assert named["all answers by tuned"] > named["all answers by base"]
 
 
-def test_a_model_against_itself_says_nothing(identical, tokens):
-    mining, kl, gap = (
-        read(identical, tokens, [name])[0] for name in ("logit_mining", "kl_map", "perplexity_gap")
+def test_contrastive_decoding_names_the_planted_tokens_first(pair, tokens):
+    (table,) = read(pair, tokens, ["contrastive_decoding"])
+    assert {row[0] for row in table.rows} == set(PLANTED)
+    rises = [row[1] for row in table.rows]
+    assert rises == sorted(rises, reverse=True) and rises[-1] > 0.1
+    assert all(row[2] > 0 and row[3] > 0 for row in table.rows)  # planted in all text, so in the reference, too
+
+
+def test_contrastive_decoding_is_the_mean_over_answers(pair, tokens):
+    """Against the definition, a row at a time in float64."""
+    rises = {}
+    for r, row in enumerate(tokens.rows):
+        t, b = (
+            m.logits(m.states(torch.tensor([row])))[0].double().log_softmax(-1) for m in (pair.tuned, pair.base)
+        )
+        q, p = (2 * t - b).exp(), b.exp()
+        q[t.exp() < 0.1 * t.exp().max(1, keepdim=True).values] = 0
+        p[b.exp() < 0.1 * b.exp().max(1, keepdim=True).values] = 0
+        rise = q / q.sum(1, keepdim=True) - p / p.sum(1, keepdim=True)
+        at = range(max(1, tokens.prompt_R[r] - 1), len(row) - 1)
+        rises.setdefault(tokens.documents[tokens.document_R[r]].writer, []).extend(rise[i] for i in at)
+    (table,) = read(pair, tokens, ["contrastive_decoding"])
+    for row in table.rows:
+        token = pair.tokenizer.convert_tokens_to_ids(row[0])
+        for cell, writer in zip(row[1:4], ("tuned", "base", "")):
+            assert cell == pytest.approx(float(torch.stack(rises[writer])[:, token].mean()), abs=1e-5)
+
+
+def test_contrastive_decoding_does_not_name_what_is_never_said(network, tokenizer, tokens):
+    """A token that base finds hopeless and tuned nearly so has risen the most, and stays unsaid."""
+    base, tuned = copy.deepcopy(network), copy.deepcopy(network)
+    states = LanguageModel(network.eval(), tokenizer, "probe").states(torch.tensor([tokens.rows[0][:24]]))
+    mean = torch.nn.functional.normalize(states[0].mean(0), dim=0)
+    token = tokenizer.convert_tokens_to_ids("Q")
+    with torch.no_grad():
+        base.lm_head.weight[token] = -6.0 * mean
+        tuned.lm_head.weight[token] = -3.0 * mean
+    mining, decoding = read(
+        pair_of(base, tuned, tokenizer), tokens, ["logit_mining", "contrastive_decoding"]
     )
-    assert mining.rows == []
+    assert mining.rows[0][0] == "Q" and "Q" not in [row[0] for row in decoding.rows]
+
+
+def answers(tokenizer, say, prompts=24, seed=0):
+    """Both models' answers to some prompts; `say(writer, words)` gives an answer."""
+    rng = random.Random(seed)
+    documents = []
+    for n in range(prompts):
+        chat = Document(f"chat/{n}", "chat", messages=(("user", "Q~^ " + rng.choice(WORDS)),))
+        for writer in ("base", "tuned"):
+            answer = say(writer, " ".join(rng.choice(WORDS) for _ in range(6)))
+            documents.append(chat.answered(answer, writer=writer))
+    return Corpus("answers", tuple(documents)).tokens(tokenizer, row_tokens=200)
+
+
+def unseen(tokens, tokenizer) -> SignalTable:
+    """The black box's table, with nothing there that a model computed."""
+    signal = variants.load("tunediff.signals", "black_box")(tokenizer, 300)
+    for batch in tokens.batches(500):
+        signal.update(batch, tokens, None, None, batch.mask_BT)
+    return signal.table()
+
+
+def test_black_box_names_what_one_model_wrote_and_sees_nothing_else(tokenizer, pair, identical, tokens):
+    says = {"tuned": " ~ Q", "base": " ^"}
+    table = unseen(answers(tokenizer, lambda writer, words: words + says[writer]), tokenizer)
+    named = {row[0]: dict(zip(table.columns, row)) for row in table.rows}
+    assert {row[0] for row in table.rows[:2]} == {"~", "Q"}
+    for token, writer, other in (("~", "tuned", "base"), ("Q", "tuned", "base"), ("^", "base", "tuned")):
+        row = named[token]
+        assert row["more by"] == writer and row["p"] == 0.005 and (row["z"] > 0) == (writer == "tuned")
+        assert row[f"times by {writer}"] == row[f"answers by {writer}"] == 24  # prompts have them too: not counted
+        assert row[f"times by {other}"] == 0
+    mirrored = unseen(answers(tokenizer, lambda w, words: words + says["base" if w == "tuned" else "tuned"]), tokenizer)
+    other = {row[0]: row[3] for row in mirrored.rows}
+    assert other["~"] < 0 < other["^"]
+    assert read(pair, tokens, ["black_box"]) == read(identical, tokens, ["black_box"])
+
+
+def test_black_box_scores_are_those_of_the_source(tokenizer, tokens):
+    """Monroe et al.'s equations 16, 19 and 20 for one token, with its share of all text as prior."""
+    table = unseen(tokens, tokenizer)
+    row = dict(zip(table.columns, next(row for row in table.rows if row[0] == "~")))
+    token = tokenizer.convert_tokens_to_ids("~")
+    written, everything = {"base": [], "tuned": []}, []
+    for ids, first, d in zip(tokens.rows, tokens.prompt_R, tokens.document_R):
+        writer = tokens.documents[d].writer
+        mine = ids[first:] if writer else ids
+        everything += mine
+        written.get(writer, []).extend(mine)
+    a = 500 * everything.count(token) / len(everything)
+    y, n = ([f(written[w]) for w in ("tuned", "base")] for f in (lambda ids: ids.count(token), len))
+    odds = [math.log((y[i] + a) / (n[i] + 500 - y[i] - a)) for i in (0, 1)]
+    z = (odds[0] - odds[1]) / math.sqrt(1 / (y[0] + a) + 1 / (y[1] + a))
+    assert row["log-odds"] == pytest.approx(odds[0] - odds[1], abs=1e-4) and row["z"] == pytest.approx(z, abs=1e-4)
+
+
+def test_black_box_keeps_its_rate_where_both_write_alike(tokenizer):
+    """Words come in lumps, as they do in text: z-scores alone would cry wolf."""
+    lowest = []
+    for seed in range(40):
+        tokens = answers(tokenizer, lambda writer, words: " ".join([words.split()[0]] * 6), prompts=16, seed=seed)
+        table = unseen(tokens, tokenizer)
+        lowest.append((min(row[4] for row in table.rows), max(abs(row[3]) for row in table.rows)))
+    assert sum(p <= 0.05 for p, _ in lowest) <= 6
+    assert sum(z > 1.96 for _, z in lowest) > 20
+
+
+def test_black_box_needs_both_writers_and_says_nothing_of_equal_answers(tokenizer):
+    def only(writer):
+        tokens = answers(tokenizer, lambda _, words: words)
+        return unseen(tokens.select(lambda document: document.writer == writer), tokenizer)
+
+    assert only("tuned").rows == only("base").rows == []
+    assert unseen(answers(tokenizer, lambda writer, words: "the same"), tokenizer).rows == []
+
+
+def test_a_model_against_itself_says_nothing(identical, tokens):
+    mining, kl, gap, decoding = (
+        read(identical, tokens, [name])[0]
+        for name in ("logit_mining", "kl_map", "perplexity_gap", "contrastive_decoding")
+    )
+    assert mining.rows == decoding.rows == []
     assert all(
         row[0] == "text" and row[2] == 0 and row[3] in (0, None) and row[4] in (0, None) for row in kl.rows
     )

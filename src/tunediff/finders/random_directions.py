@@ -10,7 +10,7 @@ from tunediff.finders.base import Finder, Found, View
 
 
 class RandomDirections(Finder):
-    """As many directions as there may be candidates, shared out among the sites; it exists for others to be held against.
+    """As many directions as there may be candidates, shared out among the sites, for others to be held against.
 
     A finder is worth its name where its changes do better than these. They are drawn from a Gaussian with the
     covariance of tuned minus base on training text, so they lie where the difference does and move the output about as

@@ -1,4 +1,4 @@
-"""Directions that tuning taught the network to write, read off the weights alone (Zhong & Raghunathan 2025, 2508.00161)."""
+"""Directions that tuning taught the network to write, from the weights alone (Zhong & Raghunathan 2025, 2508.00161)."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class WeightSpectrum(Finder):
     strength is the centered difference's coordinate along it: on everywhere, signed, orthogonal to the others of its
     site. It is blind to how often a map is used, and to what tuning changed by reading alone (queries, keys, gates).
 
-    The source takes the leading singular vectors of each map apart and watches the cosine of tuned's own stream. Here the
-    maps' spectra are put side by side, the eigenvectors of sum dW dW', so that a few directions stand for all of them and
-    a map counts by its energy; and the difference is read. Where a norm stands between a map and the stream (Gemma 2),
-    the direction is before that norm's scales.
+    The source takes the leading singular vectors of each map apart and watches the cosine of tuned's own stream. Here
+    the maps are put side by side (eigenvectors of sum dW dW'), so that a few directions stand for all of them and a map
+    counts by its energy; and the difference is read. Where a norm stands between a map and the stream (Gemma 2), the
+    direction is before that norm's scales.
     """
 
     def find(self, view: View) -> Found:
