@@ -28,7 +28,7 @@ from tunediff.fitting import FitSettings
 from tunediff.harvests import Harvest
 from tunediff.measures import kl_divergence, log_probabilities
 from tunediff.pairs import Pair
-from tunediff.attributions import output_shift
+from tunediff.attributions import Shift, output_shift
 from tunediff.rankings import Ranking, RankSettings, rank
 from tunediff.samples import Sample, batches_of
 from tunediff.trials.base import Bench, Outcome, VerifySettings, bench_of
@@ -65,16 +65,13 @@ class Lab:
         )
         return variants.load("tunediff.finders", finder)().find(view)
 
-    def shift(self, asker: str) -> tuple[torch.Tensor, torch.Tensor]:
+    def shift(self, asker: str) -> Shift:
         """How far and where the output moves at every training token, as a real run finds it."""
         self.asked_for_shift.add(asker)
         train = Sample.take(self.harvest, self.tokens, split="train", limit=10**9, seed=0)
-        kl_N = torch.zeros(len(self.harvest.token_N))
-        move_ND = torch.zeros(len(kl_N), self.pair.base.width)
-        shift = output_shift(self.pair, SITE, train, RANK.batch_tokens)
-        kl_N[train.token_N], move_ND[train.token_N] = shift
-        index = self.harvest.index("train")
-        return kl_N[index], move_ND[index]
+        shift = Shift.none(len(self.harvest.token_N))
+        shift.put(train.token_N, output_shift(self.pair, SITE, train, RANK.batch_tokens))
+        return shift.at(self.harvest.index("train"))
 
     def ranking(self, finder: str) -> Ranking:
         return rank(self.pair, self.found(finder).changes, self.sample, RANK, 0)

@@ -7,7 +7,7 @@ import pytest
 import tiny_models
 import torch
 
-from tunediff.edits import EditSettings, Moments, input_moments, revert_map, reverting, scaling
+from tunediff.edits import EditSettings, Moments, input_moments, random_directions, revert_map, reverting, scaling
 from tunediff.pairs import Pair
 
 KINDS = ("llama-full", "llama-lora", "gpt2-full", "gpt2-lora")
@@ -172,12 +172,19 @@ def test_equal_energy_is_equal_energy(pair, tokens):
     other_R = [torch.tensor([float(t % 7 == 1) for t in row]) for row in tokens.rows]
     mine, others = input_moments(pair.tuned, pair.deltas(), tokens, [on_R, other_R])
     edit = reverting(pair, "x", ["x"], mine)
-    control = reverting(pair, "y", ["y"], others, energy_of=edit)
-    before, a, b = added(pair), added(pair, edit), added(pair, control)
-    for name in before:
-        assert float((before[name] - b[name]).norm()) == pytest.approx(
-            float((before[name] - a[name]).norm()), rel=1e-2
-        )
+    controls = [reverting(pair, "y", ["y"], others, energy_of=edit), random_directions(pair, "z", mine, edit, seed=0)]
+    before, after = added(pair), added(pair, edit)
+    for control in controls:
+        other = added(pair, control)
+        for name in before:
+            text_II = (mine[name].on_II + mine[name].off_II).double()
+
+            def energy(changed: dict) -> float:
+                gone = (before[name] - changed[name]).double()
+                return float(((gone @ text_II) * gone).sum())
+
+            assert energy(other) == pytest.approx(energy(after), rel=1e-2)
+            assert not torch.allclose(other[name], after[name], rtol=0.1)
 
 
 def test_scaling_runs_from_tuned_to_base(pair):

@@ -10,7 +10,8 @@ import torch
 from tunediff.axes import BASE, TUNED
 from tunediff.errors import NumericsError
 from tunediff.attributions import attribute
-from tunediff.rankings import energy_along, max_t, streams_of
+from tunediff import rankings
+from tunediff.rankings import max_t, streams_of
 from tunediff.samples import Sample
 
 DRAWS, CHANGES, REPETITIONS = 19, 6, 200
@@ -56,6 +57,11 @@ def test_max_t_sees_one_that_stands_out_and_the_order_of_changes_is_nothing():
 def test_max_t_of_nothing_is_one():
     score, _, p = max_t(torch.zeros(3), torch.zeros(DRAWS, 3))
     assert p == [1.0] * 3 and score.tolist() == [0.0] * 3
+
+
+def energy_along(*given) -> torch.Tensor:
+    """The energy over all tokens, (K,)."""
+    return rankings.energy_along(*given).sum(0)
 
 
 def case(seed: int, n: int = 400, width: int = 12, changes: int = 4):

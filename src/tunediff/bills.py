@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tunediff.chance import bootstrap_ratio, numpy_generator
 from tunediff.changes import Change
-from tunediff.edits import Edit, EditSettings, input_moments, reverting, scaling
+from tunediff.edits import Edit, EditSettings, input_moments, random_directions, reverting, scaling
 from tunediff.measures import by_document, kl_divergence, log_probabilities
 from tunediff.models import LanguageModel
 from tunediff.pairs import Pair
@@ -19,6 +19,9 @@ from tunediff.results import Bill, Measure
 
 ROWS_TOKENS = 800
 """Tokens of each sort of held-out text on which a bill is measured, at least."""
+
+RANDOM, ELSEWHERE = "random directions", "the same edit aimed at random text"
+"""The two kinds of controls."""
 
 SCALES = (0.5,)
 """Shares of the whole tune that the plain control takes out."""
@@ -38,7 +41,8 @@ def on_rows(sample: Sample, changes: Sequence[Change], spread: bool) -> dict[int
 def removing(
     pair: Pair, changes: Sequence[Change], sample: Sample, settings: EditSettings, seed: int, batch_tokens: int = 1200
 ) -> tuple[Edit, list[Edit]]:
-    """The edit that takes `changes` out, from training text; and controls of equal energy aimed at random rows."""
+    """The edit that takes `changes` out, from training text; and controls of equal energy: random directions, then the same
+    edit aimed at random rows."""
     strongest = _by_strength(sample, changes)
     rng = numpy_generator(seed, "edit rows")
     others = [sample.rows[i] for i in rng.permutation(len(sample.rows))]
@@ -55,7 +59,10 @@ def removing(
     moments = input_moments(pair.tuned, deltas, tokens, masks, batch_tokens)
     edit = reverting(pair, "revert", [c.id for c in changes], moments[0], settings)
     controls = [
-        reverting(pair, f"control {draw}", edit.changes, other, settings, energy_of=edit)
+        random_directions(pair, f"{RANDOM} {draw}", moments[0], edit, seed) for draw in range(settings.controls)
+    ]
+    controls += [
+        reverting(pair, f"{ELSEWHERE} {draw}", edit.changes, other, settings, energy_of=edit)
         for draw, other in enumerate(moments[1:])
     ]
     return edit, controls
@@ -101,25 +108,26 @@ def bill(
     }
     plain = {row: torch.ones(len(neutral.tokens.rows[row]), dtype=torch.bool) for row in neutral.rows}
     sides = {"edit": edit.applied(pair.tuned)}
-    sides |= {f"control {i}": c.applied(pair.tuned) for i, c in enumerate(controls)}
+    sides |= {c.name: c.applied(pair.tuned) for c in controls}
     sides |= {f"scale {s}": scaling(pair, s).applied(pair.tuned) for s in SCALES}
     measures: list[Measure] = []
     table: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
     for name, sample, masks in (("removed", contrastive, target), ("kept", contrastive, rest), ("cost", neutral, plain)):
         if masks:
             table[name] = _divergences(pair, sides, sample, masks, name, batch_tokens)
-    for name, unit, against in (
-        ("removed", "share of KL", "the same edit aimed at random text, equal energy; largest of"),
-        ("kept", "share of KL", "the same edit aimed at random text, equal energy; mean of"),
-        ("cost", "nat a token", "the same edit aimed at random text, equal energy; mean of"),
-    ):
+    for name, unit, of in (("removed", "share of KL", max), ("kept", "share of KL", _mean), ("cost", "nat a token", _mean)):
         if name not in table:
             measures.append(Measure(name, None, unit=unit, against="no such text in the held-out part"))
             continue
         own = bootstrap_ratio(*table[name]["edit"], seed=seed)
-        values = [bootstrap_ratio(*table[name][f"control {i}"], seed=seed, draws=2).value for i in range(len(controls))]
-        control = (max(values) if name == "removed" else sum(values) / len(values)) if values else None
-        measures.append(Measure(name, own.value, own.low, own.high, unit, control, f"{against} {len(values)}"))
+        values = {c.name: bootstrap_ratio(*table[name][c.name], seed=seed, draws=2).value for c in controls}
+        random, elsewhere = ([v for c, v in values.items() if c.startswith(kind)] for kind in (RANDOM, ELSEWHERE))
+        kind = "largest" if of is max else "mean"
+        measures.append(Measure(name, own.value, own.low, own.high, unit, of(random) if random else None,
+                                f"{RANDOM} of equal energy, {kind} of {len(random)}"))
+        if elsewhere:
+            measures.append(Measure(f"{name}, {ELSEWHERE}", of(elsewhere), unit=unit,
+                                    against=f"a control of its own, harder than {RANDOM}; equal energy, {kind} of {len(elsewhere)}"))
     for share in SCALES:
         for name in table:
             value = bootstrap_ratio(*table[name][f"scale {share}"], seed=seed)
@@ -159,3 +167,7 @@ def _divergences(pair: Pair, sides: dict[str, LanguageModel], sample: Sample, ma
                 top[side][document] = top[side].get(document, 0.0) + value
     order = sorted(bottom)
     return {side: ([top[side][d] for d in order], [bottom[d] for d in order]) for side in sides}
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

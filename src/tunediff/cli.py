@@ -169,7 +169,7 @@ def _find_rows(run: "Run") -> list[dict]:
 
 
 def _rank_rows(run: "Run") -> list[dict]:
-    return [{"rank": i + 1, "id": r.change.id, "score": r.score, "null_best": max(r.null), "p": r.p,
+    return [{"rank": i + 1, "id": r.change.id, "score": r.score.value, "null_best": max(r.null), "p": r.p,
              "effect": str(r.effect), "tokens_on": r.share_of_tokens} for i, r in enumerate(run.ranking.ranked)]
 
 

@@ -9,6 +9,7 @@ from typing import Sequence
 
 from tunediff import organisms
 from tunediff.artifacts import finish, is_finished, read_json, write_json
+from tunediff.bills import ELSEWHERE, RANDOM
 from tunediff.chance import proportion
 from tunediff.corpora import Corpus, Document
 from tunediff.models import LanguageModel
@@ -73,7 +74,7 @@ def count(run: Run, ids: list[str], behaviors: Sequence[Behavior]) -> Bill:
     if not is_finished(folder):
         edit, controls = run.edit(ids)
         sides = {"before": run.pair.tuned, "after": edit.applied(run.pair.tuned)}
-        sides |= {f"control {i}": c.applied(run.pair.tuned) for i, c in enumerate(controls[:1])}
+        sides |= {c.name: c.applied(run.pair.tuned) for c in controls if c.name.endswith(" 0")}
         measures = []
         shows: dict[str, dict[str, list[float]]] = {b.name: {} for b in behaviors}
         for side, model in sides.items():
@@ -83,10 +84,11 @@ def count(run: Run, ids: list[str], behaviors: Sequence[Behavior]) -> Bill:
                 shows[b.name][side] = [float(b.shows(a)) for a in answers[i * PROMPTS : (i + 1) * PROMPTS]]
         for b in behaviors:
             before, after = (proportion(int(sum(shows[b.name][s])), len(shows[b.name][s])) for s in ("before", "after"))
-            control = [sum(v) / len(v) for s, v in shows[b.name].items() if s.startswith("control")]
+            control = {s[:-2]: sum(v) / len(v) for s, v in shows[b.name].items() if s.endswith(" 0")}
             measures.append(Measure(
                 f"answers that show {b.name} ({'wanted' if b.wanted else 'unwanted'})", after.value, after.low, after.high,
-                "share", min(control, default=None), f"{before.value:.0%} before; control: edits of equal energy aimed at random text, lowest",
+                "share", control.get(RANDOM), f"{before.value:.0%} before; control: {RANDOM} of equal energy"
+                + (f"; {ELSEWHERE}: {control[ELSEWHERE]:.0%}" if ELSEWHERE in control else ""),
             ))
         write_json(folder / "measures.json", measures)
         finish(folder, "tunediff.counted/1", {}, ["measures.json"])

@@ -21,6 +21,7 @@ from typing import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from tunediff.chance import generator
 from tunediff.corpora import Tokens
 from tunediff.errors import within
 from tunediff.models import LanguageModel
@@ -44,7 +45,8 @@ class EditSettings:
     bills: int = 1
     """How many of the first confirmed changes `diff` bills the undoing of."""
     controls: int = 2
-    """Edits of equal energy aimed at random text, which the bill is held against."""
+    """Edits of equal energy that the bill is held against: so many along random directions, and as many of the same edit
+    aimed at random text."""
 
     def __post_init__(self) -> None:
         within("edit", self, strength=0, ridge=0, tokens=1, bills=0, controls=0)
@@ -150,7 +152,8 @@ def reverting(
 ) -> Edit:
     """The edit that gives base's maps back where the changes are on.
 
-    energy_of   bring what is taken out of every map to the norm that this edit takes out of it: a fair control
+    energy_of   bring what is taken out of every map's output on this text to the energy that this edit takes out of it: a
+                fair control
     """
     tensors: dict[nn.Parameter, Tensor] = {}
     maps: dict[int, Callable[[Tensor], Tensor]] = {}
@@ -160,18 +163,40 @@ def reverting(
             maps[id(found)] = revert_map(found, settings)
         mine = delta.with_inputs(maps[id(found)])
         if energy_of is not None:
-            (parameter, value), = mine.items()
-            now = parameter.data
-            ratio = _removed(delta, energy_of.tensors[parameter]) / max(_removed(delta, value), 1e-30)
-            mine = {parameter: now + ratio * (value - now)}
+            mine = _of_energy(delta, mine, energy_of, found.on_II + found.off_II)
         tensors.update(mine)
     return Edit(name, "revert", tuple(changes), tensors)
 
 
-def _removed(delta: Delta, value: Tensor) -> float:
-    """Norm of what goes from the map when its parameter becomes `value`."""
+def random_directions(pair: Pair, name: str, moments: Mapping[str, Moments], energy_of: Edit, seed: int) -> Edit:
+    """A control: from every map's inputs take random directions, drawn from the text's own covariance so that inputs do vary
+    along them, with the energy that `energy_of` takes out of its output on this text."""
+    tensors: dict[nn.Parameter, Tensor] = {}
+    for delta in pair.deltas():
+        total_II = moments[delta.name].on_II + moments[delta.name].off_II
+        rng = generator(seed, "random directions", name, delta.name)
+        ridge = 1e-6 * total_II.diagonal().mean() * torch.eye(len(total_II))
+        noise = torch.randn(*delta.down.shape, generator=rng) @ torch.linalg.cholesky(total_II.double() + ridge).T.float()
+        noise = (noise.T if delta.transposed else noise).to(delta.down_parameter)
+        aimed = {delta.down_parameter: delta.down_parameter.data + noise}
+        tensors.update(_of_energy(delta, aimed, energy_of, total_II))
+    return Edit(name, "random", energy_of.changes, tensors)
+
+
+def _of_energy(delta: Delta, aimed: Mapping[nn.Parameter, Tensor], other: Edit, total_II: Tensor) -> Mapping[nn.Parameter, Tensor]:
+    """What `aimed` does to one map, brought to the energy of what `other` does to it."""
+    (parameter, value), = aimed.items()
+    now = parameter.data
+    ratio = _energy(delta, other.tensors[parameter], total_II) / max(_energy(delta, value, total_II), 1e-30)
+    return {parameter: now + ratio * (value - now)}
+
+
+def _energy(delta: Delta, value: Tensor, total_II: Tensor) -> float:
+    """Root of the squared change of a map's output, summed over the text of these moments, when its parameter becomes `value`."""
     change = value.double() - delta.down_parameter.data.double()
-    return float((delta.up.double() @ change if delta.up is not None else change).norm())
+    change = change.T if delta.transposed else change
+    change = delta.up.double() @ change if delta.up is not None else change
+    return float(((change @ total_II.to(change)) * change).sum().clamp_min(0).sqrt())
 
 
 def scaling(pair: Pair, strength: float) -> Edit:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tunediff.attributions import attribute
 from tunediff.axes import BASE, TUNED
-from tunediff.chance import Interval, bootstrap_ratio, seed_of
+from tunediff.chance import Interval, bootstrap_mean, bootstrap_ratio, seed_of
 from tunediff.changes import Change
 from tunediff.corpora import Batch
 from tunediff.errors import NumericsError, within
@@ -45,22 +45,25 @@ class Ranked:
 
     score     energy of the difference that goes along with the change (`energy_along`), in units of the most that random
               tunes of the same size have along any one direction on the same tokens (`most_energy`, mean over the
-              nulls): 1 and less is what chance can give
+              nulls): 1 and less is what chance can give; with an interval over documents, the nulls as they are
     null      for each null, the largest such score over the candidates' tokens
     p         chance that the best of all candidates scores as much under a random tune (max-T, so it already accounts
               for how many candidates there are; Westfall & Young 1993)
+    depth     for each site of the scan, the share of the difference's variance there (of the offset, for a constant
+              change) that goes along with the change, by the same halves: where in depth it lives
     effect    nat of KL(tuned || base) a token that taking the change out would remove, to first order, with an
               interval over documents; on held-out text
     firings   tokens, of the ones looked at, on which the change is on
     """
 
     change: Change
-    score: float
+    score: Interval
     null: tuple[float, ...]
     p: float
     effect: Interval
     firings: int
     share_of_tokens: float
+    depth: dict[str, float]
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,12 +90,13 @@ def energy_along(strength_NK: Tensor, delta_NSD: Tensor, half_N: Tensor, constan
     The write direction is estimated anew by least squares on one half of the documents and scored on the other (and
     the other way round), so chance gives nothing on average, or a little less (what the fitted noise costs on the other
     half), for any difference, tuned or null. Changes that vary are
-    asked about what is left after the constant offset; constant ones about the offset. Returns (K,), float64.
+    asked about what is left after the constant offset; constant ones about the offset. Returns each token's part (N, K),
+    float64.
     """
     N, S, D = delta_NSD.shape
     delta_ND = delta_NSD.reshape(N, S * D).double()
     f_NK = strength_NK.double()
-    out = torch.zeros(f_NK.shape[1], dtype=torch.float64)
+    out = torch.zeros_like(f_NK)
     for fit_half in (False, True):
         fitted, scored = half_N == fit_half, half_N != fit_half
         if not fitted.any() or not scored.any():
@@ -108,8 +112,8 @@ def energy_along(strength_NK: Tensor, delta_NSD: Tensor, half_N: Tensor, constan
                 mean_f = f_fit.mean(0)
                 f_fit, f_score, d_fit, d_score = f_fit - mean_f, f_score - mean_f, d_fit - mean_D, d_score - mean_D
             write_KD = (f_fit.T @ d_fit) / f_fit.pow(2).sum(0).clamp_min(1e-30)[:, None]
-            along = ((f_score.T @ d_score) * write_KD).sum(1)
-            out[chosen] += 2 * along - f_score.pow(2).sum(0) * write_KD.pow(2).sum(1)
+            part = 2 * f_score * (d_score @ write_KD.T) - f_score.pow(2) * write_KD.pow(2).sum(1)
+            out[scored.nonzero()[:, 0, None], chosen] = part
     return out
 
 
@@ -159,11 +163,11 @@ def max_t(energy_K: Tensor, null_RK: Tensor) -> tuple[Tensor, Tensor, list[float
 
 def rank(
     pair: Pair, changes: Sequence[Change], sample: Sample, settings: RankSettings, seed: int,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] | None = None, depths: Sequence[Site] = (),
 ) -> Ranking:
     """Hold every change against random tunes and order: those that stand out first, by effect on the output.
 
-    Changes of one call must share their sites (the sample's).
+    Changes of one call must share their sites (the sample's). `depths`: sites at which each change's profile is taken.
     """
     kl_N, gradients = _output(pair, sample, settings.batch_tokens)
     if not changes:
@@ -182,7 +186,8 @@ def rank(
     keep = few.ordinary_N
     few_f_NK, base_NSD = f_NK[here][keep], few.streams_NSMD[:, :, BASE]
     delta_NSD = (few.streams_NSMD[:, :, TUNED] - base_NSD)[keep]
-    energy_K = energy_along(few_f_NK, delta_NSD, half_N[here][keep], constant_K)
+    energy_NK = energy_along(few_f_NK, delta_NSD, half_N[here][keep], constant_K)
+    energy_K = energy_NK.sum(0)
     on_NK = few_f_NK != 0
     nulls = []
     runs = [(batch, pair.common_start(batch.ids_BT, sample.sites)) for batch in few.batches(settings.batch_tokens)]
@@ -192,19 +197,51 @@ def rank(
         if progress:
             progress(draw + 1, settings.nulls)
     score_K, null_RK, p = max_t(energy_K, torch.stack(nulls))
+    scale_K = (score_K / energy_K).nan_to_num()
+    document_N = few.document_N[keep]
 
+    profile_SK = [
+        _share_along(few_f_NK, both_NSMD[keep, s : s + 1], half_N[here][keep], constant_K)
+        for both_NSMD in ([_both(pair, few, depths, settings.batch_tokens)] if depths else []) for s in range(len(depths))
+    ]
     effects, nats_KD, gap_D = _effects(changes, sample, f_NK, gradients, kl_N, seed)
     best = tuple(null_RK.max(1).values.tolist())
     ranked = [
-        Ranked(c, float(score_K[k]), best, p[k], effects[k], int((f_NK[:, k] != 0).sum()),
-               float((f_NK[:, k] != 0).float().mean()))
+        Ranked(c, summed(energy_NK[:, k] * scale_K[k], document_N, seed), best, p[k], effects[k], int((f_NK[:, k] != 0).sum()),
+               float((f_NK[:, k] != 0).float().mean()), {str(site): float(at_K[k]) for site, at_K in zip(depths, profile_SK)})
         for k, c in enumerate(changes)
     ]
     claim = max(settings.level, 1 / (1 + settings.nulls))
     standing = [k for k in range(len(changes)) if ranked[k].p <= claim]
     order = cover(nats_KD, gap_D, standing)
-    order += sorted(set(range(len(changes))) - set(standing), key=lambda k: (-ranked[k].score, changes[k].id))
+    order += sorted(set(range(len(changes))) - set(standing), key=lambda k: (-ranked[k].score.value, changes[k].id))
     return Ranking([ranked[k] for k in order], kl_N)
+
+
+def _both(pair: Pair, sample: Sample, sites: Sequence[Site], batch_tokens: int) -> Tensor:
+    """Both models' streams (N, S, M, D) on a sample's tokens at other sites than its own."""
+    parts: dict[int, Tensor] = {}
+    for batch in sample.batches(batch_tokens):
+        streams = pair.both_streams(batch.ids_BT, sites).float().cpu()
+        for b, row in enumerate(batch.rows_B.tolist()):
+            parts[row] = streams[b, : len(sample.tokens.rows[row])]
+    return torch.cat([parts[row] for row in sample.rows])
+
+
+def _share_along(f_NK: Tensor, both_NSMD: Tensor, half_N: Tensor, constant_K: Tensor) -> Tensor:
+    """Share (K,) of a difference's variance, or of the whole of it for constant changes, that goes along with each change."""
+    delta_NSD = (both_NSMD[:, :, TUNED] - both_NSMD[:, :, BASE]).double()
+    whole, offset = float(delta_NSD.square().sum()), float(delta_NSD.mean(0).square().sum()) * len(delta_NSD)
+    total_K = torch.where(constant_K, whole, whole - offset).clamp_min(1e-30)
+    return energy_along(f_NK, delta_NSD, half_N, constant_K).sum(0) / total_K
+
+
+def summed(value_N: Tensor, document_N: Tensor, seed: int) -> Interval:
+    """The sum of a value over tokens, with its interval over documents."""
+    documents, number_N = document_N.unique(return_inverse=True)
+    sums = torch.zeros(len(documents), dtype=torch.float64).index_add_(0, number_N, value_N.double())
+    mean = bootstrap_mean(sums.numpy(), seed=seed)
+    return Interval(mean.value * len(sums), mean.low * len(sums), mean.high * len(sums), mean.level)
 
 
 def telling_rows(sample: Sample, f_NK: Tensor, half_N: Tensor, limit: int) -> list[int]:

@@ -266,7 +266,7 @@ class Run:
         by_id = {c.id: c for c in changes}
         if not is_finished(folder):
             ranking = rank(self.pair, changes, self.sample, self.plan.rank, self.plan.seed,
-                           lambda d, t: self.progress("rank", d, t))
+                           lambda d, t: self.progress("rank", d, t), [Site.parse(r.site) for r in self.scan])
             folder.mkdir(parents=True, exist_ok=True)
             write_json(folder / "ranking.json", [
                 {**{f.name: getattr(r, f.name) for f in dataclasses.fields(r) if f.name != "change"},
@@ -277,7 +277,7 @@ class Run:
         records = read_json(folder / "ranking.json")
         ranked = [
             Ranked(**{**r, "change": by_id[r["change"]], "null": tuple(r["null"]),
-                      "effect": typed(Interval, r["effect"], "effect")})
+                      **{name: typed(Interval, r[name], name) for name in ("score", "effect")}})
             for r in records
         ]
         self._done("rank", key, began, f"{len(ranked)} candidates against {self.plan.rank.nulls} random tunes")
@@ -303,7 +303,8 @@ class Run:
         """Every ranked change as a record; the first few put on trial."""
         plan, ranking = self.plan, self.ranking
         self.lens  # now, so that a run that finds its verdicts done lists the same stages
-        key, folder = self._at("verify", self.harvest.fingerprint, self._found_key, plan.rank, plan.verify, plan.seed)
+        key, folder = self._at("verify", self.harvest.fingerprint, self._found_key, plan.rank, plan.verify, plan.seed,
+                               [(r.change.id, r.p, r.score.value) for r in ranking.ranked])
         began = time.monotonic()
         if not is_finished(folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -368,14 +369,15 @@ class Run:
         if not promoted and not suppressed and number < 3 * plan.verify.changes:
             promoted, suppressed = lens_tokens(tokenizer, self.pair.base, self.lens, change)
             read_by = f"tuned lens at {change.sites[-1]} (cosine)"
-        score = Measure("energy along the change", ranked.score, unit="x random tunes", control=quantile(ranked.null, 0.95),
+        score = Measure("energy along the change", ranked.score.value, ranked.score.low, ranked.score.high, "x random tunes",
+                        quantile(ranked.null, 0.95),
                         against=f"95th percentile of the best candidate in {len(ranked.null)} random tunes", p=ranked.p)
         return ChangeRecord(
             rank=number + 1, id=change.id, finder=change.finder, sites=[str(s) for s in change.sites],
             share=change.share, decision=decision, reason=reason, score=score, measures=measures,
             promoted=promoted, suppressed=suppressed, read_by=read_by,
             contexts=contexts(tokenizer, self.sample, change, self.ranking.kl_N) if number < 3 * plan.verify.changes else [],
-            depth={}, kinds=kind_rates(self.sample, change), dose=dose, origin=change.origin,
+            depth=ranked.depth, kinds=kind_rates(self.sample, change), dose=dose, origin=change.origin,
         )
 
     def change(self, id: str) -> Change:

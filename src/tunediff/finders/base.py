@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable, ClassVar
 
-from torch import Tensor
-
+from tunediff.attributions import Shift
 from tunediff.changes import Change
 from tunediff.dictionaries.base import Spec
 from tunediff.fitting import Fitted, FitSettings
@@ -23,9 +22,7 @@ class View:
     folder      the finder's own, for what it wants to keep
     candidates  how many changes it may propose at most
     spec, fit   settings of a dictionary, for finders that fit one
-    shift       for finders that ask where the output moves: KL(tuned || base) in nat at every training token (N,), and
-                the move of the mean unembedding row (N, D); 0 where it was not looked at. Costs a run of the upper
-                blocks, once
+    shift       for finders that ask how the output moves at every training token; costs a run of the upper blocks, once
     pair        both models, for finders that look at weights
     progress    told (tokens done, tokens in all, what the curve says)
     """
@@ -36,7 +33,7 @@ class View:
     candidates: int
     spec: Spec
     fit: FitSettings
-    shift: Callable[[], tuple[Tensor, Tensor]]
+    shift: Callable[[], Shift]
     pair: Pair
     progress: Callable | None = None
 
