@@ -22,7 +22,7 @@ from tunediff import dictionaries, edits, variants
 from tunediff.axes import BASE, TUNED
 from tunediff.baking import baked_network
 from tunediff.changes import Change, load_changes, save_changes
-from tunediff.edits import Edit, EditSettings, input_moments, reverting, scaling
+from tunediff.edits import Edit, EditSettings, Moments, input_moments, random_directions, reverting, scaling
 from tunediff.finders.base import Found, View
 from tunediff.fitting import FitSettings
 from tunediff.harvests import Harvest
@@ -31,7 +31,8 @@ from tunediff.pairs import Pair
 from tunediff.attributions import Shift, output_shift
 from tunediff.rankings import Ranking, RankSettings, rank
 from tunediff.samples import Sample, batches_of
-from tunediff.trials.base import Bench, Outcome, VerifySettings, bench_of
+from tunediff.sites import Site
+from tunediff.trials.base import Bench, Outcome, Spread, VerifySettings, bench_of
 
 FINDERS = variants.names("tunediff.finders")
 CONTROLS = [name for name in FINDERS if variants.load("tunediff.finders", name).control]
@@ -39,6 +40,7 @@ SEEKERS = [name for name in FINDERS if name not in CONTROLS]
 TRIALS = variants.names("tunediff.trials")
 VERIFY = VerifySettings(draws=39)
 RANK = RankSettings(null_tokens=1000, effect_tokens=1000)
+DEPTHS = [Site(layer) for layer in range(SITE.layer - 1, SITE.layer + 2)]
 NULLS = 6
 
 
@@ -74,14 +76,11 @@ class Lab:
         return shift.at(self.harvest.index("train"))
 
     def ranking(self, finder: str) -> Ranking:
-        return rank(self.pair, self.found(finder).changes, self.sample, RANK, 0)
+        return rank(self.pair, self.found(finder).changes, self.sample, RANK, 0, depths=DEPTHS)
 
     def bench(self, change: Change, others: list[Change]) -> Bench | None:
         delta_ND = self.sample.streams_NSMD[:, 0, TUNED] - self.sample.streams_NSMD[:, 0, BASE]
-        delta_ND = delta_ND - delta_ND.mean(0)
-        values, vectors = torch.linalg.eigh(delta_ND.T @ delta_ND / len(delta_ND))
-        spread_DD = values.clamp_min(0).sqrt()[:, None] * vectors.T
-        return bench_of(self.pair, change, others, self.sample, spread_DD, VERIFY, 0)
+        return bench_of(self.pair, change, others, self.sample, Spread.of(delta_ND), VERIFY, 0)
 
     def outcome(self, finder: str, trial: str) -> Outcome | None:
         """Of the finder's best change; None if there is nothing to try."""
@@ -185,6 +184,9 @@ def test_the_planted_change_comes_first(lab, planted, seeker):
     dense = best.change.threshold == float("-inf") and bool(best.change.rows_SMD.any())
     assert dense or best.p <= 0.05
     assert abs(cosine_similarity(best.change.difference_SD[0], planted.direction_D, dim=0)) > 0.7
+    assert best.score.low <= best.score.value <= best.score.high
+    below, here, above = (best.depth[str(site)] for site in DEPTHS)
+    assert 2 * below < here <= 1 and above > 2 * below, best.depth
 
 
 @pytest.mark.parametrize("trial", TRIALS)
@@ -199,6 +201,15 @@ def test_a_control_stands_out_no_more_often_than_the_level_says(lab, control):
     """Though the planted change is most of the difference, so that its random directions lie near it."""
     ranked = lab.ranking(control).ranked
     assert len(ranked) == 12 and not any(r.p <= RANK.level for r in ranked)
+
+
+@pytest.mark.parametrize("control", CONTROLS)
+def test_patching_a_control_speaks_no_more_often_than_the_level_says(lab, control):
+    """Taking out any coordinate of the difference brings tuned nearer to base; a control's takes out no more than others do."""
+    changes = lab.found(control).changes
+    patch = variants.load("tunediff.trials", "patch")()
+    speaks = [patch.run(lab.bench(change, changes), VERIFY).speaks is True for change in changes]
+    assert sum(speaks) <= 2, speaks
 
 
 # 3 Mirror
@@ -253,14 +264,20 @@ def test_the_order_of_rows_changes_no_change(lab, shuffled, planted, finder):
 
 def revert(planted: Planted, on_R=None, energy_of: Edit | None = None, strength: float = 1.0) -> Edit:
     """The revert of the planted change, with moments from training text; `on_R` says where it is on."""
-    pair, rows = planted.pair, planted.rows("train")
-    train = planted.tokens.select("train")
-    on_R = on_R or planted.on_R()
-    (moments,) = input_moments(pair.tuned, pair.deltas(), train, [[on_R[r] for r in rows]])
-    return reverting(pair, "planted", ["planted"], moments, EditSettings(strength=strength), energy_of)
+    return reverting(planted.pair, "planted", ["planted"], moments(planted, on_R), EditSettings(strength=strength), energy_of)
 
 
-OPERATIONS = {"reverting": revert, "scaling": lambda planted: scaling(planted.pair, 0.5)}
+def moments(planted: Planted, on_R=None) -> dict[str, Moments]:
+    on_R, rows = on_R or planted.on_R(), planted.rows("train")
+    (found,) = input_moments(planted.pair.tuned, planted.pair.deltas(), planted.tokens.select("train"), [[on_R[r] for r in rows]])
+    return found
+
+
+OPERATIONS = {
+    "reverting": revert,
+    "random_directions": lambda planted: random_directions(planted.pair, "random", moments(planted), revert(planted), 0),
+    "scaling": lambda planted: scaling(planted.pair, 0.5),
+}
 """Every function of `tunediff.edits` that makes an edit, with what it takes here."""
 
 

@@ -45,7 +45,7 @@ def contexts(tokenizer, sample: Sample, change: Change, kl_N: Tensor, count: int
 def caused_tokens(tokenizer, bench: Bench, count: int = 20) -> tuple[list[TokenWeight], list[TokenWeight]]:
     """Tokens that tuned says more and less of because of the change: the sum over scored tokens of the probability it
     gives them with the change minus without (expected occurrences), the change taken out at its site."""
-    taken = bench.logp(bench.pair.tuned, bench.streams_BTMD[:, :, TUNED] - bench.written(bench.difference_D))
+    taken = bench.logp(bench.pair.tuned, bench.streams_BTMD[:, :, TUNED] - bench.written_BTD)
     gained_V = (bench.tuned_logp.exp() - taken.exp()).sum(0)
     return _named(tokenizer, gained_V, count)
 

@@ -349,7 +349,7 @@ def scan_charts(scan: Sequence[SiteScan]) -> list[tuple[str, "Markup"]]:
 
 
 def depth_chart(change: ChangeRecord) -> "Markup":
-    """Layer by layer, the share of the squared difference that lies along the change."""
+    """Layer by layer, the share of the difference's variance that the change's strength predicts."""
     layers = sorted(change.depth, key=_natural)
     at = [(float(i), layer) for i, layer in enumerate(layers)]
     marks = [(i, f"read at {layer}") for i, layer in at if {layer, f"resid.{layer}"} & set(change.sites)]
@@ -358,7 +358,7 @@ def depth_chart(change: ChangeRecord) -> "Markup":
         [line],
         label=f"Depth profile of change {change.rank}",
         x_label="layer",
-        y_label="share of squared difference",
+        y_label="share of the difference",
         x_ticks=at,
         marks=marks,
     )

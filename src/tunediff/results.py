@@ -74,7 +74,8 @@ class ChangeRecord:
     score       the ranking statistic with interval and null
     measures    the battery: necessity, sufficiency, specificity, latent scaling ... each with its control
     promoted, suppressed   tokens that the change makes more and less likely; ``read_by`` says how they were read
-    depth       layer -> share of the squared difference at that layer, on firing tokens, that lies along the change
+    depth       site -> share of the variance of the difference there (of the whole of it, for an offset) that the change's
+                strength predicts, along a direction estimated on other documents
     kinds       text kind -> share of its tokens on which the change is on
     """
 

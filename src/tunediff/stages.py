@@ -6,6 +6,7 @@ import dataclasses
 import time
 from dataclasses import dataclass
 from functools import cached_property
+from math import isfinite
 from pathlib import Path
 from typing import Any, Callable, Sequence
 
@@ -14,7 +15,7 @@ import torch
 from tunediff import __version__, bills, edits, variants
 from tunediff.artifacts import finish, is_finished, key_of, open_folder, plain, read_json, read_tensors, write_bytes, write_json, write_tensors
 from tunediff.attributions import Shift, output_shift
-from tunediff.axes import MODELS
+from tunediff.axes import BASE, MODELS, TUNED
 from tunediff.chance import Interval, bootstrap_ratio, quantile
 from tunediff.charts import visible
 from tunediff.changes import Change, load_changes, save_changes
@@ -25,6 +26,7 @@ from tunediff.examples import caused_tokens, contexts, kind_rates, lens_tokens
 from tunediff.finders.base import View
 from tunediff.fitting import Fitted
 from tunediff.harvests import Harvest, harvest
+from tunediff.latent_scaling import latent_scaling
 from tunediff.lenses import Lens, fit_lens
 from tunediff.pairs import Pair
 from tunediff.plans import Plan, to_record
@@ -37,7 +39,7 @@ from tunediff.samples import Sample
 from tunediff.signals.base import read as read_signals
 from tunediff.scans import candidate_sites, choose, scan
 from tunediff.sites import Site
-from tunediff.trials.base import bench_of
+from tunediff.trials.base import Spread, bench_of
 
 Progress = Callable[[str, int, int], None]
 
@@ -309,13 +311,14 @@ class Run:
         if not is_finished(folder):
             folder.mkdir(parents=True, exist_ok=True)
             chosen = ranking.ranked[: plan.verify.changes]
-            spread = self._spread()
+            spread, scales = self._spread(), self._latent_scales()
             records = []
             for number, ranked in enumerate(ranking.ranked):
                 # A trial is kept as soon as it is over, so that a killed run loses one at most.
                 path = folder / f"trial-{number:03d}.json"
                 if not path.is_file():
-                    write_json(path, self._try(number, ranked, ranked in chosen, spread))
+                    record = self._try(number, ranked, ranked in chosen, spread)
+                    write_json(path, dataclasses.replace(record, measures=record.measures + scales.get(record.id, [])))
                 records.append(read_json(path))
                 self.progress("verify", min(number + 1, len(chosen)), len(chosen))
             write_json(folder / "verdicts.json", records)
@@ -324,19 +327,29 @@ class Run:
         self._done("verify", key, began, f"{min(plan.verify.changes, len(records))} changes on trial")
         return records
 
-    def _spread(self) -> dict[Site, torch.Tensor]:
-        """For each site a square root of the covariance of the difference on training tokens."""
+    def _latent_scales(self) -> dict[str, list[Measure]]:
+        """Latent Scaling on held-out text of those changes that are latents of a dictionary, by change."""
         out = {}
-        train = self.harvest.index("train")[:20_000]
-        x_NSMD = self.harvest.at(train)
-        for s, site in enumerate(self.harvest.sites):
-            delta = x_NSMD[:, s, 1] - x_NSMD[:, s, 0]
-            delta = delta - delta.mean(0)
-            values, vectors = torch.linalg.eigh(delta.T @ delta / len(delta))
-            out[site] = values.clamp_min(0).sqrt()[:, None] * vectors.T
+        for name, fitted in self.found[1].items():
+            of = {r.change.origin["latent"]: r.change.id for r in self.ranking.ranked
+                  if r.change.finder == name and "latent" in r.change.origin}
+            scales = latent_scaling(fitted, self.harvest, doc_N=self.harvest.documents("held_out"), latents=sorted(of),
+                                    seed=self.plan.seed)
+            for scale in scales:
+                nus = (("error", scale.nu_error), ("reconstruction", scale.nu_reconstruction))
+                out[of[scale.latent]] = [
+                    Measure(f"Latent Scaling, {part}", nu.value if isfinite(nu.value) else None, nu.low, nu.high,
+                            "need in base / in tuned", 1.0, f"a latent that base needs as much; verdict: {scale.kind}")
+                    for part, nu in nus
+                ]
         return out
 
-    def _try(self, number: int, ranked: Ranked, on_trial: bool, spread: dict[Site, torch.Tensor]) -> ChangeRecord:
+    def _spread(self) -> dict[Site, Spread]:
+        """For each site how the difference spreads on training tokens."""
+        x_NSMD = self.harvest.at(self.harvest.index("train")[:20_000])
+        return {site: Spread.of(x_NSMD[:, s, TUNED] - x_NSMD[:, s, BASE]) for s, site in enumerate(self.harvest.sites)}
+
+    def _try(self, number: int, ranked: Ranked, on_trial: bool, spread: dict[Site, Spread]) -> ChangeRecord:
         plan, change, tokenizer = self.plan, ranked.change, self.pair.tokenizer
         stands_out = ranked.p <= plan.rank.level
         measures = [

@@ -51,6 +51,21 @@ SCORED_A_RUN = 160
 """Scored tokens of one run; several interventions share a run up to this many."""
 
 
+@dataclass(frozen=True, eq=False)
+class Spread:
+    """Mean (D,) and a square root (D, D) of the covariance of the difference at one site, on training tokens."""
+
+    mean_D: Tensor
+    root_DD: Tensor
+
+    @classmethod
+    def of(cls, delta_ND: Tensor) -> "Spread":
+        """Those of a sample of the difference."""
+        mean_D = delta_ND.mean(0)
+        values, vectors = torch.linalg.eigh((delta_ND - mean_D).T @ (delta_ND - mean_D) / len(delta_ND))
+        return cls(mean_D, values.clamp_min(0).sqrt()[:, None] * vectors.T)
+
+
 @dataclass(eq=False)
 class Bench:
     """The rows on which one change is tried: both models' streams and next-token distributions, cached.
@@ -69,7 +84,7 @@ class Bench:
     documents_B: list[int]
     seed: int
     everything_BTD: Tensor
-    spread_DD: Tensor
+    spread: Spread
     draws: int
     limit: int
 
@@ -130,20 +145,43 @@ class Bench:
         """Random directions of the change's length, drawn from the covariance of the difference, at right angles to it.
 
         With the change's own strengths they have its energy at every token. Directions in which the models do not
-        differ would be too easy a control; the change's own direction would be no control.
+        differ would be too easy a control; the change's own direction would be no control. A dense change has to be the
+        best of all directions, so its controls keep what they have of it.
         """
         rng = generator(self.seed, "random directions", self.change.id)
         own = torch.nn.functional.normalize(self.difference_D, dim=0)
-        noise = torch.randn(self.draws, len(own), generator=rng) @ self.spread_DD
-        noise = noise - (noise @ own)[:, None] * own
+        noise = torch.randn(self.draws, len(own), generator=rng) @ self.spread.root_DD
+        if not self.is_dense:
+            noise = noise - (noise @ own)[:, None] * own
         # Where the whole difference is this one direction nothing is left of it: any direction then.
-        bare = noise.norm(dim=1) < 1e-6 * self.spread_DD.norm()
+        bare = noise.norm(dim=1) < 1e-6 * self.spread.root_DD.norm()
         noise[bare] = torch.randn(int(bare.sum()), len(own), generator=rng)
         return torch.nn.functional.normalize(noise, dim=1) * self.difference_D.norm()
 
-    def written(self, direction_D: Tensor) -> Tensor:
-        """What the change's strengths write along a direction, (B, T, D)."""
-        return self.strength_BT[..., None] * direction_D
+    @property
+    def is_dense(self) -> bool:
+        """Whether the change reads the models everywhere, so that its strength is a coordinate and not an occurrence."""
+        return self.change.threshold == float("-inf") and bool(self.change.rows_SMD.any())
+
+    @property
+    def written_BTD(self) -> Tensor:
+        """What the change adds to tuned."""
+        return self.strength_BT[..., None] * self.difference_D
+
+    def controls(self, draws: int | None = None) -> Iterator[Tensor]:
+        """What each control adds (B, T, D), along a random direction.
+
+        Of a change that is on at some tokens: the change's strengths. A change that reads the difference itself along its
+        direction, on everywhere, takes some of the difference away whatever the direction, so its controls read the
+        difference along theirs, brought to its energy.
+        """
+        centered_BTD = self.streams_BTMD[:, :, TUNED] - self.streams_BTMD[:, :, BASE] - self.spread.mean_D
+        for direction_D in self.random_directions_RD[:draws]:
+            strength_BT = self.strength_BT
+            if self.is_dense:
+                own_BT = (centered_BTD @ direction_D) * (strength_BT != 0)
+                strength_BT = own_BT * (strength_BT.norm() / own_BT.norm().clamp_min(1e-30))
+            yield strength_BT[..., None] * direction_D
 
 
 @dataclass(frozen=True)
@@ -164,7 +202,7 @@ class Trial(ABC):
         """Intervene, measure, hold against the controls."""
 
 
-def bench_of(pair: Pair, change: Change, others: list[Change], sample: Sample, spread_DD: Tensor,
+def bench_of(pair: Pair, change: Change, others: list[Change], sample: Sample, spread: Spread,
              settings: VerifySettings, seed: int) -> Bench | None:
     """The bench of one change on a held-out sample, at its last site; None where it is on nowhere."""
     site = change.sites[-1]
@@ -199,5 +237,5 @@ def bench_of(pair: Pair, change: Change, others: list[Change], sample: Sample, s
         counts[b, : len(here)] = sample.scored_N[here]
         everything[b, : len(here)] = everything_N[here]
     return Bench(pair, site, change, batch, streams, strength, counts,
-                 [sample.tokens.document_R[row] for row in batch.rows_B.tolist()], seed, everything, spread_DD,
+                 [sample.tokens.document_R[row] for row in batch.rows_B.tolist()], seed, everything, spread,
                  settings.draws, settings.scored)

@@ -31,25 +31,25 @@ class Patch(Trial):
         if gap.mean <= 0:
             return Outcome([], None, "the models do not differ where this change is on")
 
-        def necessity(directions: Iterable[Tensor]) -> list[Divergence]:
-            logps = bench.logps(pair.tuned, (tuned_BTD - bench.written(d) for d in directions))
+        def necessity(written: Iterable[Tensor]) -> list[Divergence]:
+            logps = bench.logps(pair.tuned, (tuned_BTD - added_BTD for added_BTD in written))
             return [bench.divergence(logp, bench.base_logp) for logp in logps]
 
-        def sufficiency(directions: Iterable[Tensor], model=pair.base) -> list[Divergence]:
-            logps = bench.logps(model, (base_BTD + bench.written(d) for d in directions))
+        def sufficiency(written: Iterable[Tensor], model=pair.base) -> list[Divergence]:
+            logps = bench.logps(model, (base_BTD + added_BTD for added_BTD in written))
             return [bench.divergence(bench.tuned_logp, logp) for logp in logps]
 
         measures, speaks = [], []
         for name, trial in (("necessity", necessity), ("sufficiency", sufficiency)):
-            own = recovered(trial([bench.difference_D])[0], gap, bench.seed)
-            null = [1 - after.mean / gap.mean for after in trial(bench.random_directions_RD)]
+            own = recovered(trial([bench.written_BTD])[0], gap, bench.seed)
+            null = [1 - after.mean / gap.mean for after in trial(bench.controls())]
             p = p_value(own.value, null)
             measures.append(Measure(
                 name, own.value, own.low, own.high, "share of KL", quantile(null, 0.95),
                 f"95th percentile of {len(null)} random directions of equal energy", p,
             ))
             speaks.append((own, p))
-        above = recovered(sufficiency([bench.difference_D], pair.tuned)[0], gap, bench.seed)
+        above = recovered(sufficiency([bench.written_BTD], pair.tuned)[0], gap, bench.seed)
         whole = tuned_BTD - base_BTD
         ceiling = recovered(bench.divergence(bench.tuned_logp, bench.logp(pair.base, base_BTD + whole)), gap, bench.seed)
         missed = recovered(

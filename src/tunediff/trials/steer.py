@@ -27,8 +27,8 @@ class Steer(Trial):
 
         curve = []
         for dose in settings.doses:
-            directions = [bench.difference_D, *bench.random_directions_RD[:CONTROLS]]
-            logps = bench.logps(bench.pair.base, (base_BTD + dose * bench.written(d) for d in directions))
+            written = [bench.written_BTD, *bench.controls(CONTROLS)]
+            logps = bench.logps(bench.pair.base, (base_BTD + dose * added_BTD for added_BTD in written))
             own, *controls = [1 - float(kl_divergence(bench.tuned_logp, logp).mean()) / gap for logp in logps]
             controls = torch.tensor(controls)
             low, high = controls.quantile(torch.tensor([0.05, 0.95])).tolist()
