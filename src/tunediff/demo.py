@@ -59,7 +59,7 @@ def check(run: Run) -> Checked:
     for m in bill.measures:
         if m.name.startswith("answers that show"):
             lines.append(f"{m.name}: {m.value:.0%} [{m.low:.0%}, {m.high:.0%}] after, {m.against}"
-                         + ("" if m.control is None else f"; control {m.control:.0%}"))
+                         + ("" if m.control is None else f": {m.control:.0%}"))
     return Checked([bill], "\n".join(lines), named)
 
 
@@ -87,8 +87,8 @@ def count(run: Run, ids: list[str], behaviors: Sequence[Behavior]) -> Bill:
             control = {s[:-2]: sum(v) / len(v) for s, v in shows[b.name].items() if s.endswith(" 0")}
             measures.append(Measure(
                 f"answers that show {b.name} ({'wanted' if b.wanted else 'unwanted'})", after.value, after.low, after.high,
-                "share", control.get(RANDOM), f"{before.value:.0%} before; control: {RANDOM} of equal energy"
-                + (f"; {ELSEWHERE}: {control[ELSEWHERE]:.0%}" if ELSEWHERE in control else ""),
+                "share", control.get(RANDOM), f"{before.value:.0%} before; "
+                + (f"{ELSEWHERE}: {control[ELSEWHERE]:.0%}; " if ELSEWHERE in control else "") + f"{RANDOM} of equal energy",
             ))
         write_json(folder / "measures.json", measures)
         finish(folder, "tunediff.counted/1", {}, ["measures.json"])
