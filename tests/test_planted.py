@@ -86,6 +86,30 @@ def test_common_quick():
     assert m["false_by_norm"] <= 0.6
 
 
+def test_differences_quick():
+    """A Diff-SAE finds what was added and, as the opposite direction, what was removed; which it is, it cannot say."""
+    m = means("common", "diff_sae", 2, steps=600, k=0.64)
+    assert m["learned.tuned"] == m["by_scaling.tuned"] == m["learned.base"] == 4
+    assert m["learned.shared"] == m["by_norm.base"] == m["by_scaling.base"] == 0
+    assert m["ev_delta"] > 0.95 and m["false_by_scaling"] <= 0.5
+
+
+def test_tuned_alone_quick():
+    """An SAE on tuned and Latent Scaling tell what only tuned has from what both have; removed features stay unseen."""
+    m = means("common", "tuned_sae", 2, steps=600, k=1.6)
+    assert m["by_scaling.tuned"] == m["by_norm.tuned"] == 4 and m["by_scaling.shared"] == m["by_norm.shared"] == 16
+    assert m["learned.base"] == 0 and m["false_by_scaling"] == m["false_by_norm"] == 0
+    assert 0.4 < m["ev_delta"] < 0.55  # half of the difference is what was removed
+
+
+def test_dedicated_quick():
+    """Latents that a null leaves over read as changes by construction; Latent Scaling says that they are none."""
+    m = means("null", "dfc", 2, steps=600, exclusive_share=1 / 8)
+    assert m["false_by_norm"] >= 1 and m["false_by_scaling"] == 0
+    m = means("common", "dfc", 2, steps=600, k=1.92, exclusive_share=1 / 8)
+    assert m["by_scaling.base"] >= 3.5 and m["by_scaling.tuned"] >= 3.5 and m["learned.shared"] >= 14
+
+
 @pytest.mark.parametrize("variant", ["hybrid", "batchtopk", "delta"])
 def test_null_quick(variant):
     """Two equal models with unequal noise: nothing is specific to either."""

@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Callable, Protocol
+from typing import Any, Callable, Iterable, Iterator, Protocol
 
 import torch
 from torch import Tensor
@@ -17,21 +17,36 @@ from tunediff import artifacts, dictionaries, gates, kernels, variants
 from tunediff.axes import BASE, TUNED, check
 from tunediff.chance import generator
 from tunediff.changes import Change
-from tunediff.dictionaries.base import MODELS, Dictionary, Spec, delta_of, require, select
+from tunediff.dictionaries.base import MODELS, Dictionary, Spec, Target, delta_of, require, select
 from tunediff.errors import ArtifactError, NumericsError, SettingError
+from tunediff.kernels.pairs import Pairs
 from tunediff.sites import Site
 
 SCHEMA = "tunediff.dictionary/1"
 TRAIN, HELD_OUT = "train", "held_out"
 CHUNK = 4096
 """Tokens at a time wherever a pass without gradients streams a source; speed only."""
+LIMIT = 1 << 20
+"""Training tokens, spread evenly, that moments are measured on where there are more."""
+BASE_TOKENS, BASE_STEPS = 1 << 18, 40
+"""Training tokens, spread evenly, and steps of conjugate gradients that `base_writes` takes at most."""
+RECONSTRUCTED: dict[Target, tuple[str, ...]] = {
+    "both": ("base", "tuned", "delta"),
+    "tuned": ("base", "tuned", "delta"),
+    "difference": ("delta",),
+}
+"""Of what a dictionary has an explained variance, by its target; see `Quality`."""
 
 Progress = Callable[[int, int, dict[str, float]], None]
 """Called with tokens done, tokens in all, and the newest row of the training curve."""
 
 
 class Source(Protocol):
-    """Where activations come from: a harvest on disk, or tensors in memory."""
+    """Where activations come from: a harvest on disk, or tensors in memory.
+
+    One that knows documents also has ``documents(split)``, the document number of each token; calibration then
+    keeps whole documents apart.
+    """
 
     @property
     def fingerprint(self) -> str:
@@ -100,13 +115,12 @@ class Normalization:
     delta_variance: float
 
     @classmethod
-    def measure(cls, source: Source, *, limit: int = 1 << 20) -> "Normalization":
+    def measure(cls, source: Source, *, limit: int = LIMIT) -> "Normalization":
         """Read it off the training tokens: all of them, or `limit` spread evenly; sums in float64.
 
         Raises `NumericsError` on non-finite activations or a site that never varies.
         """
-        count = source.count(TRAIN)
-        index_N = torch.arange(count) if count <= limit else torch.arange(limit) * count // limit
+        index_N = _spread(source.count(TRAIN), limit)
         sums = squares = deltas = 0
         pivot = None
         for at in index_N.split(CHUNK):
@@ -192,7 +206,13 @@ class FitSettings:
     latents are pushed about as if dead. Too long: dead ones are helped late."""
 
     calibration: int = 65_536
-    """Training tokens on which the inference threshold is set. Too few: the mean L0 at inference misses k."""
+    """Most tokens on which the inference threshold is set. Too few: the mean L0 at inference misses k."""
+
+    calibration_share: float = 0.1
+    """Share of the training documents (of the tokens, where documents are not known) that the dictionary is not
+    trained on, so that its threshold is set on text as new to it as any later one. 0 sets it on text trained on:
+    after many epochs codes are larger there, and L0 elsewhere misses k by as much as a factor of 2. Too large:
+    less to train on."""
 
     seed: int = 0
     """Seed of the initial vectors and of the order of tokens."""
@@ -217,6 +237,8 @@ class FitSettings:
             require(getattr(self, name) >= 1, f"{name} is out of range", "at least 1", getattr(self, name))
         for name in ("warmup", "decay", "anneal", "dead_window"):
             require(0 <= getattr(self, name) <= 1, f"{name} is out of range", "0 to 1", getattr(self, name))
+        share = self.calibration_share
+        require(0 <= share < 1, "calibration_share is out of range", "0 to below 1", share)
         require(self.anneal_from >= 1, "anneal_from is out of range", "at least 1", self.anneal_from)
         require(self.aux_weight >= 0, "aux_weight is out of range", "at least 0", self.aux_weight)
 
@@ -226,9 +248,11 @@ class Quality:
     """How good a dictionary is, on held-out tokens with inference thresholds unless said otherwise; sums in
     float64.
 
-    ev_base, ev_tuned   share of variance explained; 1 is perfect, 0 no better than the mean, below 0 worse
+    ev_base, ev_tuned   share of variance explained; 1 is perfect, 0 no better than the mean, below 0 worse; nan if
+                        the dictionary reconstructs the difference alone. One that reads tuned alone explains base
+                        by `base_writes`
     ev_delta            the same for tuned - base; low means that the dictionary missed the change
-    l0_training         mean latents on a token under the training gates (calibration tokens)
+    l0_training         mean latents on a token under the training gates, on the calibration tokens
     l0_inference        mean latents on a token at inference
     l0_gap              l0_inference / l0_training - 1; beyond 0.05 either way comparisons are not valid
     dead_share          latents that were dead by the training window at the last step
@@ -302,14 +326,15 @@ class Fitted:
     @property
     def offset_SMD(self) -> Tensor:
         """What the reconstruction holds when no latent is on, raw units: center + decoder bias * scale."""
-        return self.normalization.undo(self.dictionary.decoder_bias_SMD.detach()[None])[0]
+        return self.normalization.undo(self.dictionary.bias_SMD().detach()[None])[0]
 
     @torch.no_grad()
     def change(self, latent: int, *, id: str, finder: str) -> Change:
         """Latent `latent` as a `Change` in raw units: its strength is the code, its write the decoder times
         scale."""
         scale = self.normalization.scale_S[:, None, None]
-        rows_SMD = self.dictionary.encoder_FSMD[latent].detach() / (MODELS * scale)
+        own = slice(latent, latent + 1)
+        rows_SMD = self.dictionary.read_FSMD(own)[0] / scale
         bias = float(self.dictionary.encoder_bias_F[latent]) - float(
             (rows_SMD.double() * self.normalization.center_SMD.double()).sum()
         )
@@ -319,14 +344,14 @@ class Fitted:
             id=id,
             sites=self.sites,
             rows_SMD=rows_SMD.clone(),
-            write_SMD=self.dictionary.decoder_FSMD[latent].detach() * scale,
+            write_SMD=self.dictionary.write_FSMD(own)[0] * scale,
             bias=bias,
             threshold=float(self.threshold_F[latent]),
             finder=finder,
             origin={
                 "latent": latent,
                 "dictionary": self.dictionary.spec.variant,
-                "group": group.name,
+                "group": group.form_of(latent),
                 "share": share,
                 "held_out_firings": int(self.firings_F[latent]),
                 "held_out_tokens": self.quality.held_out_tokens,
@@ -435,7 +460,8 @@ def fit(
     folder: Path | None = None,
     progress: Progress | None = None,
 ) -> Fitted:
-    """Train the dictionary that `spec` names on `source`, calibrate it, and measure it on held-out tokens.
+    """Train the dictionary that `spec` names on `source`, calibrate it on what `apart` kept from training, and
+    measure it on held-out tokens.
 
     With `folder` the result is kept there: a finished one made of the same spec, settings and source is
     opened and not trained again, a killed run resumes from its last checkpoint and ends with the same bytes,
@@ -481,7 +507,8 @@ def _fit(
     sites, width = norm.center_SMD.shape[0], norm.center_SMD.shape[2]
     dictionary = build(spec, sites=sites, width=width, seed=settings.seed)
     dictionary.delta_variance.fill_(norm.delta_variance)
-    plan = Plan.of(spec, settings, source.count(TRAIN))
+    train_N, calibration_N = apart(source, settings)
+    plan = Plan.of(spec, settings, len(train_N))
     state = State.new(dictionary, plan)
     checkpoint = None if folder is None else folder / f"checkpoint-{key}.safetensors"
     if folder is not None and checkpoint is not None:
@@ -495,7 +522,8 @@ def _fit(
         epoch, at = divmod(state.step, plan.batches)
         if epoch not in order:
             order = {epoch: torch.randperm(plan.count, generator=generator(settings.seed, "shuffle", epoch))}
-        x_NSMD = norm.apply(source.read(TRAIN, order[epoch][at * plan.batch : (at + 1) * plan.batch]))
+        index_N = train_N[order[epoch][at * plan.batch : (at + 1) * plan.batch]]
+        x_NSMD = norm.apply(source.read(TRAIN, index_N))
         row = step(state, x_NSMD, settings, plan)
         if row is not None:
             state.curve.append(row)
@@ -503,11 +531,35 @@ def _fit(
                 progress(state.step * plan.batch, plan.steps * plan.batch, row)
         if checkpoint is not None and state.step % settings.checkpoint_every == 0 and state.step < plan.steps:
             artifacts.write_tensors(checkpoint, state.tensors())
-    fitted = _finish(state, source, norm, settings, plan)
+    fitted = _finish(state, source, norm, settings, plan, calibration_N)
     if folder is not None and checkpoint is not None:
         fitted.save(folder, {"key": key, "settings": settings, "steps": plan.steps, "batch": plan.batch})
         checkpoint.unlink(missing_ok=True)
     return fitted
+
+
+def apart(source: Source, settings: FitSettings) -> tuple[Tensor, Tensor]:
+    """Places in the training split (N,), ascending: the tokens to train on, and those kept for calibration.
+
+    Whole documents drawn by the seed, since tokens of one document tell of each other; single tokens where the
+    source does not know documents or has only one. With nothing to keep apart both are all tokens.
+    """
+    count = source.count(TRAIN)
+    unit_N = torch.arange(count)
+    if hasattr(source, "documents"):
+        document_N = torch.unique(source.documents(TRAIN), return_inverse=True)[1]
+        unit_N = document_N if len(document_N) and int(document_N.max()) else unit_N
+    units = int(unit_N.max()) + 1 if count else 0
+    kept = min(math.ceil(units * settings.calibration_share), units - 1)
+    if kept <= 0:
+        return torch.arange(count), torch.arange(count)
+    kept_U = torch.zeros(units, dtype=torch.bool)
+    kept_U[torch.randperm(units, generator=generator(settings.seed, "calibration"))[:kept]] = True
+    return (~kept_U[unit_N]).nonzero()[:, 0], kept_U[unit_N].nonzero()[:, 0]
+
+
+def _spread(count: int, limit: int) -> Tensor:
+    return torch.arange(count) if count <= limit else torch.arange(limit) * count // limit
 
 
 @dataclass(frozen=True)
@@ -603,6 +655,7 @@ def step(state: State, x_NSMD: Tensor, settings: FitSettings, plan: Plan) -> dic
     loss = torch.stack(list(parts.values())).sum()
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
+    dictionary.hold()
     torch.nn.utils.clip_grad_norm_(dictionary.parameters(), settings.clip)
     rate = plan.rate_at(state.step, settings)
     for group in optimizer.param_groups:
@@ -616,16 +669,16 @@ def step(state: State, x_NSMD: Tensor, settings: FitSettings, plan: Plan) -> dic
     with torch.no_grad():
         error, spread = (
             run.error_NSMD.square().sum((0, 1, 3)),
-            (x_NSMD - x_NSMD.mean(0)).square().sum((0, 1, 3)),
+            (run.x_NSMD - run.x_NSMD.mean(0)).square().sum((0, 1, 3)),
         )
-        ev_M = 1 - error / spread
+        names = {"both": ("base", "tuned"), "tuned": ("tuned",), "difference": ("delta",)}
+        ev = dict(zip(names[dictionary.spec.target], (1 - error / spread).tolist()))
         row = {
             "step": float(state.step),
             "rate": rate,
             "loss": float(loss),
             **{f"loss.{k}": float(v) for k, v in parts.items()},
-            "ev_base": float(ev_M[BASE]),
-            "ev_tuned": float(ev_M[TUNED]),
+            **{f"ev_{name}": value for name, value in ev.items()},
             "l0": float(run.code.count()) / x_NSMD.shape[0],
             "dead": float((state.silent_F >= plan.dead_tokens).sum()),
         }
@@ -635,14 +688,67 @@ def step(state: State, x_NSMD: Tensor, settings: FitSettings, plan: Plan) -> dic
 
 
 @torch.no_grad()
-def _finish(state: State, source: Source, norm: Normalization, settings: FitSettings, plan: Plan) -> Fitted:
+def base_writes(
+    dictionary: Dictionary, source: Source, norm: Normalization, threshold_F: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What base has of a dictionary that reads tuned alone: a factor beta (F,) on each vector, and an offset (S, D).
+
+    The least-squares fit of x_base by sum_j beta_j f_j d_j + offset over the training tokens, by conjugate
+    gradients from beta = 1; a latent that never varies stays there, which claims no difference. At the
+    optimum beta_j is Latent Scaling's factor on base's error (2504.02922), for all latents at once: fitted one by
+    one, latents that change together would each claim their common change.
+    """
+    write_FI, bias_I = dictionary.decoder_FSMD.flatten(1), dictionary.decoder_bias_SMD.flatten()
+    chunks = _spread(source.count(TRAIN), BASE_TOKENS).split(CHUNK)
+    n = sum(len(at) for at in chunks)
+    codes = []
+    for at in chunks:
+        pre_NF = dictionary.pre(norm.apply(source.read(TRAIN, at)))
+        kept_P = (pre_NF > threshold_F).view(-1).nonzero()[:, 0]
+        codes.append((Pairs.of(kept_P, *pre_NF.shape), pre_NF.view(-1)[kept_P]))
+    f_F = sum(pairs.sum_latents(f.double()) for pairs, f in codes) / n
+    square_F = sum(pairs.sum_latents(f.double().square()) for pairs, f in codes) / n
+    spread_F = (square_F - f_F.square()) * write_FI.double().square().sum(1)
+
+    def along(parts: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+        """Covariance (F,) of f_j and d_j * y over all tokens, and the mean of y (I,), from y_NI of each chunk."""
+        product_F, total_I = torch.zeros_like(f_F), 0.0
+        for (pairs, f), y_NI in zip(codes, parts):
+            product_F += pairs.sum_latents((f * pairs.dot(y_NI, write_FI)).double())
+            total_I = total_I + y_NI.double().sum(0)
+        return product_F / n - f_F * (write_FI.double() @ (total_I / n)), total_I / n
+
+    def written(scale_F: Tensor) -> Iterator[Tensor]:
+        return (pairs.gather_tokens(f * scale_F.float()[pairs.latent_P], write_FI) for pairs, f in codes)
+
+    every = written(torch.ones_like(f_F))
+    x_base = (norm.apply(source.read(TRAIN, at))[:, :, BASE].flatten(1) for at in chunks)
+    residual_F, left_I = along(x - xhat - bias_I for x, xhat in zip(x_base, every))
+    inverse_F = torch.where(spread_F > 1e-12, 1 / spread_F, 0.0)
+    change_F, step_F = torch.zeros_like(f_F), residual_F * inverse_F
+    size = first = float(residual_F @ step_F)
+    for _ in range(BASE_STEPS):
+        if size <= 1e-6 * first:
+            break
+        product_F, _ = along(written(step_F))
+        rate = size / float(step_F @ product_F)
+        change_F, residual_F = change_F + rate * step_F, residual_F - rate * product_F
+        before, size = size, float(residual_F @ (residual_F * inverse_F))
+        step_F = residual_F * inverse_F + size / before * step_F
+    offset_I = bias_I + left_I - (change_F * f_F) @ write_FI.double()
+    return (1 + change_F).float(), offset_I.float().view(dictionary.sites, dictionary.width)
+
+
+@torch.no_grad()
+def _finish(
+    state: State, source: Source, norm: Normalization, settings: FitSettings, plan: Plan, calibration_N: Tensor
+) -> Fitted:
     """Calibrate the thresholds, then measure on held-out tokens."""
     dictionary = state.dictionary
     dictionary.requires_grad_(False)
-    count = min(plan.count, settings.calibration)
-    index_N = (
-        torch.randperm(plan.count, generator=generator(settings.seed, "calibration"))[:count].sort().values
-    )
+    count = min(len(calibration_N), settings.calibration)
+    some = torch.randperm(len(calibration_N), generator=generator(settings.seed, "calibration tokens"))[:count]
+    index_N = calibration_N[some.sort().values]
     groups, weight_F = dictionary.groups(), dictionary.weights_F()
     pools: dict[str, list[Tensor]] = {group.name: [] for group in groups}
     on = 0
@@ -664,10 +770,14 @@ def _finish(state: State, source: Source, norm: Normalization, settings: FitSett
         for group in groups
     }
     threshold_F = thresholds_of(dictionary, thresholds)
+    if dictionary.spec.target == "tuned":
+        beta_F, offset_SD = base_writes(dictionary, source, norm, threshold_F)
+        dictionary.base_scale_F.copy_(beta_F)
+        dictionary.base_bias_SD.copy_(offset_SD)
     held_out = source.count(HELD_OUT)
     firings_F = torch.zeros(dictionary.spec.latents, dtype=torch.long)
-    F = ("base", "tuned", "delta")
-    errors, sums, squares = ({name: 0.0 for name in F} for _ in range(3))
+    named = RECONSTRUCTED[dictionary.spec.target]
+    errors, sums, squares = ({name: 0.0 for name in named} for _ in range(3))
     for at in torch.arange(held_out).split(CHUNK):
         x = norm.apply(source.read(HELD_OUT, at))
         f_NF = gates.threshold_gate(dictionary.pre(x), threshold_F)
@@ -678,12 +788,14 @@ def _finish(state: State, source: Source, norm: Normalization, settings: FitSett
             ("tuned", error[:, :, TUNED], x[:, :, TUNED]),
             ("delta", delta_of(error), delta_of(x.double())),
         ):
+            if name not in named:
+                continue
             y = y.double()
             errors[name] += float(e.square().sum())
             sums[name] = sums[name] + y.sum(0)
             squares[name] += float(y.square().sum())
-    ev = {}
-    for name in F:
+    ev = dict.fromkeys(("base", "tuned", "delta"), float("nan"))
+    for name in named:
         spread = squares[name] - float((sums[name] ** 2).sum()) / held_out if held_out else 0.0
         ev[name] = 1 - errors[name] / spread if spread > 0 else float("nan")
     l0_training = on / count

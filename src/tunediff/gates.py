@@ -75,7 +75,7 @@ def auxk(
 
     Only rows of dead latents enter, so live ones get no gradient and the cost follows the number of dead
     ones. The target (the error) is detached and the decoder bias stays out. In units of the error's variance
-    over the batch; a non-finite value counts as 0. Selected on f*w, as everywhere in a crosscoder.
+    over the batch; 0 where nothing is left over, and a non-finite value counts as 0. Selected on f*w, as everywhere in a crosscoder.
     """
     dead = dead_F.nonzero().squeeze(1)
     k = min(k, dead.numel())
@@ -86,6 +86,7 @@ def auxk(
     f = torch.zeros_like(f).scatter(1, top, f.gather(1, top))
     target = error_NI.detach()
     variance = (target - target.mean(0)).square().mean()
+    variance = torch.where(variance > 0, variance, torch.inf)  # before dividing: a 0/0 would reach the gradient
     return torch.nan_to_num(
         (target - f @ decoder_FI[dead]).square().mean() / variance, nan=0.0, posinf=0.0, neginf=0.0
     )

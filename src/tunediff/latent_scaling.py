@@ -45,14 +45,16 @@ class LatentScale:
     (near 1: other latents write it into base, latent decoupling). ``mirror_*`` swap the models, with d =
     d_base. Intervals are percentile bootstraps over documents; a factor that is not positive in the model it
     is about makes the ratio infinite. A specific latent is specific to *these* activations; it does not
-    follow that it causes anything.
+    follow that it causes anything. A dictionary of tuned alone writes into base what its factor there says; one
+    of the difference writes nothing into base, so its error is all of base, and only the difference is taken
+    out of tuned's.
 
     latent, firings   its number, and on how many tokens it fires
     share             |d_tuned| / (|d_base| + |d_tuned|)
     beta_error, beta_reconstruction   (base, tuned), along d_tuned
-    kind              the verdict. Specific: both upper ends below their limits and the model's own share of
-                      norms at least .25; if both models pass, the one with the larger norm. "too rare" below
-                      100 firings
+    kind              the verdict. Specific: both upper ends below their limits, neither ratio below minus its
+                      limit, and the model's own share of norms at least .25; if both models pass, the one with
+                      the larger norm. "too rare" below 100 firings
     """
 
     latent: int
@@ -101,8 +103,8 @@ def latent_scaling(
     column_F = torch.zeros(F, dtype=torch.long)
     column_F[at_J] = torch.arange(len(at_J))
     J = len(at_J)
-    write_MFI = dictionary.decoder_FSMD.transpose(1, 2).transpose(0, 1).flatten(2).contiguous()
-    bias_MI = dictionary.decoder_bias_SMD.transpose(0, 1).flatten(1)
+    write_MFI = dictionary.write_FSMD().transpose(1, 2).transpose(0, 1).flatten(2).contiguous()
+    bias_MI = dictionary.bias_SMD().transpose(0, 1).flatten(1)
     gram_RMF = torch.einsum("rfi,mfi->rmf", write_MFI, write_MFI)
     # sums over a block's tokens of f * (d_r . Y^m), and of f^2; r says whose vector is the direction
     error, reconstruction = (torch.zeros(2, 2, G * J, dtype=torch.float64) for _ in range(2))
@@ -130,9 +132,8 @@ def latent_scaling(
                     error[r, m].index_add_(0, slot, (f * on_error).double())
                     reconstruction[r, m].index_add_(0, slot, (f * on_xhat).double())
     error, reconstruction = error.view(2, 2, G, J).numpy(), reconstruction.view(2, 2, G, J).numpy()
-    scale_RJ = np.maximum(gram_RMF.double()[[0, 1], [0, 1]][:, at_J].numpy(), 1e-300) * np.maximum(
-        square.view(G, J).sum(0).numpy(), 1e-300
-    )
+    scale_RJ = gram_RMF.double()[[0, 1], [0, 1]][:, at_J] * square.view(G, J).sum(0)
+    scale_RJ = np.maximum(scale_RJ.numpy(), 1e-300)
     counts = _draws(G, draws, seed)
     enough, share_F = firings_J.numpy() >= min_firings, dictionary.share_F()
     nus = {
@@ -169,10 +170,17 @@ def _kind(nus: dict[str, Interval], share: float, enough: bool) -> Kind:
         (own, kind)
         for own, prefix, kind in ((share, "", "tuned-specific"), (1 - share, "mirror_", "base-specific"))
         if own >= MIN_SHARE
-        and nus[prefix + "nu_error"].high < ERROR_LIMIT
-        and nus[prefix + "nu_reconstruction"].high < RECONSTRUCTION_LIMIT
+        and _below(nus[prefix + "nu_error"], ERROR_LIMIT)
+        and _below(nus[prefix + "nu_reconstruction"], RECONSTRUCTION_LIMIT)
     ]
     return max(passed)[1] if passed else "not specific"
+
+
+def _below(nu: Interval, limit: float) -> bool:
+    """Whether all of the interval is, and the ratio is not as far below 0: then the other model holds the opposite
+    instead of nothing (ours, not the source's; latents of a difference that read a removed feature, or
+    noise, do that)."""
+    return nu.high < limit and nu.value > -limit
 
 
 def _blocks(document_N: Tensor, seed: int) -> Tensor:

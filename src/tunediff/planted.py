@@ -15,6 +15,7 @@ from typing import Callable, Literal
 import torch
 from torch import Tensor
 
+from tunediff.axes import BASE, TUNED
 from tunediff.chance import generator
 from tunediff.dictionaries.base import Spec
 from tunediff.errors import SettingError
@@ -260,10 +261,15 @@ _VERDICT = {"base": "base-specific", "tuned": "tuned-specific"}
 
 def score(planted: Planted, fitted: Fitted, scales: list[LatentScale] | None = None) -> Score:
     """Match latents to the planted features; `scales` defaults to Latent Scaling of every latent on held-out
-    tokens."""
+    tokens.
+
+    A dictionary of the difference is matched to what each feature adds to the difference, so it can learn no
+    shared one.
+    """
     scales = latent_scaling(fitted, planted.source) if scales is None else scales
     dictionary = fitted.dictionary
-    write_MFD = torch.nn.functional.normalize(dictionary.decoder_FSMD.detach()[:, 0].transpose(0, 1), dim=2)
+    write_MFD = torch.nn.functional.normalize(dictionary.write_FSMD().detach()[:, 0].transpose(0, 1), dim=2)
+    of_difference = dictionary.spec.target == "difference"
     share_F = dictionary.share_F()
     live_F = fitted.firings_F > 0
     kinds = [t.kind for t in planted.truth]
@@ -271,12 +277,16 @@ def score(planted: Planted, fitted: Fitted, scales: list[LatentScale] | None = N
     table = {name: dict.fromkeys(names, 0) for name in ("learned", "by_norm", "by_scaling")}
     matched_FK = torch.zeros(len(share_F), len(kinds), dtype=torch.bool)
     for i, truth in enumerate(planted.truth):
-        cosines = [
-            write_MFD[m] @ torch.nn.functional.normalize(v, dim=0)
-            for m, v in enumerate((truth.base_D, truth.tuned_D))
-            if float(v.norm()) > 0
-        ]
         either = truth.kind == "moved"
+        vectors = [(BASE, truth.base_D), (TUNED, truth.tuned_D)]
+        if of_difference:
+            moved = [(TUNED, -truth.base_D), (TUNED, truth.tuned_D)]
+            vectors = moved if either else [(TUNED, truth.tuned_D - truth.base_D)]
+        cosines = [
+            write_MFD[m] @ torch.nn.functional.normalize(v, dim=0) for m, v in vectors if float(v.norm()) > 0
+        ]
+        if not cosines:
+            continue
         cosine_F = torch.stack(cosines).amax(0) if either else torch.stack(cosines).amin(0)
         cosine_F = torch.where(live_F, cosine_F, torch.full_like(cosine_F, -1.0))
         matched_FK[:, i] = cosine_F > COSINE

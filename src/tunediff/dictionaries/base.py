@@ -6,7 +6,7 @@ import abc
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar, final
+from typing import ClassVar, Literal, final
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from tunediff.chance import generator
 from tunediff.errors import SettingError
 
 MODELS = 2
+
+Target = Literal["both", "tuned", "difference"]
+Form = Literal["base", "tuned", "shared"]
 
 
 def require(ok: bool, what: str, expected: str, got: object) -> None:
@@ -32,6 +35,10 @@ class Spec:
     variant: ClassVar[str]
     """The file name of the variant, or ``module:Class`` for one from elsewhere."""
 
+    target: ClassVar[Target] = "both"
+    """What is encoded and reconstructed: both models' streams, tuned's alone, or their difference tuned -
+    base."""
+
     latents: int = 1024
     """How many latents. Too few: rare changes get none. Too many: slow, more of them dead, features split."""
 
@@ -45,21 +52,37 @@ class Spec:
 
 
 @dataclass(frozen=True)
+class Held:
+    """Latents [start, stop) held to a form, exactly and from the start: "base" and "tuned" read and write that
+    model alone (zeros for the other), "shared" writes one vector to both."""
+
+    form: Form
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
 class Group:
     """Latents [start, stop) that share one gate: BatchTopK keeping `k` a token on average, or plain ReLU if
-    k is None."""
+    k is None. `held` names those among them that are not free."""
 
     name: str
     start: int
     stop: int
     k: float | None
+    held: tuple[Held, ...] = ()
+
+    def form_of(self, latent: int) -> str:
+        """The form that the latent is held to, or the group's name."""
+        return next((part.form for part in self.held if part.start <= latent < part.stop), self.name)
 
 
 @dataclass(frozen=True, eq=False)
 class Pass:
     """One training pass over normalized activations, which is all that an objective sees.
 
-    x_NSMD, xhat_NSMD   target and reconstruction (decoder bias included)
+    x_NSMD, xhat_NSMD   target and reconstruction (decoder bias included); M is 1 unless both models are the
+                        target
     code                the kept codes, see `tunediff.kernels.Code`
     progress            0 at the first step, 1 at the last
     """
@@ -80,7 +103,9 @@ class Dictionary(nn.Module, abc.ABC):
     site and model.
 
     Shapes: encoder_FSMD, decoder_FSMD (never normalized: their lengths are the read-out), encoder_bias_F,
-    decoder_bias_SMD. Input is normalized (`tunediff.fitting.Normalization`), M = 2 with base first.
+    decoder_bias_SMD. Input is normalized (`tunediff.fitting.Normalization`), M = 2 with base first. Where the
+    target is one stream, M is 1 in all four, and `read_FSMD`, `write_FSMD` and `bias_SMD` say what they are to
+    both models' streams: whoever comes after training reads those.
     Pre-activations are the mean over models (the sum over sites) of the rows' products; Minder et al. 2025
     (2504.02922) sum over models too. With decoder vectors of length 1 the mean makes the first code the
     projection itself, and a one-group Delta-Crosscoder is then the same arithmetic as BatchTopK. A variant
@@ -96,12 +121,17 @@ class Dictionary(nn.Module, abc.ABC):
         draw = torch.randn(F, sites, 1, width, generator=generator(seed, "dictionary"))
         draw = draw / draw.flatten(1).norm(dim=1)[:, None, None, None] * spec.init_norm
         # One draw copied to both models and to both ends: independent draws fake an asymmetry.
-        both = draw.expand(F, sites, MODELS, width)
+        M = MODELS if spec.target == "both" else 1
+        both = draw.expand(F, sites, M, width)
         self.encoder_FSMD = nn.Parameter(both.clone())
         self.decoder_FSMD = nn.Parameter(both.clone())
         self.encoder_bias_F = nn.Parameter(torch.zeros(F))
-        self.decoder_bias_SMD = nn.Parameter(torch.zeros(sites, MODELS, width))
+        self.decoder_bias_SMD = nn.Parameter(torch.zeros(sites, M, width))
         self.register_buffer("delta_variance", torch.ones(()))
+        if spec.target == "tuned":  # what base has of it, measured after training; until then all of it
+            self.register_buffer("base_scale_F", torch.ones(F))
+            self.register_buffer("base_bias_SD", torch.zeros(sites, width))
+        self.hold()
 
     # -- what a variant answers ------------------------------------------------------------------------------
 
@@ -117,14 +147,72 @@ class Dictionary(nn.Module, abc.ABC):
     # -- what all share --------------------------------------------------------------------------------------
 
     @final
+    @torch.no_grad()
+    def hold(self) -> None:
+        """Put parameters and gradients onto the forms that latents are held to.
+
+        Adam moves equal entries with equal gradients alike and zeros with zero gradients not at all, so held
+        once at the start and before every step, forms stay exact.
+        """
+        for part in (part for group in self.groups() for part in group.held):
+            for whole in (self.encoder_FSMD, self.decoder_FSMD):
+                for tensor in (whole, whole.grad):
+                    if tensor is None:
+                        continue
+                    rows = tensor[part.start : part.stop]
+                    if part.form != "shared":
+                        rows[:, :, BASE if part.form == "tuned" else TUNED] = 0
+                    elif whole is self.decoder_FSMD:
+                        rows.copy_(rows.mean(2, keepdim=True))
+
+    @final
+    def view(self, x_NSMD: Tensor) -> Tensor:
+        """The target (N, S, M, D) in normalized streams; a difference is brought to variance 1, as streams
+        are."""
+        if self.spec.target == "both":
+            return x_NSMD
+        return x_NSMD[:, :, TUNED:] if self.spec.target == "tuned" else delta_of(x_NSMD)[:, :, None] / self._unit
+
+    @final
+    def read_FSMD(self, latents: slice = slice(None)) -> Tensor:
+        """Rows of `latents` on both models' normalized streams, (F, S, 2, D): the pre-activation is rows * x,
+        summed, plus encoder bias."""
+        rows = self.encoder_FSMD[latents] / self.encoder_FSMD.shape[2] / self._unit
+        if self.spec.target == "both":
+            return rows
+        return torch.cat([torch.zeros_like(rows) if self.spec.target == "tuned" else -rows, rows], 2)
+
+    @final
+    def write_FSMD(self, latents: slice = slice(None)) -> Tensor:
+        """Vectors d_j^m of `latents` in both models' normalized streams, (F, S, 2, D).
+
+        A latent of a difference writes it all into tuned. One of tuned's stream writes `base_scale_F` times as
+        much into base.
+        """
+        write = self.decoder_FSMD[latents]
+        if self.spec.target == "both":
+            return write
+        scale_F = self.base_scale_F[latents] if self.spec.target == "tuned" else write.new_zeros(len(write))
+        return torch.cat([write * scale_F[:, None, None, None], write * self._unit], 2)
+
+    @final
+    def bias_SMD(self) -> Tensor:
+        """What both models' normalized streams are taken to hold when no latent is on, (S, 2, D)."""
+        bias = self.decoder_bias_SMD
+        if self.spec.target == "both":
+            return bias
+        base = self.base_bias_SD[:, None] if self.spec.target == "tuned" else torch.zeros_like(bias)
+        return torch.cat([base, bias * self._unit], 1)
+
+    @final
     def norms_MF(self) -> Tensor:
-        """|d_j^m| over sites and width, in normalized units."""
-        return self.decoder_FSMD.transpose(1, 2).flatten(2).norm(dim=2).T
+        """|d_j^m| over sites and width, in normalized units, of both models."""
+        return _norms_MF(self.write_FSMD())
 
     @final
     def weights_F(self) -> Tensor:
-        """w_j = |d_j^base| + |d_j^tuned|."""
-        return self.norms_MF().sum(0)
+        """w_j = |d_j^base| + |d_j^tuned|, or the length of the one decoder vector; what gates scale codes by."""
+        return _norms_MF(self.decoder_FSMD).sum(0)
 
     @final
     def share_F(self) -> Tensor:
@@ -135,12 +223,13 @@ class Dictionary(nn.Module, abc.ABC):
     @final
     def pre(self, x_NSMD: Tensor) -> Tensor:
         """Pre-activations (N, F) of normalized activations: one GEMM over all sites and models."""
-        return torch.addmm(self.encoder_bias_F, self._inputs(x_NSMD), self.encoder_FSMD.flatten(1).T)
+        x_NI = self._inputs(self.view(x_NSMD))
+        return torch.addmm(self.encoder_bias_F, x_NI, self.encoder_FSMD.flatten(1).T)
 
     @final
     def forward(self, x_NSMD: Tensor, *, progress: float = 1.0, k_factor: float = 1.0) -> Pass:
         """Encode, gate as in training (every group's k times `k_factor`), decode."""
-        check(x_NSMD, "NSMD", S=self.sites, M=MODELS, D=self.width)
+        x_NSMD = self.view(check(x_NSMD, "NSMD", S=self.sites, M=MODELS, D=self.width))
         groups = self.groups()
         gated = any(group.k is not None for group in groups)
         weight_F = self.weights_F().detach() if gated else None
@@ -161,8 +250,8 @@ class Dictionary(nn.Module, abc.ABC):
 
     @final
     def decode(self, f_NF: Tensor) -> Tensor:
-        """xhat_NSMD of dense codes, decoder bias included, normalized units."""
-        flat = f_NF @ self.decoder_FSMD.flatten(1) + self.decoder_bias_SMD.flatten()
+        """xhat_NSMD of dense codes, decoder bias included, normalized units, both models."""
+        flat = f_NF @ self.write_FSMD().flatten(1) + self.bias_SMD().flatten()
         return flat.view(-1, self.sites, MODELS, self.width)
 
     @final
@@ -185,7 +274,8 @@ class Dictionary(nn.Module, abc.ABC):
     @final
     @torch.no_grad()
     def mirrored(self) -> "Dictionary":
-        """The same dictionary with base and tuned swapped."""
+        """The same dictionary with base and tuned swapped; latents held to one model are then the other's."""
+        require(self.spec.target == "both", "this dictionary has no mirror", "both as target", self.spec.target)
         twin = type(self)(self.spec, sites=self.sites, width=self.width, seed=self.seed).to(self.encoder_FSMD)
         twin.load_state_dict(self.state_dict())
         for name in ("encoder_FSMD", "decoder_FSMD"):
@@ -195,8 +285,19 @@ class Dictionary(nn.Module, abc.ABC):
 
     @final
     def _inputs(self, x_NSMD: Tensor) -> Tensor:
-        """Sites and models side by side, halved so that the product is the models' mean."""
-        return x_NSMD.flatten(1) / MODELS
+        """Sites and models side by side, divided so that the product is the models' mean."""
+        return x_NSMD.flatten(1) / x_NSMD.shape[2]
+
+    @property
+    def _unit(self) -> Tensor | float:
+        """Root mean square of what `view` gives, before it is brought to 1."""
+        if self.spec.target != "difference":
+            return 1.0
+        return torch.where(self.delta_variance > 0, self.delta_variance, 1.0).sqrt()
+
+
+def _norms_MF(vectors_FSMD: Tensor) -> Tensor:
+    return vectors_FSMD.transpose(1, 2).flatten(2).norm(dim=2).T
 
 
 def select(pre_NF: Tensor, weight_F: Tensor, groups: tuple[Group, ...], k_factor: float = 1.0) -> Tensor:
@@ -215,8 +316,8 @@ def select(pre_NF: Tensor, weight_F: Tensor, groups: tuple[Group, ...], k_factor
 
 
 def mean_squared_error(run: Pass) -> Tensor:
-    """(MSE_base + MSE_tuned) / 2, the mean over tokens, sites and dimensions; 1 would be no better than the
-    mean."""
+    """(MSE_base + MSE_tuned) / 2, or the one target's; the mean over tokens, sites and dimensions; 1 would be no
+    better than the mean."""
     return run.error_NSMD.square().mean()
 
 

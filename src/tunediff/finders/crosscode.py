@@ -1,9 +1,10 @@
-"""Latents of a dictionary fitted to both models at once: the Delta-Crosscoder unless another is named."""
+"""Latents of a dictionary fitted to the pair: the Delta-Crosscoder unless another is named."""
 
 from __future__ import annotations
 
 import torch
 
+from tunediff.dictionaries.base import delta_of
 from tunediff.finders.base import Finder, Found, View
 from tunediff.fitting import fit
 
@@ -25,8 +26,7 @@ class Crosscode(Finder):
             code_NF = fitted.codes(x_NSMD)
             squares = squares + code_NF.double().pow(2).sum(0)
             firings = firings + (code_NF > 0).sum(0)
-        decoder_FSMD = fitted.dictionary.decoder_FSMD.detach()
-        difference_F = (decoder_FSMD[:, :, 1] - decoder_FSMD[:, :, 0]).double().pow(2).sum((1, 2))
+        difference_F = delta_of(fitted.dictionary.write_FSMD().detach()).double().pow(2).sum((1, 2))
         energy_F = squares * difference_F * (firings >= MIN_FIRINGS)
         order = torch.argsort(energy_F, descending=True, stable=True)[: view.candidates]
         changes = [
