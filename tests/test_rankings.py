@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import numpy as np
 import planted_pairs
 import pytest
 import torch
 
+from tunediff import rankings
+from tunediff.attributions import removed
 from tunediff.axes import BASE, TUNED
 from tunediff.errors import NumericsError
-from tunediff.attributions import attribute
-from tunediff import rankings
-from tunediff.rankings import max_t, streams_of
+from tunediff.finders.mean_difference import MeanDifference
+from tunediff.measures import kl_divergence
+from tunediff.models import Start
+from tunediff.rankings import cover, max_t, streams_of
 from tunediff.samples import Sample
 
 DRAWS, CHANGES, REPETITIONS = 19, 6, 200
@@ -152,13 +158,30 @@ def test_streams_of_tuned_are_the_samples_own(planted):
     torch.testing.assert_close(again, sample.streams_NSMD[:, :, TUNED], atol=1e-5, rtol=1e-4)
 
 
-def test_attribution_adds_up_to_the_divergence_that_the_site_makes(planted):
-    """Integrated along the path from base's stream to tuned's by its midpoint alone: near the whole."""
+def test_what_a_change_takes_away_is_what_every_row_says_for_itself(planted):
     sample = Sample.take(planted.harvest, planted.tokens, split="held_out", limit=300, seed=0)
-    gradient_ND, kl_N = attribute(planted.pair, planted_pairs.SITE, sample, 500)
-    delta_ND = sample.streams_NSMD[:, 0, TUNED] - sample.streams_NSMD[:, 0, BASE]
-    assert float((gradient_ND * delta_ND).sum()) == pytest.approx(float(kl_N.sum()), rel=0.3)
-    assert (kl_N >= -1e-6).all()
+    everywhere = MeanDifference().find(SimpleNamespace(harvest=planted.harvest)).changes[0]
+    never = replace(everywhere, id="never", threshold=float("inf"))
+    f_NK = torch.stack([sample.strength(everywhere), sample.strength(never)], 1)
+    kl_N, less_NK = removed(planted.pair, [everywhere, never], f_NK, sample, 500)
+    assert not less_NK[:, 1].any() and less_NK[:, 0].any()
+    for row in sample.rows[:5]:
+        mine = sample.row_N == row
+        ids = torch.tensor([planted.tokens.rows[row]])
+        tuned = sample.streams_NSMD[mine, 0, TUNED][None]
+        write = (f_NK[mine, 0, None] * everywhere.difference_SD[0])[None]
+        base, whole, without = (
+            model.logits(model.states(ids, start))[0].log_softmax(-1) for model, start in (
+                (planted.pair.base, None), (planted.pair.tuned, None),
+                (planted.pair.tuned, Start(planted_pairs.SITE, tuned - write))))
+        torch.testing.assert_close(kl_N[mine], kl_divergence(whole, base), atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(less_NK[mine, 0], kl_divergence(whole, base) - kl_divergence(without, base), atol=2e-4, rtol=1e-3)
+
+
+def test_changes_that_say_the_same_do_not_crowd_out_one_that_speaks_for_others():
+    nats_KD = torch.tensor([[5.0, 5, 0, 0], [4, 4, 0, 0], [4, 4, 0, 0], [0, 0, 1, 1], [-9, -9, -9, -9]]).double()
+    gap_D = torch.full((4,), 6.0).double()
+    assert cover(nats_KD, gap_D, range(5)) == [0, 1, 3, 2, 4] and cover(nats_KD, gap_D, [2, 3]) == [2, 3]
 
 
 def test_one_half_alone_shows_nothing_and_what_is_not_finite_is_refused():

@@ -1,35 +1,20 @@
-"""Attributions: how far the output moves at each token, where to, and how much of that each place in a stream makes."""
+"""Attributions: how far the output moves at each token, where to, and how much of that goes when a change is taken out."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Iterator
+from typing import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from tunediff.axes import BASE, TUNED
+from tunediff.changes import Change
 from tunediff.measures import kl_divergence, log_probabilities
 from tunediff.models import LanguageModel, Start
 from tunediff.pairs import Pair
 from tunediff.samples import Sample
 from tunediff.sites import Site
-
-
-def attribute(pair: Pair, site: Site, sample: Sample, batch_tokens: int) -> tuple[Tensor, Tensor]:
-    """Gradient (N, D) of the summed KL(tuned || base) by the stream at `site`, and the KL (N,) itself in nat.
-
-    Both over the sample's scored tokens; 0 at the others. Taken halfway between base's stream and tuned's, continued in
-    tuned's upper blocks: the midpoint rule for the path from one to the other (attribution patching, Syed et al. 2023,
-    2310.10348, takes an end of it).
-    """
-    gradient_ND = torch.zeros(len(sample.row_N), sample.streams_NSMD.shape[-1])
-    kl_N = torch.zeros(len(sample.row_N))
-    for where_N, ids_BT, at_BT, chosen_BT, stream_BTMD, base_logp_NV, _, part in _shifts(pair, site, sample, batch_tokens):
-        kl_N[where_N] = part
-        got = pair.tuned.gradient(site, stream_BTMD.mean(2), ids_BT, chosen_BT, base_logp_NV)
-        gradient_ND[at_BT[at_BT >= 0]] = got[at_BT >= 0]
-    return gradient_ND, kl_N
 
 
 SAID = 16
@@ -70,6 +55,33 @@ def output_shift(pair: Pair, site: Site, sample: Sample, batch_tokens: int) -> S
         shift.rise_NK[where_N, :kept] = rise.clamp_min(0)
         shift.said_NK[where_N, :kept] = said.int()
     return shift
+
+
+def removed(pair: Pair, changes: Sequence[Change], f_NK: Tensor, sample: Sample, batch_tokens: int) -> tuple[Tensor, Tensor]:
+    """KL(tuned || base) in nat at the sample's scored tokens, 0 at the others, (N,); and how much less it is, (N, K), with
+    each change alone taken out of tuned's stream at its last site.
+
+    f_NK   the changes' strengths on the sample; only rows in which a change is on are run for it
+    """
+    kl_N, less_NK = torch.zeros(len(sample.row_N)), torch.zeros(f_NK.shape)
+    for site in sorted({change.sites[-1] for change in changes}):
+        if site.kind != "resid":
+            continue  # runs start from streams only
+        mine = [k for k, change in enumerate(changes) if change.sites[-1] == site]
+        for _, ids_BT, at_BT, chosen_BT, stream_BTMD, base, _, kl in _shifts(pair, site, sample, batch_tokens):
+            kl_N[at_BT[chosen_BT]] = kl
+            f_BTK = f_NK[at_BT.clamp_min(0)] * (at_BT >= 0)[..., None]
+            row_of_kl = chosen_BT.nonzero()[:, 0]
+            for k in mine:
+                on_B = f_BTK[..., k].any(1) & chosen_BT.any(1)
+                if not on_B.any():
+                    continue
+                write_D = changes[k].difference_SD[-1].float()
+                start = Start(site, stream_BTMD[on_B][:, :, TUNED] - f_BTK[on_B][..., k, None] * write_D)
+                edited = log_probabilities(pair.tuned, ids_BT[on_B], chosen_BT[on_B], pair.vocabulary, start)
+                these = on_B[row_of_kl]
+                less_NK[at_BT[on_B][chosen_BT[on_B]], k] = kl[these] - kl_divergence(edited, base[these])
+    return kl_N, less_NK
 
 
 def _shifts(pair: Pair, site: Site, sample: Sample, batch_tokens: int) -> Iterator[tuple]:

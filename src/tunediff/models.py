@@ -257,23 +257,6 @@ class LanguageModel:
             self._tuples = seen[0]
         return self._tuples
 
-    def gradient(self, site: Site, stream_BTD: Tensor, ids_BT: Tensor, mask_BT: Tensor, base_logp_NV: Tensor) -> Tensor:
-        """Gradient (B, T, D) by the stream at `site` of sum KL(this || base) over masked positions.
-
-        base_logp_NV   base's log-probabilities at the masked positions, on the vocabulary that both share
-        """
-        taken: list[Tensor] = []
-        with torch.enable_grad(), self.switch():
-            leaf = stream_BTD.detach().clone().to(self.device).requires_grad_(True)
-            with ExitStack() as stack:
-                self._skip_to(stack, Start(site, leaf))
-                self._take_final(stack, taken)
-                self._forward(ids_BT)
-            raw = self.family.unembedding(self.network)(taken[0][mask_BT])
-            logp = self.family.scaled_logits(self.network, raw.float())[..., : base_logp_NV.shape[-1]].log_softmax(-1)
-            kl = (logp.exp() * (logp - base_logp_NV.clone())).sum()
-            return torch.autograd.grad(kl, leaf)[0]
-
     def logits(self, states_ND: Tensor) -> Tensor:
         """Logits (..., V) in float32 of final normed states (..., D)."""
         with self._running():

@@ -8,7 +8,7 @@ from typing import Callable, Sequence
 import torch
 from torch import Tensor
 
-from tunediff.attributions import attribute
+from tunediff.attributions import removed
 from tunediff.axes import BASE, TUNED
 from tunediff.chance import Interval, bootstrap_mean, bootstrap_ratio, seed_of
 from tunediff.changes import Change
@@ -28,8 +28,9 @@ class RankSettings:
     """Random tunes of the same norms. The smallest p-value is 1 / (nulls + 1): 19 allow a claim at 5 %, 99 at 1 %."""
     null_tokens: int = 1000
     """Held-out tokens each random tune is run on, at least; fewer make rare changes untestable."""
-    effect_tokens: int = 10_000
-    """Held-out tokens on which the effect on the output is attributed, at least."""
+    effect_tokens: int = 2000
+    """Training tokens on which each change is taken out for its effect on the output, at least: those in which the
+    candidates are on the most; more orders them better, at proportional cost."""
     level: float = 0.05
     """The false-positive rate at which changes count as standing out."""
     batch_tokens: int = 1200
@@ -51,8 +52,8 @@ class Ranked:
               for how many candidates there are; Westfall & Young 1993)
     depth     for each site of the scan, the share of the difference's variance there (of the offset, for a constant
               change) that goes along with the change, by the same halves: where in depth it lives
-    effect    nat of KL(tuned || base) a token that taking the change out would remove, to first order, with an
-              interval over documents; on held-out text
+    effect    nat of KL(tuned || base) a token that goes when the change is taken out of tuned, with an interval over
+              documents; on the training text in which the candidates are on the most
     firings   tokens, of the ones looked at, on which the change is on
     """
 
@@ -68,10 +69,9 @@ class Ranked:
 
 @dataclass(frozen=True, eq=False)
 class Ranking:
-    """Changes, those that stand out first and in the order of `cover`; and KL(tuned || base), nat, at each token."""
+    """Changes, those that stand out first and in the order of `cover`."""
 
     ranked: list[Ranked]
-    kl_N: Tensor
 
 
 def streams_of(model: LanguageModel, sample: Sample, runs: Sequence[tuple[Batch, Start | None]]) -> Tensor:
@@ -162,24 +162,22 @@ def max_t(energy_K: Tensor, null_RK: Tensor) -> tuple[Tensor, Tensor, list[float
 
 
 def rank(
-    pair: Pair, changes: Sequence[Change], sample: Sample, settings: RankSettings, seed: int,
+    pair: Pair, changes: Sequence[Change], sample: Sample, seen: Sample, settings: RankSettings, seed: int,
     progress: Callable[[int, int], None] | None = None, depths: Sequence[Site] = (),
 ) -> Ranking:
     """Hold every change against random tunes and order: those that stand out first, by effect on the output.
 
-    Changes of one call must share their sites (the sample's). `depths`: sites at which each change's profile is taken.
+    sample   held-out text: what stands out is claimed of it
+    seen     training text: effects, and with them the order, are found there, so that trials on held-out text are of changes
+             that were not chosen by it
+    depths   sites at which each change's profile is taken
     """
-    kl_N, gradients = _output(pair, sample, settings.batch_tokens)
     if not changes:
-        return Ranking([], kl_N)
+        return Ranking([])
     f_NK = torch.stack([sample.strength(c) for c in changes], 1)
-    # Both answers to one prompt go to the same half.
-    groups = [sample.tokens.documents[d].group or sample.tokens.documents[d].id for d in sample.document_N.tolist()]
-    number = {group: i for i, group in enumerate(sorted(set(groups)))}
-    half_N = torch.tensor([number[g] % 2 for g in groups]).bool()
+    half_N = _halves(sample)
     constant_K = torch.tensor([bool((c.rows_SMD == 0).all()) for c in changes])
 
-    # The nulls need fewer tokens than attribution, but they must be tokens on which the candidates are on.
     rows = telling_rows(sample, f_NK, half_N, settings.null_tokens)
     few = sample.only(rows)
     here = torch.isin(sample.row_N, torch.tensor(rows))
@@ -204,10 +202,16 @@ def rank(
         _share_along(few_f_NK, both_NSMD[keep, s : s + 1], half_N[here][keep], constant_K)
         for both_NSMD in ([_both(pair, few, depths, settings.batch_tokens)] if depths else []) for s in range(len(depths))
     ]
-    effects, nats_KD, gap_D = _effects(changes, sample, f_NK, gradients, kl_N, seed)
+    seen_f_NK = torch.stack([seen.strength(c) for c in changes], 1)
+    rows = telling_rows(seen, seen_f_NK, _halves(seen), settings.effect_tokens)
+    here = torch.isin(seen.row_N, torch.tensor(rows))
+    seen = seen.only(rows)
+    kl_N, less_NK = removed(pair, changes, seen_f_NK[here], seen, settings.batch_tokens)
+    tokens_D, gap_D, nats_KD = by_documents(seen, torch.ones(len(kl_N)), kl_N, less_NK)
     best = tuple(null_RK.max(1).values.tolist())
     ranked = [
-        Ranked(c, summed(energy_NK[:, k] * scale_K[k], document_N, seed), best, p[k], effects[k], int((f_NK[:, k] != 0).sum()),
+        Ranked(c, summed(energy_NK[:, k] * scale_K[k], document_N, seed), best, p[k],
+               bootstrap_ratio(nats_KD[k].numpy(), tokens_D.numpy(), seed=seed), int((f_NK[:, k] != 0).sum()),
                float((f_NK[:, k] != 0).float().mean()), {str(site): float(at_K[k]) for site, at_K in zip(depths, profile_SK)})
         for k, c in enumerate(changes)
     ]
@@ -215,7 +219,7 @@ def rank(
     standing = [k for k in range(len(changes)) if ranked[k].p <= claim]
     order = cover(nats_KD, gap_D, standing)
     order += sorted(set(range(len(changes))) - set(standing), key=lambda k: (-ranked[k].score.value, changes[k].id))
-    return Ranking([ranked[k] for k in order], kl_N)
+    return Ranking([ranked[k] for k in order])
 
 
 def _both(pair: Pair, sample: Sample, sites: Sequence[Site], batch_tokens: int) -> Tensor:
@@ -234,6 +238,13 @@ def _share_along(f_NK: Tensor, both_NSMD: Tensor, half_N: Tensor, constant_K: Te
     whole, offset = float(delta_NSD.square().sum()), float(delta_NSD.mean(0).square().sum()) * len(delta_NSD)
     total_K = torch.where(constant_K, whole, whole - offset).clamp_min(1e-30)
     return energy_along(f_NK, delta_NSD, half_N, constant_K).sum(0) / total_K
+
+
+def by_documents(sample: Sample, *values: Tensor) -> list[Tensor]:
+    """Sums of values (N,) or (N, K) over each document's tokens: (D,) or (K, D), float64."""
+    documents, number_N = sample.document_N.unique(return_inverse=True)
+    sums = (torch.zeros(len(documents), *v.shape[1:], dtype=torch.float64).index_add_(0, number_N, v.double()) for v in values)
+    return [total.T for total in sums]
 
 
 def summed(value_N: Tensor, document_N: Tensor, seed: int) -> Interval:
@@ -267,56 +278,24 @@ def telling_rows(sample: Sample, f_NK: Tensor, half_N: Tensor, limit: int) -> li
     return sorted(rows[list(chosen)].tolist())
 
 
-SPOKEN_FOR = 0.1
-"""Share of a document's KL(tuned || base) beyond which changes gain nothing by explaining more of it. First-order effects
-are a fraction of true ones where the output has moved far, so the whole gap would hardly ever be reached."""
-
-
 def cover(nats_KD: Tensor, gap_D: Tensor, among: Sequence[int]) -> list[int]:
     """Changes in the order in which they explain most of the output's shift that those before leave unexplained.
 
-    nats_KD   first-order effect of each change in each document; gap_D the whole KL(tuned || base) of each document.
-    A document counts up to `SPOKEN_FOR` of its gap, so ten changes that say the same of the same documents do not crowd
-    out one that speaks for others.
+    nats_KD   effect of each change in each document; gap_D the whole KL(tuned || base) of each document. A document counts
+              up to its gap, so changes that say the same of the same documents do not crowd out one that speaks for others.
     """
     left, order = list(among), []
-    gap_D = SPOKEN_FOR * gap_D
     covered_D = torch.zeros_like(gap_D)
     while left:
         gains = torch.stack([torch.minimum(gap_D, covered_D + nats_KD[k]) - covered_D for k in left]).sum(1)
-        best = int(gains.argmax())
-        k = left.pop(best)
+        k = left.pop(int(gains.argmax()))
         order.append(k)
         covered_D = torch.minimum(gap_D, covered_D + nats_KD[k]).clamp_min(0)
     return order
 
 
-def _output(pair: Pair, sample: Sample, batch_tokens: int) -> tuple[Tensor, dict[Site, Tensor]]:
-    """KL (N,) and its gradient (N, D) at each resid site."""
-    kl_N, gradients = torch.zeros(len(sample.row_N)), {}
-    for site in sample.sites:
-        if site.kind == "resid":
-            gradients[site], kl_N = attribute(pair, site, sample, batch_tokens)
-    return kl_N, gradients
-
-
-def _effects(
-    changes: Sequence[Change], sample: Sample, f_NK: Tensor, gradients: dict[Site, Tensor], kl_N: Tensor, seed: int
-) -> tuple[list[Interval], Tensor, Tensor]:
-    """First-order effects on the output: nat a token with intervals over documents, nat by change and document (K, D),
-    and each document's whole KL (D,)."""
-    documents, document_N = sample.document_N.unique(return_inverse=True)
-    tokens_D = torch.bincount(document_N, minlength=len(documents)).double()
-
-    def summed(value_N: Tensor) -> Tensor:
-        return torch.zeros(len(documents), dtype=torch.float64).index_add_(0, document_N, value_N.double())
-
-    nats = []
-    for k, change in enumerate(changes):
-        along_N = torch.zeros(len(f_NK))
-        for s, site in enumerate(change.sites):
-            if site in gradients:
-                along_N += gradients[site] @ change.difference_SD[s].float()
-        nats.append(summed(f_NK[:, k] * along_N))
-    effects = [bootstrap_ratio(n.numpy(), tokens_D.numpy(), seed=seed) for n in nats]
-    return effects, torch.stack(nats), summed(kl_N)
+def _halves(sample: Sample) -> Tensor:
+    """Which half of the documents each token is in, (N,); both answers to one prompt are in the same."""
+    groups = [sample.tokens.documents[d].group or sample.tokens.documents[d].id for d in sample.document_N.tolist()]
+    number = {group: i for i, group in enumerate(sorted(set(groups)))}
+    return torch.tensor([number[g] % 2 for g in groups]).bool()

@@ -222,7 +222,8 @@ class Run:
             began = time.monotonic()
             fit_folder = folder / "dictionary"
             if not is_finished(folder):
-                view = View(self.harvest, folder, plan.seed, plan.find.candidates, spec, fit, self._shift, self.pair,
+                view = View(self.harvest, folder, plan.seed, plan.find.candidates, spec, fit,
+                            lambda: self._shifts.at(self.harvest.index("train")), self.pair,
                             lambda d, t, row: self.progress(f"find {name}", d, t))
                 result = variants.load("tunediff.finders", name)().find(view)
                 folder.mkdir(parents=True, exist_ok=True)
@@ -235,28 +236,33 @@ class Run:
             self._done("find", key, began, f"{name}: {len(mine)} candidates")
         return changes, fits
 
-    def _shift(self) -> Shift:
-        """How the output moves at training tokens of the text that the models wrote (all if they wrote none).
+    @cached_property
+    def _shifts(self) -> Shift:
+        """How the output moves at every token of the text that the models wrote (of all if they wrote none).
 
-        No stage of its own: its time is part of the finder's that asked first."""
+        No stage of its own: its time is part of the stage's that asked first."""
         _, folder = self._at("shift", self.harvest.fingerprint, self._written, self.plan.seed)
         if not is_finished(folder):
-            train = Sample.take(self.harvest, self.tokens, split="train", limit=10**9, seed=self.plan.seed, kinds=self._written)
             site = next((site for site in reversed(self.sites) if site.kind == "resid"), None)
             shift = Shift.none(len(self.harvest.token_N))
-            if site is not None:
-                shift.put(train.token_N, output_shift(self.pair, site, train, self.plan.rank.batch_tokens))
+            for some in (self._train(), self.sample) if site else ():
+                shift.put(some.token_N, output_shift(self.pair, site, some, self.plan.rank.batch_tokens))
             folder.mkdir(parents=True, exist_ok=True)
-            write_tensors(folder / "shift.safetensors", vars(shift.at(self.harvest.index("train"))))
+            write_tensors(folder / "shift.safetensors", vars(shift))
             finish(folder, "tunediff.shift/1", {}, ["shift.safetensors"])
         open_folder(folder, "tunediff.shift/1")
         return Shift(**read_tensors(folder / "shift.safetensors"))
 
     @cached_property
     def sample(self) -> Sample:
-        """Held-out rows on which changes are ranked and verified: contrastive text first, where there is any."""
-        return Sample.take(self.harvest, self.tokens, split="held_out", limit=self.plan.rank.effect_tokens,
-                           seed=self.plan.seed, kinds=self._written)
+        """Held-out rows on which changes are ranked and verified: of the text that the models wrote (of all if they wrote
+        none)."""
+        return Sample.take(self.harvest, self.tokens, split="held_out", limit=HELD_OUT_TOKENS, seed=self.plan.seed,
+                           kinds=self._written)
+
+    def _train(self) -> Sample:
+        """Training rows of the text that the models wrote (of all if they wrote none)."""
+        return Sample.take(self.harvest, self.tokens, split="train", limit=10**9, seed=self.plan.seed, kinds=self._written)
 
     @cached_property
     def ranking(self) -> Ranking:
@@ -267,15 +273,14 @@ class Run:
         began = time.monotonic()
         by_id = {c.id: c for c in changes}
         if not is_finished(folder):
-            ranking = rank(self.pair, changes, self.sample, self.plan.rank, self.plan.seed,
+            ranking = rank(self.pair, changes, self.sample, self._train(), self.plan.rank, self.plan.seed,
                            lambda d, t: self.progress("rank", d, t), [Site.parse(r.site) for r in self.scan])
             folder.mkdir(parents=True, exist_ok=True)
             write_json(folder / "ranking.json", [
                 {**{f.name: getattr(r, f.name) for f in dataclasses.fields(r) if f.name != "change"},
                  "change": r.change.id} for r in ranking.ranked
             ])
-            write_tensors(folder / "kl.safetensors", {"kl": ranking.kl_N})
-            finish(folder, "tunediff.rank/1", {}, ["ranking.json", "kl.safetensors"])
+            finish(folder, "tunediff.rank/1", {}, ["ranking.json"])
         records = read_json(folder / "ranking.json")
         ranked = [
             Ranked(**{**r, "change": by_id[r["change"]], "null": tuple(r["null"]),
@@ -283,7 +288,7 @@ class Run:
             for r in records
         ]
         self._done("rank", key, began, f"{len(ranked)} candidates against {self.plan.rank.nulls} random tunes")
-        return Ranking(ranked, read_tensors(folder / "kl.safetensors")["kl"])
+        return Ranking(ranked)
 
     @property
     def _found_key(self) -> list[Any]:
@@ -353,8 +358,8 @@ class Run:
         plan, change, tokenizer = self.plan, ranked.change, self.pair.tokenizer
         stands_out = ranked.p <= plan.rank.level
         measures = [
-            Measure("first-order effect on the output", ranked.effect.value, ranked.effect.low, ranked.effect.high,
-                    "nat a token", None, "no control of its own; orders the changes that stand out"),
+            Measure("effect on the output", ranked.effect.value, ranked.effect.low, ranked.effect.high, "nat a token", None,
+                    "taken out alone on training text; no control of its own: orders the changes that stand out"),
             Measure("tokens on", ranked.share_of_tokens, unit="share", against=f"{ranked.firings} held-out tokens"),
         ]
         decision, reason, dose, promoted, suppressed, read_by = "undecided", "", [], [], [], ""
@@ -389,7 +394,7 @@ class Run:
             rank=number + 1, id=change.id, finder=change.finder, sites=[str(s) for s in change.sites],
             share=change.share, decision=decision, reason=reason, score=score, measures=measures,
             promoted=promoted, suppressed=suppressed, read_by=read_by,
-            contexts=contexts(tokenizer, self.sample, change, self.ranking.kl_N) if number < 3 * plan.verify.changes else [],
+            contexts=contexts(tokenizer, self.sample, change, self._kl_N) if number < 3 * plan.verify.changes else [],
             depth=ranked.depth, kinds=kind_rates(self.sample, change), dose=dose, origin=change.origin,
         )
 
@@ -405,7 +410,7 @@ class Run:
         """The edit that takes these changes out, and its controls; computed from training text, once a run in memory."""
         if tuple(ids) in self._edits:
             return self._edits[tuple(ids)]
-        train = Sample.take(self.harvest, self.tokens, split="train", limit=10**9, seed=self.plan.seed, kinds=self._written)
+        train = self._train()
         changes = [self.change(i) for i in ids]
         if self._written and not all(train.strength(c).any() for c in changes):  # such an edit would do nothing, silently
             train = Sample.take(self.harvest, self.tokens, split="train", limit=10**9, seed=self.plan.seed)
@@ -437,7 +442,7 @@ class Run:
         plan = self.plan
         if not plan.find.signals:
             return []
-        key, folder = self._at("signals", self._models, self.tokens.fingerprint, plan.find.signals, plan.rank.effect_tokens, plan.seed)
+        key, folder = self._at("signals", self._models, self.tokens.fingerprint, plan.find.signals, plan.seed)
         began = time.monotonic()
         if not is_finished(folder):
             some = Sample.take(self.harvest, self.tokens, split="held_out", limit=SIGNAL_TOKENS, seed=plan.seed, kinds=self._written)
@@ -476,9 +481,14 @@ class Run:
         )
         return typed(Diff, plain(diff), "diff.json")  # as saved: unbounded intervals are none, in every report alike
 
+    @property
+    def _kl_N(self) -> torch.Tensor:
+        """KL(tuned || base) in nat at the held-out sample's tokens."""
+        return self._shifts.kl_N[self.sample.token_N]
+
     def _output(self) -> list[Measure]:
         """KL(tuned || base) a token of the held-out sample, by who wrote the text."""
-        kl_N = self.ranking.kl_N
+        kl_N = self._kl_N
         measures = []
         documents = self.sample.document_N
         writers = {d: self.tokens.documents[d].writer or self.tokens.documents[d].kind for d in set(documents.tolist())}
@@ -519,6 +529,9 @@ class Run:
                                  columns, [[float(row.get(c, float("nan"))) for c in columns] for row in fitted.curve], measures))
         return cards
 
+
+HELD_OUT_TOKENS = 10_000
+"""Held-out tokens on which changes are ranked and put on trial, at least."""
 
 SIGNAL_TOKENS = 1500
 """Held-out tokens of the text that the models wrote on which signals are read, at least."""
