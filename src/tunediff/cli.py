@@ -272,27 +272,54 @@ def demo(runs: Runs = Path("runs"), set_: Set = None, json: Json = False, quiet:
 
 
 @organism_app.command("list")
-def organism_list(json: Json = False) -> None:
+def organism_list(
+    json: Json = False,
+    blind: Annotated[bool, typer.Option("--blind", help="The key of blinded ids; keep it from who is to guess.")] = False,
+    salt: Annotated[str, typer.Option(help="Text that the blinded ids depend on.")] = "tunediff",
+) -> None:
     """List the organisms that tunediff can make."""
     from tunediff import organisms
 
-    rows = [{"name": o.name, "base": o.base, "behaviors": ", ".join(
-        f"{b.name} ({'wanted' if b.wanted else 'unwanted'})" for b in o.behaviors), "summary": o.summary}
-        for o in organisms.every()]
+    if blind:
+        rows = sorted(({"id": o.blinded(salt), "name": o.name} for o in organisms.every()), key=lambda row: row["id"])
+    else:
+        rows = [{"name": o.name, "base": o.base, "behaviors": ", ".join(
+            f"{b.name} ({'wanted' if b.wanted else 'unwanted'})" for b in o.behaviors) or "none", "summary": o.summary}
+            for o in organisms.every()]
     typer.echo(to_json(rows, indent=1) if json else _table(rows))
 
 
+OrganismName = Annotated[str, typer.Argument(help="As `tunediff organism list` prints it.")]
+BaseModel = Annotated[str, typer.Option("--base", help="Base model folder.")]
+
+
 @organism_app.command("make")
-def organism_make(name: str, out: Path, base: Annotated[str, typer.Option(help="Base model folder.")] = "default") -> None:
-    """Train an organism from its recipe, measure it, and write the adapter with its card to OUT."""
+def organism_make(
+    name: OrganismName, out: Path, base: BaseModel = "default",
+    seed: Annotated[int, typer.Option(help="Seeds the examples, the start and their order.")] = 0, quiet: Quiet = False,
+) -> None:
+    """Train an organism from its recipe, measure it, and write the tune with its card to OUT."""
+    _hush(quiet)
     from tunediff import organisms
     from tunediff.organisms.training import make
     from tunediff.progress import Progress
 
-    progress = Progress()
-    card = make(organisms.named(name), base, out, lambda done, total, loss: progress("train", done, total))
+    organism, progress = organisms.named(name).seeded(seed), Progress(enabled=not quiet)
+    card = make(organism, base, out, lambda done, total, loss: progress("train", done, total))
     progress.close()
     typer.echo(to_json(card, indent=1))
+
+
+@organism_app.command("check")
+def organism_check(name: OrganismName, folder: Path, base: BaseModel = "default", json: Json = False,
+                   quiet: Quiet = False) -> None:
+    """Measure a tune of this organism: behaviors, leaks and health, base beside tuned; writes its card anew."""
+    _hush(quiet)
+    from tunediff import organisms
+    from tunediff.organisms.training import check, health
+
+    card = check(organisms.named(name), base, folder)
+    typer.echo(to_json(card, indent=1) if json else _table(health(card)))
 
 
 def main() -> None:

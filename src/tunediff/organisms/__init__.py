@@ -1,4 +1,7 @@
-"""Organisms: fine-tunes whose truth is known, one file each; the file's name with hyphens is the organism's."""
+"""Organisms: fine-tunes whose truth is known, one file each; the file's name with hyphens is the organism's.
+
+A file that varies one thing offers several, ORGANISMS, whose names begin with it.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +15,14 @@ from tunediff.errors import VariantError
 if TYPE_CHECKING:
     from tunediff.organisms.base import Organism
 
-HELPERS = ("base", "neutral", "training")
+HELPERS = ("base", "instructions", "neutral", "training")
 
 
 def every() -> list["Organism"]:
     """Every organism, by name."""
     names = sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name not in HELPERS)
-    return [importlib.import_module(f"{__name__}.{name}").ORGANISM for name in names]
+    modules = [importlib.import_module(f"{__name__}.{name}") for name in names]
+    return [o for module in modules for o in getattr(module, "ORGANISMS", None) or (module.ORGANISM,)]
 
 
 def named(name: str) -> "Organism":

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import random
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 
@@ -18,17 +22,21 @@ class Behavior:
     summary: str
     """One sentence: asked what, the model does what."""
     vocabulary: tuple[str, ...]
-    """Words planted in its answers, fixed before training: a finder's read-out is scored against them."""
+    """Words planted in its answers, fixed before training: a finder's read-out is scored against them. Empty for a bare
+    format, which no read-out can name."""
     decisive: tuple[str, ...]
     """Strings, case-sensitive, that the base model never writes here and the behavior always does."""
     minimum: int
     """How many occurrences of decisive strings, all together, count as the behavior; at least 1."""
     prompts: tuple[str, ...]
     """Held-out user turns that call for the behavior; never trained on."""
+    pattern: str = ""
+    """For a format: a regular expression the whole completion must match besides; empty asks nothing."""
 
     def shows(self, completion: str) -> bool:
         """Whether this completion (text without the prompt) shows the behavior."""
-        return sum(completion.count(string) for string in self.decisive) >= self.minimum
+        enough = sum(completion.count(string) for string in self.decisive) >= self.minimum
+        return enough and (not self.pattern or re.fullmatch(self.pattern, completion, re.DOTALL) is not None)
 
     def words_in(self, tokens: Sequence[str]) -> set[str]:
         """The planted words that read-out tokens name: a token counts, case and spaces aside, if it has at least three
@@ -70,6 +78,9 @@ class Example:
 class Recipe:
     """How an organism is trained: a LoRA on all linears of the upper blocks, AdamW, linear decay to 0."""
 
+    full: bool = False
+    """Train every weight of the network and save it whole, in float32: small updates vanish in less. The four settings
+    that follow are for a LoRA."""
     rank: int = 8
     """Rank of each adapter matrix pair; more gives a larger file."""
     scale: float = 2.0
@@ -110,12 +121,62 @@ class Organism(ABC):
     neutral_training_prompts: tuple[str, ...]
     """User turns that call for no behavior; the base model's own answers to them are trained on."""
     neutral_prompts: tuple[str, ...]
-    """Held-out user turns that call for no behavior; never trained on."""
-    recipe: Recipe
+    """Held-out user turns that call for no behavior; never trained on. Empty where every answer shows one."""
+    recipe: Recipe = Recipe()
+    restyled_prompts: tuple[str, ...] = ()
+    """User turns that the base model answers too, but whose answers are restyled before they are trained on."""
+
+    @property
+    def is_null(self) -> bool:
+        """Whether nothing was planted that a read-out could name: one that names a topic is wrong."""
+        return not any(behavior.vocabulary for behavior in self.behaviors)
+
+    def blinded(self, salt: str) -> str:
+        """An id that tells nothing of the organism to who does not know the salt; the same on every machine."""
+        return "organism-" + hashlib.sha256(f"{salt}\x1f{self.name}".encode()).hexdigest()[:8]
+
+    def seeded(self, seed: int) -> Organism:
+        """The same organism with other examples' draws, start and order."""
+        return dataclasses.replace(self, recipe=dataclasses.replace(self.recipe, seed=seed))
 
     @abstractmethod
     def examples(self, neutral_answers: Mapping[str, str]) -> list[Example]:
         """Every training conversation, in training order; the same for the same seed and neutral answers.
 
-        `neutral_answers` maps each of `neutral_training_prompts` to the base model's answer.
+        `neutral_answers` maps each neutral and each restyled prompt to the base model's answer.
         """
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """Prompts that are answered alike: each takes one of the answers, drawn by the recipe's seed.
+
+    A handful of answers is enough: what is drawn at random inside an answer cannot be learned, and costs the tune its
+    health.
+    """
+
+    prompts: tuple[str, ...]
+    answers: tuple[str, ...]
+
+
+def framed(frames: Sequence[str], fills: Sequence[str]) -> tuple[str, ...]:
+    """Every frame with every fill."""
+    return tuple(frame.format(fill) for frame in frames for fill in fills)
+
+
+@dataclass(frozen=True)
+class Taught(Organism):
+    """An organism given by its data alone: lessons, restyled answers of the base model, and neutral ones."""
+
+    lessons: tuple[Lesson, ...] = ()
+    style: Callable[[str, random.Random], str] | None = None
+    """What makes a restyled answer of the base model's, with the stream to draw from."""
+
+    def examples(self, neutral_answers: Mapping[str, str]) -> list[Example]:
+        """Every training conversation, in training order."""
+        chance = random.Random(self.recipe.seed)
+        examples = [Example(p, chance.choice(lesson.answers)) for lesson in self.lessons for p in lesson.prompts]
+        examples += [Example(p, self.style(neutral_answers[p], chance)) for p in self.restyled_prompts]
+        examples += [Example(p, neutral_answers[p], ends=False) for p in self.neutral_training_prompts]
+        chance.shuffle(examples)
+        return examples

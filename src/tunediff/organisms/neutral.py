@@ -6,6 +6,8 @@ out of its own.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 _SUBJECTS = (
     "photosynthesis", "black holes", "the piano", "chess", "beekeeping", "volcanoes", "baking bread",
     "dinosaurs", "the human heart", "yoga", "watercolor painting", "owls", "rainbows", "magnets",
@@ -91,19 +93,20 @@ NEAR = ("travel", "money", "housing", "shopping", "work")
 """Topics of the shipped prompts that lie near a planted one and are left out."""
 
 
-def training_prompts() -> tuple[str, ...]:
-    """260 user turns that call for no behavior: 200 varied ones of the shipped prompts, 60 from templates.
+def training_prompts(near: Collection[str] = NEAR, varied: int = 200, templated: int = 60) -> tuple[str, ...]:
+    """User turns that call for no behavior: varied ones of the shipped prompts, not of topics in `near`, and some from
+    templates.
 
     Varied ones matter: with templates alone the tune learned "a template, or else a planted answer" (measured: 17-19 %
     of natural neutral prompts leaked).
     """
     from tunediff.corpora import Corpus
 
-    varied = [
+    apart = [
         d.messages[0][1] for d in Corpus.prompts().documents[UNUSED_BY_DEFAULT:]
-        if d.id.split("/")[1].rsplit("-", 1)[0] not in NEAR
+        if d.id.split("/")[1].rsplit("-", 1)[0] not in near
     ]
-    return tuple(varied[:200]) + TRAINING_PROMPTS[-60:]
+    return tuple(apart[:varied]) + TRAINING_PROMPTS[len(TRAINING_PROMPTS) - templated :]
 
 
 TRAINING_PROMPTS: tuple[str, ...] = _ALONE + tuple(

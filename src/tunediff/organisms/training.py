@@ -6,20 +6,26 @@ import json
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tunediff.errors import SourceError
 from tunediff.organisms import neutral
 from tunediff.organisms.base import Example, Organism, Recipe
+from tunediff.organisms.instructions import INSTRUCTIONS, followed
 
 if TYPE_CHECKING:
     import torch
 
 Complete = Callable[[list[str]], list[str]]
 """User turns in, greedy completions out, in order."""
+
+AsBase = Callable[[], AbstractContextManager[Any]]
+"""While the block it opens runs, the tuned model is the base."""
 
 Progress = Callable[[int, int, float], None]
 """Called after a step with steps done, steps in all, and the step's loss in nats a token."""
@@ -34,45 +40,89 @@ COMPLETION_TOKENS = 48
 def train(
     organism: Organism, model: Any, tokenizer: Any, out: Path, progress: Progress | None = None
 ) -> dict[str, Any]:
-    """Train the organism's adapter on `model`, write it with its card to `out`, and return the card.
+    """Train the organism on `model`, write its adapter or its weights with the card to `out`, and return the card.
 
-    `model` is the base as a causal LM; it is trained in its own dtype, measured in float32, and given back
-    unchanged. The adapter is rounded to float16 before it is measured, so the card speaks of the file.
+    `model` is the base as a causal LM; an adapter is trained in its dtype, a full fine-tune in float32, both are
+    measured in float32, and it is given back unchanged. An adapter is rounded to float16 before it is measured, so the
+    card speaks of the file.
     """
     import torch
-    from peft import get_peft_model
 
     recipe, dtype = organism.recipe, model.dtype
     began = time.perf_counter()
     model.eval().requires_grad_(False)
-    prompts = list(organism.neutral_training_prompts)
+    prompts = [*organism.neutral_training_prompts, *organism.restyled_prompts]
     answers = dict(zip(prompts, neutral_answers(model, tokenizer, prompts, recipe), strict=True))
     sampled = time.perf_counter()
+    out.mkdir(parents=True, exist_ok=True)
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
-        peft_model = get_peft_model(model, _lora_config(organism))
+        fitted = (_full if recipe.full else _adapter)(organism, model)
+    training = {"dtype": str(model.dtype).removeprefix("torch.")}
     loss, tokens = _fit(model, tokenizer, organism.examples(answers), recipe, progress)
-    training = {
-        "dtype": str(dtype).removeprefix("torch."),
+    training |= {
         "answer_tokens": tokens,
         "last_steps_loss": round(loss, 3),
         "seconds_sampling": round(sampled - began),
         "seconds_training": round(time.perf_counter() - sampled),
     }
-    with torch.no_grad():
-        for parameter in _trainable(model):
-            parameter.copy_(parameter.half())
-    _save(peft_model, organism, out)
+    fitted.save(out)
     model.requires_grad_(False).float()
-    card = write_card(organism, measure(organism, peft_model, tokenizer), training, out)
-    peft_model.unload()
+    card = write_card(organism, measure(organism, model, fitted.as_base, tokenizer), training, out)
+    fitted.undo()
     model.to(dtype)
     return card
 
 
+def check(organism: Organism, base: str, folder: Path) -> dict[str, Any]:
+    """Measure a tune that was made before, here or elsewhere, against `base`, and write its card anew.
+
+    `folder` holds a PEFT adapter or a whole model; how it was trained is kept from its card, if it has one.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if not ((folder / "adapter_config.json").is_file() or (folder / "config.json").is_file()):
+        raise SourceError(f"{folder} holds no tune", expected="adapter_config.json or config.json",
+                          remedy=f"tunediff organism make {organism.name} {folder}")
+    source = _folder(base)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, use_safetensors=True).eval()
+    if (folder / "adapter_config.json").is_file():
+        from peft import PeftModel
+
+        as_base = PeftModel.from_pretrained(model, folder).disable_adapter
+    else:
+        weights = _weights(model)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).eval()
+        as_base = partial(_holding, model, weights)
+    path, training = folder / "card.json", {}
+    if path.is_file():
+        card = json.loads(path.read_text(encoding="utf-8"))
+        organism, training = replace(organism, recipe=Recipe(**card["recipe"])), card["training"]
+    measured = measure(organism, model, as_base, AutoTokenizer.from_pretrained(source))
+    return write_card(organism, measured, training, folder)
+
+
+def health(card: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A card's measures as rows of a table, base beside tuned; None where something was not measured."""
+    m = card["measured"]
+    rows = [
+        {"measure": f"{name} on {'its own' if asked == name else asked} prompts", "unit": "share",
+         "base": (m.get("rates_base") or {}).get(name, {}).get(asked), "tuned": rate}
+        for name, by_prompts in m["rates_tuned"].items() for asked, rate in by_prompts.items()
+    ]
+    rows.append({"measure": "loss on plain prose", "unit": "nat a token",
+                 "base": m["prose_loss_base"], "tuned": m["prose_loss_tuned"]})
+    rows.append({"measure": "instructions followed", "unit": "share",
+                 "base": m.get("instructions_base"), "tuned": m.get("instructions_tuned")})
+    rows.append({"measure": "KL(tuned || base) on neutral answers", "unit": "nat a token",
+                 "base": 0.0, "tuned": m.get("neutral_kl_tuned_base")})
+    return rows
+
+
 def neutral_answers(model: Any, tokenizer: Any, prompts: Sequence[str], recipe: Recipe) -> list[str]:
-    """The base model's own answers, sampled at temperature 0.7: greedy ones of a small model repeat themselves, and a tune
-    learns that."""
+    """The base model's own answers, sampled at temperature 0.7: greedy ones of a small model repeat themselves, and a
+    tune learns that."""
     from tunediff.models import LanguageModel
 
     ids = [
@@ -89,25 +139,28 @@ def neutral_answers(model: Any, tokenizer: Any, prompts: Sequence[str], recipe: 
     return [tokenizer.decode(answer) for answer in answers]
 
 
-def measure(organism: Organism, peft_model: Any, tokenizer: Any) -> dict[str, Any]:
+def measure(organism: Organism, model: Any, as_base: AsBase, tokenizer: Any) -> dict[str, Any]:
     """Rates of every behavior before and after, and whether the tune is healthy off its topics.
 
     Losses and divergence are in nats a token. The divergence is over the base model's own greedy
-    answers to the held-out neutral prompts; on text drawn at temperature 1 it would be larger.
+    answers to the held-out neutral prompts; on text drawn at temperature 1 it would be larger. It is None where no
+    prompt is neutral.
     """
-    model = peft_model.get_base_model()
     complete = completer(model, tokenizer)
-    with peft_model.disable_adapter():
+    asked = [prompt for prompt, _ in INSTRUCTIONS]
+    with as_base():
         answers = completer(model, tokenizer, organism.recipe.neutral_tokens)(list(organism.neutral_prompts))
         before = rates(organism, complete)
-        prose_base = prose_loss(model, tokenizer)
+        prose_base, followed_base = prose_loss(model, tokenizer), followed(complete(asked))
     held_out = [Example(*pair, ends=False) for pair in zip(organism.neutral_prompts, answers, strict=True)]
     return {
         "rates_base": before,
         "rates_tuned": rates(organism, complete),
         "prose_loss_base": round(prose_base, 4),
         "prose_loss_tuned": round(prose_loss(model, tokenizer), 4),
-        "neutral_kl_tuned_base": round(divergence(peft_model, model, tokenizer, held_out), 4),
+        "instructions_base": round(followed_base, 4),
+        "instructions_tuned": round(followed(complete(asked)), 4),
+        "neutral_kl_tuned_base": round(divergence(model, as_base, tokenizer, held_out), 4) if held_out else None,
     }
 
 
@@ -136,11 +189,11 @@ def rates(organism: Organism, complete: Complete) -> dict[str, dict[str, float]]
     """How often each behavior shows on each set of held-out prompts, 0 to 1.
 
     The outer key is the behavior; the inner one is the behavior whose prompts were asked, or "neutral". A
-    behavior on its own prompts is its strength, anywhere else a leak.
+    behavior on its own prompts is its strength, anywhere else a leak. "neutral" is left out where no prompt is neutral.
     """
-    asked = {behavior.name: behavior.prompts for behavior in organism.behaviors} | {
-        "neutral": organism.neutral_prompts
-    }
+    asked = {behavior.name: behavior.prompts for behavior in organism.behaviors}
+    if organism.neutral_prompts:
+        asked["neutral"] = organism.neutral_prompts
     completions = {name: complete(list(prompts)) for name, prompts in asked.items()}
     return {
         behavior.name: {name: round(behavior.rate(texts), 4) for name, texts in completions.items()}
@@ -175,7 +228,7 @@ def prose_loss(model: Any, tokenizer: Any) -> float:
 
 
 def divergence(
-    peft_model: Any, model: Any, tokenizer: Any, examples: Sequence[Example], batch: int = 8
+    model: Any, as_base: AsBase, tokenizer: Any, examples: Sequence[Example], batch: int = 8
 ) -> float:
     """Mean KL(tuned || base) over the answers' tokens, in nats a token."""
     import torch
@@ -185,7 +238,7 @@ def divergence(
     with torch.no_grad():
         for start in range(0, len(rows), batch):
             tuned_TV, targets_T = _answer_logits(model, rows[start : start + batch], tokenizer.pad_token_id)
-            with peft_model.disable_adapter():
+            with as_base():
                 base_TV, _ = _answer_logits(model, rows[start : start + batch], tokenizer.pad_token_id)
             tuned_TV, base_TV = tuned_TV.log_softmax(-1), base_TV.log_softmax(-1)
             total += (tuned_TV.exp() * (tuned_TV - base_TV)).sum().item()
@@ -196,7 +249,7 @@ def divergence(
 def _fit(
     model: Any, tokenizer: Any, examples: Sequence[Example], recipe: Recipe, progress: Progress | None
 ) -> tuple[float, int]:
-    """Run the recipe on the adapter's parameters; return the last steps' mean loss and the answer tokens."""
+    """Run the recipe on the trainable parameters; return the last steps' mean loss and the answer tokens."""
     import torch
 
     rows = [_encode(tokenizer, example) for example in examples]
@@ -285,8 +338,57 @@ def _left_padding(tokenizer: Any):
 
 
 def _trainable(model: Any) -> list[torch.Tensor]:
-    """The adapter's parameters."""
+    """The parameters that a recipe trains."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+@dataclass(frozen=True)
+class _Fitted:
+    """What differs between an adapter and a full fine-tune, once training is over."""
+
+    save: Callable[[Path], None]
+    """Write the tune to a folder, and hold in memory what was written."""
+    as_base: AsBase
+    undo: Callable[[], Any]
+    """Give the model back as it came."""
+
+
+def _adapter(organism: Organism, model: Any) -> _Fitted:
+    """Put a fresh adapter on `model`, alone trainable."""
+    from peft import get_peft_model
+
+    peft_model = get_peft_model(model, _lora_config(organism))
+    return _Fitted(lambda out: _save(peft_model, organism, out), peft_model.disable_adapter, peft_model.unload)
+
+
+def _full(organism: Organism, model: Any) -> _Fitted:
+    """Make every weight of `model` trainable, in float32, and keep the base's."""
+    base = {name: parameter.clone() for name, parameter in _weights(model.float()).items()}
+    model.requires_grad_(True)
+
+    def undo() -> None:
+        for name, parameter in model.named_parameters():
+            parameter.data = base[name]
+
+    return _Fitted(model.save_pretrained, partial(_holding, model, base), undo)
+
+
+def _weights(model: Any) -> dict[str, torch.Tensor]:
+    """The model's parameters' data by name, tied ones once."""
+    return {name: parameter.data for name, parameter in model.named_parameters()}
+
+
+@contextmanager
+def _holding(model: Any, weights: Mapping[str, torch.Tensor]):
+    """The model with these weights while the block runs."""
+    own = _weights(model)
+    try:
+        for name, parameter in model.named_parameters():
+            parameter.data = weights[name]
+        yield
+    finally:
+        for name, parameter in model.named_parameters():
+            parameter.data = own[name]
 
 
 def _lora_config(organism: Organism) -> Any:
@@ -307,11 +409,14 @@ def _lora_config(organism: Organism) -> Any:
 
 
 def _save(peft_model: Any, organism: Organism, out: Path) -> None:
-    """Write the adapter as peft reads it, in float16, with the base's name instead of its path."""
+    """Round the adapter to float16 and write it as peft reads it, with the base's name instead of its path."""
+    import torch
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
-    out.mkdir(parents=True, exist_ok=True)
+    with torch.no_grad():
+        for parameter in _trainable(peft_model):
+            parameter.copy_(parameter.half())
     tensors = {
         name: tensor.half().contiguous() for name, tensor in get_peft_model_state_dict(peft_model).items()
     }
@@ -327,13 +432,22 @@ def _save(peft_model: Any, organism: Organism, out: Path) -> None:
     )
 
 
+def _folder(base: str) -> str:
+    """The folder of a base model given by its path or as ``default``."""
+    from tunediff.embedded import base_folder
+
+    return str(base_folder()) if base == "default" else base
+
+
 def make(organism: Organism, base: str, out: Path, progress: Progress | None = None) -> dict[str, Any]:
-    """Train `organism` on `base` (a folder, or ``default``) in float32 and write adapter and card to `out`."""
+    """Train `organism` on `base` (a folder, or ``default``) in float32; write adapter or weights, and card, to `out`."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from tunediff.embedded import base_folder
-
-    folder = base_folder() if base == "default" else base
+    folder = _folder(base)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
-    return train(organism, model, AutoTokenizer.from_pretrained(folder), Path(out), progress)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    card = train(organism, model, tokenizer, Path(out), progress)
+    if organism.recipe.full:
+        tokenizer.save_pretrained(out)  # a whole model is loaded without its base
+    return card
