@@ -88,11 +88,8 @@ def _shifts(pair: Pair, site: Site, sample: Sample, batch_tokens: int) -> Iterat
     """For each batch: places of its scored tokens in the sample, ids, the place of each position (-1: padding), which
     positions are scored, both streams at `site`, both log-probabilities and KL(tuned || base) at scored tokens."""
     s = sample.sites.index(site)
-    starts = {row: place for place, row in reversed(list(enumerate(sample.row_N.tolist())))}
     for batch in sample.batches(batch_tokens):
-        rows = torch.tensor([starts[row] for row in batch.rows_B.tolist()])
-        at_BT = rows[:, None] + torch.arange(batch.ids_BT.shape[1])
-        at_BT = torch.where(batch.mask_BT, at_BT, -1)
+        at_BT = sample.places(batch)
         stream_BTMD = sample.streams_NSMD[:, s][at_BT.clamp_min(0)]
         chosen_BT = sample.scored_N[at_BT.clamp_min(0)] & batch.mask_BT
 

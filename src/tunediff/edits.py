@@ -44,7 +44,7 @@ class EditSettings:
     """Training tokens from which moments are taken: a third where the changes are on the most, the rest anywhere."""
     bills: int = 1
     """How many of the first confirmed changes `diff` bills the undoing of."""
-    controls: int = 2
+    controls: int = 1
     """Edits of equal energy that the bill is held against: so many along random directions, and as many of the same edit
     aimed at random text."""
 
@@ -175,7 +175,8 @@ def random_directions(pair: Pair, name: str, moments: Mapping[str, Moments], ene
     for delta in pair.deltas():
         total_II = moments[delta.name].on_II + moments[delta.name].off_II
         rng = generator(seed, "random directions", name, delta.name)
-        ridge = 1e-6 * total_II.diagonal().mean() * torch.eye(len(total_II))
+        # Of the trace, which no eigenvalue exceeds: sums of float32 products are only so definite.
+        ridge = 1e-5 * total_II.diagonal().sum() * torch.eye(len(total_II))
         noise = torch.randn(*delta.down.shape, generator=rng) @ torch.linalg.cholesky(total_II.double() + ridge).T.float()
         noise = (noise.T if delta.transposed else noise).to(delta.down_parameter)
         aimed = {delta.down_parameter: delta.down_parameter.data + noise}
@@ -195,8 +196,11 @@ def _energy(delta: Delta, value: Tensor, total_II: Tensor) -> float:
     """Root of the squared change of a map's output, summed over the text of these moments, when its parameter becomes `value`."""
     change = value.double() - delta.down_parameter.data.double()
     change = change.T if delta.transposed else change
-    change = delta.up.double() @ change if delta.up is not None else change
-    return float(((change @ total_II.to(change)) * change).sum().clamp_min(0).sqrt())
+    moved = change @ total_II.to(change)
+    if delta.up is None:
+        return float((moved * change).sum().clamp_min(0).sqrt())
+    up = delta.up.double()
+    return float(((moved @ change.T) * (up.T @ up)).sum().clamp_min(0).sqrt())
 
 
 def scaling(pair: Pair, strength: float) -> Edit:

@@ -91,6 +91,7 @@ class LanguageModel:
         self.family = family_of(self.network)
         self.blocks = self.family.blocks(self.network)
         self.device = next(module.parameters()).device
+        self._modules = tuple(self.network.modules())
         self.shares_prefixes = False  # until `check_reading` has seen that it may
 
     @property
@@ -215,7 +216,7 @@ class LanguageModel:
         """How many leading positions are the same in all rows, streams to start from included; 0 where it does not pay."""
         if not self.shares_prefixes or len(ids_BT) < 2:
             return 0
-        hooks = (hook for m in self.network.modules() for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values()))
+        hooks = (hook for m in self._modules for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values()))
         if any(not getattr(hook, "__module__", "").startswith("transformers.") for hook in hooks):
             return 0  # who hooks into a network may count on whole rows
         same_T = (ids_BT == ids_BT[0]).all(0)

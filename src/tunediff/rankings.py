@@ -244,7 +244,7 @@ def by_documents(sample: Sample, *values: Tensor) -> list[Tensor]:
     """Sums of values (N,) or (N, K) over each document's tokens: (D,) or (K, D), float64."""
     documents, number_N = sample.document_N.unique(return_inverse=True)
     sums = (torch.zeros(len(documents), *v.shape[1:], dtype=torch.float64).index_add_(0, number_N, v.double()) for v in values)
-    return [total.T for total in sums]
+    return [total.movedim(0, -1) for total in sums]
 
 
 def summed(value_N: Tensor, document_N: Tensor, seed: int) -> Interval:

@@ -8,10 +8,12 @@ from typing import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from tunediff.axes import BASE, TUNED
 from tunediff.chance import seed_of
 from tunediff.changes import Change
 from tunediff.corpora import Batch, Tokens
 from tunediff.harvests import Harvest
+from tunediff.models import Start
 from tunediff.sites import Site
 
 
@@ -53,7 +55,12 @@ class Sample:
                 break
             rows += rows_of[document]
             count += sum(len(tokens.rows[row]) for row in rows_of[document])
-        rows.sort()
+        return cls.of(harvest, tokens, rows)
+
+    @classmethod
+    def of(cls, harvest: Harvest, tokens: Tokens, rows: Sequence[int]) -> "Sample":
+        """These rows."""
+        rows = sorted(rows)
         wanted = torch.zeros(len(tokens.rows), dtype=torch.bool)
         wanted[rows] = True
         index = wanted[harvest.row_N].nonzero()[:, 0]
@@ -70,6 +77,20 @@ class Sample:
         """The change's strength at every token; 0 at tokens that were set apart, which no finder has seen."""
         at = [self.sites.index(site) for site in change.sites]
         return change.strength(self.streams_NSMD[:, at]) * self.ordinary_N
+
+    def places(self, batch: Batch) -> Tensor:
+        """The place in the sample of each position of a batch of its rows (B, T); -1 for padding."""
+        starts = {row: place for place, row in reversed(list(enumerate(self.row_N.tolist())))}
+        first_B = torch.tensor([starts[row] for row in batch.rows_B.tolist()])
+        return torch.where(batch.mask_BT, first_B[:, None] + torch.arange(batch.ids_BT.shape[1]), -1)
+
+    def starts(self, batch: Batch) -> tuple[Start, Start] | tuple[None, None]:
+        """Where runs of base and of tuned on a batch of its rows may begin: from their streams at the last resid site."""
+        site = next((site for site in reversed(self.sites) if site.kind == "resid"), None)
+        if site is None:
+            return None, None
+        stream_BTMD = self.streams_NSMD[:, self.sites.index(site)][self.places(batch).clamp_min(0)]
+        return Start(site, stream_BTMD[:, :, BASE]), Start(site, stream_BTMD[:, :, TUNED])
 
     def only(self, rows: Sequence[int]) -> "Sample":
         """The sample's part on some of its rows."""

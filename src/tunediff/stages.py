@@ -445,13 +445,12 @@ class Run:
         key, folder = self._at("signals", self._models, self.tokens.fingerprint, plan.find.signals, plan.seed)
         began = time.monotonic()
         if not is_finished(folder):
-            some = Sample.take(self.harvest, self.tokens, split="held_out", limit=SIGNAL_TOKENS, seed=plan.seed, kinds=self._written)
-            rows = sorted({*some.rows, *Sample.take(
-                self.harvest, self.tokens, split="held_out", limit=NEUTRAL_TOKENS, seed=plan.seed,
-                kinds=self._plain).rows})
+            rows = {row for limit, kinds in ((SIGNAL_TOKENS, self._written), (NEUTRAL_TOKENS, self._plain)) for row in Sample.take(
+                self.harvest, self.tokens, split="held_out", limit=limit, seed=plan.seed, kinds=kinds).rows}
             signals = [variants.load("tunediff.signals", name)(self.pair.tokenizer, self.pair.vocabulary)
                        for name in plan.find.signals]
-            tables = read_signals(self.pair, self.tokens, rows, signals, 1200)
+            starts = Sample.of(self.harvest, self.tokens, sorted(rows)).starts
+            tables = read_signals(self.pair, self.tokens, sorted(rows), signals, 1200, starts=starts)
             folder.mkdir(parents=True, exist_ok=True)
             write_json(folder / "signals.json", tables)
             finish(folder, "tunediff.signals/1", {}, ["signals.json"])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tunediff.corpora import Batch, Document, Tokens
+from tunediff.models import Start
 from tunediff.pairs import Pair
 from tunediff.samples import batches_of
 from tunediff.results import SignalTable
@@ -56,20 +57,25 @@ def read(
     signals: Sequence[Signal],
     batch_tokens: int,
     progress: Callable[[int, int], None] | None = None,
+    starts: Callable[[Batch], tuple[Start | None, Start | None]] | None = None,
 ) -> list[SignalTable]:
     """Run both models over some rows once, feed all signals, and return their tables in the signals' order.
 
     rows       numbers in `tokens`; their order does not matter
     progress   called with (tokens done, tokens in all)
-
-    Blocks below the first that tuning touched are run once, for both models.
+    starts     where the runs of base and tuned on a batch may begin, if their streams are known; else blocks below the
+               first that tuning touched are run once, for both
     """
     rows = sorted(set(rows))
     total, done = sum(len(tokens.rows[row]) for row in rows), 0
     size = max(1, CHUNK_VALUES // pair.vocabulary)
     for batch in batches_of(tokens, rows, batch_tokens):
-        base_BTD, start = pair.base_states(batch.ids_BT)
-        tuned_BTD = pair.tuned.states(batch.ids_BT, start)
+        base_start, tuned_start = starts(batch) if starts else (None, None)
+        if base_start is None:
+            base_BTD, tuned_start = pair.base_states(batch.ids_BT)
+        else:
+            base_BTD = pair.base.states(batch.ids_BT, base_start)
+        tuned_BTD = pair.tuned.states(batch.ids_BT, tuned_start)
         for chosen_BT in _pieces(batch.mask_BT, size):
             base_logp = pair.base.logits(base_BTD[chosen_BT])[:, : pair.vocabulary].log_softmax(-1)
             tuned_logp = pair.tuned.logits(tuned_BTD[chosen_BT])[:, : pair.vocabulary].log_softmax(-1)
