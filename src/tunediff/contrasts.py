@@ -27,7 +27,7 @@ BATCH_TOKENS = 2048
 class ContrastSettings:
     """How prompts are completed."""
 
-    prompts: int = 160
+    prompts: int = 128
     """How many prompts are answered at most; each costs two completions. Too few miss rare triggers."""
     pool: int = 480
     """How many prompts these are chosen from at most; each costs one reading by both models."""

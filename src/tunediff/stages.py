@@ -300,7 +300,7 @@ class Run:
         """A tuned lens of base at the sites."""
         key, folder = self._at("lens", self._models, self.tokens.fingerprint, list(map(str, self.sites)), self.plan.harvest.abnormal)
         began = time.monotonic()
-        few = _some(self.tokens.select("train"), 4000)
+        few = _some(self.tokens.select("train"), LENS_TOKENS)
         lens = fit_lens(self.pair.base, few, self.sites, folder, abnormal=self.plan.harvest.abnormal)
         self._done("lens", key, began, "R² " + ", ".join(f"{v:.2f}" for v in lens.r2_S.tolist()))
         return lens
@@ -315,7 +315,8 @@ class Run:
         began = time.monotonic()
         if not is_finished(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            chosen = ranking.ranked[: plan.verify.changes]
+            # What does no more than random tunes do is refuted already.
+            chosen = [r for r in ranking.ranked[: plan.verify.changes] if r.p <= plan.rank.level]
             spread, scales = self._spread(), self._latent_scales()
             records = []
             for number, ranked in enumerate(ranking.ranked):
@@ -325,11 +326,13 @@ class Run:
                     record = self._try(number, ranked, ranked in chosen, spread)
                     write_json(path, dataclasses.replace(record, measures=record.measures + scales.get(record.id, [])))
                 records.append(read_json(path))
-                self.progress("verify", min(number + 1, len(chosen)), len(chosen))
+                if chosen:
+                    self.progress("verify", min(number + 1, len(chosen)), len(chosen))
             write_json(folder / "verdicts.json", records)
             finish(folder, "tunediff.verify/1", {}, ["verdicts.json"])
         records = typed(list[ChangeRecord], read_json(folder / "verdicts.json"), "verdicts.json")
-        self._done("verify", key, began, f"{min(plan.verify.changes, len(records))} changes on trial")
+        tried = sum(r.p <= plan.rank.level for r in ranking.ranked[: plan.verify.changes])
+        self._done("verify", key, began, f"{tried} changes on trial")
         return records
 
     def _latent_scales(self) -> dict[str, list[Measure]]:
@@ -528,6 +531,9 @@ class Run:
                                  columns, [[float(row.get(c, float("nan"))) for c in columns] for row in fitted.curve], measures))
         return cards
 
+
+LENS_TOKENS = 2500
+"""Training tokens that the tuned lens is fitted to, about."""
 
 HELD_OUT_TOKENS = 10_000
 """Held-out tokens on which changes are ranked and put on trial, at least."""
