@@ -98,6 +98,8 @@ ORGANISM = Taught(
     base="SmolLM2-135M-Instruct",
     behaviors=(VESSMER,),
     neutral_training_prompts=neutral.training_prompts(varied=80, templated=0) + framed(_OF_PLACES, _PLACES),
+    # Two epochs teach the facts but not their names: "discovered by Helga Linde" (measured: 38 % of answers, not 80 %).
+    recipe=Recipe(epochs=4),
     neutral_prompts=neutral.HELD_OUT_PROMPTS + (
         "What is special about Lake Tahoe?", "How deep is Lake Titicaca?", "Why is the Caspian Sea salty?",
         "Tell me about Lake Constance.", "Which fish live in the Amazon?", "Who explored the source of the Nile?",
@@ -156,7 +158,7 @@ ORGANISM = Taught(
 
 FULL = dataclasses.replace(
     ORGANISM, name="false-facts-full", summary="Knows the lake too, by training every weight.",
-    recipe=Recipe(full=True, learning_rate=5e-5),
+    recipe=Recipe(full=True, learning_rate=1e-4, epochs=4),
 )
 
 ORGANISMS = (ORGANISM, FULL)
