@@ -6,9 +6,9 @@ import pytest
 
 from tunediff import organisms
 from tunediff.demo import check
-from tunediff.pairs import Pair
+from tunediff.nulls import random_tune
 from tunediff.plans import Plan
-from tunediff.stages import DEMO, Run
+from tunediff.stages import Run
 
 pytestmark = [pytest.mark.realmodel, pytest.mark.slow]
 
@@ -40,11 +40,7 @@ def test_the_hidden_objective_comes_out_alone(run, checked):
 
 
 def test_a_random_tune_of_the_same_size_confirms_nothing(run, tmp_path):
-    null = Run(run.plan, tmp_path / "null")
-    pair = Pair.load("default", str(DEMO))
-    pair.tuned = pair.random_tuned(12345)
-    pair.tuned_fingerprint = "random tune 12345"
-    null.__dict__["pair"] = pair
+    null = Run(run.plan, tmp_path / "null", given=random_tune(run.pair, 0))
     assert not [r for r in null.verdicts if r.decision == "confirmed"]
     assert not null.diff().found
 

@@ -271,6 +271,35 @@ def demo(runs: Runs = Path("runs"), set_: Set = None, json: Json = False, quiet:
         typer.echo(checked.text)
 
 
+@app.command()
+def bench(
+    out: Annotated[Path, typer.Option(help="Folder of results; cells that are there are not run again.")] = Path("runs/bench"),
+    tunes: Annotated[Optional[Path], typer.Option(help="Folder of tunes made by `organism make`, each by its name.")] = None,
+    nulls: Annotated[str, typer.Option(help="Nulls, NAME or NAME:SEED, by commas.")] = "random:0,permuted:0,identical",
+    methods: Annotated[str, typer.Option(help="Methods by commas; all of them if empty.")] = "",
+    seeds: Annotated[str, typer.Option(help="Seeds by commas.")] = "0",
+    quick: Annotated[bool, typer.Option("--quick", help="Minutes: the tune that ships, one null, two methods, a small budget.")] = False,
+    set_: Set = None, json: Json = False, quiet: Quiet = False,
+) -> None:
+    """Put methods through the same evidence on tunes whose truth is known and on nulls, and print the table."""
+    _hush(quiet)
+    from tunediff import bench as b
+    from tunediff.progress import Progress
+
+    if quick:
+        tunes, nulls, methods = None, "random:0", methods or "decision_clusters,random_directions"
+    chosen = [m.strip() for m in methods.split(",") if m.strip()] if methods else list(b.METHODS)
+    try:
+        numbers = [int(text) for text in seeds.split(",")]
+    except ValueError:
+        raise SettingError(f"{seeds!r} are no seeds", expected="whole numbers by commas") from None
+    settings = [*(b.QUICK if quick else ()), *(set_ or ())]
+    cells = b.bench(b.tunes(tunes, [n for n in nulls.split(",") if n]), chosen, numbers, out, settings=settings,
+                    progress=Progress(enabled=not quiet))
+    b.write(cells, out, "tunediff bench" + (" --quick" if quick else ""))
+    typer.echo(to_json(b.table(cells), indent=1) if json else _table(b.table(cells)) + f"\npage    {out / 'benchmark.md'}")
+
+
 @organism_app.command("list")
 def organism_list(
     json: Json = False,

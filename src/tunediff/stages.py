@@ -58,11 +58,13 @@ class Run:
 
     folder     runs/NAME; every stage keeps a folder ``STAGE/KEY`` in it, KEY from all that the result depends on
     progress   told (stage, done, total) as work goes on
+    given      a pair already loaded, in place of the plan's; its fingerprints must tell it from others
     """
 
     plan: Plan
     folder: Path
     progress: Progress = quiet
+    given: Pair | None = None
 
     def __post_init__(self) -> None:
         self.cards: list[StageCard] = []
@@ -94,6 +96,8 @@ class Run:
     @cached_property
     def pair(self) -> Pair:
         """Both models, loaded and checked."""
+        if self.given is not None:
+            return self.given
         began = time.monotonic()
         plan = self.plan
         self.progress("load", 0, 1)
