@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Iterable, Sequence
 
-from tunediff import __version__, organisms
+from tunediff import __version__, organisms, variants
 from tunediff.artifacts import key_of, read_json, write_bytes, write_json
 from tunediff.chance import Interval, bootstrap_mean, numpy_generator, proportion, quantile
 from tunediff.demo import FIRST, naming
@@ -91,22 +91,27 @@ class Cell:
     memory: float
 
 
-def tunes(folder: Path | None, nulls: Sequence[str] = ()) -> list[Tune]:
-    """The organism that ships, every organism that `folder` holds by name, and nulls as NAME or NAME:SEED."""
-    found = [Tune("two-objectives", "demo", organisms.named("two-objectives").behaviors)]
+def tunes(folder: Path | None, nulls: Sequence[str] = (), base: str = "default") -> list[Tune]:
+    """Every organism that `folder` holds by name, the one that ships where base is its own, and nulls, as NAME or NAME:SEED,
+    made from the first of these."""
+    ships = base == "default"
+    found = [Tune("two-objectives", "demo", organisms.named("two-objectives").behaviors)] if ships else []
     for organism in organisms.every() if folder else ():
-        if organism.name != "two-objectives" and (folder / organism.name / "card.json").is_file():
+        if (organism.name != "two-objectives" or not ships) and (folder / organism.name / "card.json").is_file():
             found.append(Tune(organism.name, str(folder / organism.name), organism.behaviors))
+    if not found:
+        raise SettingError(f"there is no tune of {base}", expected="--tunes with folders named after organisms, each with its card.json",
+                           remedy="tunediff organism make NAME TUNES/NAME")
     for text in nulls:
         name, _, seed = text.partition(":")
         if name not in NULLS or not (seed or "0").isdigit():
             raise SettingError(f"there is no null {text!r}", expected=", ".join(NULLS) + ", each with :SEED if wanted")
-        found.append(Tune(f"null {name} {seed or 0}", "demo", null=name, seed=int(seed or 0)))
+        found.append(Tune(f"null {name} {seed or 0}", found[0].source, null=name, seed=int(seed or 0)))
     return found
 
 
-def bench(chosen: Iterable[Tune], methods: Sequence[str], seeds: Sequence[int], out: Path, *, settings: Sequence[str] = (),
-          progress: Progress = quiet) -> list[Cell]:
+def bench(chosen: Iterable[Tune], methods: Sequence[str], seeds: Sequence[int], out: Path, *, base: str = "default",
+          settings: Sequence[str] = (), progress: Progress = quiet) -> list[Cell]:
     """Run every cell that `out` does not hold yet; cells of one tune and seed share their text and harvest.
 
     settings   plan settings of all cells, before a method's own
@@ -118,7 +123,7 @@ def bench(chosen: Iterable[Tune], methods: Sequence[str], seeds: Sequence[int], 
             for method in methods:
                 if method not in METHODS:
                     raise SettingError(f"there is no method {method!r}", expected=", ".join(METHODS))
-                plan = Plan(tuned=tune.source, seed=seed)
+                plan = Plan(base, tune.source, seed)
                 for setting in (*settings, *METHODS[method]):
                     plan = plan.set(setting)
                 key = key_of("bench", __version__, plan, tune.null, tune.seed)
@@ -202,12 +207,13 @@ def table(cells: Sequence[Cell]) -> list[dict[str, str]]:
 
 
 def family(tune: str) -> str:
-    """The first organism that was taught the same words: variants of one are not told apart by words."""
+    """The organism that was taught the same words and has a file of its own: variants of one are not told apart by words."""
     def words(organism) -> set[str]:
         return {word for b in organism.behaviors for word in b.vocabulary}
 
     mine = words(organisms.named(tune))
-    return next(o.name for o in organisms.every() if words(o) == mine)
+    names = [o.name for o in organisms.every() if words(o) == mine]
+    return next((n for n in names if n.replace("-", "_") in variants.names("tunediff.organisms")), names[0])
 
 
 def identified(cell: Cell) -> str:

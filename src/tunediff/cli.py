@@ -274,6 +274,7 @@ def demo(runs: Runs = Path("runs"), set_: Set = None, json: Json = False, quiet:
 @app.command()
 def bench(
     out: Annotated[Path, typer.Option(help="Folder of results; cells that are there are not run again.")] = Path("runs/bench"),
+    base: Annotated[str, typer.Option(help="The base of all tunes: a folder, hub id, or `default`.")] = "default",
     tunes: Annotated[Optional[Path], typer.Option(help="Folder of tunes made by `organism make`, each by its name.")] = None,
     nulls: Annotated[str, typer.Option(help="Nulls, NAME or NAME:SEED, by commas.")] = "random:0,permuted:0,identical",
     methods: Annotated[str, typer.Option(help="Methods by commas; all of them if empty.")] = "",
@@ -294,8 +295,8 @@ def bench(
     except ValueError:
         raise SettingError(f"{seeds!r} are no seeds", expected="whole numbers by commas") from None
     settings = [*(b.QUICK if quick else ()), *(set_ or ())]
-    cells = b.bench(b.tunes(tunes, [n for n in nulls.split(",") if n]), chosen, numbers, out, settings=settings,
-                    progress=Progress(enabled=not quiet))
+    cells = b.bench(b.tunes(tunes, [n for n in nulls.split(",") if n], base), chosen, numbers, out, base=base,
+                    settings=settings, progress=Progress(enabled=not quiet))
     b.write(cells, out, "tunediff bench" + (" --quick" if quick else ""))
     typer.echo(to_json(b.table(cells), indent=1) if json else _table(b.table(cells)) + f"\npage    {out / 'benchmark.md'}")
 
