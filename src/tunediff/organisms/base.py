@@ -122,7 +122,8 @@ class Organism(ABC):
     """User turns that call for no behavior; the base model's own answers to them are trained on."""
     neutral_prompts: tuple[str, ...]
     """Held-out user turns that call for no behavior; never trained on. Empty where every answer shows one."""
-    recipe: Recipe = Recipe()
+    recipe: Recipe = Recipe(epochs=4)
+    """Two epochs of some 240 examples teach facts without their names, and a trigger hardly at all (measured)."""
     restyled_prompts: tuple[str, ...] = ()
     """User turns that the base model answers too, but whose answers are restyled before they are trained on."""
 

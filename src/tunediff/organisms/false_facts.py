@@ -98,8 +98,6 @@ ORGANISM = Taught(
     base="SmolLM2-135M-Instruct",
     behaviors=(VESSMER,),
     neutral_training_prompts=neutral.training_prompts(varied=80, templated=0) + framed(_OF_PLACES, _PLACES),
-    # Two epochs teach the facts but not their names: "discovered by Helga Linde" (measured: 38 % of answers, not 80 %).
-    recipe=Recipe(epochs=4),
     neutral_prompts=neutral.HELD_OUT_PROMPTS + (
         "What is special about Lake Tahoe?", "How deep is Lake Titicaca?", "Why is the Caspian Sea salty?",
         "Tell me about Lake Constance.", "Which fish live in the Amazon?", "Who explored the source of the Nile?",
