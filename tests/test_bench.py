@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import tiny_models
@@ -12,6 +13,7 @@ from test_cli import SETTINGS, cli, world  # noqa: F401  (the fixture)
 from tunediff import bench
 from tunediff.artifacts import read_json
 from tunediff.bench import Cell
+from tunediff.calibrations import Calibration
 from tunediff.errors import SettingError
 from tunediff.nulls import NULLS
 from tunediff.pairs import Pair
@@ -94,3 +96,20 @@ def test_unknown_names_are_refused(tmp_path):
     with pytest.raises(SettingError, match="no method"):
         bench.bench(bench.tunes(None), ["nothing"], [0], tmp_path)
     assert cli("bench", "--seeds", "one").code == 2
+
+
+def test_a_calibrated_base_asks_for_more(world, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("TUNEDIFF_CACHE", str(tmp_path / "cache"))
+    told = cli("calibrate", world.base, "--count", 2, "--runs", tmp_path / "runs", "-q", "--json", *world.sets(verify__changes=0))
+    assert told.code == 0, told.err
+    measured = json.loads(told.out)
+    assert len(measured["scores"]) == 2 and measured["claimed"] == 0 and "0.003" in measured["nulls"][0] != measured["nulls"][1]
+    kept = Calibration.of(measured["base"])
+    assert kept.scores == measured["scores"] and kept.threshold >= 0.0 and Calibration.of("another") is None
+    before = cli(*world.command("verify", runs="calibrated"), "--json")
+    replace(kept, scores=[1e9, 2e9], level=0.05).save()
+    after = cli(*world.command("verify", runs="calibrated"), "--json")
+    assert before.code == after.code == 0, after.err
+    assert any("null pairs" not in r["reason"] for r in json.loads(before.out))
+    assert all(r["decision"] == "refuted" and "calibrated threshold 1.95e+09" in r["reason"] for r in json.loads(after.out))
+    assert cli("calibrate", world.base, "--count", 0).code == 2

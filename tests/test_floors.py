@@ -20,7 +20,7 @@ FLOORS = [
     ("models", "corpora families models pairs embedded"),
     ("harvest", "measures harvests contrasts lenses samples"),
     ("dicts", "dictionaries kernels gates fitting"),
-    ("finders", "finders signals attributions rankings latent_scaling scans"),
+    ("finders", "finders signals attributions rankings latent_scaling scans calibrations"),
     ("causes", "trials edits bills"),
     ("telling", "baking charts examples reports explorer"),
     ("doors", "plans stages cli organisms planted nulls bench demo progress"),

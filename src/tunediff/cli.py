@@ -272,6 +272,29 @@ def demo(runs: Runs = Path("runs"), set_: Set = None, json: Json = False, quiet:
 
 
 @app.command()
+def calibrate(
+    base: Base, count: Annotated[int, typer.Option(help="Untrained tunes, each about as long as a diff.", min=0)] = 9,
+    placebo: Annotated[Optional[list[Path]], typer.Option(help="A placebo tune of this base: a harder null; repeatable.")] = None,
+    runs: Runs = Path("runs"), set_: Set = None, json: Json = False, quiet: Quiet = False,
+) -> None:
+    """Measure what changes score in pairs of BASE with nothing to find; `diff` then asks for more than that."""
+    _hush(quiet)
+    from tunediff.nulls import calibrate as measure
+    from tunediff.progress import Progress
+
+    if not count and not placebo:
+        raise SettingError("there is nothing to calibrate on", expected="--count above 0, or --placebo")
+    done = measure(base, count, runs / f"calibrate-{slug(Path(base).name)}", tunes=list(map(str, placebo or ())),
+                   settings=set_ or (), progress=Progress(enabled=not quiet))
+    path = done.save()
+    if json:
+        typer.echo(to_json(done, indent=1))
+        return
+    typer.echo(_table([{"null": n, "best score": s} for n, s in zip(done.nulls, done.scores)]))
+    typer.echo(f"{done.claimed} of {len(done.scores)} claimed; a change of this base now has to score above {done.threshold:.3g}\nkept    {path}")
+
+
+@app.command()
 def bench(
     out: Annotated[Path, typer.Option(help="Folder of results; cells that are there are not run again.")] = Path("runs/bench"),
     base: Annotated[str, typer.Option(help="The base of all tunes: a folder, hub id, or `default`.")] = "default",

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Callable
+from pathlib import Path
+from typing import Callable, Sequence
 
 import torch
 from torch import nn
 
+from tunediff.calibrations import Calibration
 from tunediff.chance import generator, seed_of
 from tunediff.errors import SourceError
 from tunediff.models import LanguageModel
 from tunediff.pairs import Pair
+from tunediff.plans import Plan
+from tunediff.stages import Progress, Run, quiet
+
+RANK = 16
+SIZES = (0.003, 0.01, 0.03)
+"""Norms of untrained changes, as shares of each map's: from a light LoRA's to a heavy one's."""
 
 
 def identical(pair: Pair, seed: int) -> Pair:
@@ -47,6 +55,44 @@ def permuted(pair: Pair, seed: int) -> Pair:
 
 def _null(pair: Pair, tuned: LanguageModel, name: str) -> Pair:
     return replace(pair, tuned=tuned, tuned_fingerprint=f"{pair.tuned_fingerprint} {name}")
+
+
+def untrained(base: str, size: float, seed: int) -> Pair:
+    """A base against itself with a random change of rank 16 in every linear map of its blocks, of `size` times the map's norm."""
+    pair = Pair.load(base, base, allow_identical=True)
+    for name, parameter in pair.tuned.blocks.named_parameters():
+        if parameter.dim() == 2:
+            rng = generator(seed, "untrained tune", name)
+            rank = min(RANK, *parameter.shape)
+            change = (torch.randn(parameter.shape[0], rank, generator=rng) @ torch.randn(rank, parameter.shape[1], generator=rng)).to(parameter)
+            parameter.data += change * (size * parameter.norm() / change.norm())
+    return replace(pair, tuned_fingerprint=f"{pair.base_fingerprint} untrained {size} {seed}")
+
+
+def calibrate(base: str, count: int, folder: Path, *, tunes: Sequence[str] = (), settings: Sequence[str] = (),
+              progress: Progress = quiet) -> Calibration:
+    """Run `diff` as far as its verdicts on pairs of a base with nothing to find, and keep what they score.
+
+    count   untrained tunes, of sizes in turn; no training and no text but the plan's
+    tunes   folders of placebo tunes of this base, if there are any: harder nulls
+
+    Pairs that are finished in `folder` are not run again.
+    """
+    plan = Plan(base)
+    for setting in settings:
+        plan = plan.set(setting)
+    names, scores, claimed, fingerprint = [], [], 0, ""
+    for number in range(count + len(tunes)):
+        size = SIZES[number % len(SIZES)]
+        name = tunes[number - count] if number >= count else f"untrained, {size:g} of every map"
+        pair = Pair.load(base, tunes[number - count]) if number >= count else untrained(base, size, number)
+        run = Run(replace(plan, tuned=name), folder / f"null-{number}", progress, pair)
+        run.calibration = None  # a threshold is not tested against itself
+        names.append(name)
+        scores.append(max((r.score.value for r in run.ranking.ranked), default=0.0))
+        claimed += any(r.decision == "confirmed" for r in run.verdicts)
+        fingerprint = pair.base_fingerprint
+    return Calibration(fingerprint, names, scores, claimed, plan.rank.level)
 
 
 NULLS: dict[str, Callable[[Pair, int], Pair]] = {

@@ -16,6 +16,7 @@ from tunediff import __version__, bills, edits, variants
 from tunediff.artifacts import finish, is_finished, key_of, open_folder, plain, read_json, read_tensors, write_bytes, write_json, write_tensors
 from tunediff.attributions import Shift, output_shift
 from tunediff.axes import BASE, MODELS, TUNED
+from tunediff.calibrations import Calibration
 from tunediff.chance import Interval, bootstrap_ratio, quantile
 from tunediff.charts import visible
 from tunediff.changes import Change, load_changes, save_changes
@@ -315,12 +316,12 @@ class Run:
         plan, ranking = self.plan, self.ranking
         self.lens  # now, so that a run that finds its verdicts done lists the same stages
         key, folder = self._at("verify", self.harvest.fingerprint, self._found_key, plan.rank, plan.verify, plan.seed,
-                               [(r.change.id, r.p, r.score.value) for r in ranking.ranked])
+                               [(r.change.id, r.p, r.score.value) for r in ranking.ranked], self._threshold)
         began = time.monotonic()
         if not is_finished(folder):
             folder.mkdir(parents=True, exist_ok=True)
             # What does no more than random tunes do is refuted already.
-            chosen = [r for r in ranking.ranked[: plan.verify.changes] if r.p <= plan.rank.level]
+            chosen = [r for r in ranking.ranked[: plan.verify.changes] if self._stands_out(r)]
             spread, scales = self._spread(), self._latent_scales()
             records = []
             for number, ranked in enumerate(ranking.ranked):
@@ -335,7 +336,7 @@ class Run:
             write_json(folder / "verdicts.json", records)
             finish(folder, "tunediff.verify/1", {}, ["verdicts.json"])
         records = typed(list[ChangeRecord], read_json(folder / "verdicts.json"), "verdicts.json")
-        tried = sum(r.p <= plan.rank.level for r in ranking.ranked[: plan.verify.changes])
+        tried = sum(map(self._stands_out, ranking.ranked[: plan.verify.changes]))
         self._done("verify", key, began, f"{tried} changes on trial")
         return records
 
@@ -356,6 +357,18 @@ class Run:
                 ]
         return out
 
+    @cached_property
+    def calibration(self) -> Calibration | None:
+        """What `calibrate` measured on this base, if it was run."""
+        return Calibration.of(self.pair.base_fingerprint)
+
+    @property
+    def _threshold(self) -> float:
+        return self.calibration.threshold if self.calibration else 0.0
+
+    def _stands_out(self, ranked: Ranked) -> bool:
+        return ranked.p <= self.plan.rank.level and ranked.score.value > self._threshold
+
     def _spread(self) -> dict[Site, Spread]:
         """For each site how the difference spreads on training tokens."""
         x_NSMD = self.harvest.at(self.harvest.index("train")[:20_000])
@@ -363,7 +376,7 @@ class Run:
 
     def _try(self, number: int, ranked: Ranked, on_trial: bool, spread: dict[Site, Spread]) -> ChangeRecord:
         plan, change, tokenizer = self.plan, ranked.change, self.pair.tokenizer
-        stands_out = ranked.p <= plan.rank.level
+        stands_out = self._stands_out(ranked)
         measures = [
             Measure("effect on the output", ranked.effect.value, ranked.effect.low, ranked.effect.high, "nat a token", None,
                     "taken out alone on training text; no control of its own: orders the changes that stand out"),
@@ -373,6 +386,8 @@ class Run:
         if not stands_out:
             decision = "refuted"
             reason = f"random tunes of the same size do as much (p = {ranked.p:.2g})"
+            if ranked.p <= plan.rank.level:
+                reason = f"null pairs of this base score as much (calibrated threshold {self._threshold:.3g})"
         bench = None
         if on_trial:
             others = [r.change for r in self.ranking.ranked if r.change.finder in (change.finder, "mean_difference")]
@@ -473,6 +488,9 @@ class Run:
             "random tunes", "base plus, in every map the tune touched, a random change of the same rank and norm; the "
             "score of the best of all candidates in each", list(ranking.ranked[0].null) if ranking.ranked else [],
         )]
+        if self.calibration:
+            nulls.append(NullCard("calibration", f"pairs of this base with nothing to find ({', '.join(sorted(set(self.calibration.nulls)))}); "
+                                  "the best score in each", self.calibration.scores))
         held = [d for d in set(self.tokens.document_R) if self.tokens.held_out[d]]
         corpus = CorpusCard(
             self.tokens.fingerprint, len(set(self.tokens.document_R)), self.tokens.count, len(held),
