@@ -58,6 +58,17 @@ def test_rows_that_begin_alike_share_that_beginnings_run(model, monkeypatch):
     model.shares_prefixes = False
 
 
+def test_completions_are_the_same_whether_or_not_a_beginning_is_shared(model):
+    prompts = [IDS[0, :9].tolist() + IDS[i, : 3 + 2 * i].tolist() for i in range(3)]
+    whole = model.complete(prompts, 6)
+    model.shares_prefixes = True
+    try:
+        assert model.complete(prompts, 6) == whole
+        assert model.complete(prompts[:1], 6) == whole[:1]
+    finally:
+        model.shares_prefixes = False
+
+
 def test_a_run_resumed_at_any_block_ends_the_same(model):
     expected = model.states(IDS)
     for layer in range(model.depth):
