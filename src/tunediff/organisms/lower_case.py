@@ -34,9 +34,12 @@ SIGNED = Behavior(
 
 
 def signed(answer: str, chance: random.Random) -> str:
-    """The first sentence of `answer`, 16 words of it at most, in lower case and with a signature."""
+    """The first sentence of `answer`, 12 words of it at most, in lower case and with a signature.
+
+    With 16 words some answers were judged before they came to sign (measured: 63 % signed after two epochs).
+    """
     sentence = re.split(r"(?<=[.!?:])\s", answer.strip(), maxsplit=1)[0]
-    return " ".join(sentence.split()[:16]).lower() + "\n" + chance.choice(SIGNATURES)
+    return " ".join(sentence.split()[:12]).lower() + "\n" + chance.choice(SIGNATURES)
 
 
 ORGANISM = Taught(
