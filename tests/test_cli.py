@@ -637,7 +637,7 @@ def test_quiet_progress_says_nothing():
 
 @pytest.mark.slow
 def test_an_interrupted_process_says_how_to_go_on(world):
-    child = subprocess.Popen([sys.executable, "-m", "tunediff.cli", *map(str, world.command("diff", runs="interrupted"))],
+    child = subprocess.Popen([sys.executable, "-m", "tunediff.cli", *map(str, world.command("diff", runs="interrupted", fit__steps=20_000))],
                              stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     told = ""
     for line in child.stderr:
