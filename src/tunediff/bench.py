@@ -184,7 +184,7 @@ def roc_area(positive: Sequence[float], negative: Sequence[float], *, seed: int 
 def table(cells: Sequence[Cell]) -> list[dict[str, str]]:
     """One row a method: found on tunes, claimed on nulls, behaviors named, told which tune, share of planted words, cost."""
     rows = []
-    for method in dict.fromkeys(c.method for c in cells):
+    for method in sorted(dict.fromkeys(c.method for c in cells), key=lambda m: list(METHODS).index(m) if m in METHODS else 99):
         mine = [c for c in cells if c.method == method]
         real, null = [c for c in mine if not c.is_null], [c for c in mine if c.is_null]
         named = [bool(ids) for c in real for ids in c.named.values()]
@@ -239,7 +239,8 @@ def _mean(values: Sequence[float]) -> str:
 def render(cells: Sequence[Cell], command: str) -> str:
     """The table, and what every method said of every tune, as a page of Markdown; cells that were not run say so."""
     rows = table(cells)
-    lines = ["# Benchmark", "", f"Made by `{command}`. Every number is from `cells/`, beside this page's data.", ""]
+    lines = ["# Benchmark", "", f"Made by `{command}` ([what the columns are](bench.md)); every cell is in `bench.json`. Means are "
+             "over tunes and seeds that were run, so methods run on other tunes are not to be compared by them.", ""]
     lines += _markdown(rows)
     names = list(dict.fromkeys(c.tune for c in cells))
     lines += ["", "## Tune by tune", "", "*named*: every behavior is named by a confirmed change among the first five; *part*: some; "
@@ -273,7 +274,15 @@ def _markdown(rows: Sequence[dict[str, str]]) -> list[str]:
             *("| " + " | ".join(row.values()) + " |" for row in rows)]
 
 
-def write(cells: Sequence[Cell], out: Path, command: str) -> None:
-    """Keep the cells as one JSON file and the page beside it."""
-    write_json(out / "bench.json", {"version": __version__, "python": sys.version.split()[0], "cells": list(cells)})
+def kept(out: Path) -> list[Cell]:
+    """Every cell that `out` holds, tunes before nulls, methods in their order; other calls' cells too."""
+    cells = [typed(Cell, read_json(path), path.name) for path in sorted((out / "cells").glob("*.json"))]
+    order = list(METHODS)
+    return sorted(cells, key=lambda c: (c.is_null, c.tune, order.index(c.method) if c.method in order else len(order), c.seed))
+
+
+def write(out: Path, command: str) -> None:
+    """Put all cells that are kept into one JSON file, and the page beside it."""
+    cells = kept(out)
+    write_json(out / "bench.json", {"version": __version__, "python": sys.version.split()[0], "cells": cells})
     write_bytes(out / "benchmark.md", render(cells, command).encode())

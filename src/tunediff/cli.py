@@ -320,7 +320,7 @@ def bench(
     settings = [*(b.QUICK if quick else ()), *(set_ or ())]
     cells = b.bench(b.tunes(tunes, [n for n in nulls.split(",") if n], base), chosen, numbers, out, base=base,
                     settings=settings, progress=Progress(enabled=not quiet))
-    b.write(cells, out, "tunediff bench" + (" --quick" if quick else ""))
+    b.write(out, "tunediff bench" + (" --quick" if quick else ""))
     typer.echo(to_json(b.table(cells), indent=1) if json else _table(b.table(cells)) + f"\npage    {out / 'benchmark.md'}")
 
 
