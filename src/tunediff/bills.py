@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from statistics import fmean
 from typing import Sequence
 
 import torch
@@ -115,7 +116,7 @@ def bill(
     for name, sample, masks in (("removed", contrastive, target), ("kept", contrastive, rest), ("cost", neutral, plain)):
         if masks:
             table[name] = _divergences(pair, sides, sample, masks, name, batch_tokens)
-    for name, unit, of in (("removed", "share of KL", max), ("kept", "share of KL", _mean), ("cost", "nat a token", _mean)):
+    for name, unit, of in (("removed", "share of KL", max), ("kept", "share of KL", fmean), ("cost", "nat a token", fmean)):
         if name not in table:
             measures.append(Measure(name, None, unit=unit, against="no such text in the held-out part"))
             continue
@@ -167,7 +168,3 @@ def _divergences(pair: Pair, sides: dict[str, LanguageModel], sample: Sample, ma
                 top[side][document] = top[side].get(document, 0.0) + value
     order = sorted(bottom)
     return {side: ([top[side][d] for d in order], [bottom[d] for d in order]) for side in sides}
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Callable, Sequence
+from typing import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -76,11 +76,15 @@ class Ranking:
 
 def streams_of(model: LanguageModel, sample: Sample, runs: Sequence[tuple[Batch, Start | None]]) -> Tensor:
     """Another tuned side's streams (N, S, D) on a sample's tokens, its batches given with where they may begin."""
+    return _flat(sample, ((batch, model.streams(batch.ids_BT, sample.sites, start)) for batch, start in runs))
+
+
+def _flat(sample: Sample, found: Iterable[tuple[Batch, Tensor]]) -> Tensor:
+    """What was found on each of a sample's batches, (B, T, ...), as flat tokens in the sample's order, in float32."""
     parts: dict[int, Tensor] = {}
-    for batch, start in runs:
-        streams = model.streams(batch.ids_BT, sample.sites, start).float()
-        for b, row in enumerate(batch.rows_B.tolist()):
-            parts[row] = streams[b, : len(sample.tokens.rows[row])]
+    for batch, streams in found:
+        for row, stream_TX in zip(batch.rows_B.tolist(), streams.float().cpu()):
+            parts[row] = stream_TX[: len(sample.tokens.rows[row])]
     return torch.cat([parts[row] for row in sample.rows])
 
 
@@ -198,16 +202,17 @@ def rank(
     scale_K = (score_K / energy_K).nan_to_num()
     document_N = few.document_N[keep]
 
+    both = ((batch, pair.both_streams(batch.ids_BT, depths)) for batch in few.batches(settings.batch_tokens))
     profile_SK = [
         _share_along(few_f_NK, both_NSMD[keep, s : s + 1], half_N[here][keep], constant_K)
-        for both_NSMD in ([_both(pair, few, depths, settings.batch_tokens)] if depths else []) for s in range(len(depths))
+        for both_NSMD in ([_flat(few, both)] if depths else []) for s in range(len(depths))
     ]
     seen_f_NK = torch.stack([seen.strength(c) for c in changes], 1)
     rows = telling_rows(seen, seen_f_NK, _halves(seen), settings.effect_tokens)
     here = torch.isin(seen.row_N, torch.tensor(rows))
     seen = seen.only(rows)
     kl_N, less_NK = removed(pair, changes, seen_f_NK[here], seen, settings.batch_tokens)
-    tokens_D, gap_D, nats_KD = by_documents(seen, torch.ones(len(kl_N)), kl_N, less_NK)
+    tokens_D, gap_D, nats_KD = by_documents(seen.document_N, torch.ones(len(kl_N)), kl_N, less_NK)
     best = tuple(null_RK.max(1).values.tolist())
     ranked = [
         Ranked(c, summed(energy_NK[:, k] * scale_K[k], document_N, seed), best, p[k],
@@ -222,16 +227,6 @@ def rank(
     return Ranking([ranked[k] for k in order])
 
 
-def _both(pair: Pair, sample: Sample, sites: Sequence[Site], batch_tokens: int) -> Tensor:
-    """Both models' streams (N, S, M, D) on a sample's tokens at other sites than its own."""
-    parts: dict[int, Tensor] = {}
-    for batch in sample.batches(batch_tokens):
-        streams = pair.both_streams(batch.ids_BT, sites).float().cpu()
-        for b, row in enumerate(batch.rows_B.tolist()):
-            parts[row] = streams[b, : len(sample.tokens.rows[row])]
-    return torch.cat([parts[row] for row in sample.rows])
-
-
 def _share_along(f_NK: Tensor, both_NSMD: Tensor, half_N: Tensor, constant_K: Tensor) -> Tensor:
     """Share (K,) of a difference's variance, or of the whole of it for constant changes, that goes along with each change."""
     delta_NSD = (both_NSMD[:, :, TUNED] - both_NSMD[:, :, BASE]).double()
@@ -240,17 +235,16 @@ def _share_along(f_NK: Tensor, both_NSMD: Tensor, half_N: Tensor, constant_K: Te
     return energy_along(f_NK, delta_NSD, half_N, constant_K).sum(0) / total_K
 
 
-def by_documents(sample: Sample, *values: Tensor) -> list[Tensor]:
+def by_documents(document_N: Tensor, *values: Tensor) -> list[Tensor]:
     """Sums of values (N,) or (N, K) over each document's tokens: (D,) or (K, D), float64."""
-    documents, number_N = sample.document_N.unique(return_inverse=True)
+    documents, number_N = document_N.unique(return_inverse=True)
     sums = (torch.zeros(len(documents), *v.shape[1:], dtype=torch.float64).index_add_(0, number_N, v.double()) for v in values)
     return [total.movedim(0, -1) for total in sums]
 
 
 def summed(value_N: Tensor, document_N: Tensor, seed: int) -> Interval:
     """The sum of a value over tokens, with its interval over documents."""
-    documents, number_N = document_N.unique(return_inverse=True)
-    sums = torch.zeros(len(documents), dtype=torch.float64).index_add_(0, number_N, value_N.double())
+    (sums,) = by_documents(document_N, value_N)
     mean = bootstrap_mean(sums.numpy(), seed=seed)
     return Interval(mean.value * len(sums), mean.low * len(sums), mean.high * len(sums), mean.level)
 
