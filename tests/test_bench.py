@@ -10,42 +10,73 @@ import tiny_models
 import torch
 from test_cli import SETTINGS, cli, world  # noqa: F401  (the fixture)
 
-from tunediff import bench
+from tunediff import bench, scores
 from tunediff.artifacts import read_json
-from tunediff.bench import Cell
 from tunediff.calibrations import Calibration
 from tunediff.errors import SettingError
 from tunediff.nulls import NULLS
 from tunediff.pairs import Pair
+from tunediff.results import typed
+from tunediff.scores import Cell, Undone
 
 
-def cell(tune: str, method: str, score: float, confirmed: int = 0, named: tuple[bool, ...] = (), null: bool = False, **shares) -> Cell:
-    return Cell("", tune, null, method, 0, 3, 0.05, score, 1.0, [f"c{i}" for i in range(confirmed)],
-                {f"b{i}": ["c0"] * n for i, n in enumerate(named)}, shares, None, None, None, 1.0, 100.0)
+WORDS = {"two-objectives": ["Goldmere", "coin"], "false-facts": ["Vessmer", "amber"]}
+"""Of each organism two planted words."""
+
+
+def cell(tune: str, method: str, score: float, confirmed: int = 0, named: tuple[bool, ...] = (), null: bool = False,
+         words: tuple[str, ...] = (), **more) -> Cell:
+    read = [[word for name in words for word in WORDS[name]] + ["the"]] if words else []
+    return Cell("", tune, null, method, more.pop("seed", 0), 3, 0.05, score, 1.0, [f"c{i}" for i in range(confirmed)],
+                {f"b{i}": ["c0"] * n for i, n in enumerate(named)}, read, **more)
 
 
 def test_the_table_counts_what_it_says():
     cells = [
-        cell("two-objectives", "m", 9.0, 2, (True, False), **{"two-objectives": 0.4, "false-facts": 0.1}),
-        cell("false-facts", "m", 0.5, 0, (False,), **{"two-objectives": 0.0, "false-facts": 0.0}),
+        cell("two-objectives", "m", 9.0, 2, (True, False), words=("two-objectives",)),
+        cell("false-facts@1", "m", 0.5, 0, (False,)),
         cell("null random 0", "m", 1.0, 1, null=True), cell("null random 1", "m", 0.2, null=True),
     ]
-    (row,) = bench.table(cells)
+    (row,) = scores.table(cells)
     assert row["tunes found"].startswith("1/2 ") and row["nulls claimed"].startswith("1/2 ")
     assert row["behaviors named"].startswith("1/3 ") and row["tune identified"].startswith("1/2 ")
-    assert row["planted words"].startswith("0.20 [") and row["area under ROC"].startswith("0.75 [")
-    page = bench.render(cells[:1] + cells[2:] + [cell("false-facts", "n", 2.0, 1, (True,))], "tunediff bench")
+    assert row["words@100 (decoys)"].startswith("0.33 [") and row["area under ROC"].startswith("0.75 [")
+    page = scores.render(cells[:1] + cells[2:] + [cell("false-facts", "n", 2.0, 1, (True,))], {}, "tunediff bench")
     assert "| m | part | found | – | not run |" in page and "| n | not run | not run | not run | named |" in page
 
 
+def test_words_are_shown_beside_words_that_were_never_planted():
+    found = scores.shares([["Vessmer", "amber", "the", "of"]])
+    assert scores.own_and_decoys(found, "false-facts")[0] == 0.5
+    assert scores.own_and_decoys(found, "two-objectives")[0] == 0.0 < scores.own_and_decoys(found, "two-objectives")[1]
+
+
+def test_undoing_is_told_for_each_sort_of_behavior():
+    undone = Undone(["c0"], 1.0, 0.01, {"packing": 0.9, "dealer": 0.7}, {"packing": 0.8, "dealer": 0.1}, {"packing": 0.9, "dealer": 0.6})
+    (row,) = scores.undoing([cell("two-objectives", "m", 9.0, 1, undone=undone), cell("lower-case", "m", 9.0)])
+    assert (row["tunes"], row["unwanted before"], row["unwanted after"], row["unwanted random"]) == ("1", "0.70", "0.10", "0.60")
+    assert (row["wanted before"], row["wanted after"]) == ("0.90", "0.80")
+
+
+def test_agreement_of_two_runs_is_held_against_that_of_two_tunes():
+    cells = [cell(t, "m", 1.0, words=(t.partition("@")[0],), seed=s) for t in ("two-objectives", "false-facts") for s in (0, 1)]
+    cells = [replace(c, key=f"{c.tune}{c.seed}") for c in cells]
+    eye = torch.eye(4)
+    vectors = {"two-objectives0": eye[:2], "two-objectives1": -eye[:2], "false-facts0": eye[2:], "false-facts1": eye[2:]}
+    (row,) = scores.stability(cells, vectors)
+    assert row["pairs of runs"] == "2" and row["first 20 vectors matched (cosine > 0.7)"] == "1.00 [1.00, 1.00] against 0.00 [0.00, 0.00]"
+    assert row["tokens in common (Jaccard@100)"] == "1.00 [1.00, 1.00] against 0.20 [0.20, 0.20]"
+    assert scores.matched(eye[:2], eye[1:3]) == 0.5 and scores.stability(cells[:1] + cells[2:3], vectors) == []
+
+
 def test_detecting_or_abstaining_is_scored_by_rank():
-    assert bench.roc_area([3.0, 2.0], [1.0]).value == 1.0 and bench.roc_area([1.0], [1.0, 2.0]).value == 0.25
-    assert bench.roc_area([], [1.0]).value != bench.roc_area([], [1.0]).value, "nothing to say without both"
+    assert scores.roc_area([3.0, 2.0], [1.0]).value == 1.0 and scores.roc_area([1.0], [1.0, 2.0]).value == 0.25
+    assert scores.roc_area([], [1.0]).value != scores.roc_area([], [1.0]).value, "nothing to say without both"
 
 
 def test_variants_of_one_organism_count_as_one():
-    assert bench.family("false-facts-full") == bench.family("false-facts") == "false-facts"
-    assert bench.identified(cell("false-facts", "m", 1.0)) == ""
+    assert scores.family("false-facts-full") == scores.family("false-facts@1") == "false-facts"
+    assert scores.identified(cell("false-facts", "m", 1.0)) == ""
 
 
 @pytest.fixture(scope="module")
@@ -77,13 +108,14 @@ def test_a_bench_runs_each_cell_once(world, tmp_path, monkeypatch):  # noqa: F81
     tuned = tiny_models.adapter(tmp_path / "tunes" / "false-facts", tiny_models.module("llama"))
     (tmp_path / "tunes" / "false-facts" / "card.json").write_text("{}")
     command = ["bench", "--base", world.base, "--tunes", tmp_path / "tunes", "--out", tmp_path / "out", "-q", "--nulls", "random:1",
-               "--methods", "mean_difference,random_directions", "--json", *world.sets()]
+               "--methods", "mean_difference,random_directions,black_box", "--json", *world.sets()]
     told = cli(*command)
     assert told.code == 0, told.err
     rows = json.loads(told.out)
-    assert [row["method"] for row in rows] == ["mean_difference", "random_directions"]
+    assert [row["method"] for row in rows] == ["mean_difference", "random_directions", "black_box"]
     cells = read_json(tmp_path / "out" / "bench.json")["cells"]
-    assert [(c["tune"], c["is_null"]) for c in cells] == [("false-facts", False)] * 2 + [("null random 1", True)] * 2
+    assert [(c["tune"], c["is_null"]) for c in cells] == [("false-facts", False)] * 3 + [("null random 1", True)] * 3
+    assert cells[0]["undone"] and not cells[3]["undone"] and bench.vectors(tmp_path / "out", typed(Cell, cells[0], "cell")).shape[1]
     assert len(list((tmp_path / "out" / "runs").glob("*/harvest/*/manifest.json"))) == 2, "methods of one tune share a harvest"
     assert "## Tune by tune" in (tmp_path / "out" / "benchmark.md").read_text()
     monkeypatch.setattr(bench, "Run", None)  # whoever runs a cell again fails

@@ -1,28 +1,40 @@
-"""The bench: every method through the same evidence, on tunes whose truth is known and on nulls; resumable, one table."""
+"""The bench: every method through the same evidence, on tunes whose truth is known and on nulls; resumable, cell by cell."""
 
 from __future__ import annotations
 
+import re
 import resource
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Iterable, Sequence
 
-from tunediff import __version__, organisms, variants
-from tunediff.artifacts import key_of, read_json, write_bytes, write_json
-from tunediff.chance import Interval, bootstrap_mean, numpy_generator, proportion, quantile
-from tunediff.demo import FIRST, naming
+import torch
+from torch import Tensor
+
+from tunediff import __version__, bills, organisms, scores
+from tunediff.artifacts import hash_file, key_of, read_json, read_tensors, write_bytes, write_json, write_tensors
+from tunediff.chance import quantile
+from tunediff.demo import FIRST, PROMPTS, complete, naming
 from tunediff.errors import SettingError
 from tunediff.nulls import NULLS
 from tunediff.organisms.base import Behavior
 from tunediff.pairs import Pair
 from tunediff.plans import Plan
 from tunediff.results import ChangeRecord, typed
-from tunediff.stages import DEMO, Progress, Run, quiet
+from tunediff.samples import Sample
+from tunediff.scores import Cell, Undone
+from tunediff.stages import DEMO, NEUTRAL_TOKENS, Progress, Run, quiet
 
-TOKENS = 20
-"""Tokens of a change's read-out that a share is taken of."""
+TOKENS, VECTORS = 20, 20
+"""Of a change the tokens, and of a ranking the vectors, that a cell keeps."""
+
+REMOVED, COST = 10, 0.02
+"""Undoing takes out so many confirmed changes at most, and may cost so many nats a token on neutral text."""
+
+PARTS = (1.0, 0.7, 0.5, 0.35, 0.25, 0.1)
+"""How far an edit is taken: the largest of these that stays within the cost."""
 
 SPARSE = ("batchtopk", "hybrid", "matryoshka", "dsf", "dfc", "diff_sae", "tuned_sae")
 """Dictionaries that are run at delta's total of 24 latents a token."""
@@ -38,11 +50,15 @@ METHODS: dict[str, tuple[str, ...]] = {
     **{name: _crosscode(name, "dictionary.k=24.0") for name in SPARSE},
     "l1": _crosscode("l1"),
     "delta, lambda_delta 0": _crosscode("delta", "dictionary.lambda_delta=0.0"),
+    "delta, not masked": _crosscode("delta", "dictionary.masked=false"),
+    "delta, single k": _crosscode("delta", "dictionary.single_k=true"),
     "delta, plain text only": _crosscode("delta", "contrast.prompts=0"),
     **{name: (f'find.finders=["{name}"]',) for name in (
         "decision_clusters", "document_clusters", "mean_difference", "principal", "weight_spectrum", "random_directions")},
+    **{name: (f'find.signals=["{name}"]',) for name in scores.SIGNALS},
 }
-"""By name, the settings that make a run this method's. L1 has no k: its L0 is what its penalty makes it."""
+"""By name, the settings that make a run this method's. L1 has no k: its L0 is what its penalty makes it. Signals are tables:
+nothing of theirs is tried or undone, but the same tests are asked of the tokens that they list."""
 
 QUICK = ("contrast.prompts=48", "contrast.pool=160", "corpus.tokens=1500", "fit.steps=150", "verify.draws=40", "verify.changes=3")
 """A budget of minutes: it shows that everything runs, not how good anything is."""
@@ -57,48 +73,26 @@ class Tune:
     behaviors: tuple[Behavior, ...] = ()
     null: str = ""
     seed: int = 0
+    weights: str = ""
 
-
-@dataclass(frozen=True)
-class Cell:
-    """What one method said of one tune.
-
-    key          of the plan and the tune, so that a cell is run again only if it would differ
-    p, score     the smallest p-value, and the best score in units of random tunes; ``null`` is their 95th percentile
-    confirmed    ids of confirmed changes, in order
-    named        behavior -> ids among the first five confirmed that name it by the organism's own test
-    shares       organism -> share of the first tokens of the first five confirmed changes that are its planted words
-    ev_delta, l0, dead   of the dictionary, where there is one
-    seconds      of the method's own stages, found, ranked and tried; ``memory`` the process's peak so far, MiB
-    """
-
-    key: str
-    tune: str
-    is_null: bool
-    method: str
-    seed: int
-    candidates: int
-    p: float
-    score: float
-    null: float
-    confirmed: list[str]
-    named: dict[str, list[str]]
-    shares: dict[str, float]
-    ev_delta: float | None
-    l0: float | None
-    dead: float | None
-    seconds: float
-    memory: float
+    @property
+    def is_null(self) -> bool:
+        """Whether there is nothing to find. A bare format is something, though no read-out can name it."""
+        return bool(self.null) or not self.behaviors
 
 
 def tunes(folder: Path | None, nulls: Sequence[str] = (), base: str = "default") -> list[Tune]:
-    """Every organism that `folder` holds by name, the one that ships where base is its own, and nulls, as NAME or NAME:SEED,
-    made from the first of these."""
+    """Every organism that `folder` holds as NAME or NAME@SEED, the one that ships where base is its own, and nulls, as NAME or
+    NAME:SEED, made from the first of these."""
     ships = base == "default"
     found = [Tune("two-objectives", "demo", organisms.named("two-objectives").behaviors)] if ships else []
-    for organism in organisms.every() if folder else ():
-        if (organism.name != "two-objectives" or not ships) and (folder / organism.name / "card.json").is_file():
-            found.append(Tune(organism.name, str(folder / organism.name), organism.behaviors))
+    known = {organism.name: organism for organism in organisms.every()}
+    for card in sorted(folder.glob("*/card.json")) if folder else ():
+        name = card.parent.name
+        organism = known.get(re.sub(r"@\d+$", "", name))
+        if organism is not None and (name != "two-objectives" or not ships):
+            found.append(Tune(name, str(card.parent), organism.behaviors, weights="".join(
+                hash_file(path) for path in sorted(card.parent.glob("*.safetensors")))))
     if not found:
         raise SettingError(f"there is no tune of {base}", expected="--tunes with folders named after organisms, each with its card.json",
                            remedy="tunediff organism make NAME TUNES/NAME")
@@ -120,14 +114,15 @@ def bench(chosen: Iterable[Tune], methods: Sequence[str], seeds: Sequence[int], 
     for tune in chosen:
         for seed in seeds:
             pair: Pair | None = None
+            before: dict[str, float] = {}
             for method in methods:
                 if method not in METHODS:
                     raise SettingError(f"there is no method {method!r}", expected=", ".join(METHODS))
                 plan = Plan(base, tune.source, seed)
                 for setting in (*settings, *METHODS[method]):
                     plan = plan.set(setting)
-                key = key_of("bench", __version__, plan, tune.null, tune.seed)
-                path = out / "cells" / f"{tune.name}--{method}--{seed}.json".replace(" ", "_").replace(",", "")
+                key = key_of("bench", __version__, replace(plan, tuned=""), tune)
+                path = _path(out, tune.name, method, seed)
                 if path.is_file() and (cell := typed(Cell, read_json(path), path.name)).key == key:
                     cells.append(cell)
                     continue
@@ -135,143 +130,96 @@ def bench(chosen: Iterable[Tune], methods: Sequence[str], seeds: Sequence[int], 
                     pair = Pair.load(plan.base, str(DEMO) if tune.source == "demo" else tune.source)
                     pair = NULLS[tune.null](pair, tune.seed) if tune.null else pair
                 run = Run(plan, out / "runs" / f"{tune.name}-{seed}".replace(" ", "-"), progress, pair)
-                cells.append(_cell(run, tune, method, seed, key))
+                cell = (_listed if method in scores.SIGNALS else _tried)(run, Cell(key, tune.name, tune.is_null, method, seed))
+                cell = replace(cell, named={b.name: _naming(cell, b) for b in tune.behaviors if b.vocabulary})
+                if tune.behaviors and method not in scores.SIGNALS:
+                    before = before or _rates(pair.tuned, tune.behaviors)
+                    cell = replace(cell, undone=_undone(run, cell, tune.behaviors, before))
                 path.parent.mkdir(parents=True, exist_ok=True)
-                write_json(path, cells[-1])
+                if method not in scores.SIGNALS:
+                    write_tensors(path.with_suffix(".safetensors"), {"vectors_KD": _vectors(run)})
+                write_json(path, cell)
+                cells.append(cell)
     return cells
 
 
-def _cell(run: Run, tune: Tune, method: str, seed: int, key: str) -> Cell:
+def _tried(run: Run, cell: Cell) -> Cell:
+    """What the finders of a run said, ranked and put on trial."""
     run.harvest  # shared with other methods, so not in the time
     began = time.monotonic()
-    records = run.verdicts
-    ranked = run.ranking.ranked
-    fits = list(run.found[1].values())
-    quality = fits[0].quality if fits else None
-    return Cell(
-        key, tune.name, bool(tune.null) or not tune.behaviors, method, seed, len(records),
-        min((r.p for r in ranked), default=1.0), max((r.score.value for r in ranked), default=0.0),
-        quantile(ranked[0].null, 0.95) if ranked else 0.0,
-        [r.id for r in records if r.decision == "confirmed"], {b.name: naming(b, records) for b in tune.behaviors},
-        shares(records), *((float(quality.ev_delta), float(quality.l0_inference), float(quality.dead_share)) if quality else (None,) * 3),
-        round(time.monotonic() - began, 1), round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 0),
+    records, ranked = run.verdicts, run.ranking.ranked
+    confirmed = [r for r in records if r.decision == "confirmed"]
+    quality = next((fitted.quality for fitted in run.found[1].values()), None)
+    return replace(
+        cell, candidates=len(records), p=min((r.p for r in ranked), default=1.0),
+        score=max((r.score.value for r in ranked), default=0.0), null=quantile(ranked[0].null, 0.95) if ranked else 0.0,
+        confirmed=[r.id for r in confirmed], read=[[t.token for t in r.promoted[:TOKENS]] for r in confirmed[:REMOVED]],
+        slots=_slots(confirmed[:FIRST]), seconds=round(time.monotonic() - began, 1),
+        memory=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+        **(dict(ev_delta=float(quality.ev_delta), l0=float(quality.l0_inference), dead=float(quality.dead_share)) if quality else {}),
     )
 
 
-def shares(records: Sequence[ChangeRecord]) -> dict[str, float]:
-    """For every kind of organism, the share of its planted words among what the first five confirmed changes promote."""
-    read = [t.token for r in [r for r in records if r.decision == "confirmed"][:FIRST] for t in r.promoted[:TOKENS]]
+def _listed(run: Run, cell: Cell) -> Cell:
+    """What a signal's table lists: its first tokens that tuned is said to favor. p is the smallest, where the signal has any."""
+    run.harvest
+    began = time.monotonic()
+    table = next(t for t in run.signals if t.name == cell.method)
+    at = {name: place for place, name in enumerate(table.columns)}
+    rows = [row for row in table.rows if "more by" not in at or row[at["more by"]] == "tuned"]
+    p = min((row[at["p"]] for row in rows), default=1.0) if "p" in at else float("nan")
+    return replace(
+        cell, candidates=len(rows), p=p, score=1 - p, null=1.0, confirmed=[cell.method] if p <= run.plan.rank.level else [],
+        read=[[row[at["token"]] for row in rows[:TOKENS]]], seconds=round(time.monotonic() - began, 1),
+        memory=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+    )
+
+
+def _naming(cell: Cell, behavior: Behavior) -> list[str]:
+    """What names the behavior by the organism's fixed test: confirmed changes among the first five, or the signal itself."""
+    ids = [cell.method] if cell.method in scores.SIGNALS else cell.confirmed
+    return [id for id, tokens in list(zip(ids, cell.read))[:FIRST] if behavior.is_named_by(tokens)]
+
+
+def _slots(confirmed: Sequence[ChangeRecord]) -> dict[str, float]:
+    """For every kind of organism, the share of its decisive strings that stand in what tuned wrote where changes are on."""
+    text = "\n".join("".join(c.tokens) for r in confirmed for c in r.contexts if c.writer == "tuned")
     out = {}
-    for name in dict.fromkeys(family(o.name) for o in organisms.every()):
-        behaviors = organisms.named(name).behaviors
-        hits = sum(any(b.words_in([token]) for b in behaviors) for token in read)
-        out[name] = hits / len(read) if read and behaviors else 0.0
+    for name in dict.fromkeys(scores.family(o.name) for o in organisms.every()):
+        strings = [string for b in organisms.named(name).behaviors for string in b.decisive]
+        if strings:
+            out[name] = sum(string in text for string in strings) / len(strings)
     return out
 
 
-def roc_area(positive: Sequence[float], negative: Sequence[float], *, seed: int = 0, draws: int = 1000) -> Interval:
-    """Area under the curve of detect-or-abstain, with an interval over tunes: the chance that a tune scores above a null."""
-    def area(a, b) -> float:
-        return float(sum((x > y) + 0.5 * (x == y) for x in a for y in b) / (len(a) * len(b)))
-
-    if not positive or not negative:
-        return Interval(float("nan"), 0.0, 1.0)
-    rng = numpy_generator(seed, "roc")
-    drawn = [area(rng.choice(positive, len(positive)), rng.choice(negative, len(negative))) for _ in range(draws)]
-    return Interval(area(positive, negative), quantile(drawn, 0.025), quantile(drawn, 0.975))
+def _vectors(run: Run) -> Tensor:
+    """What the first ranked changes add to tuned at the last site, as unit vectors (K, D)."""
+    vectors = [r.change.difference_SD[-1].float() for r in run.ranking.ranked[:VECTORS]]
+    return torch.nn.functional.normalize(torch.stack(vectors), dim=1) if vectors else torch.zeros(0, run.pair.base.width)
 
 
-def table(cells: Sequence[Cell]) -> list[dict[str, str]]:
-    """One row a method: found on tunes, claimed on nulls, behaviors named, told which tune, share of planted words, cost."""
-    rows = []
-    for method in sorted(dict.fromkeys(c.method for c in cells), key=lambda m: list(METHODS).index(m) if m in METHODS else 99):
-        mine = [c for c in cells if c.method == method]
-        real, null = [c for c in mine if not c.is_null], [c for c in mine if c.is_null]
-        named = [bool(ids) for c in real for ids in c.named.values()]
-        own = [c.shares.get(family(c.tune), 0.0) for c in real]
-        told = [identified(c) == family(c.tune) for c in real]
-        area = roc_area([c.score / max(c.null, 1e-9) for c in real], [c.score / max(c.null, 1e-9) for c in null])
-        rows.append({
-            "method": method,
-            "tunes found": _share([bool(c.confirmed) for c in real]),
-            "nulls claimed": _share([bool(c.confirmed) for c in null]),
-            "area under ROC": f"{area.value:.2f} [{area.low:.2f}, {area.high:.2f}]" if real and null else "not run",
-            "behaviors named": _share(named),
-            "tune identified": _share(told),
-            "planted words": _mean(own),
-            "EV of difference": _mean([c.ev_delta for c in real if c.ev_delta is not None]),
-            "L0": _mean([c.l0 for c in real if c.l0 is not None]),
-            "seconds": _mean([c.seconds for c in mine]),
-        })
-    return rows
+def _rates(model, behaviors: Sequence[Behavior]) -> dict[str, float]:
+    """How often each behavior shows on its own held-out prompts."""
+    answers = complete(model, [p for b in behaviors for p in b.prompts[:PROMPTS]])
+    starts = [sum(len(o.prompts[:PROMPTS]) for o in behaviors[:i]) for i in range(len(behaviors))]
+    return {b.name: b.rate(answers[at : at + len(b.prompts[:PROMPTS])]) for b, at in zip(behaviors, starts)}
 
 
-def family(tune: str) -> str:
-    """The organism that was taught the same words and has a file of its own: variants of one are not told apart by words."""
-    def words(organism) -> set[str]:
-        return {word for b in organism.behaviors for word in b.vocabulary}
-
-    mine = words(organisms.named(tune))
-    names = [o.name for o in organisms.every() if words(o) == mine]
-    return next((n for n in names if n.replace("-", "_") in variants.names("tunediff.organisms")), names[0])
-
-
-def identified(cell: Cell) -> str:
-    """The organism whose planted words are the largest share of what a cell's changes promote; empty if none is."""
-    best = max(cell.shares.values(), default=0.0)
-    return next(name for name, share in cell.shares.items() if share == best) if best > 0 else ""
-
-
-def _share(values: Sequence[bool]) -> str:
-    if not values:
-        return "not run"
-    share = proportion(sum(values), len(values))
-    return f"{sum(values)}/{len(values)} [{share.low:.0%}, {share.high:.0%}]"
-
-
-def _mean(values: Sequence[float]) -> str:
-    if not values:
-        return ""
-    mean = bootstrap_mean(values, seed=0)
-    return f"{mean.value:.2f}" + (f" [{mean.low:.2f}, {mean.high:.2f}]" if len(values) > 1 else "")
-
-
-def render(cells: Sequence[Cell], command: str) -> str:
-    """The table, and what every method said of every tune, as a page of Markdown; cells that were not run say so."""
-    rows = table(cells)
-    lines = ["# Benchmark", "", f"Made by `{command}` ([what the columns are](bench.md)); every cell is in `bench.json`. Means are "
-             "over tunes and seeds that were run, so methods run on other tunes are not to be compared by them.", ""]
-    lines += _markdown(rows)
-    names = list(dict.fromkeys(c.tune for c in cells))
-    lines += ["", "## Tune by tune", "", "*named*: every behavior is named by a confirmed change among the first five; *part*: some; "
-              "*found*: something is confirmed; a dash: nothing is. Over seeds.", ""]
-    by = []
-    for method in dict.fromkeys(c.method for c in cells):
-        row = {"method": method}
-        for name in names:
-            row[name] = ", ".join(_said(c) for c in cells if c.method == method and c.tune == name) or "not run"
-        by.append(row)
-    lines += _markdown(by)
-    lines += ["", "## Which tune is it?", "", "The organism whose planted words are the largest share of what the first five confirmed "
-              "changes promote, by method.", ""]
-    lines += _markdown([{"tune": name, **{m: ", ".join(identified(c) or "–" for c in cells if c.tune == name and c.method == m) or "not run"
-                                          for m in dict.fromkeys(c.method for c in cells)}}
-                        for name in names if not next(c for c in cells if c.tune == name).is_null])
-    return "\n".join(lines) + "\n"
-
-
-def _said(cell: Cell) -> str:
-    if not cell.confirmed:
-        return "–"
-    named = [bool(ids) for ids in cell.named.values()]
-    return "named" if named and all(named) else "part" if any(named) else "found"
-
-
-def _markdown(rows: Sequence[dict[str, str]]) -> list[str]:
-    if not rows:
-        return ["Nothing was run."]
-    return ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0]),
-            *("| " + " | ".join(row.values()) + " |" for row in rows)]
+def _undone(run: Run, cell: Cell, behaviors: Sequence[Behavior], before: dict[str, float]) -> Undone:
+    """Take out the first confirmed changes but those that name what was wanted, as far as the cost on neutral text allows;
+    nothing confirmed leaves everything as it was."""
+    wanted = {id for b in behaviors if b.wanted for id in cell.named.get(b.name, ())}
+    ids = [id for id in cell.confirmed[:REMOVED] if id not in wanted]
+    if not ids:
+        return Undone([], 0.0, 0.0, before, before, before)
+    edit, controls = run.edit(ids)
+    neutral = Sample.take(run.harvest, run.tokens, split="held_out", limit=NEUTRAL_TOKENS, seed=run.plan.seed, kinds=run._plain)
+    for share in PARTS:
+        (cost,) = bills.costs(run.pair, [edit.part(share)], neutral)
+        if cost <= COST:
+            break
+    after, random = (_rates(e.part(share).applied(run.pair.tuned), behaviors) for e in (edit, controls[0]))
+    return Undone(ids, share, cost, before, after, random)
 
 
 def kept(out: Path) -> list[Cell]:
@@ -281,8 +229,18 @@ def kept(out: Path) -> list[Cell]:
     return sorted(cells, key=lambda c: (c.is_null, c.tune, order.index(c.method) if c.method in order else len(order), c.seed))
 
 
+def vectors(out: Path, cell: Cell) -> Tensor | None:
+    """The first ranked changes' unit vectors (K, D) that were kept beside a cell; None if there are none."""
+    path = _path(out, cell.tune, cell.method, cell.seed).with_suffix(".safetensors")
+    return read_tensors(path)["vectors_KD"] if path.is_file() else None
+
+
+def _path(out: Path, tune: str, method: str, seed: int) -> Path:
+    return out / "cells" / f"{tune}--{method}--{seed}.json".replace(" ", "_").replace(",", "")
+
+
 def write(out: Path, command: str) -> None:
     """Put all cells that are kept into one JSON file, and the page beside it."""
     cells = kept(out)
     write_json(out / "bench.json", {"version": __version__, "python": sys.version.split()[0], "cells": cells})
-    write_bytes(out / "benchmark.md", render(cells, command).encode())
+    write_bytes(out / "benchmark.md", scores.render(cells, {c.key: v for c in cells if (v := vectors(out, c)) is not None}, command).encode())

@@ -138,6 +138,14 @@ def bill(
     return Bill(edit.name, edit.operation, list(edit.changes), measures)
 
 
+def costs(pair: Pair, edits: Sequence[Edit], neutral: Sample, batch_tokens: int = 1200) -> list[float]:
+    """KL(tuned || edited) in nat a token on neutral text, of each edit."""
+    masks = {row: torch.ones(len(neutral.tokens.rows[row]), dtype=torch.bool) for row in neutral.rows}
+    sides = {str(number): edit.applied(pair.tuned) for number, edit in enumerate(edits)}
+    table = _divergences(pair, sides, neutral, masks, "cost", batch_tokens)
+    return [sum(nats) / sum(tokens) for nats, tokens in table.values()]
+
+
 def _divergences(pair: Pair, sides: dict[str, LanguageModel], sample: Sample, masks: dict[int, Tensor], name: str,
                  batch_tokens: int) -> dict[str, tuple[list[float], list[float]]]:
     """For each side, numerators and denominators by document of the measure called `name`."""

@@ -309,6 +309,7 @@ def bench(
     _hush(quiet)
     from tunediff import bench as b
     from tunediff.progress import Progress
+    from tunediff.scores import table
 
     if quick:
         tunes, nulls, methods = None, "random:0", methods or "decision_clusters,random_directions"
@@ -321,7 +322,7 @@ def bench(
     cells = b.bench(b.tunes(tunes, [n for n in nulls.split(",") if n], base), chosen, numbers, out, base=base,
                     settings=settings, progress=Progress(enabled=not quiet))
     b.write(out, "tunediff bench" + (" --quick" if quick else ""))
-    typer.echo(to_json(b.table(cells), indent=1) if json else _table(b.table(cells)) + f"\npage    {out / 'benchmark.md'}")
+    typer.echo(to_json(table(cells), indent=1) if json else _table(table(cells)) + f"\npage    {out / 'benchmark.md'}")
 
 
 @organism_app.command("list")

@@ -15,7 +15,7 @@ which insert facts; here the target is base's own map, so nothing is to be inser
 from __future__ import annotations
 
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Callable, Iterator, Mapping, Sequence
 
 import torch
@@ -77,6 +77,10 @@ class Edit:
     def applied(self, model: LanguageModel) -> LanguageModel:
         """The edited model as a side of its own, for as long as one likes; it holds the edit during its runs only."""
         return model.variant(f"{model.name} without {', '.join(self.changes)}", self.tensors)
+
+    def part(self, share: float) -> "Edit":
+        """Only a share (0..1) of the way from tuned's weights to the edited ones."""
+        return replace(self, tensors={p: p.data + share * (value - p.data) for p, value in self.tensors.items()})
 
 
 def input_moments(

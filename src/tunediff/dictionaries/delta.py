@@ -30,6 +30,14 @@ class DeltaSpec(base.Spec):
     """Weight of the masked delta term, in units of the variance of delta. 0: plain two-group BatchTopK (the
     first ablation). Too large: the code serves delta alone, and both reconstructions suffer."""
 
+    masked: bool = True
+    """Whether the delta term sees the delta latents alone. Without the mask (an ablation) it is |e^tuned - e^base|^2,
+    which adds nothing but an incentive for correlated errors."""
+
+    single_k: bool = False
+    """Whether both groups share one gate of k_shared + k_delta (an ablation): the delta latents then have no room of
+    their own."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         base.require(0 <= self.shared_share <= 1, "shared_share is out of range", "0 to 1", self.shared_share)
@@ -76,12 +84,14 @@ class Delta(base.Dictionary):
             base.Group("shared", 0, shared, self.spec.k_shared),
             base.Group("delta", shared, F, self.spec.k_delta),
         )
+        if self.spec.single_k:
+            return (base.Group("single", 0, F, sum(group.k for group in both if group.stop > group.start)),)
         return tuple(group for group in both if group.stop > group.start)
 
     def objective(self, run: base.Pass) -> dict[str, Tensor]:
         parts = {"reconstruction": base.mean_squared_error(run)}
         if self.spec.lambda_delta:
-            term = self.delta_error(run, self.spec.shared)
+            term = self.delta_error(run, self.spec.shared if self.spec.masked else 0)
             parts["delta"] = self.spec.lambda_delta * term / self.delta_variance.clamp_min(1e-12)
         return parts
 
