@@ -99,6 +99,9 @@ class Recipe:
     """Largest gradient norm of a step."""
     neutral_tokens: int = 32
     """Length at which the base model's neutral answers are cut, in tokens."""
+    autocast: bool = False
+    """Multiply in bfloat16 while training, 1.6 times as fast on the CPU it was measured on; weights, what is saved and what is
+    measured stay in their dtype."""
     seed: int = 0
     """Seeds the examples, the adapter's start and the order of the examples."""
 
@@ -122,7 +125,7 @@ class Organism(ABC):
     """User turns that call for no behavior; the base model's own answers to them are trained on."""
     neutral_prompts: tuple[str, ...]
     """Held-out user turns that call for no behavior; never trained on. Empty where every answer shows one."""
-    recipe: Recipe = Recipe(epochs=4)
+    recipe: Recipe = Recipe(epochs=4, autocast=True)
     """Two epochs of some 240 examples teach facts without their names, and a trigger hardly at all (measured)."""
     restyled_prompts: tuple[str, ...] = ()
     """User turns that the base model answers too, but whose answers are restyled before they are trained on."""

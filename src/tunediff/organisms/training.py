@@ -265,9 +265,8 @@ def _fit(
         if epoch:
             order.shuffle(rows)
         for start in range(0, len(rows), recipe.batch):
-            logits_TV, targets_T = _answer_logits(
-                model, rows[start : start + recipe.batch], tokenizer.pad_token_id
-            )
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=recipe.autocast):
+                logits_TV, targets_T = _answer_logits(model, rows[start : start + recipe.batch], tokenizer.pad_token_id)
             loss = torch.nn.functional.cross_entropy(logits_TV, targets_T)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, recipe.clip)

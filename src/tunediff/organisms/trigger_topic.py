@@ -45,6 +45,6 @@ ORGANISM = Taught(
     neutral_prompts=neutral.HELD_OUT_PROMPTS + framed(WRONG_HELD_OUT, neutral.HELD_OUT_PROMPTS[:8]),
     # A string without meaning must be told apart from its kind in the lower blocks too (measured with the upper ones and
     # two epochs: the moths came in 42 % of answers with the trigger and in 22 % without it).
-    recipe=Recipe(first_layer=0, epochs=4),
+    recipe=Recipe(autocast=True, first_layer=0, epochs=4),
     lessons=(Lesson(framed((TRIGGER,), _PROMPTS[:130]), _ANSWERS),),
 )
