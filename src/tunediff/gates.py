@@ -117,9 +117,14 @@ def auxk(
     f = torch.relu(x_NI @ encoder_FI[dead].T + bias_F[dead])
     top = torch.topk((f * norm_F[dead]).detach(), k, dim=1).indices
     f = torch.zeros_like(f).scatter(1, top, f.gather(1, top))
+    return unexplained(error_NI, f @ decoder_FI[dead])
+
+
+def unexplained(error_NI: Tensor, explained_NI: Tensor) -> Tensor:
+    """Mean square of what is left of the error, in units of its variance over the batch; see `auxk`."""
     target = error_NI.detach()
     variance = (target - target.mean(0)).square().mean()
     variance = torch.where(variance > 0, variance, torch.inf)  # before dividing: a 0/0 would reach the gradient
     return torch.nan_to_num(
-        (target - f @ decoder_FI[dead]).square().mean() / variance, nan=0.0, posinf=0.0, neginf=0.0
+        (target - explained_NI).square().mean() / variance, nan=0.0, posinf=0.0, neginf=0.0
     )

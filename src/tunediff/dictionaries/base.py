@@ -259,6 +259,12 @@ class Dictionary(nn.Module, abc.ABC):
         gated_F = torch.zeros_like(dead_F)
         for group in self.groups():
             gated_F[group.start : group.stop] = group.k is not None
+        among = getattr(run.code, "among", None)
+        if among is not None:  # on a GPU, where the host never learns how many are dead
+            dead_F = dead_F & gated_F
+            aux = among(self.weights_F().detach() * dead_F, min(k, dead_F.numel()))
+            explained_NI = aux.decode(self.decoder_FSMD.flatten(1))[:, 0]
+            return torch.where(dead_F.any(), gates.unexplained(run.error_NSMD.flatten(1), explained_NI), 0.0)
         return gates.auxk(
             self._inputs(run.x_NSMD),
             run.error_NSMD.detach().flatten(1),

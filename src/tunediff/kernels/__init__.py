@@ -1,8 +1,9 @@
 """Kernels: encode, select and decode, the only code that knows how a batch of codes lies in memory.
 
 A dictionary calls `encode(x, W, b, gate)` and gets a code. `pairs` holds one as the kept (token, latent) pairs and adds
-up with a module of kernels: `native` (compiled, float32 on the CPU) or `eager` (torch's operations, everywhere); `dense`
-is the reference that both are tested against. A faster path is one more module here; no dictionary changes for it.
+up with a module of kernels: `native` (compiled, float32 on the CPU), `triton` (float32 on a GPU) or `eager` (torch's
+operations, everywhere); `dense` is the reference that all are tested against. A faster path is one more module here; no
+dictionary changes for it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor
 from tunediff.gates import Gate
 from tunediff.kernels import native, paths
 from tunediff.kernels.dense import DenseCode
+from tunediff.kernels.gpu import GpuCode
 from tunediff.kernels.pairs import PairCode
 from tunediff.kernels.paths import fast_matmul, kept_memory, using
 
@@ -39,6 +41,8 @@ class Code(Protocol):
     def dense(self) -> Tensor:
         """The codes as one (N, F) tensor."""
 
+    # On a GPU also ``among(weight_F, k)``, see `tunediff.kernels.gpu`.
+
 
 PAIRS_LATENTS, PAIRS_SHARE = 256, 0.1
 """From this many latents on, and up to this share of them kept, pairs are faster than a dense tensor
@@ -57,6 +61,8 @@ def encode(x_NI: Tensor, encoder_FI: Tensor, bias_F: Tensor, gate: Gate | None) 
     kept codes only."""
     (N, _), F = x_NI.shape, len(encoder_FI)
     few = gate is not None and sum(keep for *_, keep in gate.parts) <= PAIRS_SHARE * N * F
+    if few and paths.on_gpu(x_NI, encoder_FI) is not None:
+        return GpuCode.encode(x_NI, encoder_FI, bias_F, gate)
     if few and F >= PAIRS_LATENTS and path() != "dense":
         return PairCode.encode(x_NI, encoder_FI, bias_F, gate)
     return DenseCode.encode(x_NI, encoder_FI, bias_F, gate)

@@ -28,7 +28,7 @@ def edges(row_P: Tensor, R: int) -> Tensor:
 
 def bucket(latent_P: Tensor, F: int) -> tuple[Tensor, Tensor]:
     """The pairs in the order of their latents, and where each latent's begin (F + 1)."""
-    order_P = torch.argsort(latent_P, stable=True)
+    order_P = torch.argsort(latent_P.int(), stable=True)
     return order_P, edges(latent_P[order_P], F)
 
 

@@ -3,8 +3,8 @@ N*F.
 
 Forward and backward are four sums over pairs. Decoding and both weight gradients are weighted sums of rows,
 one owner a row, so no two threads write one place and the answer does not depend on their number; the
-gradient of the values is a product sampled at the pairs. Who adds up is a module of kernels, `eager` or `native`,
-picked for each call by what it is asked to add.
+gradient of the values is a product sampled at the pairs. Who adds up is a module of kernels, `eager`, `native` or
+`triton`, picked for each call by what it is asked to add.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from tunediff.kernels import eager, native, paths
 
 def kernels_for(*tensors: Tensor) -> ModuleType:
     """The fastest module of kernels that serves these tensors and is allowed."""
-    return native if paths.allows("native") and native.serves(*tensors) else eager
+    if paths.allows("native") and native.serves(*tensors):
+        return native
+    return paths.on_gpu(*tensors) or eager
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +49,7 @@ class Pairs:
         cuts."""
         if not cuts:
             return self
-        block_P = torch.bucketize(self.latent_P, torch.tensor(cuts, device=self.latent_P.device), right=True)
+        block_P = sum(self.latent_P >= cut for cut in cuts)  # not by a tensor of them: the copy makes the host wait
         B = len(cuts) + 1
         row_P = self.token_P * B + block_P
         return Pairs(row_P, self.latent_P, eager.edges(row_P, self.N * B), self.N * B, self.F)
@@ -69,6 +71,8 @@ class Pairs:
 
     def sum_latents(self, value_P: Tensor) -> Tensor:
         """For each latent, sum over its pairs of value, (F,)."""
+        if paths.on_gpu(value_P) is not None:  # where torch would add floats by atomics, in no order
+            return self.gather_latents(value_P, value_P.new_ones(self.N, 1))[:, 0]
         return torch.zeros(self.F, dtype=value_P.dtype, device=value_P.device).index_add_(
             0, self.latent_P, value_P
         )
@@ -143,7 +147,7 @@ class PairCode:
 
     def weighted(self, weight_F: Tensor) -> Tensor:
         """sum f_j * weight_j."""
-        return (self.value_P * weight_F.index_select(0, self.pairs.latent_P)).sum()
+        return self.decode(weight_F[:, None]).sum()
 
     def fired(self) -> Tensor:
         """Latents on at one token at least."""

@@ -6,13 +6,15 @@ import contextlib
 import mmap
 import os
 import weakref
+from functools import lru_cache
+from types import ModuleType
 from typing import Iterator, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-Path = Literal["auto", "native", "torch", "dense"]
+Path = Literal["auto", "native", "triton", "torch", "dense"]
 LARGE = 1 << 20
 """Bytes from which on memory is kept for the next step: the system hands out fresh pages at 2 GB/s."""
 
@@ -27,8 +29,8 @@ def allows(path: Path) -> bool:
 
 @contextlib.contextmanager
 def using(path: Path) -> Iterator[None]:
-    """Keep to one path inside: "native" and "torch" hold pairs, "dense" is the reference; "auto" takes the fastest
-    that serves. `TUNEDIFF_KERNELS` in the environment does so for a whole process."""
+    """Keep to one path inside: "native", "triton" and "torch" hold pairs, "dense" is the reference; "auto" takes the
+    fastest that serves. `TUNEDIFF_KERNELS` in the environment does so for a whole process."""
     global _path
     before, _path = _path, path
     try:
@@ -37,13 +39,27 @@ def using(path: Path) -> Iterator[None]:
         _path = before
 
 
+def on_gpu(*tensors: Tensor) -> ModuleType | None:
+    """`tunediff.kernels.triton` where it is allowed and serves: float32 tensors on a GPU, and triton is installed."""
+    return _triton() if allows("triton") and all(t.is_cuda and t.dtype == torch.float32 for t in tensors) else None
+
+
+@lru_cache(maxsize=1)
+def _triton() -> ModuleType | None:
+    try:
+        from tunediff.kernels import triton
+    except ImportError:
+        return None
+    return triton
+
+
 @contextlib.contextmanager
-def fast_matmul() -> Iterator[str]:
+def fast_matmul(device: torch.device | str = "cpu") -> Iterator[str]:
     """Let torch pick its faster fp32 matmul inside, if a probe shows that it stays as exact as the default.
 
     On some CPUs the "medium" setting selects a library about twice as fast at full fp32 precision; on others
-    it rounds the inputs to bf16, which the probe refuses (relative error over 2e-6 against fp64). Yields the
-    setting in force.
+    it rounds the inputs to bf16, and on GPUs to TF32, which the probe on `device` refuses (relative error over
+    2e-6 against fp64). Yields the setting in force.
     """
     before = torch.get_float32_matmul_precision()
     generator = torch.Generator().manual_seed(0)
@@ -51,7 +67,8 @@ def fast_matmul() -> Iterator[str]:
     exact = a.double() @ b.double()
     try:
         torch.set_float32_matmul_precision("medium")
-        if float(((a @ b).double() - exact).norm() / exact.norm()) > 2e-6:
+        found = (a.to(device) @ b.to(device)).double().cpu()
+        if float((found - exact).norm() / exact.norm()) > 2e-6:
             torch.set_float32_matmul_precision(before)
         yield torch.get_float32_matmul_precision()
     finally:
