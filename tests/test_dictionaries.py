@@ -14,15 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from tunediff import dictionaries, gates, kernels, variants
+from tunediff import dictionaries, gates, variants
 from tunediff.axes import BASE, TUNED
-from tunediff.dictionaries.base import Pass, delta_of, select
+from tunediff.dictionaries.base import Pass, delta_of
 from tunediff.errors import ArtifactError, SettingError, VariantError
 from tunediff.fitting import (
     FitSettings, Fitted, Normalization, Plan, State, TensorSource, apart, build, fit, step,
 )
-from tunediff.kernels.dense import DenseCode
-from tunediff.kernels.pairs import PairCode
 from tunediff.latent_scaling import latent_scaling
 
 VARIANTS = variants.names(dictionaries.PACKAGE)
@@ -422,45 +420,12 @@ def test_auxk_helps_the_dead_alone():
         assert float(part.grad[~dead].abs().sum()) == 0
     assert d.decoder_bias_SMD.grad is None
     assert d.auxiliary(run, torch.zeros_like(dead), 4).item() == 0
-    perfect = Pass(x, x.clone(), run.code, 1.0)
+    perfect = Pass(x, x.clone(), run.parts_NBSMD, run.code, 1.0)
     d.zero_grad()
     nothing = d.auxiliary(perfect, dead, 4)
     nothing.backward()
     assert nothing.item() == 0 and not d.encoder_FSMD.grad.any()
     assert made("l1").auxiliary(run, dead, 4).item() == 0  # ReLU latents are not gated
-
-
-# -- kernels
-# --------------------------------------------------------------------------------------------------
-
-
-def test_pairs_equal_dense():
-    """Two layouts, one answer: forward and every gradient, in float64."""
-    g = torch.Generator().manual_seed(0)
-    x, w, b, out = (
-        torch.randn(s, generator=g, dtype=torch.float64) for s in ((50, 16), (300, 16), (300,), (300, 16))
-    )
-    weight = torch.rand(300, generator=g, dtype=torch.float64)
-    target = torch.randn(50, 16, generator=g, dtype=torch.float64)
-    groups = made("batchtopk").groups()[:1]
-    groups = (dataclasses.replace(groups[0], stop=300, k=4.0),)
-    results = []
-    for kind in (DenseCode, PairCode):
-        leaves = [t.clone().requires_grad_() for t in (x, w, b, out, weight)]
-        code = kind.encode(*leaves[:3], lambda pre: select(pre, weight, groups))
-        loss = (code.decode(leaves[3]) - target).square().sum() + code.weighted(leaves[4])
-        loss = loss + code.only(100, 200).decode(leaves[3]).square().sum()
-        loss.backward()
-        results.append([code.dense(), code.fired(), code.count(), loss, *[leaf.grad for leaf in leaves]])
-    for one, other in zip(*results):
-        torch.testing.assert_close(one, other)
-
-
-def test_fast_matmul_restores():
-    before = torch.get_float32_matmul_precision()
-    with pytest.raises(RuntimeError), kernels.fast_matmul():
-        raise RuntimeError
-    assert torch.get_float32_matmul_precision() == before
 
 
 # -- Delta-Crosscoder

@@ -99,6 +99,20 @@ class TensorSource:
         return self._splits[split][index_N]
 
 
+class _On:
+    """A source whose activations arrive on a device; the copy does not make the host wait."""
+
+    def __init__(self, source: Source, device: torch.device):
+        self._source, self._device = source, device
+        self.fingerprint, self.sites, self.count = source.fingerprint, source.sites, source.count
+
+    def read(self, split: str, index_N: Tensor) -> Tensor:
+        x_NSMD = self._source.read(split, index_N)
+        if self._device.type == "cuda" and not x_NSMD.is_cuda:
+            x_NSMD = x_NSMD.pin_memory()
+        return x_NSMD.to(self._device, non_blocking=True)
+
+
 @dataclass(frozen=True, eq=False)
 class Normalization:
     """Centering and scaling of streams: x_normalized = (x - center_SMD) / scale_S.
@@ -153,6 +167,11 @@ class Normalization:
     def apply(self, x_NSMD: Tensor) -> Tensor:
         """Raw to normalized."""
         return (x_NSMD - self.center_SMD) / self.scale_S[:, None, None]
+
+    def to(self, device: torch.device | str) -> "Normalization":
+        """The same, on `device`."""
+        parts = {name: getattr(self, name).to(device) for name in ("center_SMD", "scale_S", "log_rms_ratio_S")}
+        return dataclasses.replace(self, **parts)
 
     def undo(self, x_NSMD: Tensor) -> Tensor:
         """Normalized to raw."""
@@ -443,7 +462,8 @@ def build(spec: Spec, *, sites: int, width: int, seed: int) -> Dictionary:
 
 def thresholds_of(dictionary: Dictionary, thresholds: dict[str, float]) -> Tensor:
     """Group thresholds on f*w as thresholds (F,) on f."""
-    weight_F, out_F = dictionary.weights_F().detach(), torch.zeros(dictionary.spec.latents)
+    weight_F = dictionary.weights_F().detach()
+    out_F = torch.zeros_like(weight_F)
     for group in dictionary.groups():
         theta = thresholds[group.name]
         part = weight_F[group.start : group.stop]
@@ -459,6 +479,7 @@ def fit(
     settings: FitSettings = FitSettings(),
     folder: Path | None = None,
     progress: Progress | None = None,
+    device: torch.device | str = "cpu",
 ) -> Fitted:
     """Train the dictionary that `spec` names on `source`, calibrate it on what `apart` kept from training, and
     measure it on held-out tokens.
@@ -466,7 +487,7 @@ def fit(
     With `folder` the result is kept there: a finished one made of the same spec, settings and source is
     opened and not trained again, a killed run resumes from its last checkpoint and ends with the same bytes,
     and anything else found there is refused with `ArtifactError`. `NumericsError`: activations or loss
-    became non-finite.
+    became non-finite. `device`: where it is trained; what is returned is on the CPU.
     """
     key = artifacts.key_of(
         SCHEMA,
@@ -481,8 +502,9 @@ def fit(
         if artifacts.is_finished(folder):
             _refuse_other(artifacts.open_folder(folder, SCHEMA).get("key"), key, folder)
             return Fitted.load(folder)
-    with kernels.fast_matmul():
-        return _fit(spec, source, settings, folder, progress, key)
+    device = torch.device(device)
+    with kernels.fast_matmul(device):
+        return _fit(spec, source, settings, folder, progress, key, device)
 
 
 def _refuse_other(found: str | None, key: str, folder: Path) -> None:
@@ -502,12 +524,15 @@ def _fit(
     folder: Path | None,
     progress: Progress | None,
     key: str,
+    device: torch.device,
 ) -> Fitted:
+    train_N, calibration_N = apart(source, settings)
+    source = _On(source, device)
     norm = Normalization.measure(source)
     sites, width = norm.center_SMD.shape[0], norm.center_SMD.shape[2]
     dictionary = build(spec, sites=sites, width=width, seed=settings.seed)
     dictionary.delta_variance.fill_(norm.delta_variance)
-    train_N, calibration_N = apart(source, settings)
+    dictionary.to(device)
     plan = Plan.of(spec, settings, len(train_N))
     state = State.new(dictionary, plan)
     checkpoint = None if folder is None else folder / f"checkpoint-{key}.safetensors"
@@ -614,7 +639,8 @@ class State:
     def new(cls, dictionary: Dictionary, plan: Plan) -> "State":
         """At step 0."""
         optimizer = torch.optim.Adam(dictionary.parameters(), lr=plan.rate, betas=(0.9, 0.999), fused=True)
-        return cls(dictionary, optimizer, torch.zeros(dictionary.spec.latents, dtype=torch.long), 0, [])
+        silent_F = torch.zeros_like(dictionary.encoder_bias_F, dtype=torch.long, requires_grad=False)
+        return cls(dictionary, optimizer, silent_F, 0, [])
 
     def tensors(self) -> dict[str, Tensor]:
         """As safetensors can hold it; one file, so that it is whole or absent."""
@@ -629,7 +655,8 @@ class State:
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Back to where `tensors` was taken."""
-        self.step, self.silent_F = int(tensors["step"]), tensors["silent_F"].clone()
+        self.step = int(tensors["step"])
+        self.silent_F.copy_(tensors["silent_F"])
         columns = [name.removeprefix("curve.") for name in tensors if name.startswith("curve.")]
         lists = [tensors[f"curve.{column}"].tolist() for column in columns]
         self.curve = [dict(zip(columns, row)) for row in zip(*lists)]
@@ -637,7 +664,8 @@ class State:
             for name, parameter in self.dictionary.named_parameters():
                 parameter.copy_(tensors[f"parameter.{name}"])
                 self.optimizer.state[parameter] = {
-                    part: tensors[f"adam.{part}.{name}"].clone() for part in ("step", "exp_avg", "exp_avg_sq")
+                    part: tensors[f"adam.{part}.{name}"].to(parameter.device, copy=True)
+                    for part in ("step", "exp_avg", "exp_avg_sq")
                 }
 
 
@@ -775,7 +803,7 @@ def _finish(
         dictionary.base_scale_F.copy_(beta_F)
         dictionary.base_bias_SD.copy_(offset_SD)
     held_out = source.count(HELD_OUT)
-    firings_F = torch.zeros(dictionary.spec.latents, dtype=torch.long)
+    firings_F = torch.zeros_like(threshold_F, dtype=torch.long)
     named = RECONSTRUCTED[dictionary.spec.target]
     errors, sums, squares = ({name: 0.0 for name in named} for _ in range(3))
     for at in torch.arange(held_out).split(CHUNK):
@@ -815,13 +843,13 @@ def _finish(
         delta_ratio=math.sqrt(norm.delta_variance),
     )
     return Fitted(
-        dictionary=dictionary,
-        normalization=norm,
+        dictionary=dictionary.cpu(),
+        normalization=norm.to("cpu"),
         thresholds=thresholds,
         sites=source.sites,
         quality=quality,
         curve=state.curve,
-        firings_F=firings_F,
+        firings_F=firings_F.cpu(),
         seed=settings.seed,
         source=source.fingerprint,
     )

@@ -2,24 +2,57 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Sequence
+
 import torch
 from torch import Tensor
+
+Part = tuple[int, int, int]
+"""Latents [start, stop), and how many codes among them a batch keeps."""
+
+
+@dataclass(frozen=True, eq=False)
+class Gate:
+    """What a batch keeps: of each part the largest scaled codes relu(pre) * weight_F. Parts cover the latents in
+    order."""
+
+    weight_F: Tensor
+    parts: tuple[Part, ...]
+
 
 _STRIDE = 61  # a prime, so that the sample below never lines up with a latent
 
 
+def keep(pre_NF: Tensor, weight_F: Tensor, parts: Sequence[Part]) -> Tensor:
+    """Flat ascending indices of the codes that a `Gate` keeps; see `largest`."""
+    value_NF = torch.relu(pre_NF).mul_(weight_F)
+    if len(parts) == 1:
+        return largest(value_NF, parts[0][2])
+    F, kept = weight_F.numel(), []
+    for start, stop, count in parts:
+        at, size = largest(value_NF[:, start:stop], count), stop - start
+        kept.append(at.div(size, rounding_mode="floor") * F + at % size + start)
+    return torch.cat(kept).sort().values
+
+
 def batch_topk(value_NF: Tensor, k: float) -> Tensor:
     """Flat indices, ascending, of the round(N*k) largest positive values of the whole batch (Bussmann et al.
-    2024).
+    2024); `k`, the mean kept a token, may be fractional. See `largest`."""
+    return largest(value_NF, round(value_NF.shape[0] * k))
 
-    `value_NF`: the scaled codes v = f*w (>= 0). `k`: mean kept a token, may be fractional. Fewer are
-    returned only if fewer are positive. Of equal values at the border the earlier in flat order is kept, so
-    the answer does not depend on how it was computed. A strided sample proposes a cut, everything above it
+
+def largest(value_NF: Tensor, keep: int) -> Tensor:
+    """Flat indices, ascending, of the `keep` largest positive values.
+
+    `value_NF`: the scaled codes v = f*w (>= 0). Fewer are returned only if fewer are positive. Of equal values
+    at the border the earlier in flat order is kept, so the answer does not depend on how it was computed. A
+    strided sample proposes a cut, everything above it
     is a candidate, and the exact cut is made among the candidates; if the proposal was too high it falls
     back to all positive values.
     """
     flat_P = value_NF.detach().reshape(-1)
-    keep = min(round(value_NF.shape[0] * k), flat_P.numel())
+    keep = min(keep, flat_P.numel())
     if keep <= 0:
         return flat_P.new_zeros(0, dtype=torch.long)
     at_P = None
@@ -84,9 +117,14 @@ def auxk(
     f = torch.relu(x_NI @ encoder_FI[dead].T + bias_F[dead])
     top = torch.topk((f * norm_F[dead]).detach(), k, dim=1).indices
     f = torch.zeros_like(f).scatter(1, top, f.gather(1, top))
+    return unexplained(error_NI, f @ decoder_FI[dead])
+
+
+def unexplained(error_NI: Tensor, explained_NI: Tensor) -> Tensor:
+    """Mean square of what is left of the error, in units of its variance over the batch; see `auxk`."""
     target = error_NI.detach()
     variance = (target - target.mean(0)).square().mean()
     variance = torch.where(variance > 0, variance, torch.inf)  # before dividing: a 0/0 would reach the gradient
     return torch.nan_to_num(
-        (target - f @ decoder_FI[dead]).square().mean() / variance, nan=0.0, posinf=0.0, neginf=0.0
+        (target - explained_NI).square().mean() / variance, nan=0.0, posinf=0.0, neginf=0.0
     )

@@ -117,7 +117,7 @@ def latent_scaling(
             every = Pairs.of(kept, len(index), F)
             f_all = pre.view(-1)[kept]
             mine = wanted_F[every.latent_P]
-            pairs = Pairs(every.token_P[mine], every.latent_P[mine], len(index), F)
+            pairs = Pairs.of(kept[mine], len(index), F)
             f = f_all[mine]
             column = column_F[pairs.latent_P]
             slot = block_N[index][pairs.token_P] * J + column

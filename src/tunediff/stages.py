@@ -229,7 +229,7 @@ class Run:
             if not is_finished(folder):
                 view = View(self.harvest, folder, plan.seed, plan.find.candidates, spec, fit,
                             lambda: self._shifts.at(self.harvest.index("train")), self.pair,
-                            lambda d, t, row: self.progress(f"find {name}", d, t))
+                            lambda d, t, row: self.progress(f"find {name}", d, t), plan.runtime.device)
                 result = variants.load("tunediff.finders", name)().find(view)
                 folder.mkdir(parents=True, exist_ok=True)
                 files = save_changes(folder, result.changes)

@@ -46,6 +46,11 @@ class Spec:
     """Length of each model's decoder vector at the start, in units of the normalized stream (element rms 1).
     Too small: slow to leave zero. Too large: the first steps only undo it."""
 
+    @property
+    def cuts(self) -> tuple[int, ...]:
+        """Latents at which the reconstruction is cut for the objective, ascending; see `Pass.parts_NBSMD`."""
+        return ()
+
     def __post_init__(self) -> None:
         require(self.latents >= 1, "latents is out of range", "at least 1", self.latents)
         require(self.init_norm > 0, "init_norm is out of range", "above 0", self.init_norm)
@@ -83,12 +88,15 @@ class Pass:
 
     x_NSMD, xhat_NSMD   target and reconstruction (decoder bias included); M is 1 unless both models are the
                         target
+    parts_NBSMD         what the latents before, between and after `Spec.cuts` write; with the decoder bias their
+                        sum is xhat
     code                the kept codes, see `tunediff.kernels.Code`
     progress            0 at the first step, 1 at the last
     """
 
     x_NSMD: Tensor
     xhat_NSMD: Tensor
+    parts_NBSMD: Tensor
     code: kernels.Code
     progress: float
 
@@ -232,21 +240,12 @@ class Dictionary(nn.Module, abc.ABC):
         x_NSMD = self.view(check(x_NSMD, "NSMD", S=self.sites, M=MODELS, D=self.width))
         groups = self.groups()
         gated = any(group.k is not None for group in groups)
-        weight_F = self.weights_F().detach() if gated else None
-
-        def choose(pre_NF: Tensor) -> Tensor | None:
-            return select(pre_NF, weight_F, groups, k_factor) if gated else None
-
-        code = kernels.encode(
-            self._inputs(x_NSMD),
-            self.encoder_FSMD.flatten(1),
-            self.encoder_bias_F,
-            choose,
-            share=sum(self.spec.latents if g.k is None else g.k * k_factor for g in groups)
-            / self.spec.latents,
-        )
-        flat = code.decode(self.decoder_FSMD.flatten(1)) + self.decoder_bias_SMD.flatten()
-        return Pass(x_NSMD, flat.view_as(x_NSMD), code, progress)
+        gate = gate_of(groups, self.weights_F().detach(), len(x_NSMD), k_factor) if gated else None
+        code = kernels.encode(self._inputs(x_NSMD), self.encoder_FSMD.flatten(1), self.encoder_bias_F, gate)
+        cuts, decoder_FI = self.spec.cuts, self.decoder_FSMD.flatten(1)
+        parts_NBSMD = code.decode(decoder_FI, cuts).view(len(x_NSMD), len(cuts) + 1, *x_NSMD.shape[1:])
+        whole = parts_NBSMD.sum(1) if cuts else parts_NBSMD[:, 0]
+        return Pass(x_NSMD, whole + self.decoder_bias_SMD, parts_NBSMD, code, progress)
 
     @final
     def decode(self, f_NF: Tensor) -> Tensor:
@@ -260,6 +259,12 @@ class Dictionary(nn.Module, abc.ABC):
         gated_F = torch.zeros_like(dead_F)
         for group in self.groups():
             gated_F[group.start : group.stop] = group.k is not None
+        among = getattr(run.code, "among", None)
+        if among is not None:  # on a GPU, where the host never learns how many are dead
+            dead_F = dead_F & gated_F
+            aux = among(self.weights_F().detach() * dead_F, min(k, dead_F.numel()))
+            explained_NI = aux.decode(self.decoder_FSMD.flatten(1))[:, 0]
+            return torch.where(dead_F.any(), gates.unexplained(run.error_NSMD.flatten(1), explained_NI), 0.0)
         return gates.auxk(
             self._inputs(run.x_NSMD),
             run.error_NSMD.detach().flatten(1),
@@ -300,19 +305,17 @@ def _norms_MF(vectors_FSMD: Tensor) -> Tensor:
     return vectors_FSMD.transpose(1, 2).flatten(2).norm(dim=2).T
 
 
-def select(pre_NF: Tensor, weight_F: Tensor, groups: tuple[Group, ...], k_factor: float = 1.0) -> Tensor:
+def gate_of(groups: tuple[Group, ...], weight_F: Tensor, tokens: int, k_factor: float = 1.0) -> gates.Gate:
+    """The groups' gates over a batch of that many tokens; a group without k keeps every positive code."""
+    sizes = [group.stop - group.start for group in groups]
+    per_token = [n if g.k is None else min(g.k * k_factor, n) for g, n in zip(groups, sizes)]
+    return gates.Gate(weight_F, tuple((g.start, g.stop, round(tokens * k)) for g, k in zip(groups, per_token)))
+
+
+def select(pre_NF: Tensor, weight_F: Tensor, groups: tuple[Group, ...]) -> Tensor:
     """Flat ascending indices of the codes that the groups' gates keep, by the scaled code v = relu(pre) *
     w."""
-    value_NF = torch.relu(pre_NF).mul_(weight_F)
-    if len(groups) == 1 and groups[0].k is not None:
-        return gates.batch_topk(value_NF, min(groups[0].k * k_factor, weight_F.numel()))
-    F, kept = weight_F.numel(), []
-    for group in groups:
-        part = value_NF[:, group.start : group.stop]
-        size = group.stop - group.start
-        at = gates.batch_topk(part, size if group.k is None else min(group.k * k_factor, size))
-        kept.append(at.div(size, rounding_mode="floor") * F + at % size + group.start)
-    return torch.cat(kept).sort().values
+    return gates.keep(pre_NF, weight_F, gate_of(groups, weight_F, len(pre_NF)).parts)
 
 
 def mean_squared_error(run: Pass) -> Tensor:

@@ -63,6 +63,11 @@ class DeltaSpec(base.Spec):
         """How many latents are in the shared group."""
         return round(self.latents * self.shared_share)
 
+    @property
+    def cuts(self) -> tuple[int, ...]:
+        """Between the groups, where the second loss is on."""
+        return (self.shared,) if self.lambda_delta and 0 < self.shared < self.latents else ()
+
 
 class Delta(base.Dictionary):
     """Two groups with a BatchTopK each, and a second loss: the delta latents alone must explain tuned minus
@@ -96,12 +101,10 @@ class Delta(base.Dictionary):
         return parts
 
     def delta_error(self, run: base.Pass, start: int) -> Tensor:
-        """Mean squared error of delta as latents from `start` on explain it; 0 leaves nothing masked."""
-        code = run.code.only(start, self.spec.latents) if start else run.code
-        write_FSD = self.decoder_FSMD[:, :, TUNED] - self.decoder_FSMD[:, :, BASE]
+        """Mean squared error of delta as latents from `start` on (the delta group's, or 0: all) explain it."""
+        parts_NSMD = run.parts_NBSMD[:, -1] if start else run.parts_NBSMD.sum(1)
         bias_SD = self.decoder_bias_SMD[:, TUNED] - self.decoder_bias_SMD[:, BASE]
-        explained = code.decode(write_FSD.flatten(1)) + bias_SD.flatten()
-        return (base.delta_of(run.x_NSMD).flatten(1) - explained).square().mean()
+        return (base.delta_of(run.x_NSMD - parts_NSMD) - bias_SD).square().mean()
 
 
 VARIANT = Delta

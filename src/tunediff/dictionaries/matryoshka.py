@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -38,6 +39,11 @@ class MatryoshkaSpec(base.Spec):
         inner = {round(self.latents * ((1 << i) - 1) / parts) for i in range(1, self.prefixes)}
         return (*sorted(inner - {0, self.latents}), self.latents)
 
+    @property
+    def cuts(self) -> tuple[int, ...]:
+        """Where a prefix ends."""
+        return self.sizes[:-1]
+
 
 class Matryoshka(base.Dictionary):
     """One BatchTopK gate over all latents; every prefix of them must reconstruct both models by itself.
@@ -58,12 +64,8 @@ class Matryoshka(base.Dictionary):
 
     def prefixes(self, run: base.Pass) -> list[Tensor]:
         """xhat_NSMD of each prefix, the whole dictionary's last: every block is decoded once and added up."""
-        total, start, out = self.decoder_bias_SMD.flatten(), 0, []
-        for stop in self.spec.sizes[:-1]:
-            total = total + run.code.only(start, stop).decode(self.decoder_FSMD.flatten(1))
-            out.append(total.view_as(run.xhat_NSMD))
-            start = stop
-        return [*out, run.xhat_NSMD]
+        sums = itertools.accumulate(run.parts_NBSMD[:, :-1].unbind(1), initial=self.decoder_bias_SMD)
+        return [*itertools.islice(sums, 1, None), run.xhat_NSMD]
 
 
 VARIANT = Matryoshka

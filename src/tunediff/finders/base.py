@@ -25,6 +25,7 @@ class View:
     shift       for finders that ask how the output moves at every training token; costs a run of the upper blocks, once
     pair        both models, for finders that look at weights
     progress    told (tokens done, tokens in all, what the curve says)
+    device      where a dictionary is fitted; results do not stay there
     """
 
     harvest: Harvest
@@ -36,6 +37,7 @@ class View:
     shift: Callable[[], Shift]
     pair: Pair
     progress: Callable | None = None
+    device: str = "cpu"
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,7 +20,7 @@ class Crosscode(Finder):
     """
 
     def find(self, view: View) -> Found:
-        fitted = fit(view.spec, view.harvest, view.fit, view.folder / "dictionary", view.progress)
+        fitted = fit(view.spec, view.harvest, view.fit, view.folder / "dictionary", view.progress, view.device)
         squares, firings = 0.0, 0
         for _, x_NSMD in view.harvest.chunks("train"):
             code_NF = fitted.codes(x_NSMD)

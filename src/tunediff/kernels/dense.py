@@ -3,10 +3,10 @@ inspection."""
 
 from __future__ import annotations
 
-from typing import Callable
-
 import torch
 from torch import Tensor
+
+from tunediff import gates
 
 
 class DenseCode:
@@ -16,28 +16,20 @@ class DenseCode:
         self.f_NF = f_NF
 
     @classmethod
-    def encode(
-        cls, x_NI: Tensor, encoder_FI: Tensor, bias_F: Tensor, choose: Callable[[Tensor], Tensor | None]
-    ) -> "DenseCode":
-        """One GEMM, ReLU, and a mask where `choose` (flat indices to keep) asks for one."""
+    def encode(cls, x_NI: Tensor, encoder_FI: Tensor, bias_F: Tensor, gate: gates.Gate | None) -> "DenseCode":
+        """One GEMM, ReLU, and a mask where a gate asks for one."""
         pre_NF = torch.addmm(bias_F, x_NI, encoder_FI.T)
-        kept = choose(pre_NF.detach())
         f_NF = torch.relu(pre_NF)
-        if kept is not None:
+        if gate is not None:
             mask = torch.zeros_like(f_NF).view(-1)
-            mask[kept] = 1
+            mask[gates.keep(pre_NF.detach(), gate.weight_F, gate.parts)] = 1
             f_NF = f_NF * mask.view_as(f_NF)
         return cls(f_NF)
 
-    def decode(self, decoder_FI: Tensor) -> Tensor:
-        """sum_j f_j W_j."""
-        return self.f_NF @ decoder_FI
-
-    def only(self, start: int, stop: int) -> "DenseCode":
-        """Zero outside [start, stop)."""
-        mask = torch.zeros_like(self.f_NF[:1])
-        mask[:, start:stop] = 1
-        return DenseCode(self.f_NF * mask)
+    def decode(self, decoder_FI: Tensor, cuts: tuple[int, ...] = ()) -> Tensor:
+        """sum_j f_j W_j, of the latents before, between and after the cuts."""
+        edges = (0, *cuts, len(decoder_FI))
+        return torch.stack([self.f_NF[:, a:b] @ decoder_FI[a:b] for a, b in zip(edges, edges[1:])], 1)
 
     def weighted(self, weight_F: Tensor) -> Tensor:
         """sum f_j * weight_j."""

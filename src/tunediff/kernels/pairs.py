@@ -3,27 +3,38 @@ N*F.
 
 Forward and backward are four sums over pairs. Decoding and both weight gradients are weighted sums of rows,
 one owner a row, so no two threads write one place and the answer does not depend on their number; the
-gradient of the values is a product sampled at the pairs.
+gradient of the values is a product sampled at the pairs. Who adds up is a module of kernels, `eager`, `native` or
+`triton`, picked for each call by what it is asked to add.
 """
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from typing import Callable
+from functools import cached_property
+from types import ModuleType
 
 import torch
 from torch import Tensor
+
+from tunediff import gates
+from tunediff.kernels import eager, native, paths
+
+
+def kernels_for(*tensors: Tensor) -> ModuleType:
+    """The fastest module of kernels that serves these tensors and is allowed."""
+    if paths.allows("native") and native.serves(*tensors):
+        return native
+    return paths.on_gpu(*tensors) or eager
 
 
 @dataclass(frozen=True, eq=False)
 class Pairs:
     """Which (token, latent) pairs are kept, ordered by token and then latent; N tokens, F latents, P
-    pairs."""
+    pairs. `starts_N` (N + 1) is where each token's begin."""
 
     token_P: Tensor
     latent_P: Tensor
+    starts_N: Tensor
     N: int
     F: int
 
@@ -31,68 +42,44 @@ class Pairs:
     def of(cls, flat_P: Tensor, N: int, F: int) -> "Pairs":
         """From ascending flat indices token * F + latent."""
         token_P = flat_P.div(F, rounding_mode="floor")
-        return cls(token_P, flat_P - token_P * F, N, F)
+        return cls(token_P, flat_P - token_P * F, eager.edges(token_P, N), N, F)
+
+    def cut(self, cuts: tuple[int, ...]) -> "Pairs":
+        """The same pairs as of B = len(cuts) + 1 tokens for each one: its latents before, between and after the
+        cuts."""
+        if not cuts:
+            return self
+        block_P = sum(self.latent_P >= cut for cut in cuts)  # not by a tensor of them: the copy makes the host wait
+        B = len(cuts) + 1
+        row_P = self.token_P * B + block_P
+        return Pairs(row_P, self.latent_P, eager.edges(row_P, self.N * B), self.N * B, self.F)
 
     @cached_property
-    def by_token(self) -> Tensor:
-        """(N,), where each token's pairs begin."""
-        return torch.searchsorted(self.token_P, torch.arange(self.N, device=self.token_P.device))
-
-    @cached_property
-    def order_P(self) -> Tensor:
-        """The pairs ordered by latent and then token."""
-        return torch.argsort(self.latent_P, stable=True)
-
-    @cached_property
-    def by_latent(self) -> Tensor:
-        """(F,), where each latent's pairs begin in `order_P`."""
-        counts = torch.bincount(self.latent_P, minlength=self.F)
-        return counts.cumsum(0) - counts
+    def by_latent(self) -> tuple[Tensor, Tensor]:
+        """The pairs ordered by latent and then token (P,), and where each latent's begin (F + 1)."""
+        module = native if paths.allows("native") and native.serves() and not self.latent_P.is_cuda else eager
+        return module.bucket(self.latent_P, self.F)
 
     def gather_tokens(self, value_P: Tensor, rows_FI: Tensor) -> Tensor:
         """For each token, sum over its pairs of value * row of the latent, (N, I)."""
-        return _bag(self.latent_P, rows_FI, self.by_token, value_P)
+        return kernels_for(value_P, rows_FI).bag(self.starts_N, None, self.latent_P, value_P, rows_FI)
 
     def gather_latents(self, value_P: Tensor, rows_NI: Tensor) -> Tensor:
         """For each latent, sum over its pairs of value * row of the token, (F, I)."""
-        return _bag(self.token_P[self.order_P], rows_NI, self.by_latent, value_P[self.order_P])
+        order_P, starts_F = self.by_latent
+        return kernels_for(value_P, rows_NI).bag(starts_F, order_P, self.token_P, value_P, rows_NI)
 
     def sum_latents(self, value_P: Tensor) -> Tensor:
         """For each latent, sum over its pairs of value, (F,)."""
+        if paths.on_gpu(value_P) is not None:  # where torch would add floats by atomics, in no order
+            return self.gather_latents(value_P, value_P.new_ones(self.N, 1))[:, 0]
         return torch.zeros(self.F, dtype=value_P.dtype, device=value_P.device).index_add_(
             0, self.latent_P, value_P
         )
 
     def dot(self, a_NI: Tensor, b_FI: Tensor) -> Tensor:
         """For each pair the product of its token's row and its latent's row, (P,)."""
-        if not self.token_P.numel():
-            return a_NI.new_zeros(0)
-        _quiet()
-        try:
-            crow = torch.cat([self.by_token, self.by_token.new_tensor([self.token_P.numel()])])
-            zero = torch.zeros(self.token_P.numel(), dtype=a_NI.dtype, device=a_NI.device)
-            at = torch.sparse_csr_tensor(crow, self.latent_P, zero, (self.N, self.F), check_invariants=False)
-            return torch.sparse.sampled_addmm(at, a_NI, b_FI.T).values()
-        except (
-            RuntimeError,
-            NotImplementedError,
-        ):  # not built for this device or type: the same sums, more slowly
-            parts = zip(self.token_P.split(4096), self.latent_P.split(4096))
-            return torch.cat([(a_NI[n] * b_FI[j]).sum(1) for n, j in parts])
-
-
-def _bag(index_P: Tensor, rows: Tensor, starts: Tensor, value_P: Tensor) -> Tensor:
-    return torch.nn.functional.embedding_bag(
-        index_P, rows, starts, mode="sum", per_sample_weights=value_P.to(rows.dtype)
-    )
-
-
-@lru_cache(maxsize=1)
-def _quiet() -> None:
-    """torch says once in a process that its CSR tensors are new; say it here, where nobody hears."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.sparse_csr_tensor(torch.tensor([0, 1]), torch.tensor([0]), torch.ones(1), (1, 1))
+        return kernels_for(a_NI, b_FI).dot(self.starts_N, self.latent_P, a_NI, b_FI)
 
 
 class _Encode(torch.autograd.Function):
@@ -144,29 +131,23 @@ class PairCode:
         self.pairs, self.value_P = pairs, value_P
 
     @classmethod
-    def encode(
-        cls, x_NI: Tensor, encoder_FI: Tensor, bias_F: Tensor, choose: Callable[[Tensor], Tensor]
-    ) -> "PairCode":
+    def encode(cls, x_NI: Tensor, encoder_FI: Tensor, bias_F: Tensor, gate: gates.Gate) -> "PairCode":
         """One GEMM without a gradient, a selection (positive codes only), and gradients through the pairs
         kept."""
         with torch.no_grad():
-            pre_NF = torch.addmm(bias_F, x_NI, encoder_FI.T)
-            flat_P = choose(pre_NF)
-            pairs, pre_P = Pairs.of(flat_P, *pre_NF.shape), pre_NF.view(-1)[flat_P]
+            pre_NF = paths.product(x_NI, encoder_FI, bias_F)
+            *at, pre_P, starts_N = kernels_for(pre_NF, gate.weight_F).select(pre_NF, gate.weight_F, gate.parts)
+            pairs = Pairs(*at, starts_N, *pre_NF.shape)
         return cls(pairs, _Encode.apply(x_NI, encoder_FI, bias_F, pre_P, pairs))
 
-    def decode(self, decoder_FI: Tensor) -> Tensor:
-        """sum_j f_j W_j."""
-        return _Decode.apply(self.value_P, decoder_FI, self.pairs)
-
-    def only(self, start: int, stop: int) -> "PairCode":
-        """Zero outside [start, stop)."""
-        inside_P = (self.pairs.latent_P >= start) & (self.pairs.latent_P < stop)
-        return PairCode(self.pairs, self.value_P * inside_P)
+    def decode(self, decoder_FI: Tensor, cuts: tuple[int, ...] = ()) -> Tensor:
+        """sum_j f_j W_j, of the latents before, between and after the cuts."""
+        pairs = self.pairs.cut(cuts)
+        return _Decode.apply(self.value_P, decoder_FI, pairs).view(self.pairs.N, len(cuts) + 1, -1)
 
     def weighted(self, weight_F: Tensor) -> Tensor:
         """sum f_j * weight_j."""
-        return (self.value_P * weight_F.index_select(0, self.pairs.latent_P)).sum()
+        return self.decode(weight_F[:, None]).sum()
 
     def fired(self) -> Tensor:
         """Latents on at one token at least."""

@@ -1,0 +1,196 @@
+/* The sparse part of a training step: selection among pre-activations, and sums over the kept (token, latent) pairs.
+
+   Every function works on a range of rows [start, stop) that nobody else writes, so the caller may run ranges on any
+   number of threads and gets the same bits. Rows are contiguous float32. `lanes` is what one AVX-512 register holds; on
+   other machines the compiler splits it. Where it can, one build holds a version of each kernel for AVX-512, for FMA and
+   for any x86-64, and the loader of the library picks. */
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__x86_64__) && defined(__linux__) && defined(__has_attribute)
+#if __has_attribute(target_clones)
+#define KERNEL __attribute__((target_clones("avx512f", "fma", "default")))
+#endif
+#endif
+#ifndef KERNEL
+#define KERNEL
+#endif
+
+#define LANES 16
+typedef float lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+#define AT(p) (*(lanes *)(p))
+#define OF(p) (*(const lanes *)(p))
+#define SPREAD(x) ((lanes){} + (x))
+
+static inline __attribute__((always_inline)) float total(lanes x) {
+    float sum[8];
+    for (int i = 0; i < 8; i++) sum[i] = x[i] + x[i + 8];
+    return ((sum[0] + sum[4]) + (sum[2] + sum[6])) + ((sum[1] + sum[5]) + (sum[3] + sum[7]));
+}
+
+/* The scaled codes v = pre * weight of each row that exceed the cut of their group of columns
+   [bounds[g], bounds[g + 1]), as column and pre-activation, ascending; `count` of each row. Returns how many, or -1
+   if `room` does not hold them. */
+KERNEL int64_t scan(const float *pre, const float *weight, int64_t F, const int64_t *bounds, const float *cuts, int64_t G,
+                    int64_t room, int32_t *column, float *value, int64_t *count, int64_t start, int64_t stop) {
+    enum { BLOCK = 32 };
+    int64_t n = 0;
+    for (int64_t row = start; row < stop; row++) {
+        const float *p = pre + row * F;
+        int64_t before = n;
+        for (int64_t g = 0; g < G; g++) {
+            const float cut = cuts[g];
+            for (int64_t c = bounds[g]; c < bounds[g + 1]; c += BLOCK) {
+                const int64_t width = bounds[g + 1] - c < BLOCK ? bounds[g + 1] - c : BLOCK;
+                if (width == BLOCK) { /* most blocks hold nothing, and this loop has no branch */
+                    int any = 0;
+                    for (int i = 0; i < BLOCK; i++) any |= p[c + i] * weight[c + i] > cut;
+                    if (!any) continue;
+                }
+                if (n + BLOCK > room) return -1;
+                for (int64_t i = 0; i < width; i++) {
+                    column[n] = (int32_t)(c + i);
+                    value[n] = p[c + i];
+                    n += p[c + i] * weight[c + i] > cut;
+                }
+            }
+        }
+        count[row] = n - before;
+    }
+    return n;
+}
+
+/* About `n` scaled codes of columns [low, high), from runs spread over all rows; the same ones for the same shape.
+   Returns how many. */
+int64_t sample(const float *pre, const float *weight, int64_t N, int64_t F, int64_t low, int64_t high, int64_t n,
+               float *out) {
+    const int64_t width = high - low, run = width < LANES ? width : LANES;
+    uint64_t state = 1;
+    int64_t m = 0;
+    for (; m + run <= n; m += run) {
+        state = state * 6364136223846793005u + 1442695040888963407u; /* Knuth's MMIX generator */
+        const int64_t row = (int64_t)((state >> 33) % (uint64_t)N);
+        state = state * 6364136223846793005u + 1442695040888963407u;
+        const int64_t c = low + (int64_t)((state >> 33) % (uint64_t)(width - run + 1));
+        for (int64_t i = 0; i < run; i++) out[m + i] = pre[row * F + c + i] * weight[c + i];
+    }
+    return m;
+}
+
+/* The k-th largest (k >= 1) of the values above 0, or 0 if there are no k; positive floats order as their bits do, so two
+   histograms of 16 bits find it. */
+float kth(const float *value, int64_t n, int64_t k) {
+    static _Thread_local uint32_t histogram[1 << 16];
+    uint32_t key, high = 0;
+    for (int round = 0; round < 2; round++) {
+        memset(histogram, 0, sizeof histogram);
+        for (int64_t i = 0; i < n; i++) {
+            if (!(value[i] > 0)) continue;
+            memcpy(&key, value + i, 4);
+            if (round == 0) histogram[key >> 16]++;
+            else if (key >> 16 == high) histogram[key & 0xffff]++;
+        }
+        int64_t bin = 0xffff;
+        for (; bin >= 0 && (int64_t)histogram[bin] < k; bin--) k -= histogram[bin];
+        if (bin < 0) return 0;
+        if (round == 0) high = (uint32_t)bin;
+        else key = high << 16 | (uint32_t)bin;
+    }
+    float found;
+    memcpy(&found, &key, 4);
+    return found;
+}
+
+/* Of the candidates of N rows the `keep[g]` largest of each group, of equal ones the first, in order: row, column and
+   pre-activation of each, and where each row begins (N + 1). `scratch` holds as many floats as there are candidates.
+   Returns how many are kept. */
+int64_t keep(const int32_t *column, const float *value, const int64_t *count, int64_t N, const float *weight,
+             const int64_t *bounds, const int64_t *wanted, int64_t G, float *scratch, int64_t *token, int64_t *latent,
+             float *kept, int64_t *starts) {
+    int64_t total = 0, n = 0;
+    for (int64_t row = 0; row < N; row++) total += count[row];
+    float border[G];
+    int64_t equal[G];
+    for (int64_t g = 0; g < G; g++) {
+        int64_t m = 0, above = 0;
+        for (int64_t i = 0; i < total; i++) {
+            if (column[i] >= bounds[g] && column[i] < bounds[g + 1]) scratch[m++] = value[i] * weight[column[i]];
+        }
+        border[g] = wanted[g] < m ? (wanted[g] ? kth(scratch, m, wanted[g]) : INFINITY) : 0;
+        for (int64_t i = 0; i < m; i++) above += scratch[i] > border[g];
+        equal[g] = wanted[g] - above;
+    }
+    for (int64_t row = 0, i = 0; row < N; row++) {
+        starts[row] = n;
+        for (int64_t end = i + count[row], g = 0; i < end; i++) {
+            while (column[i] >= bounds[g + 1]) g++;
+            const float v = value[i] * weight[column[i]];
+            if (v < border[g] || v <= 0 || (v == border[g] && equal[g]-- <= 0)) continue;
+            token[n] = row;
+            latent[n] = column[i];
+            kept[n++] = value[i];
+        }
+    }
+    starts[N] = n;
+    return n;
+}
+
+/* The pairs ordered by latent, then as they come; `starts` (F + 1) says where each latent begins. */
+void bucket(const int64_t *latent, int64_t P, int64_t F, int64_t *order, int64_t *starts) {
+    memset(starts, 0, (size_t)(F + 1) * sizeof *starts);
+    for (int64_t p = 0; p < P; p++) starts[latent[p] + 1]++;
+    for (int64_t f = 0; f < F; f++) starts[f + 1] += starts[f];
+    for (int64_t p = 0; p < P; p++) order[starts[latent[p]]++] = p;
+    memmove(starts + 1, starts, (size_t)F * sizeof *starts);
+    starts[0] = 0;
+}
+
+/* out[r] = sum over q in [starts[r], starts[r + 1]) of value[p] * rows[index[p]], p = order[q], or q without an order. */
+KERNEL void bag(const int64_t *starts, const int64_t *order, const int64_t *index, const float *value, const float *rows,
+                int64_t I, float *restrict out, int64_t start, int64_t stop) {
+    for (int64_t r = start; r < stop; r++) {
+        float *restrict o = out + r * I;
+        memset(o, 0, (size_t)I * sizeof *o);
+        for (int64_t q = starts[r]; q < starts[r + 1]; q += 4) {
+            const float *from[4];
+            float v[4];
+            for (int k = 0; k < 4; k++) { /* past the end: the last row again, times 0 */
+                const int64_t at = q + k < starts[r + 1] ? q + k : starts[r + 1] - 1, p = order ? order[at] : at;
+                from[k] = rows + index[p] * I;
+                v[k] = q + k < starts[r + 1] ? value[p] : 0;
+            }
+            int64_t i = 0;
+            for (; i + LANES <= I; i += LANES)
+                AT(o + i) += (SPREAD(v[0]) * OF(from[0] + i) + SPREAD(v[1]) * OF(from[1] + i)) +
+                             (SPREAD(v[2]) * OF(from[2] + i) + SPREAD(v[3]) * OF(from[3] + i));
+            for (; i < I; i++)
+                o[i] += (v[0] * from[0][i] + v[1] * from[1][i]) + (v[2] * from[2][i] + v[3] * from[3][i]);
+        }
+    }
+}
+
+/* out[p] = a[n] . b[latent[p]] for every pair p of tokens n in [start, stop). */
+KERNEL void dot(const int64_t *starts, const int64_t *latent, const float *a, const float *b, int64_t I, float *out,
+                int64_t start, int64_t stop) {
+    for (int64_t n = start; n < stop; n++) {
+        const float *x = a + n * I;
+        for (int64_t q = starts[n]; q < starts[n + 1]; q += 4) {
+            const float *to[4];
+            lanes sum[4] = {{0}, {0}, {0}, {0}};
+            const int width = starts[n + 1] - q < 4 ? (int)(starts[n + 1] - q) : 4;
+            for (int k = 0; k < 4; k++) to[k] = b + latent[q + (k < width ? k : 0)] * I;
+            int64_t i = 0;
+            for (; i + LANES <= I; i += LANES) {
+                const lanes t = OF(x + i);
+                for (int k = 0; k < 4; k++) sum[k] += t * OF(to[k] + i);
+            }
+            for (int k = 0; k < width; k++) {
+                float rest = 0;
+                for (int64_t j = i; j < I; j++) rest += x[j] * to[k][j];
+                out[q + k] = total(sum[k]) + rest;
+            }
+        }
+    }
+}

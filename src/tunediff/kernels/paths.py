@@ -1,0 +1,108 @@
+"""Which kernels are in force, which library multiplies matrices, and memory that a training loop uses again."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import weakref
+from functools import lru_cache
+from types import ModuleType
+from typing import Iterator, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Path = Literal["auto", "native", "triton", "torch", "dense"]
+LARGE = 1 << 20
+"""Bytes from which on memory is kept for the next step: the system hands out fresh pages at 2 GB/s."""
+
+_path: str = os.environ.get("TUNEDIFF_KERNELS", "auto")
+_free: dict[int, list[mmap.mmap]] | None = None
+
+
+def allows(path: Path) -> bool:
+    """Whether this path may be taken: what is asked for, or all below it."""
+    return _path in ("auto", path)
+
+
+@contextlib.contextmanager
+def using(path: Path) -> Iterator[None]:
+    """Keep to one path inside: "native", "triton" and "torch" hold pairs, "dense" is the reference; "auto" takes the
+    fastest that serves. `TUNEDIFF_KERNELS` in the environment does so for a whole process."""
+    global _path
+    before, _path = _path, path
+    try:
+        yield
+    finally:
+        _path = before
+
+
+def on_gpu(*tensors: Tensor) -> ModuleType | None:
+    """`tunediff.kernels.triton` where it is allowed and serves: float32 tensors on a GPU, and triton is installed."""
+    return _triton() if allows("triton") and all(t.is_cuda and t.dtype == torch.float32 for t in tensors) else None
+
+
+@lru_cache(maxsize=1)
+def _triton() -> ModuleType | None:
+    try:
+        from tunediff.kernels import triton
+    except ImportError:
+        return None
+    return triton
+
+
+@contextlib.contextmanager
+def fast_matmul(device: torch.device | str = "cpu") -> Iterator[str]:
+    """Let torch pick its faster fp32 matmul inside, if a probe shows that it stays as exact as the default.
+
+    On some CPUs the "medium" setting selects a library about twice as fast at full fp32 precision; on others
+    it rounds the inputs to bf16, and on GPUs to TF32, which the probe on `device` refuses (relative error over
+    2e-6 against fp64). Yields the setting in force.
+    """
+    before = torch.get_float32_matmul_precision()
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(64, 256, generator=generator), torch.randn(256, 64, generator=generator)
+    exact = a.double() @ b.double()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        found = (a.to(device) @ b.to(device)).double().cpu()
+        if float((found - exact).norm() / exact.norm()) > 2e-6:
+            torch.set_float32_matmul_precision(before)
+        yield torch.get_float32_matmul_precision()
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@contextlib.contextmanager
+def kept_memory() -> Iterator[None]:
+    """Large tensors made by `empty` inside take the place of earlier ones that nothing refers to any more; at the end
+    the places are given back."""
+    global _free
+    before, _free = _free, {} if _free is None else _free
+    try:
+        yield
+    finally:
+        _free = before
+
+
+def empty(*shape: int) -> Tensor:
+    """An uninitialized float32 tensor on the CPU."""
+    count = int(np.prod(shape))
+    if _free is None or count * 4 < LARGE:
+        return torch.empty(shape)
+    size = -(-count * 4 // LARGE) * LARGE
+    places = _free.setdefault(size, [])
+    place = places.pop() if places else mmap.mmap(-1, size)
+    array = np.frombuffer(place, np.float32, count)
+    # torch holds on to the array as long as any tensor uses its memory.
+    weakref.finalize(array, places.append, place).atexit = False
+    return torch.from_numpy(array).view(shape)
+
+
+def product(x_NI: Tensor, rows_FI: Tensor, bias_F: Tensor) -> Tensor:
+    """x @ rows.T + bias, (N, F), without a gradient."""
+    if x_NI.dtype != torch.float32 or x_NI.device.type != "cpu":
+        return torch.addmm(bias_F, x_NI, rows_FI.T)
+    return torch.addmm(bias_F, x_NI, rows_FI.T, out=empty(len(x_NI), len(rows_FI)))

@@ -1,0 +1,242 @@
+"""Every path against the dense reference in float64, and against itself on other numbers of threads."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import time
+
+import pytest
+import torch
+
+from tunediff import dictionaries, gates, kernels
+from tunediff.fitting import FitSettings, Plan, State, TensorSource, build, fit, step
+from tunediff.gates import Gate
+from tunediff.kernels import eager, native
+from tunediff.kernels.dense import DenseCode
+from tunediff.kernels.pairs import PairCode, Pairs
+
+HAVE_NATIVE = native.library() is not None
+PATHS = ["torch", pytest.param("native", marks=pytest.mark.skipif(not HAVE_NATIVE, reason="installed without a compiler"))]
+needs_native = PATHS[1].marks[0]
+
+
+@pytest.fixture(autouse=True)
+def few_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def problem(N=50, F=300, I=37, seed=0) -> list[torch.Tensor]:
+    """x, W, b, decoder, weights in float32; a width that no register divides."""
+    g = torch.Generator().manual_seed(seed)
+    shapes = ((N, I), (F, I), (F,), (F, I))
+    return [*(torch.randn(s, generator=g) for s in shapes), torch.rand(F, generator=g) + 0.5]
+
+
+GATES = {
+    "one": ((0, 300, 200),),
+    "three": ((0, 10, 30), (10, 150, 0), (150, 300, 170)),
+    "more than there are": ((0, 20, 1000), (20, 300, 150)),
+}
+
+
+def everything(code, leaves, cuts) -> list[torch.Tensor]:
+    """What a code tells, and every gradient of a loss that asks all of it."""
+    decoder, weight = leaves[3:]
+    parts = code.decode(decoder, cuts)
+    away = torch.linspace(-1, 1, parts.numel(), dtype=parts.dtype).view_as(parts)
+    loss = (parts - away).square().sum() + code.weighted(weight) + code.decode(decoder).pow(3).sum() / 100
+    loss.backward()
+    return [code.dense(), code.fired(), code.count(), parts, loss, *(leaf.grad for leaf in leaves)]
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("cuts", [(), (10, 11, 200)])
+def test_equal_to_the_dense_reference(path, gate, cuts):
+    """Codes, parts and every gradient, the input's among them."""
+    tensors = problem()
+    exact = [t.double().requires_grad_() for t in tensors]
+    want = everything(DenseCode.encode(*exact[:3], Gate(exact[4].detach(), GATES[gate])), exact, cuts)
+    leaves = [t.clone().requires_grad_() for t in tensors]
+    with kernels.using(path):
+        got = everything(PairCode.encode(*leaves[:3], Gate(tensors[4], GATES[gate])), leaves, cuts)
+    for one, other in zip(got, want):
+        if one.is_floating_point():
+            assert float((one - other).detach().norm()) <= 2e-6 * float(other.detach().norm())
+        else:
+            assert torch.equal(one, other)
+
+
+@needs_native
+@pytest.mark.parametrize(
+    "values",
+    [
+        lambda g: torch.randint(0, 3, (500, 300), generator=g).float(),  # ties all over
+        lambda g: torch.randn(500, 300, generator=g),
+        lambda g: -torch.rand(500, 300, generator=g),
+        lambda g: torch.zeros(500, 300).index_put((torch.arange(500), torch.arange(500) % 300), torch.tensor(1.0)),
+        lambda g: torch.rand(500, 300, generator=g) * (torch.arange(500) < 3)[:, None],  # all in few rows
+        lambda g: torch.randn(500, 300, generator=g).exp().pow(9),  # over many powers of ten
+        lambda g: torch.randn(1, 1, generator=g).abs().expand(500, 300).contiguous(),
+    ],
+)
+@pytest.mark.parametrize("parts", [((0, 300, 4000),), ((0, 31, 700), (31, 290, 1), (290, 300, 4999)), ((0, 300, 149_999),)])
+def test_selection_is_exact(values, parts):
+    """The same pairs as a sort gives, however badly a sample foretells them; ties in flat order."""
+    g = torch.Generator().manual_seed(0)
+    pre = values(g)
+    weight = torch.randint(0, 3, (300,), generator=g).float()
+    token, latent, kept, starts = native.select(pre, weight, parts)
+    v = torch.relu(pre) * weight
+    want = torch.zeros_like(v, dtype=torch.bool)
+    for start, stop, keep in parts:
+        flat = v[:, start:stop].reshape(-1)
+        first = torch.sort(flat, descending=True, stable=True).indices[:keep]
+        mask = torch.zeros_like(flat, dtype=torch.bool).index_fill_(0, first[flat[first] > 0], True)
+        want[:, start:stop] = mask.view(500, -1)
+    assert torch.equal(token * 300 + latent, want.view(-1).nonzero()[:, 0])
+    assert torch.equal(kept, pre[token, latent])
+    assert torch.equal(starts, eager.edges(token, 500))
+    for one, other in zip((token, latent, kept, starts), eager.select(pre, weight, parts)):
+        assert torch.equal(one, other)
+
+
+@needs_native
+def test_bits_do_not_depend_on_threads():
+    x, W, b, decoder, weight = problem(700, 900, 83)
+    found = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        pre = torch.linspace(-1, 1, 700 * 900).view(700, 900)[torch.randperm(700, generator=torch.Generator().manual_seed(0))]
+        *at, value, starts = native.select(pre, weight, ((0, 300, 5000), (300, 900, 9000)))
+        pairs = Pairs(*at, starts, 700, 900)
+        sums = (pairs.gather_tokens(value, W), pairs.gather_latents(value, x), pairs.dot(x, W))
+        found.append([*at, value, starts, *pairs.by_latent, *sums])
+    for other in found[1:]:
+        assert all(map(torch.equal, found[0], other))
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_nothing_kept(path):
+    leaves = [t.requires_grad_() for t in problem()]
+    with kernels.using(path):
+        code = PairCode.encode(*leaves[:3], Gate(leaves[4].detach(), ((0, 300, 0),)))
+        code.decode(leaves[3], (7,)).sum().backward()
+    assert not code.dense().any() and not code.fired().any() and int(code.count()) == 0
+    assert not leaves[0].grad.any() and not leaves[3].grad.any()
+
+
+# -- a dictionary's step -------------------------------------------------------------------------------------
+
+K = {"k": 6.0, "k_shared": 2.0, "k_delta": 4.0}
+
+
+def dictionary(name: str, seed: int = 0):
+    """One with enough latents that codes are held as pairs, away from its symmetric start."""
+    fields = {f.name for f in dataclasses.fields(dictionaries.spec(name))}
+    kind = {key: k for key, k in K.items() if key in fields}
+    d = build(dictionaries.spec(name, latents=400, **kind), sites=2, width=24, seed=seed)
+    with torch.no_grad():
+        for p in d.parameters():
+            p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(seed)))
+    return d
+
+
+def tokens(n: int = 200, seed: int = 1) -> torch.Tensor:
+    return torch.randn(n, 2, 2, 24, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("name", ["batchtopk", "delta", "matryoshka", "dsf", "dfc", "hybrid", "diff_sae", "tuned_sae"])
+def test_gradients_of_a_step(path, name):
+    """Objective and AuxK of every dictionary, against the dense reference in float64; it reaches the encoder of dead
+    latents."""
+    one, x, dead = dictionary(name), tokens(), torch.arange(400) % 3 == 0
+    exact = copy.deepcopy(one).double()
+    for d, data, kind in ((one, x, path), (exact, x.double(), "dense")):
+        with kernels.using(kind):
+            run = d(data)
+            assert isinstance(run.code, DenseCode) == (kind == "dense")
+            (sum(d.objective(run).values()) + d.auxiliary(run, dead, 9)).backward()
+            d.hold()
+    for (label, p), q in zip(one.named_parameters(), exact.parameters()):
+        assert float((p.grad - q.grad).norm()) <= 3e-6 * float(q.grad.norm()), label
+    assert one.encoder_FSMD.grad[dead].abs().sum() > 0
+
+
+@needs_native
+@pytest.mark.parametrize("name", ["delta", "batchtopk"])
+def test_curves_agree(name):
+    """Two hundred steps on either path end with the same explained variance."""
+    mix = torch.randn(40, 2, 2, 24, generator=torch.Generator().manual_seed(5))
+    on = torch.rand(6000, 40, generator=torch.Generator().manual_seed(6))
+    source = TensorSource(*torch.einsum("nf,fsmd->nsmd", (on - 0.9).clamp_min(0) * 10, mix).split([5000, 1000]))
+    spec, ends = dictionary(name).spec, []
+    for path in ("native", "torch"):
+        with kernels.using(path):
+            ends.append(fit(spec, source, FitSettings(steps=200, batch=256, learning_rate=3e-3)).quality)
+    assert ends[0].ev_tuned > 0.5
+    assert abs(ends[0].ev_tuned - ends[1].ev_tuned) < 0.02 and abs(ends[0].ev_delta - ends[1].ev_delta) < 0.03
+
+
+# -- which path, and what it costs ---------------------------------------------------------------------------
+
+
+def test_paths(monkeypatch):
+    assert kernels.path() == ("native" if HAVE_NATIVE else "torch")
+    for name in ("torch", "dense"):
+        with kernels.using(name):
+            assert kernels.path() == name
+    monkeypatch.setattr(native, "library", lambda: None)
+    assert kernels.path() == "torch" and not native.serves()
+    x = tokens()
+    assert isinstance(dictionary("batchtopk")(x).code, PairCode)
+
+
+def test_only_float32_on_the_cpu_is_native():
+    assert not native.serves(torch.zeros(1, dtype=torch.float64)) and not native.serves(torch.zeros(1, device="meta"))
+
+
+def test_fast_matmul_restores():
+    before = torch.get_float32_matmul_precision()
+    with pytest.raises(RuntimeError), kernels.fast_matmul():
+        raise RuntimeError
+    assert torch.get_float32_matmul_precision() == before
+
+
+def test_memory_is_used_again_and_never_while_held():
+    from tunediff.kernels.paths import LARGE, empty
+
+    n = LARGE // 4 + 5
+    with kernels.kept_memory():
+        first = empty(n).fill_(1)
+        view, second = first[:3], empty(n).fill_(2)
+        where = first.data_ptr()
+        del first
+        assert empty(n).data_ptr() not in (where, second.data_ptr()) and view.tolist() == [1, 1, 1]
+        del view
+        assert where in {t.data_ptr() for t in (empty(n), empty(n), empty(n))} | {empty(n).data_ptr()}
+        held = empty(n).fill_(3)
+    assert second[-1] == 2 and held[-1] == 3  # what was made inside outlives it
+    assert len({empty(n).data_ptr(), held.data_ptr()}) == 2
+
+
+@needs_native
+def test_a_step_is_far_cheaper_than_the_dense_one():
+    """Interleaved in one process, at a shape where the sparse step needs a fifth of the sums; the margin is wide."""
+    spec = dictionaries.spec("batchtopk", latents=4096, k=16)
+    settings = FitSettings(steps=100, batch=512)
+    x = torch.randn(512, 1, 2, 128, generator=torch.Generator().manual_seed(0))
+    states = {p: State.new(build(spec, sites=1, width=128, seed=0), Plan.of(spec, settings, 512)) for p in ("native", "dense")}
+    seconds = {path: [] for path in states}
+    for _ in range(6):
+        for path, state in states.items():
+            with kernels.using(path), kernels.kept_memory():
+                began = time.perf_counter()
+                step(state, x, settings, Plan.of(spec, settings, 512))
+                seconds[path].append(time.perf_counter() - began)
+    assert min(seconds["native"]) < 0.75 * min(seconds["dense"])
