@@ -503,7 +503,7 @@ def fit(
             _refuse_other(artifacts.open_folder(folder, SCHEMA).get("key"), key, folder)
             return Fitted.load(folder)
     device = torch.device(device)
-    with kernels.fast_matmul(device):
+    with kernels.fast_matmul(device), kernels.kept_memory():
         return _fit(spec, source, settings, folder, progress, key, device)
 
 
@@ -684,7 +684,8 @@ def step(state: State, x_NSMD: Tensor, settings: FitSettings, plan: Plan) -> dic
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     dictionary.hold()
-    torch.nn.utils.clip_grad_norm_(dictionary.parameters(), settings.clip)
+    norm = torch.nn.utils.get_total_norm([p.grad for p in dictionary.parameters() if p.grad is not None])
+    optimizer.grad_scale = ((norm + 1e-6) / settings.clip).clamp_min(1)  # divides in the fused step: a pass less
     rate = plan.rate_at(state.step, settings)
     for group in optimizer.param_groups:
         group["lr"] = rate

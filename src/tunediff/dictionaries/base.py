@@ -321,7 +321,7 @@ def select(pre_NF: Tensor, weight_F: Tensor, groups: tuple[Group, ...]) -> Tenso
 def mean_squared_error(run: Pass) -> Tensor:
     """(MSE_base + MSE_tuned) / 2, or the one target's; the mean over tokens, sites and dimensions; 1 would be no
     better than the mean."""
-    return run.error_NSMD.square().mean()
+    return torch.nn.functional.mse_loss(run.xhat_NSMD, run.x_NSMD)
 
 
 def weighted_norm(run: Pass, weight_F: Tensor) -> Tensor:
