@@ -48,7 +48,7 @@ class Spec:
 
     @property
     def cuts(self) -> tuple[int, ...]:
-        """Latents at which the reconstruction is cut for the objective, ascending; see `Pass.parts_NBSMD`."""
+        """Latents at which the reconstruction is cut for the objective, ascending; see `Pass.parts`."""
         return ()
 
     def __post_init__(self) -> None:
@@ -88,15 +88,15 @@ class Pass:
 
     x_NSMD, xhat_NSMD   target and reconstruction (decoder bias included); M is 1 unless both models are the
                         target
-    parts_NBSMD         what the latents before, between and after `Spec.cuts` write; with the decoder bias their
-                        sum is xhat
+    parts               what the latents before, between and after `Spec.cuts` write, each (N, S, M, D); with the
+                        decoder bias their sum is xhat
     code                the kept codes, see `tunediff.kernels.Code`
     progress            0 at the first step, 1 at the last
     """
 
     x_NSMD: Tensor
     xhat_NSMD: Tensor
-    parts_NBSMD: Tensor
+    parts: tuple[Tensor, ...]
     code: kernels.Code
     progress: float
 
@@ -243,9 +243,9 @@ class Dictionary(nn.Module, abc.ABC):
         gate = gate_of(groups, self.weights_F().detach(), len(x_NSMD), k_factor) if gated else None
         code = kernels.encode(self._inputs(x_NSMD), self.encoder_FSMD.flatten(1), self.encoder_bias_F, gate)
         cuts, decoder_FI = self.spec.cuts, self.decoder_FSMD.flatten(1)
-        parts_NBSMD = code.decode(decoder_FI, cuts).view(len(x_NSMD), len(cuts) + 1, *x_NSMD.shape[1:])
-        whole = parts_NBSMD.sum(1) if cuts else parts_NBSMD[:, 0]
-        return Pass(x_NSMD, whole + self.decoder_bias_SMD, parts_NBSMD, code, progress)
+        # Taken apart at once and not by index: the gradient is then put together in one pass.
+        parts = tuple(part.view(x_NSMD.shape) for part in code.decode(decoder_FI, cuts).unbind(1))
+        return Pass(x_NSMD, sum(parts[1:], parts[0]) + self.decoder_bias_SMD, parts, code, progress)
 
     @final
     def decode(self, f_NF: Tensor) -> Tensor:
@@ -336,4 +336,5 @@ def weighted_norm(run: Pass, weight_F: Tensor) -> Tensor:
 
 def delta_of(x_NSMD: Tensor) -> Tensor:
     """Tuned minus base, (N, S, D)."""
-    return x_NSMD[:, :, TUNED] - x_NSMD[:, :, BASE]
+    base, tuned = x_NSMD.unbind(2)
+    return tuned - base
