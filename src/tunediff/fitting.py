@@ -3,6 +3,7 @@ resumption."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from dataclasses import dataclass
@@ -503,7 +504,8 @@ def fit(
             _refuse_other(artifacts.open_folder(folder, SCHEMA).get("key"), key, folder)
             return Fitted.load(folder)
     device = torch.device(device)
-    with kernels.fast_matmul(device), kernels.kept_memory():
+    here = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    with here, kernels.fast_matmul(device), kernels.kept_memory():
         return _fit(spec, source, settings, folder, progress, key, device)
 
 
@@ -692,7 +694,7 @@ def step(state: State, x_NSMD: Tensor, settings: FitSettings, plan: Plan) -> dic
         group["lr"] = rate
     optimizer.step()
     with torch.no_grad():
-        state.silent_F = torch.where(run.code.fired(), 0, state.silent_F + x_NSMD.shape[0])
+        state.silent_F = (state.silent_F + x_NSMD.shape[0]).masked_fill(run.code.fired(), 0)
     state.step += 1
     if state.step % settings.log_every and state.step != plan.steps and state.step != 1:
         return None

@@ -264,7 +264,7 @@ class Dictionary(nn.Module, abc.ABC):
             dead_F = dead_F & gated_F
             aux = among(self.weights_F().detach() * dead_F, min(k, dead_F.numel()))
             explained_NI = aux.decode(self.decoder_FSMD.flatten(1))[:, 0]
-            return torch.where(dead_F.any(), gates.unexplained(run.error_NSMD.flatten(1), explained_NI), 0.0)
+            return gates.unexplained(run.error_NSMD.flatten(1), explained_NI).masked_fill(~dead_F.any(), 0.0)
         return gates.auxk(
             self._inputs(run.x_NSMD),
             run.error_NSMD.detach().flatten(1),
@@ -298,7 +298,7 @@ class Dictionary(nn.Module, abc.ABC):
         """Root mean square of what `view` gives, before it is brought to 1."""
         if self.spec.target != "difference":
             return 1.0
-        return torch.where(self.delta_variance > 0, self.delta_variance, 1.0).sqrt()
+        return self.delta_variance.masked_fill(~(self.delta_variance > 0), 1.0).sqrt()
 
 
 def _norms_MF(vectors_FSMD: Tensor) -> Tensor:

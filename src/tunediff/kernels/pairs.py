@@ -55,7 +55,7 @@ class Pairs:
     @cached_property
     def by_latent(self) -> tuple[Tensor, Tensor]:
         """The pairs ordered by latent and then token (P,), and where each latent's begin (F + 1)."""
-        module = native if native.serves() and not self.latent_P.is_cuda else eager
+        module = native if native.serves() and self.latent_P.device.type == "cpu" else eager
         return module.bucket(self.latent_P, self.F)
 
     def gather_tokens(self, value_P: Tensor, rows_FI: Tensor) -> Tensor:
