@@ -420,7 +420,7 @@ def test_auxk_helps_the_dead_alone():
         assert float(part.grad[~dead].abs().sum()) == 0
     assert d.decoder_bias_SMD.grad is None
     assert d.auxiliary(run, torch.zeros_like(dead), 4).item() == 0
-    perfect = Pass(x, x.clone(), run.parts_NBSMD, run.code, 1.0)
+    perfect = Pass(x, x.clone(), run.parts, run.code, 1.0)
     d.zero_grad()
     nothing = d.auxiliary(perfect, dead, 4)
     nothing.backward()

@@ -10,15 +10,23 @@ import pytest
 import torch
 
 from tunediff import dictionaries, gates, kernels
+from tunediff.errors import SettingError
 from tunediff.fitting import FitSettings, Plan, State, TensorSource, build, fit, step
 from tunediff.gates import Gate
-from tunediff.kernels import eager, native
+from tunediff.kernels import eager, native, paths
 from tunediff.kernels.dense import DenseCode
 from tunediff.kernels.pairs import PairCode, Pairs
 
 HAVE_NATIVE = native.library() is not None
-PATHS = ["torch", pytest.param("native", marks=pytest.mark.skipif(not HAVE_NATIVE, reason="installed without a compiler"))]
-needs_native = PATHS[1].marks[0]
+needs_native = pytest.mark.skipif(not HAVE_NATIVE, reason="installed without a compiler")
+PATHS = ["torch", pytest.param("native", marks=needs_native), pytest.param("native+bf16", marks=needs_native)]
+
+
+@pytest.fixture(autouse=True)
+def rounded_everywhere(monkeypatch):
+    """Small products too are made in bfloat16 first, and on any machine, where the path allows it."""
+    monkeypatch.setattr(native, "ROUNDED", 0)
+    monkeypatch.setattr(native, "rounds", lambda: paths.allows("native+bf16"))
 
 
 @pytest.fixture(autouse=True)
@@ -106,6 +114,26 @@ def test_selection_is_exact(values, parts):
 
 
 @needs_native
+@pytest.mark.parametrize("scale", [1, 40, 3000])
+@pytest.mark.parametrize("parts", [((0, 900, 7000),), ((0, 200, 100), (200, 900, 5000))])
+def test_bfloat16_only_says_what_cannot_be_kept(scale, parts):
+    """Integers that bfloat16 rounds badly and float32 not at all, so that every sum is exact: the pairs, their values
+    and the order of ties are those of a product in float32."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randint(-scale, scale + 1, (300, 64), generator=g).float()
+    W = torch.randint(-60, 61, (900, 64), generator=g).float()
+    x[::7] *= 3
+    x[5] = 0
+    W[9] = 0
+    bias, weight = torch.randint(-9, 10, (900,), generator=g).float(), torch.randint(0, 4, (900,), generator=g) / 4
+    gate = Gate(weight, parts)
+    with kernels.using("native+bf16"):
+        got = native.encode(x, W, bias, gate)
+    for one, other in zip(got, eager.encode(x, W, bias, gate)):
+        assert torch.equal(one, other)
+
+
+@needs_native
 def test_bits_do_not_depend_on_threads():
     x, W, b, decoder, weight = problem(700, 900, 83)
     found = []
@@ -115,7 +143,7 @@ def test_bits_do_not_depend_on_threads():
         *at, value, starts = native.select(pre, weight, ((0, 300, 5000), (300, 900, 9000)))
         pairs = Pairs(*at, starts, 700, 900)
         sums = (pairs.gather_tokens(value, W), pairs.gather_latents(value, x), pairs.dot(x, W))
-        found.append([*at, value, starts, *pairs.by_latent, *sums])
+        found.append([*at, value, starts, *pairs.by_latent, *sums, *native._rounded(W)[1:]])
     for other in found[1:]:
         assert all(map(torch.equal, found[0], other))
 
@@ -176,7 +204,7 @@ def test_curves_agree(name):
     on = torch.rand(6000, 40, generator=torch.Generator().manual_seed(6))
     source = TensorSource(*torch.einsum("nf,fsmd->nsmd", (on - 0.9).clamp_min(0) * 10, mix).split([5000, 1000]))
     spec, ends = dictionary(name).spec, []
-    for path in ("native", "torch"):
+    for path in ("native+bf16", "torch"):
         with kernels.using(path):
             ends.append(fit(spec, source, FitSettings(steps=200, batch=256, learning_rate=3e-3)).quality)
     assert ends[0].ev_tuned > 0.5
@@ -187,14 +215,31 @@ def test_curves_agree(name):
 
 
 def test_paths(monkeypatch):
-    assert kernels.path() == ("native" if HAVE_NATIVE else "torch")
-    for name in ("torch", "dense"):
+    assert kernels.path() == ("native+bf16" if HAVE_NATIVE else "torch")
+    for name in ["torch", "dense", *(["native"] if HAVE_NATIVE else [])]:
         with kernels.using(name):
             assert kernels.path() == name
+    with kernels.using("fast"), pytest.raises(SettingError, match="no path"):
+        kernels.path()
     monkeypatch.setattr(native, "library", lambda: None)
     assert kernels.path() == "torch" and not native.serves()
-    x = tokens()
-    assert isinstance(dictionary("batchtopk")(x).code, PairCode)
+    assert isinstance(dictionary("batchtopk")(tokens()).code, PairCode)
+
+
+def test_clipping_is_torchs():
+    """The fused step divides by the norm; the same as clipping before it."""
+    d, x, settings = dictionary("batchtopk"), 30 * tokens(), FitSettings(steps=3, batch=200, clip=0.01, aux_weight=0)
+    plan, other = Plan.of(d.spec, settings, 200), copy.deepcopy(d)
+    state, optimizer = State.new(d, plan), torch.optim.Adam(other.parameters(), lr=1.0)
+    for at in range(3):
+        step(state, x, settings, plan)
+        optimizer.zero_grad()
+        sum(other.objective(other(x, progress=at / 2)).values()).backward()
+        assert float(torch.nn.utils.clip_grad_norm_(other.parameters(), 0.01)) > 0.01
+        optimizer.param_groups[0]["lr"] = plan.rate_at(at, settings)
+        optimizer.step()
+    for p, q in zip(d.parameters(), other.parameters()):
+        torch.testing.assert_close(p, q, atol=1e-6, rtol=1e-5)
 
 
 def test_only_float32_on_the_cpu_is_native():

@@ -3,6 +3,7 @@ resumption."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from dataclasses import dataclass
@@ -503,7 +504,8 @@ def fit(
             _refuse_other(artifacts.open_folder(folder, SCHEMA).get("key"), key, folder)
             return Fitted.load(folder)
     device = torch.device(device)
-    with kernels.fast_matmul(device):
+    here = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    with here, kernels.fast_matmul(device), kernels.kept_memory():
         return _fit(spec, source, settings, folder, progress, key, device)
 
 
@@ -684,13 +686,15 @@ def step(state: State, x_NSMD: Tensor, settings: FitSettings, plan: Plan) -> dic
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     dictionary.hold()
-    torch.nn.utils.clip_grad_norm_(dictionary.parameters(), settings.clip)
+    norm = torch.nn.utils.get_total_norm([p.grad for p in dictionary.parameters() if p.grad is not None])
+    # The fused step divides by it, which saves a pass over the gradients.
+    optimizer.grad_scale = ((norm.float() + 1e-6) / settings.clip).clamp_min(1)
     rate = plan.rate_at(state.step, settings)
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()
     with torch.no_grad():
-        state.silent_F = torch.where(run.code.fired(), 0, state.silent_F + x_NSMD.shape[0])
+        state.silent_F = (state.silent_F + x_NSMD.shape[0]).masked_fill(run.code.fired(), 0)
     state.step += 1
     if state.step % settings.log_every and state.step != plan.steps and state.step != 1:
         return None

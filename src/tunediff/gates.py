@@ -124,7 +124,7 @@ def unexplained(error_NI: Tensor, explained_NI: Tensor) -> Tensor:
     """Mean square of what is left of the error, in units of its variance over the batch; see `auxk`."""
     target = error_NI.detach()
     variance = (target - target.mean(0)).square().mean()
-    variance = torch.where(variance > 0, variance, torch.inf)  # before dividing: a 0/0 would reach the gradient
+    variance = variance.masked_fill(~(variance > 0), torch.inf)  # before dividing: a 0/0 would reach the gradient
     return torch.nan_to_num(
         (target - explained_NI).square().mean() / variance, nan=0.0, posinf=0.0, neginf=0.0
     )

@@ -48,7 +48,7 @@ class Spec:
 
     @property
     def cuts(self) -> tuple[int, ...]:
-        """Latents at which the reconstruction is cut for the objective, ascending; see `Pass.parts_NBSMD`."""
+        """Latents at which the reconstruction is cut for the objective, ascending; see `Pass.parts`."""
         return ()
 
     def __post_init__(self) -> None:
@@ -88,15 +88,15 @@ class Pass:
 
     x_NSMD, xhat_NSMD   target and reconstruction (decoder bias included); M is 1 unless both models are the
                         target
-    parts_NBSMD         what the latents before, between and after `Spec.cuts` write; with the decoder bias their
-                        sum is xhat
+    parts               what the latents before, between and after `Spec.cuts` write, each (N, S, M, D); with the
+                        decoder bias their sum is xhat
     code                the kept codes, see `tunediff.kernels.Code`
     progress            0 at the first step, 1 at the last
     """
 
     x_NSMD: Tensor
     xhat_NSMD: Tensor
-    parts_NBSMD: Tensor
+    parts: tuple[Tensor, ...]
     code: kernels.Code
     progress: float
 
@@ -243,9 +243,9 @@ class Dictionary(nn.Module, abc.ABC):
         gate = gate_of(groups, self.weights_F().detach(), len(x_NSMD), k_factor) if gated else None
         code = kernels.encode(self._inputs(x_NSMD), self.encoder_FSMD.flatten(1), self.encoder_bias_F, gate)
         cuts, decoder_FI = self.spec.cuts, self.decoder_FSMD.flatten(1)
-        parts_NBSMD = code.decode(decoder_FI, cuts).view(len(x_NSMD), len(cuts) + 1, *x_NSMD.shape[1:])
-        whole = parts_NBSMD.sum(1) if cuts else parts_NBSMD[:, 0]
-        return Pass(x_NSMD, whole + self.decoder_bias_SMD, parts_NBSMD, code, progress)
+        # Taken apart at once and not by index: the gradient is then put together in one pass.
+        parts = tuple(part.view(x_NSMD.shape) for part in code.decode(decoder_FI, cuts).unbind(1))
+        return Pass(x_NSMD, sum(parts[1:], parts[0]) + self.decoder_bias_SMD, parts, code, progress)
 
     @final
     def decode(self, f_NF: Tensor) -> Tensor:
@@ -264,7 +264,7 @@ class Dictionary(nn.Module, abc.ABC):
             dead_F = dead_F & gated_F
             aux = among(self.weights_F().detach() * dead_F, min(k, dead_F.numel()))
             explained_NI = aux.decode(self.decoder_FSMD.flatten(1))[:, 0]
-            return torch.where(dead_F.any(), gates.unexplained(run.error_NSMD.flatten(1), explained_NI), 0.0)
+            return gates.unexplained(run.error_NSMD.flatten(1), explained_NI).masked_fill(~dead_F.any(), 0.0)
         return gates.auxk(
             self._inputs(run.x_NSMD),
             run.error_NSMD.detach().flatten(1),
@@ -298,7 +298,7 @@ class Dictionary(nn.Module, abc.ABC):
         """Root mean square of what `view` gives, before it is brought to 1."""
         if self.spec.target != "difference":
             return 1.0
-        return torch.where(self.delta_variance > 0, self.delta_variance, 1.0).sqrt()
+        return self.delta_variance.masked_fill(~(self.delta_variance > 0), 1.0).sqrt()
 
 
 def _norms_MF(vectors_FSMD: Tensor) -> Tensor:
@@ -321,7 +321,7 @@ def select(pre_NF: Tensor, weight_F: Tensor, groups: tuple[Group, ...]) -> Tenso
 def mean_squared_error(run: Pass) -> Tensor:
     """(MSE_base + MSE_tuned) / 2, or the one target's; the mean over tokens, sites and dimensions; 1 would be no
     better than the mean."""
-    return run.error_NSMD.square().mean()
+    return torch.nn.functional.mse_loss(run.xhat_NSMD, run.x_NSMD)
 
 
 def weighted_norm(run: Pass, weight_F: Tensor) -> Tensor:
@@ -336,4 +336,5 @@ def weighted_norm(run: Pass, weight_F: Tensor) -> Tensor:
 
 def delta_of(x_NSMD: Tensor) -> Tensor:
     """Tuned minus base, (N, S, D)."""
-    return x_NSMD[:, :, TUNED] - x_NSMD[:, :, BASE]
+    base, tuned = x_NSMD.unbind(2)
+    return tuned - base

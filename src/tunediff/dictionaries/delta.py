@@ -102,7 +102,7 @@ class Delta(base.Dictionary):
 
     def delta_error(self, run: base.Pass, start: int) -> Tensor:
         """Mean squared error of delta as latents from `start` on (the delta group's, or 0: all) explain it."""
-        parts_NSMD = run.parts_NBSMD[:, -1] if start else run.parts_NBSMD.sum(1)
+        parts_NSMD = sum(run.parts[:-1], run.parts[-1]) if start == 0 else run.parts[-1]
         bias_SD = self.decoder_bias_SMD[:, TUNED] - self.decoder_bias_SMD[:, BASE]
         return (base.delta_of(run.x_NSMD - parts_NSMD) - bias_SD).square().mean()
 

@@ -64,7 +64,7 @@ class Matryoshka(base.Dictionary):
 
     def prefixes(self, run: base.Pass) -> list[Tensor]:
         """xhat_NSMD of each prefix, the whole dictionary's last: every block is decoded once and added up."""
-        sums = itertools.accumulate(run.parts_NBSMD[:, :-1].unbind(1), initial=self.decoder_bias_SMD)
+        sums = itertools.accumulate(run.parts[:-1], initial=self.decoder_bias_SMD)
         return [*itertools.islice(sums, 1, None), run.xhat_NSMD]
 
 

@@ -50,10 +50,10 @@ PAIRS_LATENTS, PAIRS_SHARE = 256, 0.1
 
 
 def path() -> str:
-    """Which kernels add up float32 codes on this CPU: "native", "torch" or "dense"."""
-    if paths.allows("native") and native.serves():
-        return "native"
-    return "torch" if paths.allows("torch") or paths.allows("native") else "dense"
+    """Which kernels add up float32 codes on this CPU: "native+bf16", "native", "torch" or "dense"; see `using`."""
+    if native.serves():
+        return "native+bf16" if native.rounds() else "native"
+    return "torch" if paths.allows("torch") else "dense"
 
 
 def encode(x_NI: Tensor, encoder_FI: Tensor, bias_F: Tensor, gate: Gate | None) -> Code:

@@ -12,6 +12,11 @@ from torch import Tensor
 from tunediff import gates
 
 
+def encode(x_NI: Tensor, encoder_FI: Tensor, bias_F: Tensor, gate: gates.Gate) -> tuple[Tensor, ...]:
+    """The codes of relu(x @ encoder.T + bias) that the gate keeps, as `select` tells them."""
+    return select(torch.addmm(bias_F, x_NI, encoder_FI.T), gate.weight_F, gate.parts)
+
+
 def select(pre_NF: Tensor, weight_F: Tensor, parts: Sequence[gates.Part]) -> tuple[Tensor, ...]:
     """The codes that a gate keeps: token_P, latent_P and pre_P, ordered by token and then latent, and where each
     token's begin (N + 1). See `gates.keep`."""

@@ -24,7 +24,7 @@ class GpuCode(PairCode):
         x_NI, encoder_FI, bias_F, _ = self._origin = origin
         with torch.no_grad():
             pre_P = pairs.dot(x_NI, encoder_FI) + bias_F[pairs.latent_P.clamp_max(pairs.F - 1)]
-            pre_P = torch.where(pairs.latent_P < pairs.F, pre_P, 0.0)
+            pre_P.masked_fill_(pairs.latent_P == pairs.F, 0.0)
         super().__init__(pairs, torch.relu(_Encode.apply(x_NI, encoder_FI, bias_F, pre_P, pairs)))
 
     @classmethod

@@ -34,7 +34,7 @@ static inline __attribute__((always_inline)) float total(lanes x) {
    [bounds[g], bounds[g + 1]), as column and pre-activation, ascending; `count` of each row. Returns how many, or -1
    if `room` does not hold them. */
 KERNEL int64_t scan(const float *pre, const float *weight, int64_t F, const int64_t *bounds, const float *cuts, int64_t G,
-                    int64_t room, int32_t *column, float *value, int64_t *count, int64_t start, int64_t stop) {
+                    int64_t room, int64_t *column, float *value, int64_t *count, int64_t start, int64_t stop) {
     enum { BLOCK = 32 };
     int64_t n = 0;
     for (int64_t row = start; row < stop; row++) {
@@ -51,7 +51,7 @@ KERNEL int64_t scan(const float *pre, const float *weight, int64_t F, const int6
                 }
                 if (n + BLOCK > room) return -1;
                 for (int64_t i = 0; i < width; i++) {
-                    column[n] = (int32_t)(c + i);
+                    column[n] = c + i;
                     value[n] = p[c + i];
                     n += p[c + i] * weight[c + i] > cut;
                 }
@@ -62,10 +62,92 @@ KERNEL int64_t scan(const float *pre, const float *weight, int64_t F, const int6
     return n;
 }
 
-/* About `n` scaled codes of columns [low, high), from runs spread over all rows; the same ones for the same shape.
-   Returns how many. */
-int64_t sample(const float *pre, const float *weight, int64_t N, int64_t F, int64_t low, int64_t high, int64_t n,
-               float *out) {
+/* Whether the machine multiplies bfloat16 in hardware. */
+int has_bf16(void) {
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 9
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("avx512bf16") != 0;
+#else
+    return 0;
+#endif
+}
+
+static inline __attribute__((always_inline)) float widen(uint16_t x) {
+    const uint32_t bits = (uint32_t)x << 16;
+    float out;
+    memcpy(&out, &bits, 4);
+    return out;
+}
+
+/* Rows rounded to bfloat16, the length of each, and the length of what rounding took. */
+KERNEL void rounded(const float *a, int64_t I, uint16_t *out, float *length, float *lost, int64_t start, int64_t stop) {
+    for (int64_t r = start; r < stop; r++) {
+        const float *x = a + r * I;
+        uint16_t *o = out + r * I;
+        float part[2][LANES] = {{0}};
+        int64_t i = 0;
+        for (; i < I; i += LANES) {
+            const int64_t width = I - i < LANES ? I - i : LANES;
+            for (int64_t k = 0; k < width; k++) {
+                uint32_t bits;
+                memcpy(&bits, x + i + k, 4);
+                o[i + k] = (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+                const float rest = x[i + k] - widen(o[i + k]);
+                part[0][k] += x[i + k] * x[i + k];
+                part[1][k] += rest * rest;
+            }
+        }
+        length[r] = sqrtf(total(OF(part[0])));
+        lost[r] = sqrtf(total(OF(part[1])));
+    }
+}
+
+/* As `scan`, of products in bfloat16: the columns whose scaled code could exceed the cut, product + bias being off by
+   no more than product / 256 + reach[row] * margin[column]. `weight`, `bias` and `margin` are scaled already. */
+KERNEL int64_t scan_rounded(const uint16_t *product, const float *weight, const float *bias, const float *margin,
+                            const float *reach, int64_t F, const int64_t *bounds, const float *cuts, int64_t G,
+                            int64_t room, int64_t *column, int64_t *count, int64_t start, int64_t stop) {
+    enum { BLOCK = 32 };
+    int64_t n = 0;
+    for (int64_t row = start; row < stop; row++) {
+        const uint16_t *p = product + row * F;
+        const float far = reach[row];
+        int64_t before = n;
+        for (int64_t g = 0; g < G; g++) {
+            const float cut = cuts[g];
+            for (int64_t c = bounds[g]; c < bounds[g + 1]; c += BLOCK) {
+                const int64_t width = bounds[g + 1] - c < BLOCK ? bounds[g + 1] - c : BLOCK;
+                float most[BLOCK];
+                int any = 0;
+                if (width == BLOCK)
+                    for (int i = 0; i < BLOCK; i++) {
+                        const float x = widen(p[c + i]);
+                        most[i] = (x + fabsf(x) * (1.0f / 256)) * weight[c + i] + (far * margin[c + i] + bias[c + i]);
+                        any |= most[i] > cut;
+                    }
+                else
+                    for (int64_t i = 0; i < width; i++) {
+                        const float x = widen(p[c + i]);
+                        most[i] = (x + fabsf(x) * (1.0f / 256)) * weight[c + i] + (far * margin[c + i] + bias[c + i]);
+                        any |= most[i] > cut;
+                    }
+                if (!any) continue;
+                if (n + BLOCK > room) return -1;
+                for (int64_t i = 0; i < width; i++) {
+                    column[n] = c + i;
+                    n += most[i] > cut;
+                }
+            }
+        }
+        count[row] = n - before;
+    }
+    return n;
+}
+
+/* About `n` scaled codes of columns [low, high), from runs spread over all rows, the same ones for the same shape; of
+   pre-activations, or of bfloat16 products and scaled biases. Returns how many. */
+int64_t sample(const float *pre, const uint16_t *product, const float *weight, const float *bias, int64_t N, int64_t F,
+               int64_t low, int64_t high, int64_t n, float *out) {
     const int64_t width = high - low, run = width < LANES ? width : LANES;
     uint64_t state = 1;
     int64_t m = 0;
@@ -74,7 +156,8 @@ int64_t sample(const float *pre, const float *weight, int64_t N, int64_t F, int6
         const int64_t row = (int64_t)((state >> 33) % (uint64_t)N);
         state = state * 6364136223846793005u + 1442695040888963407u;
         const int64_t c = low + (int64_t)((state >> 33) % (uint64_t)(width - run + 1));
-        for (int64_t i = 0; i < run; i++) out[m + i] = pre[row * F + c + i] * weight[c + i];
+        for (int64_t i = c; i < c + run; i++)
+            out[m + i - c] = pre ? pre[row * F + i] * weight[i] : widen(product[row * F + i]) * weight[i] + bias[i];
     }
     return m;
 }
@@ -106,7 +189,7 @@ float kth(const float *value, int64_t n, int64_t k) {
 /* Of the candidates of N rows the `keep[g]` largest of each group, of equal ones the first, in order: row, column and
    pre-activation of each, and where each row begins (N + 1). `scratch` holds as many floats as there are candidates.
    Returns how many are kept. */
-int64_t keep(const int32_t *column, const float *value, const int64_t *count, int64_t N, const float *weight,
+int64_t keep(const int64_t *column, const float *value, const int64_t *count, int64_t N, const float *weight,
              const int64_t *bounds, const int64_t *wanted, int64_t G, float *scratch, int64_t *token, int64_t *latent,
              float *kept, int64_t *starts) {
     int64_t total = 0, n = 0;

@@ -24,6 +24,8 @@ RANGES = 4
 """Ranges a thread: more even out rows of unequal cost."""
 SAMPLE = 1 << 16
 """Codes of a group that its first cut is estimated from; a smaller group has no cut but 0."""
+ROUNDED = 1 << 28
+"""Products from which on it pays to look for codes in bfloat16 first (measured)."""
 SLACK = 1.25
 """How many times as many candidates as codes are asked of the estimate; too few are noticed, and asked for again."""
 
@@ -36,7 +38,8 @@ def library() -> ctypes.CDLL | None:
         return None
     try:
         out = ctypes.CDLL(found.origin)
-        out.scan.restype = out.sample.restype = out.keep.restype = ctypes.c_int64
+        for counts in (out.scan, out.scan_rounded, out.sample, out.keep):
+            counts.restype = ctypes.c_int64
         out.kth.restype = ctypes.c_float
     except (OSError, AttributeError):  # built for another machine, or of another version
         return None
@@ -44,20 +47,95 @@ def library() -> ctypes.CDLL | None:
 
 
 def serves(*tensors: Tensor) -> bool:
-    """Whether these kernels are there and can work on the tensors."""
-    return library() is not None and all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
+    """Whether these kernels are there, are allowed, and can work on the tensors."""
+    return paths.allows("native") and library() is not None and all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
+
+
+def rounds() -> bool:
+    """Whether codes may be looked for in bfloat16 first: the machine multiplies it, and torch adds up in float32."""
+    return paths.allows("native+bf16") and library() is not None and library().has_bf16() and _bf16_is_exact()
+
+
+@lru_cache(maxsize=1)
+def _bf16_is_exact() -> bool:
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(64, 2048, generator=generator).bfloat16() for _ in range(2))
+    exact = a.double() @ b.double().T
+    return bool((((a @ b.T).double() - exact).abs() <= exact.abs() / 256 + 1e-3).all())
+
+
+def encode(x_NI: Tensor, encoder_FI: Tensor, bias_F: Tensor, gate: gates.Gate) -> tuple[Tensor, ...]:
+    """What `eager.encode` answers. The product may be made in bfloat16, and only says which codes cannot be kept: all
+    others are computed again in float32, and among those the gate decides."""
+    N, F = len(x_NI), len(encoder_FI)
+    if rounds() and x_NI.numel() * F >= ROUNDED:
+        return _encode_rounded(x_NI.contiguous(), encoder_FI.contiguous(), bias_F, gate)
+    pre_NF = torch.addmm(bias_F, x_NI, encoder_FI.T, out=paths.empty(N, F))
+    return select(pre_NF, gate.weight_F, gate.parts)
 
 
 def select(pre_NF: Tensor, weight_F: Tensor, parts: Sequence[gates.Part]) -> tuple[Tensor, ...]:
-    """For each part (start, stop, keep) of the latents the `keep` largest positive codes relu(pre) * weight, of equal
-    ones the first in flat order; parts cover the latents in order.
+    """Of each part the largest positive codes relu(pre) * weight, of equal ones the first; as `eager.select`."""
+    lib, (N, F) = library(), pre_NF.shape
+    weight_F = weight_F.contiguous()
 
-    Returns token_P, latent_P, pre_P, ordered by token and then latent, and where each token's begin (N + 1).
-    """
-    lib, (N, F), G = library(), pre_NF.shape, len(parts)
-    bounds, wanted = _longs([parts[0][0], *[stop for _, stop, _ in parts]]), _longs([keep for *_, keep in parts])
-    ranges = _even(N)
-    count_N, samples = torch.empty(N, dtype=torch.long), {}
+    def scan(cuts: ctypes.Array, room: int, a: int, b: int, count_N: Tensor) -> tuple[int, Tensor, Tensor]:
+        column_C, pre_C = torch.empty(room, dtype=torch.long), torch.empty(room)
+        n = lib.scan(
+            _at(pre_NF), _at(weight_F), *_i(F), _bounds(parts), cuts, *_i(len(parts), room), _at(column_C), _at(pre_C),
+            _at(count_N), *_i(a, b),
+        )  # fmt: skip
+        return n, column_C[:n], pre_C[:n]
+
+    def measured(found: list, cuts: ctypes.Array, count_N: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.cat([f[1] for f in found]), torch.cat([f[2] for f in found])
+
+    look = (pre_NF, None, weight_F, None)
+    return _largest(N, F, weight_F, parts, look, scan, measured)
+
+
+def _encode_rounded(x_NI: Tensor, encoder_FI: Tensor, bias_F: Tensor, gate: gates.Gate) -> tuple[Tensor, ...]:
+    """By Cauchy and Schwarz x.w and its rounded product differ by at most |x - x'| |w| + |x'| |w - w'|, to which come
+    the product's own rounding and that of float32 sums."""
+    lib, (N, I), F, parts = library(), x_NI.shape, len(encoder_FI), gate.parts
+    (x16_NI, x_N, lost_N), (w16_FI, w_F, lost_F) = _rounded(x_NI), _rounded(encoder_FI)
+    product_NF = torch.mm(x16_NI, w16_FI.T, out=_bf16(N, F))
+    weight_F = gate.weight_F.contiguous()
+    scaled_F = bias_F * weight_F
+    sums = 2 * I * 2.0**-24 + 1e-5
+    margin_F = (w_F * (float((lost_N / x_N.clamp_min(1e-30)).max()) + sums) + 1.01 * lost_F) * weight_F
+    reach_N = x_N * 1.01
+
+    def scan(cuts: ctypes.Array, room: int, a: int, b: int, count_N: Tensor) -> tuple[int, Tensor]:
+        column_C = torch.empty(room, dtype=torch.long)
+        n = lib.scan_rounded(
+            _at(product_NF), _at(weight_F), _at(scaled_F), _at(margin_F), _at(reach_N), *_i(F), _bounds(parts), cuts,
+            *_i(len(parts), room), _at(column_C), _at(count_N), *_i(a, b),
+        )  # fmt: skip
+        return n, column_C[:n]
+
+    def measured(found: list, cuts: ctypes.Array, count_N: Tensor) -> tuple[Tensor, Tensor]:
+        column_C = torch.cat([f[1] for f in found])
+        starts_N = torch.cat([count_N.new_zeros(1), count_N.cumsum(0)])
+        return column_C, dot(starts_N, column_C, x_NI, encoder_FI) + bias_F[column_C]
+
+    look = (None, product_NF, weight_F, scaled_F)
+    return _largest(N, F, weight_F, parts, look, scan, measured)
+
+
+def _largest(
+    N: int,
+    F: int,
+    weight_F: Tensor,
+    parts: Sequence[gates.Part],
+    look: tuple[Tensor | None, ...],
+    scan: Callable,
+    measured: Callable,
+) -> tuple[Tensor, ...]:
+    """Estimate a cut for each part from a sample, find all candidates above it with `scan`, tell their columns and
+    values with `measured`, and keep the largest. If too few exceed the cut, some might have been missed: anew, lower."""
+    lib, G = library(), len(parts)
+    ranges, count_N, samples = _even(N), torch.empty(N, dtype=torch.long), {}
     slack, room = SLACK, 2.0
     while True:
         cuts = (ctypes.c_float * G)()
@@ -66,41 +144,48 @@ def select(pre_NF: Tensor, weight_F: Tensor, parts: Sequence[gates.Part]) -> tup
             if codes <= SAMPLE:
                 continue
             if g not in samples:
-                values = torch.empty(SAMPLE)
-                n = lib.sample(_at(pre_NF), _at(weight_F), *_i(N, F, start, stop, SAMPLE), _at(values))
-                samples[g] = values, n
-            values, n = samples[g]
+                value_C = torch.empty(SAMPLE)
+                n = lib.sample(*map(_at, look), *_i(N, F, start, stop, SAMPLE), _at(value_C))
+                samples[g] = value_C, n
+            value_C, n = samples[g]
             rank = math.ceil(slack * keep / codes * n) + 16
-            cuts[g] = lib.kth(_at(values), *_i(n, rank)) if rank < n else 0.0
-        size = [
-            min((b - a) * F, int(room * sum(keep for *_, keep in parts) * (b - a) / N) + (1 << 16)) + 32 for a, b in ranges
-        ]
-        columns = [torch.empty(n, dtype=torch.int32) for n in size]
-        values = [torch.empty(n) for n in size]
-
-        def scan(at: int) -> int:
-            return lib.scan(
-                _at(pre_NF), _at(weight_F), *_i(F), bounds, cuts, *_i(G, size[at]), _at(columns[at]), _at(values[at]),
-                _at(count_N), *_i(*ranges[at]),
-            )  # fmt: skip
-
-        found = _each(scan, range(len(ranges)))
-        if min(found) < 0:
+            cuts[g] = lib.kth(_at(value_C), *_i(n, rank)) if rank < n else 0.0
+        wanted = sum(keep for *_, keep in parts)
+        sizes = [min((b - a) * F, int(room * wanted * (b - a) / N) + SAMPLE) + 32 for a, b in ranges]
+        found = _each(lambda at: scan(cuts, sizes[at], *ranges[at], count_N), range(len(ranges)))
+        if min(f[0] for f in found) < 0:
             room *= 8
             continue
-        column_C = torch.cat([c[:n] for c, n in zip(columns, found)])
-        value_C = torch.cat([v[:n] for v, n in zip(values, found)])
-        if any(cuts) and any(cut and _within(column_C, part) < part[2] for cut, part in zip(cuts, parts)):
-            slack *= 4
-            continue
-        break
-    token_P, latent_P = (torch.empty(len(value_C), dtype=torch.long) for _ in range(2))
-    pre_P, scratch_C, starts_N = torch.empty(len(value_C)), torch.empty_like(value_C), torch.empty(N + 1, dtype=torch.long)
+        column_C, pre_C = measured(found, cuts, count_N)
+        value_C = pre_C * weight_F[column_C]
+        if all(not cut or _above(column_C, value_C, part, cut) >= part[2] for cut, part in zip(cuts, parts)):
+            break
+        slack *= 4
+    token_P, latent_P = torch.empty_like(column_C), torch.empty_like(column_C)
+    pre_P, starts_N = torch.empty_like(pre_C), torch.empty(N + 1, dtype=torch.long)
     n = lib.keep(
-        _at(column_C), _at(value_C), _at(count_N), *_i(N), _at(weight_F), bounds, wanted, *_i(G),
-        _at(scratch_C), _at(token_P), _at(latent_P), _at(pre_P), _at(starts_N),
+        _at(column_C), _at(pre_C), _at(count_N), *_i(N), _at(weight_F), _bounds(parts),
+        (ctypes.c_int64 * G)(*(keep for *_, keep in parts)), *_i(G), _at(value_C), _at(token_P), _at(latent_P),
+        _at(pre_P), _at(starts_N),
     )  # fmt: skip
     return token_P[:n], latent_P[:n], pre_P[:n], starts_N
+
+
+def _rounded(a_RI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """In bfloat16, the length of each row, and of what rounding took."""
+    (R, I), lib = a_RI.shape, library()
+    out_RI, length_R, lost_R = _bf16(R, I), torch.empty(R), torch.empty(R)
+
+    def run(part: tuple[int, int]) -> None:
+        lib.rounded(_at(a_RI), *_i(I), _at(out_RI), _at(length_R), _at(lost_R), *_i(*part))
+
+    _each(run, _even(R))
+    return out_RI, length_R, lost_R
+
+
+def _bf16(rows: int, columns: int) -> Tensor:
+    n = rows * columns
+    return paths.empty(n // 2 + n % 2).view(torch.bfloat16)[:n].view(rows, columns)
 
 
 def bucket(latent_P: Tensor, F: int) -> tuple[Tensor, Tensor]:
@@ -168,17 +253,17 @@ def _balanced(starts_R: Tensor) -> list[tuple[int, int]]:
     return list(zip(edges, edges[1:]))
 
 
-def _within(column_C: Tensor, part: gates.Part) -> int:
-    return int(((column_C >= part[0]) & (column_C < part[1])).sum())
+def _above(column_C: Tensor, value_C: Tensor, part: gates.Part, cut: float) -> int:
+    return int(((column_C >= part[0]) & (column_C < part[1]) & (value_C > cut)).sum())
 
 
-def _at(tensor: Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(tensor.data_ptr())
+def _bounds(parts: Sequence[gates.Part]) -> ctypes.Array:
+    return (ctypes.c_int64 * (len(parts) + 1))(parts[0][0], *(stop for _, stop, _ in parts))
+
+
+def _at(tensor: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr() if tensor is not None else None)
 
 
 def _i(*numbers: int) -> tuple[ctypes.c_int64, ...]:
     return tuple(map(ctypes.c_int64, numbers))
-
-
-def _longs(numbers: list[int]) -> ctypes.Array:
-    return (ctypes.c_int64 * len(numbers))(*numbers)

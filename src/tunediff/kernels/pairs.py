@@ -22,9 +22,7 @@ from tunediff.kernels import eager, native, paths
 
 def kernels_for(*tensors: Tensor) -> ModuleType:
     """The fastest module of kernels that serves these tensors and is allowed."""
-    if paths.allows("native") and native.serves(*tensors):
-        return native
-    return paths.on_gpu(*tensors) or eager
+    return native if native.serves(*tensors) else paths.on_gpu(*tensors) or eager
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +55,7 @@ class Pairs:
     @cached_property
     def by_latent(self) -> tuple[Tensor, Tensor]:
         """The pairs ordered by latent and then token (P,), and where each latent's begin (F + 1)."""
-        module = native if paths.allows("native") and native.serves() and not self.latent_P.is_cuda else eager
+        module = native if native.serves() and self.latent_P.device.type == "cpu" else eager
         return module.bucket(self.latent_P, self.F)
 
     def gather_tokens(self, value_P: Tensor, rows_FI: Tensor) -> Tensor:
@@ -135,9 +133,9 @@ class PairCode:
         """One GEMM without a gradient, a selection (positive codes only), and gradients through the pairs
         kept."""
         with torch.no_grad():
-            pre_NF = paths.product(x_NI, encoder_FI, bias_F)
-            *at, pre_P, starts_N = kernels_for(pre_NF, gate.weight_F).select(pre_NF, gate.weight_F, gate.parts)
-            pairs = Pairs(*at, starts_N, *pre_NF.shape)
+            module = kernels_for(x_NI, encoder_FI, bias_F, gate.weight_F)
+            *at, pre_P, starts_N = module.encode(x_NI, encoder_FI, bias_F, gate)
+            pairs = Pairs(*at, starts_N, len(x_NI), len(encoder_FI))
         return cls(pairs, _Encode.apply(x_NI, encoder_FI, bias_F, pre_P, pairs))
 
     def decode(self, decoder_FI: Tensor, cuts: tuple[int, ...] = ()) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+import typing
 import weakref
 from functools import lru_cache
 from types import ModuleType
@@ -14,23 +15,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Path = Literal["auto", "native", "triton", "torch", "dense"]
+from tunediff.errors import SettingError
+
+Path = Literal["native+bf16", "native", "triton", "torch", "dense"]
+"""From fast to slow; whoever allows one allows those after it."""
 LARGE = 1 << 20
 """Bytes from which on memory is kept for the next step: the system hands out fresh pages at 2 GB/s."""
 
-_path: str = os.environ.get("TUNEDIFF_KERNELS", "auto")
+_order = typing.get_args(Path)
+_path: str = os.environ.get("TUNEDIFF_KERNELS", _order[0])
 _free: dict[int, list[mmap.mmap]] | None = None
 
 
 def allows(path: Path) -> bool:
-    """Whether this path may be taken: what is asked for, or all below it."""
-    return _path in ("auto", path)
+    """Whether this path may be taken."""
+    if _path not in _order:
+        raise SettingError("TUNEDIFF_KERNELS names no path", expected=", ".join(_order), got=_path)
+    return _order.index(path) >= _order.index(_path)
 
 
 @contextlib.contextmanager
 def using(path: Path) -> Iterator[None]:
-    """Keep to one path inside: "native", "triton" and "torch" hold pairs, "dense" is the reference; "auto" takes the
-    fastest that serves. `TUNEDIFF_KERNELS` in the environment does so for a whole process."""
+    """Take no faster path than this one inside. "native" is compiled, "native+bf16" also looks for codes with bfloat16
+    products first, "triton" is a GPU's, "torch" needs no compiled file, "dense" is the reference. `TUNEDIFF_KERNELS` in
+    the environment does so for a whole process."""
     global _path
     before, _path = _path, path
     try:
@@ -99,10 +107,3 @@ def empty(*shape: int) -> Tensor:
     # torch holds on to the array as long as any tensor uses its memory.
     weakref.finalize(array, places.append, place).atexit = False
     return torch.from_numpy(array).view(shape)
-
-
-def product(x_NI: Tensor, rows_FI: Tensor, bias_F: Tensor) -> Tensor:
-    """x @ rows.T + bias, (N, F), without a gradient."""
-    if x_NI.dtype != torch.float32 or x_NI.device.type != "cpu":
-        return torch.addmm(bias_F, x_NI, rows_FI.T)
-    return torch.addmm(bias_F, x_NI, rows_FI.T, out=empty(len(x_NI), len(rows_FI)))

@@ -280,7 +280,7 @@ def bag(starts_R: Tensor, order_P: Tensor | None, index_P: Tensor, value_P: Tens
     value_P, rows = value_P.contiguous(), rows.contiguous()
     R, (X, I) = len(starts_R) - 1, rows.shape
     begin_R, length_R = starts_R[:-1], starts_R.diff()
-    pieces_R = torch.where(length_R > LONG, (length_R + LONG - 1) // LONG, 0)
+    pieces_R = (length_R + LONG - 1) // LONG * (length_R > LONG)
     last_R = pieces_R.cumsum(0)
     # No bag is longer than X, and n > LONG pairs make fewer than 2 n / LONG pieces.
     most = 2 * len(index_P) // LONG if X > LONG else 0
