@@ -23,7 +23,7 @@ FLOORS = [
     ("finders", "finders signals attributions rankings latent_scaling scans calibrations"),
     ("causes", "trials edits bills"),
     ("telling", "baking charts examples reports explorer"),
-    ("doors", "plans stages cli organisms planted nulls scores bench demo progress"),
+    ("doors", "plans stages cli organisms planted detection nulls scores bench demo progress"),
 ]
 FLOOR_OF = {name: number for number, (_, names) in enumerate(FLOORS) for name in names.split()}
 KNOWS_HUGGING_FACE = {"families", "models", "pairs", "embedded", "corpora", "organisms"}

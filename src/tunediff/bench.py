@@ -50,6 +50,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     **{name: _crosscode(name, "dictionary.k=24.0") for name in SPARSE},
     "l1": _crosscode("l1"),
     "delta, lambda_delta 0": _crosscode("delta", "dictionary.lambda_delta=0.0"),
+    "delta, random start": _crosscode("delta", "dictionary.from_differences=false"),
     "delta, not masked": _crosscode("delta", "dictionary.masked=false"),
     "delta, single k": _crosscode("delta", "dictionary.single_k=true"),
     "delta, plain text only": _crosscode("delta", "contrast.prompts=0"),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from tunediff.artifacts import is_finished, read_json, to_json
+from tunediff.artifacts import is_finished, read_json, to_json, write_json
 from tunediff.errors import ArtifactError, SettingError, TunediffError
 
 if TYPE_CHECKING:
@@ -323,6 +323,56 @@ def bench(
                     settings=settings, progress=Progress(enabled=not quiet))
     b.write(out, "tunediff bench" + (" --quick" if quick else ""))
     typer.echo(to_json(table(cells), indent=1) if json else _table(table(cells)) + f"\npage    {out / 'benchmark.md'}")
+
+
+@app.command()
+def floor(
+    base: Base,
+    out: Annotated[Path, typer.Option(help="Folder of results.")] = Path("runs/floor"),
+    background: Annotated[float, typer.Option(help="Size of a random change of every map that the planted one must stand out from, as a "
+                                              "share of the map's norm; 0: none.", min=0)] = 0.003,
+    methods: Annotated[str, typer.Option(help="Methods by commas, of those that read streams alone.")] = "delta,batchtopk,diff_sae,principal,mean_difference",
+    amplitudes: Annotated[str, typer.Option(help="Lengths of the planted vector by commas, in units of the stream's norm.")] = "0.02,0.05,0.1,0.2,0.5",
+    frequencies: Annotated[str, typer.Option(help="Shares of tokens by commas.")] = "0.002,0.01,0.05",
+    tokens: Annotated[int, typer.Option(help="Tokens of the default corpus.", min=500)] = 12_000,
+    seeds: Annotated[str, typer.Option(help="Seeds by commas.")] = "0",
+    set_: Set = None, json: Json = False, quiet: Quiet = False,
+) -> None:
+    """Plant known changes in BASE, from weak and rare to strong and frequent, and tell from which on they are found."""
+    _hush(quiet)
+    from tunediff import detection
+    from tunediff.bench import METHODS
+    from tunediff.corpora import Corpus
+    from tunediff.nulls import untrained
+    from tunediff.progress import Progress
+    from tunediff.sites import Site
+
+    chosen = {m: (*(set_ or ()), *METHODS[m]) if m in METHODS else None for m in methods.split(",")}
+    if None in chosen.values():
+        raise SettingError(f"there is no method {next(m for m, s in chosen.items() if s is None)!r}", expected=", ".join(METHODS))
+    try:
+        strengths, shares = ([float(text) for text in given.split(",")] for given in (amplitudes, frequencies))
+        numbers = [int(text) for text in seeds.split(",")]
+    except ValueError as fault:
+        raise SettingError("a list of numbers is none", expected="numbers by commas", got=str(fault)) from None
+    pair = untrained(base, background, 0)
+    text = detection.Text(
+        pair.base, pair.tuned if background else pair.base, Corpus.default().tokens(pair.tokenizer, limit_tokens=tokens),
+        Site(round(0.4 * pair.base.depth)), Site(round(0.67 * pair.base.depth)),
+    )
+    progress, done = Progress(enabled=not quiet), []
+
+    def told(one: detection.Detection) -> None:
+        done.append(one)
+        progress("floor", len(done), len(chosen) * len(strengths) * len(shares) * len(numbers))
+
+    found = detection.grid(text, chosen, strengths, shares, numbers, out / "dictionaries", told)
+    progress.close()
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "floor.json", {"base": base, "background": background, "write": str(text.write), "read": str(text.read),
+                                    "tokens": len(text.ids_N), "detections": found})
+    typer.echo(to_json(found, indent=1) if json else _table(detection.floor(found)) + "\nsmallest amplitude, in units of the stream's "
+               f"norm at {text.write}, from which on the change is found at {text.read}; by share of tokens")
 
 
 @organism_app.command("list")

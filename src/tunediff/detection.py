@@ -33,7 +33,23 @@ COSINE, AUROC = 0.7, 0.9
 
 
 class PlantedSource(TensorSource):
-    """Streams in memory (N, 2, D) of one site, with what finders ask of a harvest."""
+    """Streams in memory (N, 2, D) of one site, with what finders ask of a harvest; `train_N`, `held_N`: document numbers."""
+
+    def __init__(self, x_train: Tensor, x_held_out: Tensor, site: Site, train_N: Tensor, held_N: Tensor):
+        super().__init__(x_train, x_held_out, (site,))
+        self.document_N, self._documents = train_N, {"train": train_N, "held_out": held_N}
+
+    def documents(self, split: str) -> Tensor:
+        """The document number of each token of `split`."""
+        return self._documents[split]
+
+    def index(self, split: str) -> Tensor:
+        """Token numbers of the training split; finders may not look at another."""
+        return torch.arange(self.count("train"))
+
+    def at(self, tokens_N: Tensor) -> Tensor:
+        """Streams of training tokens by number."""
+        return self.read("train", tokens_N)
 
     def chunks(self, split: str, size: int = 8192) -> Iterator[tuple[Tensor, Tensor]]:
         """(token numbers, streams) in order, `size` tokens at a time."""
@@ -90,8 +106,9 @@ class Text:
                                got=f"{write} and {read}")
         self.base, self.tuned, self.write, self.read = base, tuned, write, read
         self.batches = list(tokens.batches(batch_tokens))
-        self.held_N = torch.cat([torch.tensor([tokens.held_out[tokens.document_R[r]] for r in b.rows_B.tolist()])[:, None].expand_as(
+        self.document_N = torch.cat([torch.tensor([tokens.document_R[r] for r in b.rows_B.tolist()])[:, None].expand_as(
             b.mask_BT)[b.mask_BT] for b in self.batches])
+        self.held_N = torch.tensor(tokens.held_out)[self.document_N]
         self.ids_N = torch.cat([b.ids_BT[b.mask_BT] for b in self.batches])
         # The first position of a row is not like any other, and finders never see it.
         self.kept_N = torch.cat([(torch.arange(b.mask_BT.shape[1]) > 0).expand_as(b.mask_BT)[b.mask_BT] for b in self.batches])
@@ -132,7 +149,8 @@ class Text:
         around = (self.tuned_ND - self.base_ND)[train_N]
         rms = float((around - around.mean(0)).square().sum(1).mean().sqrt())
         x_NMD = torch.stack([self.base_ND, tuned_ND], 1)
-        return Planted(PlantedSource(x_NMD[train_N], x_NMD[held_N], (self.read,)), image_D, on_N[held_N],
+        source = PlantedSource(x_NMD[train_N], x_NMD[held_N], self.read, self.document_N[train_N], self.document_N[held_N])
+        return Planted(source, image_D, on_N[held_N],
                        float(on_N[self.kept_N].float().mean()), float(image_D.norm()) / rms if rms > 0 else float("inf"))
 
 
@@ -176,7 +194,7 @@ def auroc(score_N: Tensor, on_N: Tensor) -> float:
 
 def _no_output():
     raise SettingError("a planted change has no output to look at", expected="finders that read streams alone",
-                       got="one that asks how the output moves")
+                       remedy="--methods delta,principal")
 
 
 def floor(detections: Sequence[Detection]) -> list[dict[str, str]]:

@@ -31,6 +31,8 @@ LIMIT = 1 << 20
 """Training tokens, spread evenly, that moments are measured on where there are more."""
 BASE_TOKENS, BASE_STEPS = 1 << 18, 40
 """Training tokens, spread evenly, and steps of conjugate gradients that `base_writes` takes at most."""
+START = 1 << 14
+"""Training tokens that a dictionary's start may be drawn from, at most."""
 RECONSTRUCTED: dict[Target, tuple[str, ...]] = {
     "both": ("base", "tuned", "delta"),
     "tuned": ("base", "tuned", "delta"),
@@ -535,6 +537,8 @@ def _fit(
     dictionary = build(spec, sites=sites, width=width, seed=settings.seed)
     dictionary.delta_variance.fill_(norm.delta_variance)
     dictionary.to(device)
+    some = torch.randperm(len(train_N), generator=generator(settings.seed, "start"))[:START]
+    dictionary.begin(norm.apply(source.read(TRAIN, train_N[some])))
     plan = Plan.of(spec, settings, len(train_N))
     state = State.new(dictionary, plan)
     checkpoint = None if folder is None else folder / f"checkpoint-{key}.safetensors"

@@ -18,6 +18,9 @@ from tunediff.errors import SettingError
 
 MODELS = 2
 
+ALIKE, DRAWS = 0.7, 4
+"""Cosine above which two differences are one, and how many tokens are drawn for each latent that starts as a difference."""
+
 Target = Literal["both", "tuned", "difference"]
 Form = Literal["base", "tuned", "shared"]
 
@@ -69,13 +72,15 @@ class Held:
 @dataclass(frozen=True)
 class Group:
     """Latents [start, stop) that share one gate: BatchTopK keeping `k` a token on average, or plain ReLU if
-    k is None. `held` names those among them that are not free."""
+    k is None. `held` names those among them that are not free; those from `differences` on start as differences between the
+    models that training tokens show (see `Dictionary.begin`)."""
 
     name: str
     start: int
     stop: int
     k: float | None
     held: tuple[Held, ...] = ()
+    differences: int | None = None
 
     def form_of(self, latent: int) -> str:
         """The form that the latent is held to, or the group's name."""
@@ -172,6 +177,38 @@ class Dictionary(nn.Module, abc.ABC):
                         rows[:, :, BASE if part.form == "tuned" else TUNED] = 0
                     elif whole is self.decoder_FSMD:
                         rows.copy_(rows.mean(2, keepdim=True))
+
+    @final
+    @torch.no_grad()
+    def begin(self, x_NSMD: Tensor) -> None:
+        """Before the first step, from normalized activations of training tokens: let latents that groups say start as readers
+        and writers of differences.
+
+        Each takes the direction v of the centered difference at one token: it reads v * (x^tuned - x^base), and writes v/2
+        into tuned and -v/2 into base. Tokens are drawn in proportion to their energy (Frieze, Kannan & Vempala 2004), but none
+        whose direction has a cosine above `ALIKE` with one that was drawn: latents that start alike share one change among
+        them. Latents for which no token is left start at random, as all do without a difference.
+        """
+        parts = [(group.differences, group.stop) for group in self.groups() if group.differences is not None]
+        if not parts:
+            return
+        require(self.spec.target == "both", "latents cannot start as differences", "both models as target", self.spec.target)
+        delta_NI = delta_of(x_NSMD).flatten(1)
+        delta_NI = delta_NI - delta_NI.mean(0)
+        energy_N = delta_NI.double().square().sum(1).cpu()
+        if not energy_N.sum() > 0:
+            return
+        for start, stop in parts:
+            some = min(int((energy_N > 0).sum()), DRAWS * (stop - start))
+            drawn = torch.multinomial(energy_N, some, generator=generator(self.seed, "differences", start))
+            left_NI, v = nn.functional.normalize(delta_NI[drawn.to(delta_NI.device)], dim=1), []
+            while len(left_NI) and len(v) < stop - start:
+                v.append(left_NI[0])
+                left_NI = left_NI[left_NI @ v[-1] <= ALIKE]
+            v_FSD, stop = torch.stack(v).view(-1, self.sites, self.width), start + len(v)
+            for whole, length in ((self.encoder_FSMD, 1.0), (self.decoder_FSMD, 0.5)):
+                whole[start:stop, :, TUNED], whole[start:stop, :, BASE] = length * v_FSD, -length * v_FSD
+        self.hold()
 
     @final
     def view(self, x_NSMD: Tensor) -> Tensor:

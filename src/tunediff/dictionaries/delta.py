@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from torch import Tensor
@@ -37,6 +37,10 @@ class DeltaSpec(base.Spec):
     single_k: bool = False
     """Whether both groups share one gate of k_shared + k_delta (an ablation): the delta latents then have no room of
     their own."""
+
+    from_differences: bool = True
+    """Whether delta latents start as readers and writers of differences seen in training. From random vectors, which read
+    what both models say, they hardly come to see a difference of some percent of the stream in a few hundred steps."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -77,7 +81,9 @@ class Delta(base.Dictionary):
     entries 0; the shared latents get no gradient from the second term. Where we part from the source: k is
     absolute for each group; the term is divided by the variance of delta over the training tokens, or it is
     about .001 of the loss for a narrow tune; and the decoder biases' difference is taken off delta, so that
-    without the mask the term is exactly |e^b - e^a|^2.
+    without the mask the term is exactly |e^b - e^a|^2. And each delta latent starts as the centered difference at one
+    training token, drawn in proportion to its energy (Frieze, Kannan & Vempala 2004): it reads v * (x^b - x^a) and
+    writes v/2 into tuned and -v/2 into base.
     """
 
     Spec = DeltaSpec
@@ -89,9 +95,11 @@ class Delta(base.Dictionary):
             base.Group("shared", 0, shared, self.spec.k_shared),
             base.Group("delta", shared, F, self.spec.k_delta),
         )
+        both = tuple(group for group in both if group.stop > group.start)
+        first = shared if self.spec.from_differences and len(both) == 2 else None
         if self.spec.single_k:
-            return (base.Group("single", 0, F, sum(group.k for group in both if group.stop > group.start)),)
-        return tuple(group for group in both if group.stop > group.start)
+            return (base.Group("single", 0, F, sum(group.k for group in both), differences=first),)
+        return (*both[:-1], replace(both[-1], differences=first))
 
     def objective(self, run: base.Pass) -> dict[str, Tensor]:
         parts = {"reconstruction": base.mean_squared_error(run)}

@@ -13,25 +13,29 @@ MIN_FIRINGS = 20
 
 
 class Crosscode(Finder):
-    """The latents whose two write directions differ most on the training text: largest sum of f^2 |d_b - d_a|^2.
+    """The latents that explain the most of the difference on the training text, each alone.
 
-    The dictionary reads what is left after the constant offset. Proposing by energy does not say a latent matters;
-    that is ranking's to find out, on text the dictionary has not seen.
+    The dictionary reads what is left after the constant offset. With y = f (d^tuned - d^base) what a latent says the
+    difference is at a token and delta what it is there beyond the offset, a latent explains sum(|delta|^2 - |delta - y|^2):
+    one that fires strongly and claims at random explains less than nothing. That a latent explains much does not say that
+    it matters; that is ranking's to find out, on text the dictionary has not seen.
     """
 
     def find(self, view: View) -> Found:
         fitted = fit(view.spec, view.harvest, view.fit, view.folder / "dictionary", view.progress, view.device)
-        squares, firings = 0.0, 0
+        normalized, bias_SD = fitted.normalization.apply, delta_of(fitted.dictionary.bias_SMD().detach()[None])[0]
+        squares, firings, along = 0.0, 0, 0.0
         for _, x_NSMD in view.harvest.chunks("train"):
             code_NF = fitted.codes(x_NSMD)
             squares = squares + code_NF.double().pow(2).sum(0)
             firings = firings + (code_NF > 0).sum(0)
-        difference_F = delta_of(fitted.dictionary.write_FSMD().detach()).double().pow(2).sum((1, 2))
-        energy_F = squares * difference_F * (firings >= MIN_FIRINGS)
-        order = torch.argsort(energy_F, descending=True, stable=True)[: view.candidates]
+            along = along + (code_NF.T @ (delta_of(normalized(x_NSMD)) - bias_SD).flatten(1)).double()
+        write_FI = delta_of(fitted.dictionary.write_FSMD().detach()).flatten(1).double()
+        explained_F = (2 * (along * write_FI).sum(1) - squares * write_FI.square().sum(1)) * (firings >= MIN_FIRINGS)
+        order = torch.argsort(explained_F, descending=True, stable=True)[: view.candidates]
         changes = [
             fitted.change(latent, id=f"crosscode/{latent}", finder="crosscode")
-            for latent in order.tolist() if energy_F[latent] > 0
+            for latent in order.tolist() if explained_F[latent] > 0
         ]
         return Found(changes, {"crosscode": fitted})
 
