@@ -40,7 +40,10 @@ class Ours:
         self.path, self.settings = path, FitSettings(
             steps=10_000, batch=B, learning_rate=RATE, warmup=0, decay=0, aux_weight=0, log_every=10_000
         )
-        d = build(dictionaries.spec("batchtopk", latents=F, k=k), sites=1, width=n // 2, seed=0).to(device)
+        spec = dictionaries.spec("batchtopk", latents=F, k=k, init_norm=0.5**0.5)  # both models' vectors together: 1
+        d = build(spec, sites=1, width=n // 2, seed=0).to(device)
+        with torch.no_grad():
+            d.encoder_FSMD.mul_(2)  # codes are means over models, rivals' are sums
         self.plan = Plan.of(d.spec, self.settings, B)
         self.state = State.new(d, self.plan)
 
@@ -133,14 +136,17 @@ def precision(name: str) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
+clock = time.perf_counter
+
+
 def seconds(run: Callable[[], Any], device: str) -> float:
     if device == "cuda":
         torch.cuda.synchronize()
-    began = time.perf_counter()
+    began = clock()
     run()
     if device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - began
+    return clock() - began
 
 
 def rates(n: int, F: int, B: int, fast: str, device: str) -> dict[str, float]:
@@ -180,16 +186,17 @@ def timed_phases() -> Iterator[dict[str, float]]:
         kept.append((module, name, inner))
 
         def timed(*args: Any, **named: Any) -> Any:
-            began = time.perf_counter()
+            began = clock()
             out = inner(*args, **named)
             key = label(*args)
-            spent[key] = spent.get(key, 0.0) + time.perf_counter() - began
+            spent[key] = spent.get(key, 0.0) + clock() - began
             return out
 
         setattr(module, name, timed)
 
     for module in (native, eager):
         wrap(module, "encode", lambda *a: "encode")
+        wrap(module, "dot", lambda *a: "dot")
         wrap(module, "bag", lambda starts, order, *a: "decode" if order is None else "weight gradients")
         wrap(module, "bucket", lambda *a: "bucket")
     wrap(torch, "mm", lambda *a: "product")
@@ -201,7 +208,7 @@ def timed_phases() -> Iterator[dict[str, float]]:
         for module, name, inner in reversed(kept):
             setattr(module, name, inner)
         if "encode" in spent:
-            spent["select"] = spent.pop("encode") - spent.get("product", 0.0)
+            spent["select"] = spent.pop("encode") - spent.get("product", 0.0)  # values computed again among it
 
 
 def compare(shape: str, given: argparse.Namespace, fast: str) -> dict[str, Any]:
@@ -305,9 +312,14 @@ def main() -> None:
     options.add_argument("--threads", type=int, default=0)
     options.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     options.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "train_step.json")
+    options.add_argument("--clock", default="wall", choices=("wall", "cpu"), help="cpu: of a busy machine, one thread")
     given = options.parse_args()
     if given.threads:
         torch.set_num_threads(given.threads)
+    if given.clock == "cpu":
+        global clock
+        clock = time.process_time
+        torch.set_num_threads(1)
     with kernels.fast_matmul() as fast:
         pass
     results = []
@@ -321,7 +333,7 @@ def main() -> None:
             versions[package] = importlib.metadata.version(package)
     where = torch.cuda.get_device_name() if given.device == "cuda" else f"{platform.machine()}, {platform.system()}"
     record = {
-        "machine": where, "threads": torch.get_num_threads(), "rounds": given.rounds, "versions": versions,
+        "machine": where, "threads": torch.get_num_threads(), "clock": given.clock, "rounds": given.rounds, "versions": versions,
         "fast_setting": fast, "shapes": results,
     }  # fmt: skip
     given.out.parent.mkdir(parents=True, exist_ok=True)

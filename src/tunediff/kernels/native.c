@@ -254,16 +254,20 @@ KERNEL void bag(const int64_t *starts, const int64_t *order, const int64_t *inde
     }
 }
 
-/* out[p] = a[n] . b[latent[p]] for every pair p of tokens n in [start, stop). */
-KERNEL void dot(const int64_t *starts, const int64_t *latent, const float *a, const float *b, int64_t I, float *out,
-                int64_t start, int64_t stop) {
-    for (int64_t n = start; n < stop; n++) {
-        const float *x = a + n * I;
-        for (int64_t q = starts[n]; q < starts[n + 1]; q += 4) {
+/* out[p] = a[r] . b[index[p]] for the pairs p of rows r in [start, stop), p = order[q], or q without an order. */
+KERNEL void dot(const int64_t *starts, const int64_t *order, const int64_t *index, const float *a, const float *b,
+                int64_t I, float *out, int64_t start, int64_t stop) {
+    for (int64_t r = start; r < stop; r++) {
+        const float *x = a + r * I;
+        for (int64_t q = starts[r]; q < starts[r + 1]; q += 4) {
             const float *to[4];
+            int64_t pair[4];
             lanes sum[4] = {{0}, {0}, {0}, {0}};
-            const int width = starts[n + 1] - q < 4 ? (int)(starts[n + 1] - q) : 4;
-            for (int k = 0; k < 4; k++) to[k] = b + latent[q + (k < width ? k : 0)] * I;
+            const int width = starts[r + 1] - q < 4 ? (int)(starts[r + 1] - q) : 4;
+            for (int k = 0; k < 4; k++) {
+                pair[k] = order ? order[q + (k < width ? k : 0)] : q + (k < width ? k : 0);
+                to[k] = b + index[pair[k]] * I;
+            }
             int64_t i = 0;
             for (; i + LANES <= I; i += LANES) {
                 const lanes t = OF(x + i);
@@ -272,7 +276,7 @@ KERNEL void dot(const int64_t *starts, const int64_t *latent, const float *a, co
             for (int k = 0; k < width; k++) {
                 float rest = 0;
                 for (int64_t j = i; j < I; j++) rest += x[j] * to[k][j];
-                out[q + k] = total(sum[k]) + rest;
+                out[pair[k]] = total(sum[k]) + rest;
             }
         }
     }

@@ -212,11 +212,18 @@ def bag(starts_R: Tensor, order_P: Tensor | None, index_P: Tensor, value_P: Tens
 def dot(starts_N: Tensor, latent_P: Tensor, a_NI: Tensor, b_FI: Tensor) -> Tensor:
     """For each pair the product of its token's row of a and its latent's row of b, (P,)."""
     lib, out_P, a_NI, b_FI = library(), torch.empty(len(latent_P)), a_NI.contiguous(), b_FI.contiguous()
+    starts_R, order_P, index_P, own, other = starts_N, None, latent_P, a_NI, b_FI
+    if len(b_FI) > 2 * len(a_NI):  # one by one through the larger matrix, here and there in the smaller one
+        order_P, starts_R = bucket(latent_P, len(b_FI))
+        tokens_N = torch.arange(len(a_NI))
+        index_P, own, other = torch.repeat_interleave(tokens_N, starts_N.diff()), b_FI, a_NI
 
     def run(part: tuple[int, int]) -> None:
-        lib.dot(_at(starts_N), _at(latent_P), _at(a_NI), _at(b_FI), *_i(a_NI.shape[1]), _at(out_P), *_i(*part))
+        lib.dot(
+            _at(starts_R), _at(order_P), _at(index_P), _at(own), _at(other), *_i(a_NI.shape[1]), _at(out_P), *_i(*part)
+        )
 
-    _each(run, _balanced(starts_N))
+    _each(run, _balanced(starts_R))
     return out_P
 
 
