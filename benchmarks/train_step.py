@@ -177,38 +177,44 @@ def limit(n: int, F: int, k: int, B: int, product: float, flops: float, triad: f
 
 @contextlib.contextmanager
 def timed_phases() -> Iterator[dict[str, float]]:
-    """Seconds inside the kernels of ours, by what they are for."""
+    """Seconds of ours by what they are for, those of a phase within another in the inner one alone."""
     spent: dict[str, float] = {}
-    kept = []
+    kept, within = [], ["other"]
+
+    def lap(last: list[float] = [clock()]) -> None:
+        now = clock()
+        spent[within[-1]] = spent.get(within[-1], 0.0) + now - last[0]
+        last[0] = now
 
     def wrap(module: Any, name: str, label: Callable[..., str]) -> None:
         inner = getattr(module, name)
         kept.append((module, name, inner))
 
         def timed(*args: Any, **named: Any) -> Any:
-            began = clock()
-            out = inner(*args, **named)
-            key = label(*args)
-            spent[key] = spent.get(key, 0.0) + clock() - began
-            return out
+            lap()
+            within.append(label(*args))
+            try:
+                return inner(*args, **named)
+            finally:
+                lap()
+                within.pop()
 
         setattr(module, name, timed)
 
     for module in (native, eager):
-        wrap(module, "encode", lambda *a: "encode")
-        wrap(module, "dot", lambda *a: "dot")
+        wrap(module, "encode", lambda *a: "select")
         wrap(module, "bag", lambda starts, order, *a: "decode" if order is None else "weight gradients")
         wrap(module, "bucket", lambda *a: "bucket")
+        wrap(module, "dot", lambda *a: "values anew" if within[-1] == "select" else "code gradients")
     wrap(torch, "mm", lambda *a: "product")
     wrap(torch, "addmm", lambda *a: "product")
     wrap(torch.optim.Adam, "step", lambda *a: "adam")
     try:
         yield spent
+        lap()
     finally:
         for module, name, inner in reversed(kept):
             setattr(module, name, inner)
-        if "encode" in spent:
-            spent["select"] = spent.pop("encode") - spent.get("product", 0.0)  # values computed again among it
 
 
 def compare(shape: str, given: argparse.Namespace, fast: str) -> dict[str, Any]:
