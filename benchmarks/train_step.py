@@ -34,26 +34,25 @@ RATE = 1e-3
 
 
 class Ours:
-    """`fitting.step` on a BatchTopK crosscoder of two streams of n / 2."""
+    """`fitting.step` on a BatchTopK dictionary of one stream of width n, which a crosscoder's two of n / 2 amount to."""
 
     def __init__(self, path: str, n: int, F: int, k: int, B: int, device: str):
         self.path, self.settings = path, FitSettings(
             steps=10_000, batch=B, learning_rate=RATE, warmup=0, decay=0, aux_weight=0, log_every=10_000
         )
-        spec = dictionaries.spec("batchtopk", latents=F, k=k, init_norm=0.5**0.5)  # both models' vectors together: 1
-        d = build(spec, sites=1, width=n // 2, seed=0).to(device)
-        with torch.no_grad():
-            d.encoder_FSMD.mul_(2)  # codes are means over models, rivals' are sums
+        d = build(dictionaries.spec("tuned_sae", latents=F, k=k), sites=1, width=n, seed=0).to(device)
         self.plan = Plan.of(d.spec, self.settings, B)
         self.state = State.new(d, self.plan)
 
     def step(self, x_NI: Tensor) -> None:
         with kernels.using(self.path):
-            step(self.state, x_NI.view(len(x_NI), 1, 2, -1), self.settings, self.plan)
+            step(self.state, self._streams(x_NI), self.settings, self.plan)
 
     def left(self, x_NI: Tensor) -> Tensor:
-        run = self.state.dictionary(x_NI.view(len(x_NI), 1, 2, -1))
-        return run.error_NSMD.flatten(1)
+        return self.state.dictionary(self._streams(x_NI)).error_NSMD.flatten(1)
+
+    def _streams(self, x_NI: Tensor) -> Tensor:
+        return x_NI[:, None, None].expand(-1, 1, 2, -1)
 
 
 class Rival:

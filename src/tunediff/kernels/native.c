@@ -144,20 +144,22 @@ KERNEL int64_t scan_rounded(const uint16_t *product, const float *weight, const 
     return n;
 }
 
-/* About `n` scaled codes of columns [low, high), from runs spread over all rows, the same ones for the same shape; of
-   pre-activations, or of bfloat16 products and scaled biases. Returns how many. */
+/* Of n scaled codes of columns [low, high) those above 0; the codes come in runs spread over all rows, the same ones for
+   the same shape, of pre-activations, or of bfloat16 products and scaled biases. Returns how many. */
 int64_t sample(const float *pre, const uint16_t *product, const float *weight, const float *bias, int64_t N, int64_t F,
                int64_t low, int64_t high, int64_t n, float *out) {
     const int64_t width = high - low, run = width < LANES ? width : LANES;
     uint64_t state = 1;
     int64_t m = 0;
-    for (; m + run <= n; m += run) {
+    for (int64_t seen = 0; seen < n; seen += run) {
         state = state * 6364136223846793005u + 1442695040888963407u; /* Knuth's MMIX generator */
         const int64_t row = (int64_t)((state >> 33) % (uint64_t)N);
         state = state * 6364136223846793005u + 1442695040888963407u;
         const int64_t c = low + (int64_t)((state >> 33) % (uint64_t)(width - run + 1));
-        for (int64_t i = c; i < c + run; i++)
-            out[m + i - c] = pre ? pre[row * F + i] * weight[i] : widen(product[row * F + i]) * weight[i] + bias[i];
+        for (int64_t i = c; i < c + run; i++) {
+            out[m] = pre ? pre[row * F + i] * weight[i] : widen(product[row * F + i]) * weight[i] + bias[i];
+            m += out[m] > 0;
+        }
     }
     return m;
 }

@@ -22,12 +22,12 @@ from tunediff.kernels import paths
 
 RANGES = 4
 """Ranges a thread: more even out rows of unequal cost."""
-SAMPLE = 1 << 16
+SAMPLE = 1 << 15
 """Codes of a group that its first cut is estimated from; a smaller group has no cut but 0."""
 ROUNDED = 1 << 28
 """Products from which on it pays to look for codes in bfloat16 first (measured)."""
-SLACK = 1.25
-"""How many times as many candidates as codes are asked of the estimate; too few are noticed, and asked for again."""
+MARGIN = 4.0
+"""By how many standard deviations of the estimate more candidates than codes are asked for; too few are noticed."""
 
 
 @lru_cache(maxsize=1)
@@ -136,7 +136,7 @@ def _largest(
     values with `measured`, and keep the largest. If too few exceed the cut, some might have been missed: anew, lower."""
     lib, G = library(), len(parts)
     ranges, count_N, samples = _even(N), torch.empty(N, dtype=torch.long), {}
-    slack, room = SLACK, 2.0
+    margin, room = MARGIN, 2.0
     while True:
         cuts = (ctypes.c_float * G)()
         for g, (start, stop, keep) in enumerate(parts):
@@ -144,12 +144,13 @@ def _largest(
             if codes <= SAMPLE:
                 continue
             if g not in samples:
-                value_C = torch.empty(SAMPLE)
+                value_C = torch.empty(SAMPLE + 16)
                 n = lib.sample(*map(_at, look), *_i(N, F, start, stop, SAMPLE), _at(value_C))
                 samples[g] = value_C, n
             value_C, n = samples[g]
-            rank = math.ceil(slack * keep / codes * n) + 16
-            cuts[g] = lib.kth(_at(value_C), *_i(n, rank)) if rank < n else 0.0
+            share = keep / codes * SAMPLE
+            rank = math.ceil(share + margin * (math.sqrt(share) + 1))
+            cuts[g] = lib.kth(_at(value_C), *_i(n, rank))
         wanted = sum(keep for *_, keep in parts)
         sizes = [min((b - a) * F, int(room * wanted * (b - a) / N) + SAMPLE) + 32 for a, b in ranges]
         found = _each(lambda at: scan(cuts, sizes[at], *ranges[at], count_N), range(len(ranges)))
@@ -160,7 +161,7 @@ def _largest(
         value_C = pre_C * weight_F[column_C]
         if all(not cut or _above(column_C, value_C, part, cut) >= part[2] for cut, part in zip(cuts, parts)):
             break
-        slack *= 4
+        margin *= 4
     token_P, latent_P = torch.empty_like(column_C), torch.empty_like(column_C)
     pre_P, starts_N = torch.empty_like(pre_C), torch.empty(N + 1, dtype=torch.long)
     n = lib.keep(
