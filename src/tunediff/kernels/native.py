@@ -20,6 +20,8 @@ from torch import Tensor
 from tunediff import gates
 from tunediff.kernels import paths
 
+INTERFACE = 1
+"""Which functions of which arguments are expected; `native.c` says the same, and goes up with every change."""
 RANGES = 4
 """Ranges a thread: more even out rows of unequal cost."""
 SAMPLE = 1 << 15
@@ -38,10 +40,12 @@ def library() -> ctypes.CDLL | None:
         return None
     try:
         out = ctypes.CDLL(found.origin)
+        if out.interface() != INTERFACE:
+            return None
         for counts in (out.scan, out.scan_rounded, out.sample, out.keep):
             counts.restype = ctypes.c_int64
         out.kth.restype = ctypes.c_float
-    except (OSError, AttributeError):  # built for another machine, or of another version
+    except (OSError, AttributeError):  # built for another machine, or long ago
         return None
     return out
 
@@ -87,7 +91,7 @@ def select(pre_NF: Tensor, weight_F: Tensor, parts: Sequence[gates.Part]) -> tup
         )  # fmt: skip
         return n, column_C[:n], pre_C[:n]
 
-    def measured(found: list, cuts: ctypes.Array, count_N: Tensor) -> tuple[Tensor, Tensor]:
+    def measured(found: list, count_N: Tensor) -> tuple[Tensor, Tensor]:
         return torch.cat([f[1] for f in found]), torch.cat([f[2] for f in found])
 
     look = (pre_NF, None, weight_F, None)
@@ -114,7 +118,7 @@ def _encode_rounded(x_NI: Tensor, encoder_FI: Tensor, bias_F: Tensor, gate: gate
         )  # fmt: skip
         return n, column_C[:n]
 
-    def measured(found: list, cuts: ctypes.Array, count_N: Tensor) -> tuple[Tensor, Tensor]:
+    def measured(found: list, count_N: Tensor) -> tuple[Tensor, Tensor]:
         column_C = torch.cat([f[1] for f in found])
         starts_N = torch.cat([count_N.new_zeros(1), count_N.cumsum(0)])
         return column_C, dot(starts_N, column_C, x_NI, encoder_FI) + bias_F[column_C]
@@ -157,7 +161,7 @@ def _largest(
         if min(f[0] for f in found) < 0:
             room *= 8
             continue
-        column_C, pre_C = measured(found, cuts, count_N)
+        column_C, pre_C = measured(found, count_N)
         value_C = pre_C * weight_F[column_C]
         if all(not cut or _above(column_C, value_C, part, cut) >= part[2] for cut, part in zip(cuts, parts)):
             break
