@@ -34,23 +34,25 @@ RATE = 1e-3
 
 
 class Ours:
-    """`fitting.step` on a BatchTopK crosscoder of two streams of n / 2."""
+    """`fitting.step` on a BatchTopK dictionary of one stream of width n, which a crosscoder's two of n / 2 amount to."""
 
     def __init__(self, path: str, n: int, F: int, k: int, B: int, device: str):
         self.path, self.settings = path, FitSettings(
             steps=10_000, batch=B, learning_rate=RATE, warmup=0, decay=0, aux_weight=0, log_every=10_000
         )
-        d = build(dictionaries.spec("batchtopk", latents=F, k=k), sites=1, width=n // 2, seed=0).to(device)
+        d = build(dictionaries.spec("tuned_sae", latents=F, k=k), sites=1, width=n, seed=0).to(device)
         self.plan = Plan.of(d.spec, self.settings, B)
         self.state = State.new(d, self.plan)
 
     def step(self, x_NI: Tensor) -> None:
         with kernels.using(self.path):
-            step(self.state, x_NI.view(len(x_NI), 1, 2, -1), self.settings, self.plan)
+            step(self.state, self._streams(x_NI), self.settings, self.plan)
 
     def left(self, x_NI: Tensor) -> Tensor:
-        run = self.state.dictionary(x_NI.view(len(x_NI), 1, 2, -1))
-        return run.error_NSMD.flatten(1)
+        return self.state.dictionary(self._streams(x_NI)).error_NSMD.flatten(1)
+
+    def _streams(self, x_NI: Tensor) -> Tensor:
+        return x_NI[:, None, None].expand(-1, 1, 2, -1)
 
 
 class Rival:
@@ -133,14 +135,17 @@ def precision(name: str) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
+clock = time.perf_counter
+
+
 def seconds(run: Callable[[], Any], device: str) -> float:
     if device == "cuda":
         torch.cuda.synchronize()
-    began = time.perf_counter()
+    began = clock()
     run()
     if device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - began
+    return clock() - began
 
 
 def rates(n: int, F: int, B: int, fast: str, device: str) -> dict[str, float]:
@@ -171,37 +176,44 @@ def limit(n: int, F: int, k: int, B: int, product: float, flops: float, triad: f
 
 @contextlib.contextmanager
 def timed_phases() -> Iterator[dict[str, float]]:
-    """Seconds inside the kernels of ours, by what they are for."""
+    """Seconds of ours by what they are for, those of a phase within another in the inner one alone."""
     spent: dict[str, float] = {}
-    kept = []
+    kept, within = [], ["other"]
+
+    def lap(last: list[float] = [clock()]) -> None:
+        now = clock()
+        spent[within[-1]] = spent.get(within[-1], 0.0) + now - last[0]
+        last[0] = now
 
     def wrap(module: Any, name: str, label: Callable[..., str]) -> None:
         inner = getattr(module, name)
         kept.append((module, name, inner))
 
         def timed(*args: Any, **named: Any) -> Any:
-            began = time.perf_counter()
-            out = inner(*args, **named)
-            key = label(*args)
-            spent[key] = spent.get(key, 0.0) + time.perf_counter() - began
-            return out
+            lap()
+            within.append(label(*args))
+            try:
+                return inner(*args, **named)
+            finally:
+                lap()
+                within.pop()
 
         setattr(module, name, timed)
 
     for module in (native, eager):
-        wrap(module, "encode", lambda *a: "encode")
+        wrap(module, "encode", lambda *a: "select")
         wrap(module, "bag", lambda starts, order, *a: "decode" if order is None else "weight gradients")
         wrap(module, "bucket", lambda *a: "bucket")
+        wrap(module, "dot", lambda *a: "values anew" if within[-1] == "select" else "code gradients")
     wrap(torch, "mm", lambda *a: "product")
     wrap(torch, "addmm", lambda *a: "product")
     wrap(torch.optim.Adam, "step", lambda *a: "adam")
     try:
         yield spent
+        lap()
     finally:
         for module, name, inner in reversed(kept):
             setattr(module, name, inner)
-        if "encode" in spent:
-            spent["select"] = spent.pop("encode") - spent.get("product", 0.0)
 
 
 def compare(shape: str, given: argparse.Namespace, fast: str) -> dict[str, Any]:
@@ -305,9 +317,14 @@ def main() -> None:
     options.add_argument("--threads", type=int, default=0)
     options.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     options.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "train_step.json")
+    options.add_argument("--clock", default="wall", choices=("wall", "cpu"), help="cpu: of a busy machine, one thread")
     given = options.parse_args()
     if given.threads:
         torch.set_num_threads(given.threads)
+    if given.clock == "cpu":
+        global clock
+        clock = time.process_time
+        torch.set_num_threads(1)
     with kernels.fast_matmul() as fast:
         pass
     results = []
@@ -321,7 +338,7 @@ def main() -> None:
             versions[package] = importlib.metadata.version(package)
     where = torch.cuda.get_device_name() if given.device == "cuda" else f"{platform.machine()}, {platform.system()}"
     record = {
-        "machine": where, "threads": torch.get_num_threads(), "rounds": given.rounds, "versions": versions,
+        "machine": where, "threads": torch.get_num_threads(), "clock": given.clock, "rounds": given.rounds, "versions": versions,
         "fast_setting": fast, "shapes": results,
     }  # fmt: skip
     given.out.parent.mkdir(parents=True, exist_ok=True)

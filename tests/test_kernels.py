@@ -9,9 +9,9 @@ import time
 import pytest
 import torch
 
-from tunediff import dictionaries, gates, kernels
+from tunediff import artifacts, dictionaries, kernels
 from tunediff.errors import SettingError
-from tunediff.fitting import FitSettings, Plan, State, TensorSource, build, fit, step
+from tunediff.fitting import SCHEMA, FitSettings, Plan, State, TensorSource, build, fit, step
 from tunediff.gates import Gate
 from tunediff.kernels import eager, native, paths
 from tunediff.kernels.dense import DenseCode
@@ -179,8 +179,9 @@ def tokens(n: int = 200, seed: int = 1) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("help_k", [9, 60])  # few of the dead, held as pairs; and many
 @pytest.mark.parametrize("name", ["batchtopk", "delta", "matryoshka", "dsf", "dfc", "hybrid", "diff_sae", "tuned_sae"])
-def test_gradients_of_a_step(path, name):
+def test_gradients_of_a_step(path, name, help_k):
     """Objective and AuxK of every dictionary, against the dense reference in float64; it reaches the encoder of dead
     latents."""
     one, x, dead = dictionary(name), tokens(), torch.arange(400) % 3 == 0
@@ -189,7 +190,7 @@ def test_gradients_of_a_step(path, name):
         with kernels.using(kind):
             run = d(data)
             assert isinstance(run.code, DenseCode) == (kind == "dense")
-            (sum(d.objective(run).values()) + d.auxiliary(run, dead, 9)).backward()
+            (sum(d.objective(run).values()) + d.auxiliary(run, dead, help_k)).backward()
             d.hold()
     for (label, p), q in zip(one.named_parameters(), exact.parameters()):
         assert float((p.grad - q.grad).norm()) <= 3e-6 * float(q.grad.norm()), label
@@ -224,6 +225,14 @@ def test_paths(monkeypatch):
     monkeypatch.setattr(native, "library", lambda: None)
     assert kernels.path() == "torch" and not native.serves()
     assert isinstance(dictionary("batchtopk")(tokens()).code, PairCode)
+
+
+def test_a_fit_says_how_it_was_computed(tmp_path):
+    source = TensorSource(tokens(300), tokens(50, seed=2))
+    with kernels.using("torch"):
+        fit(dictionary("batchtopk").spec, source, FitSettings(steps=2, batch=100), tmp_path)
+    manifest = artifacts.open_folder(tmp_path, SCHEMA)
+    assert manifest["kernels"] == "torch" and manifest["float32_products"] in ("highest", "high", "medium")
 
 
 def test_clipping_is_torchs():

@@ -564,7 +564,8 @@ def _fit(
             artifacts.write_tensors(checkpoint, state.tensors())
     fitted = _finish(state, source, norm, settings, plan, calibration_N)
     if folder is not None and checkpoint is not None:
-        fitted.save(folder, {"key": key, "settings": settings, "steps": plan.steps, "batch": plan.batch})
+        how = {"kernels": kernels.path(device), "float32_products": torch.get_float32_matmul_precision()}
+        fitted.save(folder, {"key": key, "settings": settings, "steps": plan.steps, "batch": plan.batch, **how})
         checkpoint.unlink(missing_ok=True)
     return fitted
 

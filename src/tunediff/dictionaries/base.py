@@ -296,9 +296,10 @@ class Dictionary(nn.Module, abc.ABC):
         gated_F = torch.zeros_like(dead_F)
         for group in self.groups():
             gated_F[group.start : group.stop] = group.k is not None
+        dead_F = dead_F & gated_F
         among = getattr(run.code, "among", None)
-        if among is not None:  # on a GPU, where the host never learns how many are dead
-            dead_F = dead_F & gated_F
+        # Pairs win where few of the dead are taken (measured); a GPU's host never learns how many there are.
+        if among is not None and not (run.code.host_waits and int(dead_F.sum()) < 4 * k):
             aux = among(self.weights_F().detach() * dead_F, min(k, dead_F.numel()))
             explained_NI = aux.decode(self.decoder_FSMD.flatten(1))[:, 0]
             return gates.unexplained(run.error_NSMD.flatten(1), explained_NI).masked_fill(~dead_F.any(), 0.0)
@@ -309,7 +310,7 @@ class Dictionary(nn.Module, abc.ABC):
             self.encoder_bias_F,
             self.decoder_FSMD.flatten(1),
             self.weights_F().detach(),
-            dead_F & gated_F,
+            dead_F,
             k,
         )
 
@@ -328,7 +329,7 @@ class Dictionary(nn.Module, abc.ABC):
     @final
     def _inputs(self, x_NSMD: Tensor) -> Tensor:
         """Sites and models side by side, divided so that the product is the models' mean."""
-        return x_NSMD.flatten(1) / x_NSMD.shape[2]
+        return x_NSMD.flatten(1) / x_NSMD.shape[2] if x_NSMD.shape[2] > 1 else x_NSMD.flatten(1)
 
     @property
     def _unit(self) -> Tensor | float:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from tunediff.gates import Gate
@@ -41,7 +42,7 @@ class Code(Protocol):
     def dense(self) -> Tensor:
         """The codes as one (N, F) tensor."""
 
-    # On a GPU also ``among(weight_F, k)``, see `tunediff.kernels.gpu`.
+    # Where pairs are held also ``among(weight_F, k)``, see `tunediff.kernels.pairs`.
 
 
 PAIRS_LATENTS, PAIRS_SHARE = 256, 0.1
@@ -49,10 +50,14 @@ PAIRS_LATENTS, PAIRS_SHARE = 256, 0.1
 (measured)."""
 
 
-def path() -> str:
-    """Which kernels add up float32 codes on this CPU: "native+bf16", "native", "torch" or "dense"; see `using`."""
-    if native.serves():
+def path(device: torch.device | str = "cpu") -> str:
+    """Which kernels add up float32 codes on this device: "native+bf16", "native", "triton", "torch" or "dense"; see
+    `using`."""
+    probe = torch.empty(0, device=device)
+    if native.serves(probe):
         return "native+bf16" if native.rounds() else "native"
+    if paths.on_gpu(probe) is not None:
+        return "triton"
     return "torch" if paths.allows("torch") else "dense"
 
 
@@ -63,6 +68,6 @@ def encode(x_NI: Tensor, encoder_FI: Tensor, bias_F: Tensor, gate: Gate | None) 
     few = gate is not None and sum(keep for *_, keep in gate.parts) <= PAIRS_SHARE * N * F
     if few and paths.on_gpu(x_NI, encoder_FI) is not None:
         return GpuCode.encode(x_NI, encoder_FI, bias_F, gate)
-    if few and F >= PAIRS_LATENTS and path() != "dense":
+    if few and F >= PAIRS_LATENTS and paths.allows("torch"):
         return PairCode.encode(x_NI, encoder_FI, bias_F, gate)
     return DenseCode.encode(x_NI, encoder_FI, bias_F, gate)

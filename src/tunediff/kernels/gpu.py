@@ -20,12 +20,14 @@ from tunediff.kernels.pairs import PairCode, Pairs, _Encode
 class GpuCode(PairCode):
     """Pairs of which some may be 0, and the pre-activations that they were chosen from; see `tunediff.kernels.Code`."""
 
+    host_waits = False
+
     def __init__(self, pairs: Pairs, origin: tuple[Tensor, ...]):
-        x_NI, encoder_FI, bias_F, _ = self._origin = origin
+        x_NI, encoder_FI, bias_F, _ = origin
         with torch.no_grad():
             pre_P = pairs.dot(x_NI, encoder_FI) + bias_F[pairs.latent_P.clamp_max(pairs.F - 1)]
             pre_P.masked_fill_(pairs.latent_P == pairs.F, 0.0)
-        super().__init__(pairs, torch.relu(_Encode.apply(x_NI, encoder_FI, bias_F, pre_P, pairs)))
+        super().__init__(pairs, torch.relu(_Encode.apply(x_NI, encoder_FI, bias_F, pre_P, pairs)), origin)
 
     @classmethod
     def encode(cls, x_NI: Tensor, encoder_FI: Tensor, bias_F: Tensor, gate: gates.Gate) -> "GpuCode":

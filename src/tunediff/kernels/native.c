@@ -30,6 +30,9 @@ static inline __attribute__((always_inline)) float total(lanes x) {
     return ((sum[0] + sum[4]) + (sum[2] + sum[6])) + ((sum[1] + sum[5]) + (sum[3] + sum[7]));
 }
 
+/* Goes up whenever a function here changes what it takes. */
+int interface(void) { return 1; }
+
 /* The scaled codes v = pre * weight of each row that exceed the cut of their group of columns
    [bounds[g], bounds[g + 1]), as column and pre-activation, ascending; `count` of each row. Returns how many, or -1
    if `room` does not hold them. */
@@ -144,20 +147,22 @@ KERNEL int64_t scan_rounded(const uint16_t *product, const float *weight, const 
     return n;
 }
 
-/* About `n` scaled codes of columns [low, high), from runs spread over all rows, the same ones for the same shape; of
-   pre-activations, or of bfloat16 products and scaled biases. Returns how many. */
+/* Of n scaled codes of columns [low, high) those above 0; the codes come in runs spread over all rows, the same ones for
+   the same shape, of pre-activations, or of bfloat16 products and scaled biases. Returns how many. */
 int64_t sample(const float *pre, const uint16_t *product, const float *weight, const float *bias, int64_t N, int64_t F,
                int64_t low, int64_t high, int64_t n, float *out) {
     const int64_t width = high - low, run = width < LANES ? width : LANES;
     uint64_t state = 1;
     int64_t m = 0;
-    for (; m + run <= n; m += run) {
+    for (int64_t seen = 0; seen < n; seen += run) {
         state = state * 6364136223846793005u + 1442695040888963407u; /* Knuth's MMIX generator */
         const int64_t row = (int64_t)((state >> 33) % (uint64_t)N);
         state = state * 6364136223846793005u + 1442695040888963407u;
         const int64_t c = low + (int64_t)((state >> 33) % (uint64_t)(width - run + 1));
-        for (int64_t i = c; i < c + run; i++)
-            out[m + i - c] = pre ? pre[row * F + i] * weight[i] : widen(product[row * F + i]) * weight[i] + bias[i];
+        for (int64_t i = c; i < c + run; i++) {
+            out[m] = pre ? pre[row * F + i] * weight[i] : widen(product[row * F + i]) * weight[i] + bias[i];
+            m += out[m] > 0;
+        }
     }
     return m;
 }
@@ -254,16 +259,20 @@ KERNEL void bag(const int64_t *starts, const int64_t *order, const int64_t *inde
     }
 }
 
-/* out[p] = a[n] . b[latent[p]] for every pair p of tokens n in [start, stop). */
-KERNEL void dot(const int64_t *starts, const int64_t *latent, const float *a, const float *b, int64_t I, float *out,
-                int64_t start, int64_t stop) {
-    for (int64_t n = start; n < stop; n++) {
-        const float *x = a + n * I;
-        for (int64_t q = starts[n]; q < starts[n + 1]; q += 4) {
+/* out[p] = a[r] . b[index[p]] for the pairs p of rows r in [start, stop), p = order[q], or q without an order. */
+KERNEL void dot(const int64_t *starts, const int64_t *order, const int64_t *index, const float *a, const float *b,
+                int64_t I, float *out, int64_t start, int64_t stop) {
+    for (int64_t r = start; r < stop; r++) {
+        const float *x = a + r * I;
+        for (int64_t q = starts[r]; q < starts[r + 1]; q += 4) {
             const float *to[4];
+            int64_t pair[4];
             lanes sum[4] = {{0}, {0}, {0}, {0}};
-            const int width = starts[n + 1] - q < 4 ? (int)(starts[n + 1] - q) : 4;
-            for (int k = 0; k < 4; k++) to[k] = b + latent[q + (k < width ? k : 0)] * I;
+            const int width = starts[r + 1] - q < 4 ? (int)(starts[r + 1] - q) : 4;
+            for (int k = 0; k < 4; k++) {
+                pair[k] = order ? order[q + (k < width ? k : 0)] : q + (k < width ? k : 0);
+                to[k] = b + index[pair[k]] * I;
+            }
             int64_t i = 0;
             for (; i + LANES <= I; i += LANES) {
                 const lanes t = OF(x + i);
@@ -272,7 +281,7 @@ KERNEL void dot(const int64_t *starts, const int64_t *latent, const float *a, co
             for (int k = 0; k < width; k++) {
                 float rest = 0;
                 for (int64_t j = i; j < I; j++) rest += x[j] * to[k][j];
-                out[q + k] = total(sum[k]) + rest;
+                out[pair[k]] = total(sum[k]) + rest;
             }
         }
     }

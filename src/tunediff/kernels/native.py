@@ -20,14 +20,16 @@ from torch import Tensor
 from tunediff import gates
 from tunediff.kernels import paths
 
+INTERFACE = 1
+"""Which functions of which arguments are expected; `native.c` says the same, and goes up with every change."""
 RANGES = 4
 """Ranges a thread: more even out rows of unequal cost."""
-SAMPLE = 1 << 16
+SAMPLE = 1 << 15
 """Codes of a group that its first cut is estimated from; a smaller group has no cut but 0."""
 ROUNDED = 1 << 28
 """Products from which on it pays to look for codes in bfloat16 first (measured)."""
-SLACK = 1.25
-"""How many times as many candidates as codes are asked of the estimate; too few are noticed, and asked for again."""
+MARGIN = 4.0
+"""By how many standard deviations of the estimate more candidates than codes are asked for; too few are noticed."""
 
 
 @lru_cache(maxsize=1)
@@ -38,10 +40,12 @@ def library() -> ctypes.CDLL | None:
         return None
     try:
         out = ctypes.CDLL(found.origin)
+        if out.interface() != INTERFACE:
+            return None
         for counts in (out.scan, out.scan_rounded, out.sample, out.keep):
             counts.restype = ctypes.c_int64
         out.kth.restype = ctypes.c_float
-    except (OSError, AttributeError):  # built for another machine, or of another version
+    except (OSError, AttributeError):  # built for another machine, or long ago
         return None
     return out
 
@@ -87,7 +91,7 @@ def select(pre_NF: Tensor, weight_F: Tensor, parts: Sequence[gates.Part]) -> tup
         )  # fmt: skip
         return n, column_C[:n], pre_C[:n]
 
-    def measured(found: list, cuts: ctypes.Array, count_N: Tensor) -> tuple[Tensor, Tensor]:
+    def measured(found: list, count_N: Tensor) -> tuple[Tensor, Tensor]:
         return torch.cat([f[1] for f in found]), torch.cat([f[2] for f in found])
 
     look = (pre_NF, None, weight_F, None)
@@ -114,7 +118,7 @@ def _encode_rounded(x_NI: Tensor, encoder_FI: Tensor, bias_F: Tensor, gate: gate
         )  # fmt: skip
         return n, column_C[:n]
 
-    def measured(found: list, cuts: ctypes.Array, count_N: Tensor) -> tuple[Tensor, Tensor]:
+    def measured(found: list, count_N: Tensor) -> tuple[Tensor, Tensor]:
         column_C = torch.cat([f[1] for f in found])
         starts_N = torch.cat([count_N.new_zeros(1), count_N.cumsum(0)])
         return column_C, dot(starts_N, column_C, x_NI, encoder_FI) + bias_F[column_C]
@@ -136,7 +140,7 @@ def _largest(
     values with `measured`, and keep the largest. If too few exceed the cut, some might have been missed: anew, lower."""
     lib, G = library(), len(parts)
     ranges, count_N, samples = _even(N), torch.empty(N, dtype=torch.long), {}
-    slack, room = SLACK, 2.0
+    margin, room = MARGIN, 2.0
     while True:
         cuts = (ctypes.c_float * G)()
         for g, (start, stop, keep) in enumerate(parts):
@@ -144,23 +148,24 @@ def _largest(
             if codes <= SAMPLE:
                 continue
             if g not in samples:
-                value_C = torch.empty(SAMPLE)
+                value_C = torch.empty(SAMPLE + 16)
                 n = lib.sample(*map(_at, look), *_i(N, F, start, stop, SAMPLE), _at(value_C))
                 samples[g] = value_C, n
             value_C, n = samples[g]
-            rank = math.ceil(slack * keep / codes * n) + 16
-            cuts[g] = lib.kth(_at(value_C), *_i(n, rank)) if rank < n else 0.0
+            share = keep / codes * SAMPLE
+            rank = math.ceil(share + margin * (math.sqrt(share) + 1))
+            cuts[g] = lib.kth(_at(value_C), *_i(n, rank))
         wanted = sum(keep for *_, keep in parts)
         sizes = [min((b - a) * F, int(room * wanted * (b - a) / N) + SAMPLE) + 32 for a, b in ranges]
         found = _each(lambda at: scan(cuts, sizes[at], *ranges[at], count_N), range(len(ranges)))
         if min(f[0] for f in found) < 0:
             room *= 8
             continue
-        column_C, pre_C = measured(found, cuts, count_N)
+        column_C, pre_C = measured(found, count_N)
         value_C = pre_C * weight_F[column_C]
         if all(not cut or _above(column_C, value_C, part, cut) >= part[2] for cut, part in zip(cuts, parts)):
             break
-        slack *= 4
+        margin *= 4
     token_P, latent_P = torch.empty_like(column_C), torch.empty_like(column_C)
     pre_P, starts_N = torch.empty_like(pre_C), torch.empty(N + 1, dtype=torch.long)
     n = lib.keep(
@@ -212,11 +217,18 @@ def bag(starts_R: Tensor, order_P: Tensor | None, index_P: Tensor, value_P: Tens
 def dot(starts_N: Tensor, latent_P: Tensor, a_NI: Tensor, b_FI: Tensor) -> Tensor:
     """For each pair the product of its token's row of a and its latent's row of b, (P,)."""
     lib, out_P, a_NI, b_FI = library(), torch.empty(len(latent_P)), a_NI.contiguous(), b_FI.contiguous()
+    starts_R, order_P, index_P, own, other = starts_N, None, latent_P, a_NI, b_FI
+    if len(b_FI) > 2 * len(a_NI):  # one by one through the larger matrix, here and there in the smaller one
+        order_P, starts_R = bucket(latent_P, len(b_FI))
+        tokens_N = torch.arange(len(a_NI))
+        index_P, own, other = torch.repeat_interleave(tokens_N, starts_N.diff()), b_FI, a_NI
 
     def run(part: tuple[int, int]) -> None:
-        lib.dot(_at(starts_N), _at(latent_P), _at(a_NI), _at(b_FI), *_i(a_NI.shape[1]), _at(out_P), *_i(*part))
+        lib.dot(
+            _at(starts_R), _at(order_P), _at(index_P), _at(own), _at(other), *_i(a_NI.shape[1]), _at(out_P), *_i(*part)
+        )
 
-    _each(run, _balanced(starts_N))
+    _each(run, _balanced(starts_R))
     return out_P
 
 

@@ -125,8 +125,11 @@ class _Decode(torch.autograd.Function):
 class PairCode:
     """Codes stored as one value a kept pair; see `tunediff.kernels.Code`."""
 
-    def __init__(self, pairs: Pairs, value_P: Tensor):
-        self.pairs, self.value_P = pairs, value_P
+    host_waits = True
+    """Whether sizes may depend on the data."""
+
+    def __init__(self, pairs: Pairs, value_P: Tensor, origin: tuple[Tensor, ...] = ()):
+        self.pairs, self.value_P, self._origin = pairs, value_P, origin
 
     @classmethod
     def encode(cls, x_NI: Tensor, encoder_FI: Tensor, bias_F: Tensor, gate: gates.Gate) -> "PairCode":
@@ -136,7 +139,23 @@ class PairCode:
             module = kernels_for(x_NI, encoder_FI, bias_F, gate.weight_F)
             *at, pre_P, starts_N = module.encode(x_NI, encoder_FI, bias_F, gate)
             pairs = Pairs(*at, starts_N, len(x_NI), len(encoder_FI))
-        return cls(pairs, _Encode.apply(x_NI, encoder_FI, bias_F, pre_P, pairs))
+        origin = (x_NI, encoder_FI, bias_F)
+        return cls(pairs, _Encode.apply(*origin, pre_P, pairs), origin)
+
+    def among(self, weight_F: Tensor, k: int) -> "PairCode":
+        """Another code of the same tokens: on each the k largest f * w among latents with w > 0, by a product with those
+        alone."""
+        x_NI, encoder_FI, bias_F = self._origin
+        with torch.no_grad():
+            latent_D = weight_F.nonzero()[:, 0]
+            pre_ND = torch.addmm(bias_F[latent_D], x_NI, encoder_FI[latent_D].T)
+            best_NK = torch.topk(torch.relu(pre_ND) * weight_F[latent_D], k, dim=1, sorted=False).indices.sort(1).values
+            row_P, column_P = (pre_ND.gather(1, best_NK) > 0).nonzero(as_tuple=True)
+            at_P = best_NK[row_P, column_P]
+            N, F = len(x_NI), len(encoder_FI)
+            pairs = Pairs(row_P, latent_D[at_P], eager.edges(row_P, N), N, F)
+            pre_P = pre_ND[row_P, at_P]
+        return PairCode(pairs, _Encode.apply(*self._origin, pre_P, pairs), self._origin)
 
     def decode(self, decoder_FI: Tensor, cuts: tuple[int, ...] = ()) -> Tensor:
         """sum_j f_j W_j, of the latents before, between and after the cuts."""
