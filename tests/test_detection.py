@@ -80,7 +80,7 @@ def test_what_cannot_be_planted_is_refused(text):
 def test_the_command_prints_the_floor(tmp_path):
     base = tiny_models.save(tmp_path / "base", tiny_models.module("llama"))
     told = cli("floor", base, "--out", tmp_path / "out", "--methods", "principal,random_directions", "--amplitudes", "1e-6,0.5",
-               "--frequencies", "0.05", "--tokens", 2500, "-q", "--set", "find.candidates=4")
+               "--frequencies", "0.1", "--tokens", 4000, "-q", "--set", "find.candidates=4")
     assert told.code == 0, told.err
     assert re.search(r"principal +0\.5\n", told.out) and "resid.1, from which" in told.out
     kept = read_json(tmp_path / "out" / "floor.json")
