@@ -17,7 +17,7 @@ PACKAGE = "tunediff"
 FLOORS = [
     ("ground", "errors axes chance artifacts variants"),
     ("waist", "sites changes results"),
-    ("models", "corpora families models pairs embedded"),
+    ("models", "corpora families folds models accounts pairs embedded"),
     ("harvest", "measures harvests contrasts lenses samples"),
     ("dicts", "dictionaries kernels gates fitting"),
     ("finders", "finders signals attributions rankings latent_scaling scans calibrations"),

@@ -150,7 +150,7 @@ def _divergences(pair: Pair, sides: dict[str, LanguageModel], sample: Sample, ma
         document_N = torch.tensor([sample.tokens.document_R[r] for r in batch.rows_B.tolist()])[:, None].expand_as(chosen)[chosen]
         documents = sorted(set(document_N.tolist()))
 
-        start = pair.common_start(batch.ids_BT)  # edits only touch what tuning touched
+        start = pair.common_start(batch.ids_BT, wanted_BT=chosen)  # edits only touch what tuning touched
 
         def logp(model: LanguageModel) -> Tensor:
             return log_probabilities(model, batch.ids_BT, chosen, pair.vocabulary, start)

@@ -107,8 +107,8 @@ def first_word_divergence(pair: Pair, tokens: Tokens) -> Tensor:
     for batch in tokens.batches(BATCH_TOKENS):
         last_BT = torch.zeros_like(batch.mask_BT)
         last_BT[torch.arange(len(last_BT)), batch.mask_BT.sum(1) - 1] = True
-        base_BTD, start = pair.base_states(batch.ids_BT)
-        tuned_BTD = pair.tuned.states(batch.ids_BT, start)
+        base_BTD, start = pair.base_states(batch.ids_BT, batch.mask_BT)
+        tuned_BTD = pair.tuned.states(batch.ids_BT, start, batch.mask_BT)
         base, tuned = (m.logits(states[last_BT])[..., : pair.vocabulary].log_softmax(-1)
                        for m, states in ((pair.base, base_BTD), (pair.tuned, tuned_BTD)))
         kl_R[batch.rows_B] = kl_divergence(tuned, base).cpu()

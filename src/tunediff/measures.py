@@ -20,7 +20,7 @@ def log_probabilities(
     model: LanguageModel, ids_BT: Tensor, chosen_BT: Tensor, vocabulary: int, start: Start | None = None
 ) -> Tensor:
     """Next-token log-probabilities (N, V) at the chosen positions of a run, over the first `vocabulary` tokens."""
-    states_BTD = model.states(ids_BT, start)
+    states_BTD = model.states(ids_BT, start, chosen_BT)
     return model.logits(states_BTD[chosen_BT])[..., :vocabulary].log_softmax(-1)
 
 

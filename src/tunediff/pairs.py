@@ -217,27 +217,30 @@ class Pair:
         touched = [any(isinstance(m, kinds) for m in block.modules()) for block in self.base.blocks]
         return 0 if outside or True not in touched else touched.index(True)
 
-    def common_start(self, ids_BT: Tensor, sites: Sequence[Site] = ()) -> Start | None:
+    def common_start(self, ids_BT: Tensor, sites: Sequence[Site] = (), wanted_BT: Tensor | None = None) -> Start | None:
         """Where runs of tuned and of its variants may begin, from the stream that base has there too: above the blocks that
         tuning left alone; None where there are none, or a site to be read is not above them."""
         below = self._common_site(sites)
-        return below and Start(below, self.base.streams(ids_BT, [below])[:, :, 0])
+        return below and Start(below, self.base.streams(ids_BT, [below], wanted_BT=wanted_BT)[:, :, 0])
 
-    def base_states(self, ids_BT: Tensor) -> tuple[Tensor, Start | None]:
+    def base_states(self, ids_BT: Tensor, wanted_BT: Tensor | None = None) -> tuple[Tensor, Start | None]:
         """Base's final normed states (B, T, D), and `common_start`, from one run."""
         below = self._common_site(())
-        streams_BTSD, states_BTD = self.base.streams_and_states(ids_BT, [below] if below else [])
+        streams_BTSD, states_BTD = self.base.streams_and_states(ids_BT, [below] if below else [], wanted_BT=wanted_BT)
         return states_BTD, below and Start(below, streams_BTSD[:, :, 0])
 
-    def both_streams(self, ids_BT: Tensor, sites: Sequence[Site]) -> Tensor:
-        """Streams (B, T, S, M, D) of both models. Blocks below the first that tuning touched are run once, for both."""
+    def both_streams(self, ids_BT: Tensor, sites: Sequence[Site], wanted_BT: Tensor | None = None) -> Tensor:
+        """Streams (B, T, S, M, D) of both models. Blocks below the first that tuning touched are run once, for both.
+
+        wanted_BT   positions whose values will be used, all if None; others may hold anything
+        """
         below = self._common_site(sites)
         if below:
-            got = self.base.streams(ids_BT, [below, *sites])
+            got = self.base.streams(ids_BT, [below, *sites], wanted_BT=wanted_BT)
             base, start = got[:, :, 1:], Start(below, got[:, :, 0])
         else:
-            base, start = self.base.streams(ids_BT, sites), None
-        return torch.stack([base, self.tuned.streams(ids_BT, sites, start)], dim=3)
+            base, start = self.base.streams(ids_BT, sites, wanted_BT=wanted_BT), None
+        return torch.stack([base, self.tuned.streams(ids_BT, sites, start, wanted_BT)], dim=3)
 
     def _common_site(self, sites: Sequence[Site]) -> Site | None:
         common = self.common_blocks
