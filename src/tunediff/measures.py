@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Sequence
+from typing import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -11,17 +12,63 @@ from torch import Tensor
 from tunediff.models import LanguageModel, Start
 
 
-def kl_divergence(logp_NV: Tensor, logq_NV: Tensor) -> Tensor:
-    """KL(p || q) in nat for each of N tokens, from log-probabilities; float32, never below 0."""
-    return (logp_NV.exp() * (logp_NV - logq_NV)).sum(-1).clamp_min(0)
+TILE = 64
+"""Tokens whose log-probabilities over the vocabulary are held at a time. A tile stays near the processor; those of a whole
+batch are hundreds of megabytes that take longer to go through than to compute."""
+
+
+@dataclass(frozen=True, eq=False)
+class Said:
+    """What a model says at tokens (..., N): their final states, and log-probabilities over the first ``vocabulary`` tokens
+    made where they are looked at."""
+
+    model: LanguageModel
+    states_ND: Tensor
+    vocabulary: int
+
+    @classmethod
+    def at(cls, model: LanguageModel, ids_BT: Tensor, chosen_BT: Tensor, vocabulary: int, start: Start | None = None) -> "Said":
+        """What it says at the chosen positions of a run, in row-major order."""
+        return cls(model, model.states(ids_BT, start, chosen_BT)[chosen_BT], vocabulary)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(..., N, V)."""
+        return *self.states_ND.shape[:-1], self.vocabulary
+
+    def logp(self, part: slice = slice(None)) -> Tensor:
+        """Log-probabilities (..., n, V) of some of the N tokens."""
+        return self.model.logits(self.states_ND[..., part, :])[..., : self.vocabulary].log_softmax(-1)
+
+
+def logp_of(says: Tensor | Said, part: slice) -> Tensor:
+    """Some tokens' log-probabilities, from a table of all or from what makes them."""
+    return says.logp(part) if isinstance(says, Said) else says[..., part, :]
+
+
+def tiles(*says: Tensor | Said) -> Iterator[slice]:
+    """The N tokens of these in parts of about `TILE` log-probability rows each, leading axes counted."""
+    N, most = says[0].shape[-2], max(math.prod(s.shape[:-1]) for s in says)
+    size = max(1, TILE * N // max(1, most))
+    return (slice(i, i + size) for i in range(0, N, size))
+
+
+def kl_divergence(p: Tensor | Said, q: Tensor | Said) -> Tensor:
+    """KL(p || q) in nat for each of N tokens (..., N), from log-probabilities (..., N, V); float32, never below 0. Leading
+    axes are broadcast."""
+    parts = [_kl(logp_of(p, part), logp_of(q, part)) for part in tiles(p, q)]
+    return torch.cat(parts, -1) if parts else torch.zeros(0)
+
+
+def _kl(logp_NV: Tensor, logq_NV: Tensor) -> Tensor:
+    return (logp_NV - logq_NV).mul_(logp_NV.exp()).sum(-1).clamp_min(0)
 
 
 def log_probabilities(
     model: LanguageModel, ids_BT: Tensor, chosen_BT: Tensor, vocabulary: int, start: Start | None = None
 ) -> Tensor:
     """Next-token log-probabilities (N, V) at the chosen positions of a run, over the first `vocabulary` tokens."""
-    states_BTD = model.states(ids_BT, start, chosen_BT)
-    return model.logits(states_BTD[chosen_BT])[..., :vocabulary].log_softmax(-1)
+    return Said.at(model, ids_BT, chosen_BT, vocabulary, start).logp()
 
 
 @dataclass(frozen=True)

@@ -180,20 +180,20 @@ class LanguageModel:
         start       begin from a known stream instead of the tokens; sites at or below it are not to be had
         wanted_BT   positions whose values will be used, all if None; others may hold anything
         """
-        return self._read(ids_BT, sites, False, start, wanted_BT)[0]
+        return self.read(ids_BT, sites, False, start, wanted_BT)[0]
 
     def states(self, ids_BT: Tensor, start: "Start | None" = None, wanted_BT: Tensor | None = None) -> Tensor:
         """The final normed states (B, T, D), which `logits` maps to logits; `start` and `wanted_BT` as in `streams`."""
-        return self._read(ids_BT, (), True, start, wanted_BT)[1]
+        return self.read(ids_BT, (), True, start, wanted_BT)[1]
 
     def streams_and_states(self, ids_BT: Tensor, sites: Sequence[Site], start: "Start | None" = None,
                            wanted_BT: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Both of what `streams` and `states` give, from one run."""
-        return self._read(ids_BT, sites, True, start, wanted_BT)
+        return self.read(ids_BT, sites, True, start, wanted_BT)
 
-    def _read(self, ids_BT: Tensor, sites: Sequence[Site], final: bool, start: "Start | None",
-              wanted_BT: Tensor | None) -> tuple:
-        """One run. What all rows begin with (a chat's system prompt) is run once and its keys and values kept; of the rest,
+    def read(self, ids_BT: Tensor, sites: Sequence[Site], final: bool, start: "Start | None",
+             wanted_BT: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Streams at the sites, if any, and final normed states, if `final`, from one run. What all rows begin with (a chat's system prompt) is run once and its keys and values kept; of the rest,
         what some rows begin with is run once too."""
         ids_BT = ids_BT.to(self.device)
         with self._running():
