@@ -81,6 +81,11 @@ class Fold:
         """Values of packed positions (C, L, ...) as those of the rows' (B, T, ...)."""
         return value_CLX.flatten(0, 1)[self.place_BT.to(value_CLX.device)]
 
+    def total(self, value_BTX: Tensor) -> Tensor:
+        """Sums over the rows' positions (B, T, ...) that a packed one stands for (C, L, ...)."""
+        total = value_BTX.new_zeros(self.first_CL.numel(), *value_BTX.shape[2:])
+        return total.index_add_(0, self.place_BT.flatten(), value_BTX.flatten(0, 1)).unflatten(0, self.first_CL.shape)
+
     def mask(self, dtype: torch.dtype, before: int) -> Tensor:
         """What is added to attention's scores (C, 1, L, before + L), `before` positions that all see coming first."""
         C, L, _ = self.sees_CLL.shape

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Callable, Iterator, Mapping, Sequence
 
 import torch
@@ -65,6 +65,19 @@ class Start:
     def part(self, rows: slice, positions: slice) -> "Start":
         """The start of some rows' and positions' run."""
         return Start(self.site, self.stream_BTD[rows, positions])
+
+
+@dataclass(frozen=True, eq=False)
+class Watch:
+    """Who looks at the inputs of some modules in a run, each position with weights. Positions that share the run of one come
+    once, with their weights summed.
+
+    see   told the module, its inputs (B, T, I), which positions have a weight (B, T), and these weights (C, N)
+    """
+
+    modules: Sequence[nn.Module]
+    weight_BTC: Tensor
+    see: Callable[[nn.Module, Tensor, Tensor, Tensor], None]
 
 
 SHORTEST_PREFIX = 8
@@ -191,14 +204,17 @@ class LanguageModel:
         """Both of what `streams` and `states` give, from one run."""
         return self.read(ids_BT, sites, True, start, wanted_BT)
 
-    def read(self, ids_BT: Tensor, sites: Sequence[Site], final: bool, start: "Start | None",
-             wanted_BT: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """Streams at the sites, if any, and final normed states, if `final`, from one run. What all rows begin with (a chat's system prompt) is run once and its keys and values kept; of the rest,
-        what some rows begin with is run once too."""
+    def read(self, ids_BT: Tensor, sites: Sequence[Site], final: bool, start: "Start | None" = None,
+             wanted_BT: Tensor | None = None, watch: Watch | None = None) -> tuple[Tensor | None, Tensor | None]:
+        """Streams at the sites, if any, and final normed states, if `final`, from one run.
+
+        What all rows begin with (a chat's system prompt) is run once and its keys and values kept; of the rest, what some
+        rows begin with is run once too.
+        """
         ids_BT = ids_BT.to(self.device)
         with self._running():
             if not self._may_share():
-                return self._pass(ids_BT, sites, final, start)
+                return self._pass(ids_BT, sites, final, start, watch=watch)
             length = self._common_prefix(ids_BT, start)
             rest = slice(length, None)
             tail_BT, start_tail = ids_BT[:, rest], start and start.part(slice(None), rest)
@@ -208,8 +224,12 @@ class LanguageModel:
             if fold:
                 tail_BT = fold.pack(tail_BT)
                 start_tail = start_tail and Start(start.site, fold.pack(start_tail.stream_BTD))
-            head, cache = self._prefix(ids_BT[0, :length], len(tail_BT), sites, final, start) if length else ((), None)
-            tail = self._pass(tail_BT, sites, final, start_tail, cache, fold, length)
+            at_head = at_tail = watch
+            if watch:
+                at_head, weight_BTC = replace(watch, weight_BTC=watch.weight_BTC[:, :length].sum(0, True)), watch.weight_BTC[:, rest]
+                at_tail = replace(watch, weight_BTC=fold.total(weight_BTC) if fold else weight_BTC)
+            head, cache = self._prefix(ids_BT[0, :length], len(tail_BT), sites, final, start, at_head) if length else ((), None)
+            tail = self._pass(tail_BT, sites, final, start_tail, cache, fold, length, at_tail)
             if fold:
                 tail = tuple(None if t is None else fold.unpack(t) for t in tail)
             return tail if not length else tuple(
@@ -228,12 +248,12 @@ class LanguageModel:
         return all(getattr(hook, "__module__", "").startswith("transformers.") for hook in hooks)
 
     def _prefix(self, ids_P: Tensor, rows: int, sites: Sequence[Site] = (), final: bool = False,
-                start: "Start | None" = None) -> tuple[tuple, Any]:
+                start: "Start | None" = None, watch: Watch | None = None) -> tuple[tuple, Any]:
         """What a run gives on a beginning that `rows` rows share, and the keys and values to go on from in each."""
         from transformers import DynamicCache
 
         cache = DynamicCache(config=self.network.config)
-        head = self._pass(ids_P[None], sites, final, start and start.part(slice(0, 1), slice(0, len(ids_P))), cache)
+        head = self._pass(ids_P[None], sites, final, start and start.part(slice(0, 1), slice(0, len(ids_P))), cache, watch=watch)
         for layer in range(start.site.layer + 1 if start else 0):  # masks and positions are made from every layer's length
             nothing = torch.zeros(1, 1, len(ids_P), 1, dtype=next(self.module.parameters()).dtype, device=self.device)
             cache.update(nothing, nothing, layer)
@@ -253,7 +273,7 @@ class LanguageModel:
         return length if length >= SHORTEST_PREFIX else 0
 
     def _pass(self, ids_BT: Tensor, sites: Sequence[Site], final: bool, start: "Start | None", cache: Any = None,
-              fold: Fold | None = None, before: int = 0) -> tuple:
+              fold: Fold | None = None, before: int = 0, watch: Watch | None = None) -> tuple:
         """Streams at the sites and, if `final`, final normed states; None for what is not asked for."""
         named = {} if fold is None else {
             "position_ids": fold.position_CL.to(self.device) + before,
@@ -271,6 +291,15 @@ class LanguageModel:
                         raise _Stop
 
                 self._hook(stack, self._module_at(site), hook)
+            if watch:
+                seen_BT = (watch.weight_BTC != 0).any(-1).to(self.device)
+                weight_CN = watch.weight_BTC[seen_BT.cpu()].T
+
+                def look(module: nn.Module, arguments: tuple) -> None:
+                    watch.see(module, arguments[0], seen_BT, weight_CN)
+
+                for module in watch.modules:
+                    stack.callback(module.register_forward_pre_hook(look).remove)
             if final:
                 self._take_final(stack, taken)
             self._forward(ids_BT, cache, **named)
