@@ -12,6 +12,14 @@ from tunediff.chance import generator
 PAYS = 0.9
 """A fold is used if it leaves at most this share of the positions."""
 
+DEPTHS = (0, 3, 6)
+"""How many more positions rows must have in common to be one tree. Many questions begin with the same word, and a row as long
+as all of them is worse than that word run again."""
+SHARES = (1.0, 0.9, 0.8, 0.65, 0.5, 0.4, 0.3, 0.2)
+"""Numbers of packed rows that are tried, as shares of how many the largest tree alone would allow."""
+LONG = 1000
+"""Length of a row at which attention costs about as much as all else."""
+
 
 @dataclass(frozen=True, eq=False)
 class Fold:
@@ -45,30 +53,28 @@ class Fold:
         place_N = needed_BT.flatten().nonzero()[:, 0]
         if not len(place_N):
             return None
-        node_N, first_K = _numbered(_beginnings(ids_BT.cpu(), stream_BTX).flatten()[place_N], place_N, B * T)
-        # The trees: beginnings under one first position. The largest first into the first packed row with room.
-        node_BT = torch.zeros(B * T, dtype=torch.long).index_put_((place_N,), node_N).view(B, T)
-        root_K, tree_K = node_BT[first_K // T, 0].unique(return_inverse=True)
-        size_R = torch.bincount(tree_K, minlength=len(root_K))
-        length = int(size_R.max())
-        packed_R, room = torch.zeros_like(size_R), []
-        offset_R = torch.zeros_like(size_R)
-        for tree in size_R.argsort(descending=True, stable=True).tolist():
-            size = int(size_R[tree])
-            row = next((c for c, left in enumerate(room) if left >= size), len(room))
-            if row == len(room):
-                room.append(length)
-            packed_R[tree], offset_R[tree] = row, length - room[row]
-            room[row] -= size
-        if len(room) * length > PAYS * B * T:
+        key_BT = _beginnings(ids_BT.cpu(), stream_BTX)
+        best = None
+        for depth in DEPTHS:
+            node_N, first_K = _numbered((key_BT + 3 * key_BT[:, min(depth, T - 1), None]).flatten()[place_N], place_N, B * T)
+            node_BT = torch.zeros(B * T, dtype=torch.long).index_put_((place_N,), node_N).view(B, T)
+            _, tree_K = node_BT[first_K // T, 0].unique(return_inverse=True)
+            size_R = torch.bincount(tree_K)
+            filled = _filled(size_R.tolist())
+            if best is None or filled[0] < best[0]:
+                best = *filled, node_BT, first_K, tree_K, size_R
+        _, length, packed_R, offset_R, node_BT, first_K, tree_K, size_R = best
+        packed = max(packed_R) + 1
+        if packed * length > PAYS * B * T:
             return None
+        start_K = torch.tensor(packed_R)[tree_K] * length + torch.tensor(offset_R)[tree_K]
         by_tree = tree_K.argsort(stable=True)
         within_K = torch.empty_like(tree_K)
         within_K[by_tree] = torch.arange(len(tree_K)) - (size_R.cumsum(0) - size_R)[tree_K[by_tree]]
-        to_K = packed_R[tree_K] * length + offset_R[tree_K] + within_K
+        to_K = start_K + within_K
         place_BT = to_K[node_BT]
-        first_CL = torch.zeros(len(room) * length, dtype=torch.long).index_put_((to_K,), first_K).view(-1, length)
-        sees = torch.eye(length, dtype=torch.bool).repeat(len(room), 1, 1)
+        first_CL = torch.zeros(packed * length, dtype=torch.long).index_put_((to_K,), first_K).view(-1, length)
+        sees = torch.eye(length, dtype=torch.bool).repeat(packed, 1, 1)
         before_BTT = torch.ones(T, T, dtype=torch.bool).tril() & needed_BT[..., None]
         sees.view(-1)[(place_BT[:, :, None] * length + (place_BT % length)[:, None])[before_BTT]] = True
         return cls(first_CL, place_BT, first_CL % T, sees)
@@ -92,6 +98,26 @@ class Fold:
         mask = torch.zeros(C, 1, L, before + L, dtype=dtype)
         mask[:, 0, :, before:].masked_fill_(~self.sees_CLL, torch.finfo(dtype).min)
         return mask
+
+
+def _filled(sizes: list[int]) -> tuple[float, int, list[int], list[int]]:
+    """Trees put into packed rows: what that costs, how long these are, and for each tree which one it is in and where it begins.
+
+    Of some lengths the one that costs least: short rows leave more room unfilled, in long ones attention takes longer.
+    """
+    best: tuple[float, int, list[int], list[int]] | None = None
+    for share in SHARES:
+        length = max(max(sizes), -(-sum(sizes) // max(1, round(share * sum(sizes) / max(sizes)))))
+        row_R, offset_R, taken = [0] * len(sizes), [0] * len(sizes), []
+        for tree in sorted(range(len(sizes)), key=lambda t: -sizes[t]):  # the largest first into the first row with room
+            row = next((c for c, used in enumerate(taken) if used + sizes[tree] <= length), len(taken))
+            taken += [0] * (row == len(taken))
+            row_R[tree], offset_R[tree] = row, taken[row]
+            taken[row] += sizes[tree]
+        cost = len(taken) * length * (1 + length / LONG)
+        if best is None or cost < best[0]:
+            best = cost, length, row_R, offset_R
+    return best
 
 
 def _numbered(key_N: Tensor, place_N: Tensor, places: int) -> tuple[Tensor, Tensor]:
