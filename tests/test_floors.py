@@ -15,7 +15,7 @@ SOURCE = ROOT / "src"
 PACKAGE = "tunediff"
 
 FLOORS = [
-    ("ground", "errors axes chance artifacts variants"),
+    ("ground", "errors axes chance artifacts matmuls variants"),
     ("waist", "sites changes results"),
     ("models", "corpora families folds models accounts pairs embedded"),
     ("harvest", "measures harvests contrasts lenses samples"),

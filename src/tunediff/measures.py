@@ -12,7 +12,7 @@ from torch import Tensor
 from tunediff.models import LanguageModel, Start
 
 
-TILE = 64
+TILE = 128
 """Tokens whose log-probabilities over the vocabulary are held at a time. A tile stays near the processor; those of a whole
 batch are hundreds of megabytes that take longer to go through than to compute."""
 
@@ -38,7 +38,8 @@ class Said:
 
     def logp(self, part: slice = slice(None)) -> Tensor:
         """Log-probabilities (..., n, V) of some of the N tokens."""
-        return self.model.logits(self.states_ND[..., part, :])[..., : self.vocabulary].log_softmax(-1)
+        # Whole, or torch multiplies row by row.
+        return self.model.logits(self.states_ND[..., part, :].contiguous())[..., : self.vocabulary].log_softmax(-1)
 
 
 def logp_of(says: Tensor | Said, part: slice) -> Tensor:

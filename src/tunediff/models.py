@@ -14,6 +14,7 @@ from tunediff import variants
 from tunediff.errors import FamilyError, NumericsError
 from tunediff.families.base import Family
 from tunediff.folds import Fold
+from tunediff.matmuls import fast_matmul
 from tunediff.sites import Site
 
 
@@ -143,7 +144,7 @@ class LanguageModel:
 
     @contextmanager
     def _running(self) -> Iterator[ExitStack]:
-        with torch.inference_mode(), self.switch(), ExitStack() as stack:
+        with torch.inference_mode(), fast_matmul(self.device), self.switch(), ExitStack() as stack:
             yield stack
 
     def _forward(self, ids_BT: Tensor, cache: Any = None, **named: Tensor) -> None:
