@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tunediff.axes import BASE, TUNED
 from tunediff.changes import Change
-from tunediff.measures import Said, kl_divergence, tiles
+from tunediff.measures import Said, blocks, kl_divergence
 from tunediff.models import Start
 from tunediff.pairs import Pair
 from tunediff.samples import Sample
@@ -50,8 +50,7 @@ def output_shift(pair: Pair, site: Site, sample: Sample, batch_tokens: int) -> S
     shift = Shift.none(len(sample.row_N))
     kept = min(SAID, pair.vocabulary)
     for where_N, _, _, _, _, base, tuned in _shifts(pair, site, sample, batch_tokens):
-        for part in tiles(base):
-            q, p = base.logp(part), tuned.logp(part)
+        for part, q, p in blocks(base, tuned):
             shift.kl_N[where_N[part]] = kl_divergence(p, q)
             rise, said = p.exp_().sub_(q.exp_()).topk(kept)
             shift.rise_NK[where_N[part], :kept] = rise.clamp_min(0)

@@ -12,9 +12,9 @@ from torch import Tensor
 from tunediff.models import LanguageModel, Start
 
 
-TILE = 128
-"""Tokens whose log-probabilities over the vocabulary are held at a time. A tile stays near the processor; those of a whole
-batch are hundreds of megabytes that take longer to go through than to compute."""
+TILE, BLOCK = 128, 16
+"""Rows of logits multiplied out at a time, and gone through at a time. Those of a whole batch are hundreds of megabytes, and
+going through them takes longer than computing them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,29 +36,36 @@ class Said:
         """(..., N, V)."""
         return *self.states_ND.shape[:-1], self.vocabulary
 
-    def logp(self, part: slice = slice(None)) -> Tensor:
-        """Log-probabilities (..., n, V) of some of the N tokens."""
-        # Whole, or torch multiplies row by row.
-        return self.model.logits(self.states_ND[..., part, :].contiguous())[..., : self.vocabulary].log_softmax(-1)
+    def logp(self) -> Tensor:
+        """Log-probabilities of all tokens (..., N, V)."""
+        return self._logits(slice(None)).log_softmax(-1)
+
+    def _logits(self, part: slice) -> Tensor:
+        # Contiguous, or torch multiplies row by row.
+        return self.model.logits(self.states_ND[..., part, :].contiguous())[..., : self.vocabulary]
+
+    def blocks(self, part: slice, size: int) -> Iterator[Tensor]:
+        """Log-probabilities (..., size, V) of some of the N tokens, `size` at a time."""
+        return (logits.log_softmax(-1) for logits in self._logits(part).split(size, -2))
 
 
-def logp_of(says: Tensor | Said, part: slice) -> Tensor:
-    """Some tokens' log-probabilities, from a table of all or from what makes them."""
-    return says.logp(part) if isinstance(says, Said) else says[..., part, :]
-
-
-def tiles(*says: Tensor | Said) -> Iterator[slice]:
-    """The N tokens of these in parts of about `TILE` log-probability rows each, leading axes counted."""
-    N, most = says[0].shape[-2], max(math.prod(s.shape[:-1]) for s in says)
-    size = max(1, TILE * N // max(1, most))
-    return (slice(i, i + size) for i in range(0, N, size))
+def blocks(*says: Tensor | Said) -> Iterator[tuple]:
+    """The N tokens in small parts: each a slice, and log-probabilities (..., n, V) there from tables or from what makes them."""
+    N, most = says[0].shape[-2], max(1, *(math.prod(s.shape[:-1]) for s in says))
+    tile, block = (max(1, size * N // most) for size in (TILE, BLOCK))
+    tile -= tile % block
+    for start in range(0, N, tile):
+        part = slice(start, min(start + tile, N))
+        found = [s.blocks(part, block) if isinstance(s, Said) else iter(s[..., part, :].split(block, -2)) for s in says]
+        for at, parts in zip(range(start, N, block), zip(*found)):
+            yield slice(at, min(at + block, part.stop)), *parts
 
 
 def kl_divergence(p: Tensor | Said, q: Tensor | Said) -> Tensor:
     """KL(p || q) in nat for each of N tokens (..., N), from log-probabilities (..., N, V); float32, never below 0. Leading
     axes are broadcast."""
-    parts = [_kl(logp_of(p, part), logp_of(q, part)) for part in tiles(p, q)]
-    return torch.cat(parts, -1) if parts else torch.zeros(0)
+    parts = [_kl(logp, logq) for _, logp, logq in blocks(p, q)]
+    return torch.cat(parts, -1) if parts else torch.zeros(torch.broadcast_shapes(p.shape[:-1], q.shape[:-1]))
 
 
 def _kl(logp_NV: Tensor, logq_NV: Tensor) -> Tensor:
