@@ -7,6 +7,7 @@ import tiny_models
 import torch
 
 from tunediff.errors import FamilyError
+from tunediff.matmuls import fast_matmul
 from tunediff.models import LanguageModel, Start
 from tunediff.sites import Site
 
@@ -20,7 +21,7 @@ def model(request) -> LanguageModel:
 
 
 def own(model: LanguageModel):
-    with torch.inference_mode():
+    with torch.inference_mode(), fast_matmul():
         return model.network(input_ids=IDS, output_hidden_states=True, use_cache=False)
 
 
@@ -42,7 +43,7 @@ def test_rows_that_begin_alike_share_that_beginnings_run(model, monkeypatch):
     assert model.shares_prefixes, "a network whose cache cannot be shared is to be named here"
     lengths = []
     forward = model._forward
-    monkeypatch.setattr(model, "_forward", lambda ids_BT, cache: (lengths.append(ids_BT.shape), forward(ids_BT, cache)))
+    monkeypatch.setattr(model, "_forward", lambda ids_BT, *rest, **named: (lengths.append(ids_BT.shape), forward(ids_BT, *rest, **named)))
     streams, states = model.streams_and_states(ids, [Site(0), Site(1)])
     resumed = model.states(ids, Start(Site(1), streams[:, :, 1]))
     with model.writing(Site(0), lambda stream: stream):
@@ -55,6 +56,27 @@ def test_rows_that_begin_alike_share_that_beginnings_run(model, monkeypatch):
     changed = model.states(ids, Start(Site(1), streams[:, :, 1]))
     assert lengths[-1] != (3, 17) and not torch.allclose(changed[1, 5:], whole[1, 5:], atol=1e-4)
     torch.testing.assert_close(changed[0], whole[0], rtol=1e-4, atol=1e-5)
+    model.shares_prefixes = False
+
+
+def test_rows_of_which_some_begin_alike_are_run_as_few(model, monkeypatch):
+    """Two answers to one prompt, a row of its own, padding: nothing is run twice, and nothing that nobody asks for."""
+    ids = torch.cat([IDS, torch.cat([IDS[:2, :12], IDS[:2, :5]], 1)])
+    wanted = torch.ones_like(ids, dtype=torch.bool)
+    wanted[2, 10:] = False
+    whole = model.states(ids)
+    model.check_reading(IDS)
+    runs = []
+    forward = model._forward
+    monkeypatch.setattr(model, "_forward", lambda ids_BT, *rest, **named: (runs.append(ids_BT.numel()), forward(ids_BT, *rest, **named)))
+    streams, states = model.streams_and_states(ids, [Site(1)], wanted_BT=wanted)
+    assert runs[-1] == 54 and ids.numel() == 85
+    torch.testing.assert_close(states[wanted], whole[wanted], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model.states(ids, Start(Site(1), streams[:, :, 0]), wanted)[wanted], whole[wanted], rtol=1e-4, atol=1e-5)
+    streams = streams.clone()
+    streams[3, 4, 0] += 1e-4  # however small: rows are one only as long as they are the same
+    moved = model.states(ids, Start(Site(1), streams[:, :, 0]), wanted)
+    assert runs[-1] > runs[-2] and not torch.equal(moved[3, 4:], moved[0, 4:])
     model.shares_prefixes = False
 
 

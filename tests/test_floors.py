@@ -15,9 +15,9 @@ SOURCE = ROOT / "src"
 PACKAGE = "tunediff"
 
 FLOORS = [
-    ("ground", "errors axes chance artifacts variants"),
+    ("ground", "errors axes chance artifacts matmuls variants"),
     ("waist", "sites changes results"),
-    ("models", "corpora families models pairs embedded"),
+    ("models", "corpora families folds models accounts pairs embedded"),
     ("harvest", "measures harvests contrasts lenses samples"),
     ("dicts", "dictionaries kernels gates fitting"),
     ("finders", "finders signals attributions rankings latent_scaling scans calibrations"),

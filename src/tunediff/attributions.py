@@ -10,8 +10,8 @@ from torch import Tensor
 
 from tunediff.axes import BASE, TUNED
 from tunediff.changes import Change
-from tunediff.measures import kl_divergence, log_probabilities
-from tunediff.models import LanguageModel, Start
+from tunediff.measures import Said, blocks, kl_divergence
+from tunediff.models import Start
 from tunediff.pairs import Pair
 from tunediff.samples import Sample
 from tunediff.sites import Site
@@ -49,11 +49,12 @@ def output_shift(pair: Pair, site: Site, sample: Sample, batch_tokens: int) -> S
     """The move at the sample's scored tokens; runs only the blocks above `site`."""
     shift = Shift.none(len(sample.row_N))
     kept = min(SAID, pair.vocabulary)
-    for where_N, _, _, _, _, base, tuned, kl_N in _shifts(pair, site, sample, batch_tokens):
-        rise, said = (tuned.exp() - base.exp()).topk(kept)
-        shift.kl_N[where_N] = kl_N
-        shift.rise_NK[where_N, :kept] = rise.clamp_min(0)
-        shift.said_NK[where_N, :kept] = said.int()
+    for where_N, _, _, _, _, base, tuned in _shifts(pair, site, sample, batch_tokens):
+        for part, q, p in blocks(base, tuned):
+            shift.kl_N[where_N[part]] = kl_divergence(p, q)
+            rise, said = p.exp_().sub_(q.exp_()).topk(kept)
+            shift.rise_NK[where_N[part], :kept] = rise.clamp_min(0)
+            shift.said_NK[where_N[part], :kept] = said.int()
     return shift
 
 
@@ -68,33 +69,31 @@ def removed(pair: Pair, changes: Sequence[Change], f_NK: Tensor, sample: Sample,
         if site.kind != "resid":
             continue  # runs start from streams only
         mine = [k for k, change in enumerate(changes) if change.sites[-1] == site]
-        for _, ids_BT, at_BT, chosen_BT, stream_BTMD, base, _, kl in _shifts(pair, site, sample, batch_tokens):
-            kl_N[at_BT[chosen_BT]] = kl
+        for where_N, ids_BT, at_BT, chosen_BT, stream_BTMD, base, tuned in _shifts(pair, site, sample, batch_tokens):
+            base = base.logp()  # asked for again and again
+            kl_N[where_N] = kl_divergence(tuned, base)
             f_BTK = f_NK[at_BT.clamp_min(0)] * (at_BT >= 0)[..., None]
-            row_of_kl = chosen_BT.nonzero()[:, 0]
             for k in mine:
-                on_B = f_BTK[..., k].any(1) & chosen_BT.any(1)
+                reached_BT = chosen_BT & ((f_BTK[..., k] != 0).cumsum(1) > 0)  # no position sees what comes after it
+                on_B = reached_BT.any(1)
                 if not on_B.any():
                     continue
                 write_D = changes[k].difference_SD[-1].float()
                 start = Start(site, stream_BTMD[on_B][:, :, TUNED] - f_BTK[on_B][..., k, None] * write_D)
-                edited = log_probabilities(pair.tuned, ids_BT[on_B], chosen_BT[on_B], pair.vocabulary, start)
-                these = on_B[row_of_kl]
-                less_NK[at_BT[on_B][chosen_BT[on_B]], k] = kl[these] - kl_divergence(edited, base[these])
+                edited = Said.at(pair.tuned, ids_BT[on_B], reached_BT[on_B], pair.vocabulary, start)
+                these_N = at_BT[reached_BT]
+                less_NK[these_N, k] = kl_N[these_N] - kl_divergence(edited, base[reached_BT[chosen_BT]])
     return kl_N, less_NK
 
 
 def _shifts(pair: Pair, site: Site, sample: Sample, batch_tokens: int) -> Iterator[tuple]:
     """For each batch: places of its scored tokens in the sample, ids, the place of each position (-1: padding), which
-    positions are scored, both streams at `site`, both log-probabilities and KL(tuned || base) at scored tokens."""
+    positions are scored, both streams at `site`, and what both models say at scored tokens."""
     s = sample.sites.index(site)
     for batch in sample.batches(batch_tokens):
         at_BT = sample.places(batch)
         stream_BTMD = sample.streams_NSMD[:, s][at_BT.clamp_min(0)]
         chosen_BT = sample.scored_N[at_BT.clamp_min(0)] & batch.mask_BT
-
-        def logp(model: LanguageModel, m: int) -> Tensor:
-            return log_probabilities(model, batch.ids_BT, chosen_BT, pair.vocabulary, Start(site, stream_BTMD[:, :, m]))
-
-        base, tuned = logp(pair.base, BASE), logp(pair.tuned, TUNED)
-        yield at_BT[chosen_BT], batch.ids_BT, at_BT, chosen_BT, stream_BTMD, base, tuned, kl_divergence(tuned, base)
+        base, tuned = (Said.at(model, batch.ids_BT, chosen_BT, pair.vocabulary, Start(site, stream_BTMD[:, :, m]))
+                       for m, model in ((BASE, pair.base), (TUNED, pair.tuned)))
+        yield at_BT[chosen_BT], batch.ids_BT, at_BT, chosen_BT, stream_BTMD, base, tuned

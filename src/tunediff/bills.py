@@ -11,8 +11,8 @@ from torch import Tensor
 from tunediff.chance import bootstrap_ratio, numpy_generator
 from tunediff.changes import Change
 from tunediff.edits import Edit, EditSettings, input_moments, random_directions, reverting, scaling
-from tunediff.measures import by_document, kl_divergence, log_probabilities
-from tunediff.models import LanguageModel
+from tunediff.measures import Said, blocks, by_document, kl_divergence
+from tunediff.models import LanguageModel, Start
 from tunediff.pairs import Pair
 from tunediff.samples import Sample, batches_of
 from tunediff.results import Bill, Measure
@@ -158,19 +158,24 @@ def _divergences(pair: Pair, sides: dict[str, LanguageModel], sample: Sample, ma
         document_N = torch.tensor([sample.tokens.document_R[r] for r in batch.rows_B.tolist()])[:, None].expand_as(chosen)[chosen]
         documents = sorted(set(document_N.tolist()))
 
-        start = pair.common_start(batch.ids_BT)  # edits only touch what tuning touched
+        start = pair.common_start(batch.ids_BT, wanted_BT=chosen)  # edits only touch what tuning touched
 
-        def logp(model: LanguageModel) -> Tensor:
-            return log_probabilities(model, batch.ids_BT, chosen, pair.vocabulary, start)
+        def said(model: LanguageModel, start: Start | None = start) -> Said:
+            return Said.at(model, batch.ids_BT, chosen, pair.vocabulary, start)
 
-        base, tuned = logp(pair.base), logp(pair.tuned)
-        whole = by_document(kl_divergence(tuned, base), document_N, documents)
+        base_start, tuned_start = sample.starts(batch)
+        base, tuned = said(pair.base, base_start or start), said(pair.tuned, tuned_start or start)
+        edited = [said(model) for model in sides.values()]
+        whole_N, kl_N = torch.zeros(len(document_N)), {side: torch.zeros(len(document_N)) for side in sides}
+        for part, q, p, *others in blocks(base, tuned, *edited):
+            whole_N[part] = kl_divergence(p, q)
+            for side, logp in zip(sides, others):
+                kl_N[side][part] = kl_divergence(logp, q) if name == "removed" else kl_divergence(p, logp)
+        whole = by_document(whole_N, document_N, documents)
         for place, document in enumerate(documents):
             bottom[document] = bottom.get(document, 0.0) + (whole.tokens[place] if name == "cost" else whole.nats[place])
-        for side, model in sides.items():
-            edited = logp(model)
-            kl_N = kl_divergence(edited, base) if name == "removed" else kl_divergence(tuned, edited)
-            found = by_document(kl_N, document_N, documents)
+        for side in sides:
+            found = by_document(kl_N[side], document_N, documents)
             for place, document in enumerate(documents):
                 value = found.nats[place] if name == "cost" else whole.nats[place] - found.nats[place]
                 top[side][document] = top[side].get(document, 0.0) + value

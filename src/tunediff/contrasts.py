@@ -16,7 +16,7 @@ from torch import Tensor
 from tunediff.axes import MODELS
 from tunediff.corpora import Corpus, Document, Tokens
 from tunediff.errors import CorpusError, within
-from tunediff.measures import kl_divergence
+from tunediff.measures import Said, kl_divergence
 from tunediff.pairs import Pair
 
 PROMPT_TOKENS = 512
@@ -107,9 +107,7 @@ def first_word_divergence(pair: Pair, tokens: Tokens) -> Tensor:
     for batch in tokens.batches(BATCH_TOKENS):
         last_BT = torch.zeros_like(batch.mask_BT)
         last_BT[torch.arange(len(last_BT)), batch.mask_BT.sum(1) - 1] = True
-        base_BTD, start = pair.base_states(batch.ids_BT)
-        tuned_BTD = pair.tuned.states(batch.ids_BT, start)
-        base, tuned = (m.logits(states[last_BT])[..., : pair.vocabulary].log_softmax(-1)
-                       for m, states in ((pair.base, base_BTD), (pair.tuned, tuned_BTD)))
+        base_BTD, tuned_BTD, _ = pair.both_states(batch.ids_BT, wanted_BT=last_BT)
+        base, tuned = (Said(m, states[last_BT], pair.vocabulary) for m, states in ((pair.base, base_BTD), (pair.tuned, tuned_BTD)))
         kl_R[batch.rows_B] = kl_divergence(tuned, base).cpu()
     return kl_R

@@ -15,8 +15,13 @@ which insert facts; here the target is base's own map, so nothing is to be inser
 from __future__ import annotations
 
 from contextlib import contextmanager
+<<<<<<< HEAD
 from dataclasses import dataclass, replace
 from typing import Callable, Iterator, Mapping, Sequence
+=======
+from dataclasses import dataclass
+from typing import Any, Callable, Iterator, Mapping, Sequence
+>>>>>>> main
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +29,7 @@ from torch import Tensor, nn
 from tunediff.chance import generator
 from tunediff.corpora import Tokens
 from tunediff.errors import within
-from tunediff.models import LanguageModel
+from tunediff.models import LanguageModel, Watch
 from tunediff.pairs import Delta, Pair, counterparts
 
 
@@ -91,50 +96,54 @@ def input_moments(
 
     on_CR   for each way and row, how much each of the row's tokens counts as on (0..1), shape (T of the row,)
     """
-    names = {id(delta.linear): delta.name for delta in deltas}
-    total: dict[str, Tensor] = {}
-    on: list[dict[str, Tensor]] = [{} for _ in on_CR]
+    names = {delta.linear: delta.name for delta in deltas}
+    ways = len(on_CR)
+    sums: dict[str, Tensor] = {}
     # Maps that read the very same tensor (query, key, value) share their products.
-    seen: dict[int, tuple[Tensor, str]] = {}
+    last: list[tuple[Tensor, str]] = []
     reads: dict[str, str] = {}
-    mask_BT: list[Tensor] = []
-    weights_CN: list[Tensor] = []
+    cells: list[Any] = [None, []]
 
-    def hook(module: nn.Module, arguments: tuple) -> None:
-        x_BTI = arguments[0]
-        name = names[id(module)]
-        if id(x_BTI) in seen:
-            reads[name] = seen[id(x_BTI)][1]
+    def see(module: nn.Module, x_BTI: Tensor, seen_BT: Tensor, weight_CN: Tensor) -> None:
+        name = names[module]
+        if last and last[0][0] is x_BTI:
+            reads[name] = last[0][1]
             return
-        seen[id(x_BTI)] = (x_BTI, name)  # holds the tensor, so that its id stays its own
-        x_NI = x_BTI[mask_BT[0]].float()
-        _add(total, name, x_NI.T @ x_NI)
-        for sums, weight_N in zip(on, weights_CN):
-            chosen = weight_N > 0
-            x_on = x_NI[chosen]
-            _add(sums, name, (x_on * weight_N[chosen, None]).T @ x_on)
+        last[:] = [(x_BTI, name)]
+        x_NI = x_BTI[seen_BT].float()
+        if cells[0] is not weight_CN:
+            cells[:] = [weight_CN, _cells(weight_CN)]
+        for which, mass_N in cells[1]:
+            some = mass_N > 0
+            x = x_NI[some] * mass_N[some, None].sqrt().to(x_NI)
+            sums.setdefault(name, x.new_zeros(ways + 1, x.shape[1], x.shape[1]))
+            product_II = x.T @ x
+            for c in which:
+                sums[name][c] += product_II
 
-    handles = [delta.linear.register_forward_pre_hook(hook) for delta in deltas]
-    try:
-        for batch in tokens.batches(batch_tokens):
-            rows = batch.rows_B.tolist()
-            mask_BT[:] = [batch.mask_BT]
-            weights_CN[:] = [torch.cat([on_R[row] for row in rows]).float() for on_R in on_CR]
-            seen.clear()
-            model.states(batch.ids_BT)
-    finally:
-        for handle in handles:
-            handle.remove()
+    for batch in tokens.batches(batch_tokens):
+        weight_BTC = torch.zeros(*batch.mask_BT.shape, ways + 1)
+        weight_BTC[..., ways] = batch.mask_BT.float()
+        for c, on_R in enumerate(on_CR):
+            for b, row in enumerate(batch.rows_B.tolist()):
+                weight_BTC[b, : len(on_R[row]), c] = on_R[row]
+        last.clear()
+        model.read(batch.ids_BT, (), True, wanted_BT=batch.mask_BT, watch=Watch(list(names), weight_BTC, see))
     # Maps that share their inputs get the very same object, so that their M is solved for once.
-    shared = [{name: Moments(sums[name], total[name] - sums[name]) for name in total} for sums in on]
+    shared = [{name: Moments(s[c], s[ways] - s[c]) for name, s in sums.items()} for c in range(ways)]
     return [{d.name: moments[reads.get(d.name, d.name)] for d in deltas} for moments in shared]
 
 
-def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
-    if name in sums:
-        sums[name] += value
-    else:
-        sums[name] = value.clone()
+def _cells(weight_CN: Tensor) -> list[tuple[list[int], Tensor]]:
+    """Weights as sets of ways that count alike and how much so at each token (N,): each token is then multiplied out about
+    once, not once for each way."""
+    cells: dict[tuple[int, ...], Tensor] = {}
+    levels_CN, order_CN = weight_CN.sort(0, descending=True)
+    for c, step_N in enumerate(levels_CN - torch.cat([levels_CN[1:], torch.zeros_like(levels_CN[:1])])):
+        sets_NC = order_CN[: c + 1].sort(0).values.T
+        for which in sets_NC[step_N > 0].unique(dim=0):
+            cells.setdefault(tuple(which.tolist()), torch.zeros_like(step_N)).add_(step_N * (sets_NC == which).all(1))
+    return [(list(which), mass_N) for which, mass_N in cells.items()]
 
 
 def revert_map(moments: Moments, settings: EditSettings) -> Callable[[Tensor], Tensor]:

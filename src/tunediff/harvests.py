@@ -47,9 +47,11 @@ class HarvestSettings:
                                expected="abnormal > 1, batch_tokens and shard_tokens >= 1")
 
 
-def noise_floor(model: LanguageModel, ids_BT: Tensor, mask_BT: Tensor, sites: Sequence[Site]) -> Tensor:
-    """Mean squared length (S,) of the difference between two runs of one model that only differ in batch shape."""
-    together = model.streams(ids_BT, sites).float()
+def noise_floor(model: LanguageModel, ids_BT: Tensor, mask_BT: Tensor, sites: Sequence[Site],
+                together: Tensor | None = None) -> Tensor:
+    """Mean squared length (S,) of the difference between two runs of one model that only differ in batch shape: all rows
+    `together` (B, T, S, D), if that run has been made already, and each alone."""
+    together = model.streams(ids_BT, sites).float() if together is None else together
     alone = torch.cat([model.streams(ids_BT[i : i + 1], sites).float() for i in range(len(ids_BT))])
     return ((together - alone).pow(2).sum(-1))[mask_BT].mean(0)
 
@@ -258,8 +260,8 @@ def _calibrate(pair: Pair, batches: list, sites: Sequence[Site]) -> tuple[Tensor
     """Median stream norms (S, M) and the noise floor (S,) on the first rows; the same on every resume."""
     batch = batches[len(batches) // 2]
     ids, mask = batch.ids_BT[:8], batch.mask_BT[:8]
-    streams = pair.both_streams(ids, sites)[mask].float().cpu()
-    return streams.norm(dim=-1).median(0).values, noise_floor(pair.base, ids, mask, sites).cpu()
+    streams = pair.both_streams(ids, sites, mask).float()
+    return streams[mask].cpu().norm(dim=-1).median(0).values, noise_floor(pair.base, ids, mask, sites, streams[:, :, :, BASE]).cpu()
 
 
 def _shard(pair, group, sites, settings, median_SM, repeated_R, document_R, held_D, tokens) -> dict[str, Tensor]:
@@ -270,7 +272,7 @@ def _shard(pair, group, sites, settings, median_SM, repeated_R, document_R, held
         row_BT = rows_B[:, None].expand_as(batch.ids_BT)
         position_BT = torch.arange(mask.shape[1])[None].expand_as(batch.ids_BT)
         document_N = document_R[row_BT[mask]]
-        streams = pair.both_streams(batch.ids_BT, sites)[mask].float().cpu()
+        streams = pair.both_streams(batch.ids_BT, sites, mask)[mask].float().cpu()
         finite_NSM = torch.isfinite(streams).all(-1)
         if not finite_NSM.all():
             n, s, m = (~finite_NSM).nonzero()[0].tolist()

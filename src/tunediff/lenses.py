@@ -14,13 +14,15 @@ import torch
 from torch import Tensor
 
 from tunediff.artifacts import finish, is_finished, key_of, open_folder, read_tensors, write_tensors
+from tunediff.axes import BASE
 from tunediff.errors import ArtifactError, NumericsError
 from tunediff.models import LanguageModel
 from tunediff.pairs import fingerprint
 from tunediff.sites import Site
 
 if TYPE_CHECKING:
-    from tunediff.corpora import Tokens
+    from tunediff.corpora import Batch, Tokens
+    from tunediff.samples import Sample
 
 SCHEMA = "tunediff.lens/1"
 
@@ -55,19 +57,20 @@ class Lens:
 
 def fit_lens(
     model: LanguageModel, tokens: "Tokens", sites: Sequence[Site], folder: Path, *, ridge: float = 0.01,
-    batch_tokens: int = 2048, abnormal: float = 6.0,
+    batch_tokens: int = 2048, abnormal: float = 6.0, sample: "Sample | None" = None,
 ) -> Lens:
     """Ridge regression from the stream at each site to the final normed state, on `tokens`' training documents.
 
     ridge      added to the diagonal, as a share of its mean: more blurs the read-out, less overfits
     abnormal   tokens with a stream norm above this multiple of the median are left out
+    sample     these tokens' streams from a harvest, if there is one: runs then go on from them
 
     Every eighth batch, from the second on, is kept for the R^2. Skips what is finished in `folder`; raises
     `ArtifactError` if that is a lens of another model, text or setting, `NumericsError` on non-finite streams.
     """
     sites = tuple(sorted(set(sites)))
     key = key_of(SCHEMA, fingerprint(model.network, adapters=False), tokens.fingerprint, list(map(str, sites)),
-                 ridge, batch_tokens, abnormal)
+                 ridge, batch_tokens, abnormal, sample is not None)
     if is_finished(folder):
         manifest = open_folder(folder, SCHEMA)
         if manifest["key"] != key:
@@ -80,8 +83,16 @@ def fit_lens(
     cross = torch.zeros_like(gram)
     sums = torch.zeros(2, len(sites), width, dtype=torch.float64)
     count, kept = 0, []
-    for number, batch in enumerate(tokens.select("train").batches(batch_tokens)):
-        x_NSD, y_ND = (taken[batch.mask_BT].cpu().double() for taken in model.streams_and_states(batch.ids_BT, sites))
+
+    def read(batch: Batch) -> tuple[Tensor, Tensor]:
+        start, _ = sample.starts(batch) if sample else (None, None)
+        if start is None:
+            return model.streams_and_states(batch.ids_BT, sites)
+        at = [sample.sites.index(site) for site in sites]
+        return sample.streams_NSMD[sample.places(batch).clamp_min(0)][:, :, at, BASE], model.states(batch.ids_BT, start, batch.mask_BT)
+
+    for number, batch in enumerate(sample.batches(batch_tokens) if sample else tokens.select("train").batches(batch_tokens)):
+        x_NSD, y_ND = (taken[batch.mask_BT].cpu().double() for taken in read(batch))
         if not (torch.isfinite(x_NSD).all() and torch.isfinite(y_ND).all()):
             raise NumericsError(f"a stream of {model.name} holds NaN or infinite values", expected="finite streams",
                                 remedy="--set pair.dtype=float32")

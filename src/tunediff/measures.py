@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Sequence
+from typing import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -11,17 +12,71 @@ from torch import Tensor
 from tunediff.models import LanguageModel, Start
 
 
-def kl_divergence(logp_NV: Tensor, logq_NV: Tensor) -> Tensor:
-    """KL(p || q) in nat for each of N tokens, from log-probabilities; float32, never below 0."""
-    return (logp_NV.exp() * (logp_NV - logq_NV)).sum(-1).clamp_min(0)
+TILE, BLOCK = 128, 16
+"""Rows of logits multiplied out at a time, and gone through at a time. Those of a whole batch are hundreds of megabytes, and
+going through them takes longer than computing them."""
+
+
+@dataclass(frozen=True, eq=False)
+class Said:
+    """What a model says at tokens (..., N): their final states, and log-probabilities over the first ``vocabulary`` tokens
+    made where they are looked at."""
+
+    model: LanguageModel
+    states_ND: Tensor
+    vocabulary: int
+
+    @classmethod
+    def at(cls, model: LanguageModel, ids_BT: Tensor, chosen_BT: Tensor, vocabulary: int, start: Start | None = None) -> "Said":
+        """What it says at the chosen positions of a run, in row-major order."""
+        return cls(model, model.states(ids_BT, start, chosen_BT)[chosen_BT], vocabulary)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(..., N, V)."""
+        return *self.states_ND.shape[:-1], self.vocabulary
+
+    def logp(self) -> Tensor:
+        """Log-probabilities of all tokens (..., N, V)."""
+        return self._logits(slice(None)).log_softmax(-1)
+
+    def _logits(self, part: slice) -> Tensor:
+        # Contiguous, or torch multiplies row by row.
+        return self.model.logits(self.states_ND[..., part, :].contiguous())[..., : self.vocabulary]
+
+    def blocks(self, part: slice, size: int) -> Iterator[Tensor]:
+        """Log-probabilities (..., size, V) of some of the N tokens, `size` at a time."""
+        return (logits.log_softmax(-1) for logits in self._logits(part).split(size, -2))
+
+
+def blocks(*says: Tensor | Said) -> Iterator[tuple]:
+    """The N tokens in small parts: each a slice, and log-probabilities (..., n, V) there from tables or from what makes them."""
+    N, most = says[0].shape[-2], max(1, *(math.prod(s.shape[:-1]) for s in says))
+    tile, block = (max(1, size * N // most) for size in (TILE, BLOCK))
+    tile -= tile % block
+    for start in range(0, N, tile):
+        part = slice(start, min(start + tile, N))
+        found = [s.blocks(part, block) if isinstance(s, Said) else iter(s[..., part, :].split(block, -2)) for s in says]
+        for at, parts in zip(range(start, N, block), zip(*found)):
+            yield slice(at, min(at + block, part.stop)), *parts
+
+
+def kl_divergence(p: Tensor | Said, q: Tensor | Said) -> Tensor:
+    """KL(p || q) in nat for each of N tokens (..., N), from log-probabilities (..., N, V); float32, never below 0. Leading
+    axes are broadcast."""
+    parts = [_kl(logp, logq) for _, logp, logq in blocks(p, q)]
+    return torch.cat(parts, -1) if parts else torch.zeros(torch.broadcast_shapes(p.shape[:-1], q.shape[:-1]))
+
+
+def _kl(logp_NV: Tensor, logq_NV: Tensor) -> Tensor:
+    return (logp_NV - logq_NV).mul_(logp_NV.exp()).sum(-1).clamp_min(0)
 
 
 def log_probabilities(
     model: LanguageModel, ids_BT: Tensor, chosen_BT: Tensor, vocabulary: int, start: Start | None = None
 ) -> Tensor:
     """Next-token log-probabilities (N, V) at the chosen positions of a run, over the first `vocabulary` tokens."""
-    states_BTD = model.states(ids_BT, start)
-    return model.logits(states_BTD[chosen_BT])[..., :vocabulary].log_softmax(-1)
+    return Said.at(model, ids_BT, chosen_BT, vocabulary, start).logp()
 
 
 @dataclass(frozen=True)

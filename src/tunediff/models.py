@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Callable, Iterator, Mapping, Sequence
 
 import torch
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from tunediff import variants
 from tunediff.errors import FamilyError, NumericsError
 from tunediff.families.base import Family
+from tunediff.folds import Fold
+from tunediff.matmuls import fast_matmul
 from tunediff.sites import Site
 
 
@@ -64,6 +66,19 @@ class Start:
     def part(self, rows: slice, positions: slice) -> "Start":
         """The start of some rows' and positions' run."""
         return Start(self.site, self.stream_BTD[rows, positions])
+
+
+@dataclass(frozen=True, eq=False)
+class Watch:
+    """Who looks at the inputs of some modules in a run, each position with weights. Positions that share the run of one come
+    once, with their weights summed.
+
+    see   told the module, its inputs (B, T, I), which positions have a weight (B, T), and these weights (C, N)
+    """
+
+    modules: Sequence[nn.Module]
+    weight_BTC: Tensor
+    see: Callable[[nn.Module, Tensor, Tensor, Tensor], None]
 
 
 SHORTEST_PREFIX = 8
@@ -129,14 +144,14 @@ class LanguageModel:
 
     @contextmanager
     def _running(self) -> Iterator[ExitStack]:
-        with torch.inference_mode(), self.switch(), ExitStack() as stack:
+        with torch.inference_mode(), fast_matmul(self.device), self.switch(), ExitStack() as stack:
             yield stack
 
-    def _forward(self, ids_BT: Tensor, cache: Any = None) -> None:
+    def _forward(self, ids_BT: Tensor, cache: Any = None, **named: Tensor) -> None:
         """One run whose outputs are taken by hooks; it ends early where a hook says so. `cache` is read and added to."""
         kept = {"use_cache": False} if cache is None else {"use_cache": True, "past_key_values": cache}
         try:
-            self.network(input_ids=ids_BT.to(self.device), **kept)
+            self.network(input_ids=ids_BT.to(self.device), **kept, **named)
         except _Stop:
             pass
 
@@ -172,40 +187,74 @@ class LanguageModel:
             block.forward = skip
             stack.callback(delattr, block, "forward")
 
-    def streams(self, ids_BT: Tensor, sites: Sequence[Site], start: "Start | None" = None) -> Tensor:
+    def streams(self, ids_BT: Tensor, sites: Sequence[Site], start: "Start | None" = None,
+                wanted_BT: Tensor | None = None) -> Tensor:
         """What the sites hold, (B, T, S, D) in the model's dtype; the run stops after the last site's block.
 
-        start   begin from a known stream instead of the tokens; sites at or below it are not to be had
+        start       begin from a known stream instead of the tokens; sites at or below it are not to be had
+        wanted_BT   positions whose values will be used, all if None; others may hold anything
         """
-        return self._read(ids_BT, sites, False, start)[0]
+        return self.read(ids_BT, sites, False, start, wanted_BT)[0]
 
-    def states(self, ids_BT: Tensor, start: "Start | None" = None) -> Tensor:
-        """The final normed states (B, T, D), which `logits` maps to logits; `start` as in `streams`."""
-        return self._read(ids_BT, (), True, start)[1]
+    def states(self, ids_BT: Tensor, start: "Start | None" = None, wanted_BT: Tensor | None = None) -> Tensor:
+        """The final normed states (B, T, D), which `logits` maps to logits; `start` and `wanted_BT` as in `streams`."""
+        return self.read(ids_BT, (), True, start, wanted_BT)[1]
 
-    def streams_and_states(self, ids_BT: Tensor, sites: Sequence[Site], start: "Start | None" = None) -> tuple[Tensor, Tensor]:
+    def streams_and_states(self, ids_BT: Tensor, sites: Sequence[Site], start: "Start | None" = None,
+                           wanted_BT: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Both of what `streams` and `states` give, from one run."""
-        return self._read(ids_BT, sites, True, start)
+        return self.read(ids_BT, sites, True, start, wanted_BT)
 
-    def _read(self, ids_BT: Tensor, sites: Sequence[Site], final: bool, start: "Start | None") -> tuple:
-        """One run; what all rows begin with (a chat's system prompt) is run once, and its keys and values kept."""
+    def read(self, ids_BT: Tensor, sites: Sequence[Site], final: bool, start: "Start | None" = None,
+             wanted_BT: Tensor | None = None, watch: Watch | None = None) -> tuple[Tensor | None, Tensor | None]:
+        """Streams at the sites, if any, and final normed states, if `final`, from one run.
+
+        What all rows begin with (a chat's system prompt) is run once and its keys and values kept; of the rest, what some
+        rows begin with is run once too.
+        """
         ids_BT = ids_BT.to(self.device)
         with self._running():
+            if not self._may_share():
+                return self._pass(ids_BT, sites, final, start, watch=watch)
             length = self._common_prefix(ids_BT, start)
-            if not length:
-                return self._pass(ids_BT, sites, final, start)
-            head, cache = self._prefix(ids_BT[0, :length], len(ids_BT), sites, final, start)
-            tail = self._pass(ids_BT[:, length:], sites, final, start and start.part(slice(None), slice(length, None)), cache)
-            return tuple(None if h is None else torch.cat([h.expand(len(ids_BT), *h.shape[1:]), t], 1)
-                         for h, t in zip(head, tail))
+            rest = slice(length, None)
+            tail_BT, start_tail = ids_BT[:, rest], start and start.part(slice(None), rest)
+            fold = None
+            if ids_BT.shape[1] <= self._window:  # a fold's mask is the same in every block
+                fold = Fold.of(tail_BT, start_tail and start_tail.stream_BTD, None if wanted_BT is None else wanted_BT[:, rest])
+            if fold:
+                tail_BT = fold.pack(tail_BT)
+                start_tail = start_tail and Start(start.site, fold.pack(start_tail.stream_BTD))
+            at_head = at_tail = watch
+            if watch:
+                at_head, weight_BTC = replace(watch, weight_BTC=watch.weight_BTC[:, :length].sum(0, True)), watch.weight_BTC[:, rest]
+                at_tail = replace(watch, weight_BTC=fold.total(weight_BTC) if fold else weight_BTC)
+            head, cache = self._prefix(ids_BT[0, :length], len(tail_BT), sites, final, start, at_head) if length else ((), None)
+            tail = self._pass(tail_BT, sites, final, start_tail, cache, fold, length, at_tail)
+            if fold:
+                tail = tuple(None if t is None else fold.unpack(t) for t in tail)
+            return tail if not length else tuple(
+                None if h is None else torch.cat([h.expand(len(ids_BT), *h.shape[1:]), t], 1) for h, t in zip(head, tail))
+
+    @property
+    def _window(self) -> float:
+        """How far back every block sees."""
+        return getattr(self.network.config.get_text_config(decoder=True), "sliding_window", None) or float("inf")
+
+    def _may_share(self) -> bool:
+        """Whether rows may share the run of a beginning: who hooks into a network may count on whole rows."""
+        if not self.shares_prefixes:
+            return False
+        hooks = (hook for m in self._modules for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values()))
+        return all(getattr(hook, "__module__", "").startswith("transformers.") for hook in hooks)
 
     def _prefix(self, ids_P: Tensor, rows: int, sites: Sequence[Site] = (), final: bool = False,
-                start: "Start | None" = None) -> tuple[tuple, Any]:
+                start: "Start | None" = None, watch: Watch | None = None) -> tuple[tuple, Any]:
         """What a run gives on a beginning that `rows` rows share, and the keys and values to go on from in each."""
         from transformers import DynamicCache
 
         cache = DynamicCache(config=self.network.config)
-        head = self._pass(ids_P[None], sites, final, start and start.part(slice(0, 1), slice(0, len(ids_P))), cache)
+        head = self._pass(ids_P[None], sites, final, start and start.part(slice(0, 1), slice(0, len(ids_P))), cache, watch=watch)
         for layer in range(start.site.layer + 1 if start else 0):  # masks and positions are made from every layer's length
             nothing = torch.zeros(1, 1, len(ids_P), 1, dtype=next(self.module.parameters()).dtype, device=self.device)
             cache.update(nothing, nothing, layer)
@@ -214,11 +263,8 @@ class LanguageModel:
 
     def _common_prefix(self, ids_BT: Tensor, start: "Start | None") -> int:
         """How many leading positions are the same in all rows, streams to start from included; 0 where it does not pay."""
-        if not self.shares_prefixes or len(ids_BT) < 2:
+        if len(ids_BT) < 2:
             return 0
-        hooks = (hook for m in self._modules for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values()))
-        if any(not getattr(hook, "__module__", "").startswith("transformers.") for hook in hooks):
-            return 0  # who hooks into a network may count on whole rows
         same_T = (ids_BT == ids_BT[0]).all(0)
         if start is not None:
             # Equal up to the rounding of what is kept in float16.
@@ -227,8 +273,13 @@ class LanguageModel:
         length = min(int(same_T.long().cumprod(0).sum()), ids_BT.shape[1] - 1)
         return length if length >= SHORTEST_PREFIX else 0
 
-    def _pass(self, ids_BT: Tensor, sites: Sequence[Site], final: bool, start: "Start | None", cache: Any = None) -> tuple:
+    def _pass(self, ids_BT: Tensor, sites: Sequence[Site], final: bool, start: "Start | None", cache: Any = None,
+              fold: Fold | None = None, before: int = 0, watch: Watch | None = None) -> tuple:
         """Streams at the sites and, if `final`, final normed states; None for what is not asked for."""
+        named = {} if fold is None else {
+            "position_ids": fold.position_CL.to(self.device) + before,
+            "attention_mask": fold.mask(next(self.module.parameters()).dtype, before).to(self.device),
+        }
         found: dict[Site, Tensor] = {}
         taken: list[Tensor] = []
         with ExitStack() as stack:
@@ -241,9 +292,18 @@ class LanguageModel:
                         raise _Stop
 
                 self._hook(stack, self._module_at(site), hook)
+            if watch:
+                seen_BT = (watch.weight_BTC != 0).any(-1).to(self.device)
+                weight_CN = watch.weight_BTC[seen_BT.cpu()].T
+
+                def look(module: nn.Module, arguments: tuple) -> None:
+                    watch.see(module, arguments[0], seen_BT, weight_CN)
+
+                for module in watch.modules:
+                    stack.callback(module.register_forward_pre_hook(look).remove)
             if final:
                 self._take_final(stack, taken)
-            self._forward(ids_BT, cache)
+            self._forward(ids_BT, cache, **named)
         return torch.stack([found[site] for site in sites], dim=2) if sites else None, taken[0] if final else None
 
     def _returns_tuple(self, block: nn.Module) -> bool:
@@ -299,8 +359,12 @@ class LanguageModel:
             )
 
     def _keeps_prefixes(self, ids_BT: Tensor, site: Site, tolerance: float) -> bool:
-        """Whether runs that share a prefix give what whole rows give, from the tokens and from a start."""
+        """Whether runs that share a prefix, and of the rest what some rows begin with, give what whole rows give, from the
+        tokens and from a start."""
         ids_BT = torch.cat([ids_BT[:1, :SHORTEST_PREFIX].expand(len(ids_BT), -1).to(ids_BT), ids_BT], 1)
+        other_BT = ids_BT.clone()
+        other_BT[:, -2:] = ids_BT[:, -2:].flip(1)
+        ids_BT = torch.cat([ids_BT, other_BT])
 
         def logits() -> Tensor:
             streams_BTSD, states_BTD = self.streams_and_states(ids_BT, [site])

@@ -217,27 +217,40 @@ class Pair:
         touched = [any(isinstance(m, kinds) for m in block.modules()) for block in self.base.blocks]
         return 0 if outside or True not in touched else touched.index(True)
 
-    def common_start(self, ids_BT: Tensor, sites: Sequence[Site] = ()) -> Start | None:
+    def common_start(self, ids_BT: Tensor, sites: Sequence[Site] = (), wanted_BT: Tensor | None = None) -> Start | None:
         """Where runs of tuned and of its variants may begin, from the stream that base has there too: above the blocks that
         tuning left alone; None where there are none, or a site to be read is not above them."""
         below = self._common_site(sites)
-        return below and Start(below, self.base.streams(ids_BT, [below])[:, :, 0])
+        return below and Start(below, self.base.streams(ids_BT, [below], wanted_BT=wanted_BT)[:, :, 0])
 
-    def base_states(self, ids_BT: Tensor) -> tuple[Tensor, Start | None]:
-        """Base's final normed states (B, T, D), and `common_start`, from one run."""
-        below = self._common_site(())
-        streams_BTSD, states_BTD = self.base.streams_and_states(ids_BT, [below] if below else [])
-        return states_BTD, below and Start(below, streams_BTSD[:, :, 0])
+    def both_streams(self, ids_BT: Tensor, sites: Sequence[Site], wanted_BT: Tensor | None = None) -> Tensor:
+        """Streams (B, T, S, M, D) of both models. Blocks below the first that tuning touched are run once, for both.
 
-    def both_streams(self, ids_BT: Tensor, sites: Sequence[Site]) -> Tensor:
-        """Streams (B, T, S, M, D) of both models. Blocks below the first that tuning touched are run once, for both."""
-        below = self._common_site(sites)
+        wanted_BT   positions whose values will be used, all if None; others may hold anything
+        """
+        return self._both(ids_BT, sites, False, wanted_BT)[0]
+
+    def both_states(self, ids_BT: Tensor, sites: Sequence[Site] = (), wanted_BT: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Base's and tuned's final normed states (B, T, D), and `both_streams` if sites are named, from one run of each."""
+        streams, base_BTD, tuned_BTD = self._both(ids_BT, sites, True, wanted_BT)
+        return base_BTD, tuned_BTD, streams
+
+    def _both(self, ids_BT: Tensor, sites: Sequence[Site], final: bool, wanted_BT: Tensor | None) -> tuple:
+        below = Site(self.common_blocks - 1) if self.common_blocks else None
+        base, base_states = self.base.read(ids_BT, [below, *sites] if below else sites, final, None, wanted_BT)
+        start = None
         if below:
-            got = self.base.streams(ids_BT, [below, *sites])
-            base, start = got[:, :, 1:], Start(below, got[:, :, 0])
-        else:
-            base, start = self.base.streams(ids_BT, sites), None
-        return torch.stack([base, self.tuned.streams(ids_BT, sites, start)], dim=3)
+            base, start = base[:, :, 1:], Start(below, base[:, :, 0])
+        own = [s for s, site in enumerate(sites) if not below or site.layer > below.layer]  # below, both are the same
+        tuned, tuned_states = base, None
+        if own or final:
+            streams, tuned_states = self.tuned.read(ids_BT, [sites[s] for s in own], final, start, wanted_BT)
+            if len(own) == len(sites):
+                tuned = streams
+            elif own:
+                tuned = base.clone()
+                tuned[:, :, own] = streams
+        return torch.stack([base, tuned], dim=3) if sites else None, base_states, tuned_states
 
     def _common_site(self, sites: Sequence[Site]) -> Site | None:
         common = self.common_blocks

@@ -76,7 +76,7 @@ class Ranking:
 
 def streams_of(model: LanguageModel, sample: Sample, runs: Sequence[tuple[Batch, Start | None]]) -> Tensor:
     """Another tuned side's streams (N, S, D) on a sample's tokens, its batches given with where they may begin."""
-    return _flat(sample, ((batch, model.streams(batch.ids_BT, sample.sites, start)) for batch, start in runs))
+    return _flat(sample, ((batch, model.streams(batch.ids_BT, sample.sites, start, batch.mask_BT)) for batch, start in runs))
 
 
 def _flat(sample: Sample, found: Iterable[tuple[Batch, Tensor]]) -> Tensor:
@@ -192,7 +192,7 @@ def rank(
     energy_K = energy_NK.sum(0)
     on_NK = few_f_NK != 0
     nulls = []
-    runs = [(batch, pair.common_start(batch.ids_BT, sample.sites)) for batch in few.batches(settings.batch_tokens)]
+    runs = [(batch, pair.common_start(batch.ids_BT, sample.sites, batch.mask_BT)) for batch in few.batches(settings.batch_tokens)]
     for draw in range(settings.nulls):
         other = streams_of(pair.random_tuned(seed_of(seed, "null", draw)), few, runs)
         nulls.append(most_energy((other - base_NSD)[keep], on_NK, constant_K))
@@ -202,7 +202,7 @@ def rank(
     scale_K = (score_K / energy_K).nan_to_num()
     document_N = few.document_N[keep]
 
-    both = ((batch, pair.both_streams(batch.ids_BT, depths)) for batch in few.batches(settings.batch_tokens))
+    both = ((batch, pair.both_streams(batch.ids_BT, depths, batch.mask_BT)) for batch in few.batches(settings.batch_tokens))
     profile_SK = [
         _share_along(few_f_NK, both_NSMD[keep, s : s + 1], half_N[here][keep], constant_K)
         for both_NSMD in ([_flat(few, both)] if depths else []) for s in range(len(depths))

@@ -10,6 +10,7 @@ from tunediff.axes import BASE, TUNED
 from tunediff.corpora import Tokens
 from tunediff.errors import within
 from tunediff.harvests import noise_floor
+from tunediff.measures import Said, kl_divergence
 from tunediff.models import Start
 from tunediff.pairs import Pair
 from tunediff.sites import Site
@@ -62,20 +63,24 @@ def scan(pair: Pair, tokens: Tokens, sites: list[Site], batch_tokens: int = 1200
     for number, batch in enumerate(tokens.batches(batch_tokens)):
         mask = batch.mask_BT.clone()
         mask[:, 0] = False  # the first position is an attention sink in many networks
-        streams = pair.both_streams(batch.ids_BT, sites).float()
+        base_BTD, tuned_BTD, streams = pair.both_states(batch.ids_BT, sites, batch.mask_BT)
+        streams = streams.float()
         x_NSMD = streams[mask]
         delta_NSD = (x_NSMD[:, :, TUNED] - x_NSMD[:, :, BASE]).double()
         base_squares += x_NSMD[:, :, BASE].double().pow(2).sum((0, 2))
         delta_squares += delta_NSD.pow(2).sum((0, 2))
         total, count = total + delta_NSD.sum(0), count + len(delta_NSD)
         if number == 0:
-            noise = noise_floor(pair.base, batch.ids_BT, mask, sites).double()
-        base_logp = _logp(pair.base, pair, batch, mask)
-        tuned_logp = _logp(pair.tuned, pair, batch, mask)
-        gap += float((tuned_logp.exp() * (tuned_logp - base_logp)).sum())
+            noise = noise_floor(pair.base, batch.ids_BT, mask, sites, streams[:, :, :, BASE]).double()
+        tuned = Said(pair.tuned, tuned_BTD[mask], pair.vocabulary).logp()
+        whole = float(kl_divergence(tuned, Said(pair.base, base_BTD[mask], pair.vocabulary)).sum())
+        gap += whole
         for s, site in enumerate(sites):
-            patched = _logp(pair.base, pair, batch, mask, Start(site, streams[:, :, s, TUNED]))
-            left[s] += float((tuned_logp.exp() * (tuned_logp - patched)).sum())
+            if torch.equal(x_NSMD[:, s, TUNED], x_NSMD[:, s, BASE]):
+                left[s] += whole  # nothing would be put into base
+                continue
+            patched = Said.at(pair.base, batch.ids_BT, mask, pair.vocabulary, Start(site, streams[:, :, s, TUNED]))
+            left[s] += float(kl_divergence(tuned, patched).sum())
     offset = (total / count).pow(2).sum(-1) * count
     return [
         SiteReading(
@@ -86,10 +91,6 @@ def scan(pair: Pair, tokens: Tokens, sites: list[Site], batch_tokens: int = 1200
         )
         for s, site in enumerate(sites)
     ]
-
-
-def _logp(model, pair: Pair, batch, mask, start: Start | None = None):
-    return model.logits(model.states(batch.ids_BT, start)[mask])[..., : pair.vocabulary].log_softmax(-1)
 
 
 def choose(readings: list[SiteReading], reach: float) -> Site:

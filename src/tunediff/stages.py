@@ -180,7 +180,7 @@ class Run:
         key, folder = self._at("scan", self._models, self.tokens.fingerprint, plan.scan, plan.seed)
         began = time.monotonic()
         if not is_finished(folder):
-            few = _some(self.tokens.select("train"), plan.scan.tokens, kind)
+            few = self.tokens.only(_some(self.tokens, plan.scan.tokens, kind))
             self.progress("scan", 0, 1)
             readings = scan(self.pair, few, sites)
             chosen = given or [choose(readings, plan.scan.reach)]
@@ -303,10 +303,11 @@ class Run:
     @cached_property
     def lens(self) -> Lens:
         """A tuned lens of base at the sites."""
-        key, folder = self._at("lens", self._models, self.tokens.fingerprint, list(map(str, self.sites)), self.plan.harvest.abnormal)
+        key, folder = self._at("lens", self.harvest.fingerprint)
         began = time.monotonic()
-        few = _some(self.tokens.select("train"), LENS_TOKENS)
-        lens = fit_lens(self.pair.base, few, self.sites, folder, abnormal=self.plan.harvest.abnormal)
+        few = Sample.of(self.harvest, self.tokens, _some(self.tokens, LENS_TOKENS))
+        lens = fit_lens(self.pair.base, self.tokens.only(few.rows), self.sites, folder, abnormal=self.plan.harvest.abnormal,
+                        sample=few)
         self._done("lens", key, began, "R² " + ", ".join(f"{v:.2f}" for v in lens.r2_S.tolist()))
         return lens
 
@@ -605,9 +606,10 @@ def _not_found(records: list[ChangeRecord], run: Run) -> list[str]:
     return said
 
 
-def _some(tokens: Tokens, limit: int, *kinds: str) -> Tokens:
-    """Rows of the given kinds up to `limit` tokens, evenly spread over the corpus."""
-    rows = [r for r, d in enumerate(tokens.document_R) if not kinds or tokens.documents[d].kind in kinds]
+def _some(tokens: Tokens, limit: int, *kinds: str) -> list[int]:
+    """Training rows of the given kinds up to `limit` tokens, evenly spread over the corpus."""
+    rows = [r for r, d in enumerate(tokens.document_R)
+            if not tokens.held_out[d] and (not kinds or tokens.documents[d].kind in kinds)]
     total = sum(len(tokens.rows[r]) for r in rows)
     stride = max(1, total // max(1, limit))
-    return tokens.only(rows[::stride])
+    return rows[::stride]

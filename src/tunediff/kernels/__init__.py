@@ -18,7 +18,8 @@ from tunediff.kernels import native, paths
 from tunediff.kernels.dense import DenseCode
 from tunediff.kernels.gpu import GpuCode
 from tunediff.kernels.pairs import PairCode
-from tunediff.kernels.paths import fast_matmul, kept_memory, using
+from tunediff.kernels.paths import kept_memory, using
+from tunediff.matmuls import fast_matmul
 
 __all__ = ["Code", "encode", "fast_matmul", "kept_memory", "path", "using"]
 

@@ -62,28 +62,6 @@ def _triton() -> ModuleType | None:
 
 
 @contextlib.contextmanager
-def fast_matmul(device: torch.device | str = "cpu") -> Iterator[str]:
-    """Let torch pick its faster fp32 matmul inside, if a probe shows that it stays as exact as the default.
-
-    On some CPUs the "medium" setting selects a library about twice as fast at full fp32 precision; on others
-    it rounds the inputs to bf16, and on GPUs to TF32, which the probe on `device` refuses (relative error over
-    2e-6 against fp64). Yields the setting in force.
-    """
-    before = torch.get_float32_matmul_precision()
-    generator = torch.Generator().manual_seed(0)
-    a, b = torch.randn(64, 256, generator=generator), torch.randn(256, 64, generator=generator)
-    exact = a.double() @ b.double()
-    try:
-        torch.set_float32_matmul_precision("medium")
-        found = (a.to(device) @ b.to(device)).double().cpu()
-        if float((found - exact).norm() / exact.norm()) > 2e-6:
-            torch.set_float32_matmul_precision(before)
-        yield torch.get_float32_matmul_precision()
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-@contextlib.contextmanager
 def kept_memory() -> Iterator[None]:
     """Large tensors made by `empty` inside take the place of earlier ones that nothing refers to any more; at the end
     the places are given back."""

@@ -72,10 +72,10 @@ def read(
     for batch in batches_of(tokens, rows, batch_tokens):
         base_start, tuned_start = starts(batch) if starts else (None, None)
         if base_start is None:
-            base_BTD, tuned_start = pair.base_states(batch.ids_BT)
+            base_BTD, tuned_BTD, _ = pair.both_states(batch.ids_BT, wanted_BT=batch.mask_BT)
         else:
-            base_BTD = pair.base.states(batch.ids_BT, base_start)
-        tuned_BTD = pair.tuned.states(batch.ids_BT, tuned_start)
+            base_BTD = pair.base.states(batch.ids_BT, base_start, batch.mask_BT)
+            tuned_BTD = pair.tuned.states(batch.ids_BT, tuned_start, batch.mask_BT)
         for chosen_BT in _pieces(batch.mask_BT, size):
             base_logp = pair.base.logits(base_BTD[chosen_BT])[:, : pair.vocabulary].log_softmax(-1)
             tuned_logp = pair.tuned.logits(tuned_BTD[chosen_BT])[:, : pair.vocabulary].log_softmax(-1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 from typing import Iterable, Iterator
@@ -16,7 +16,7 @@ from tunediff.chance import generator
 from tunediff.changes import Change
 from tunediff.corpora import Batch
 from tunediff.errors import within
-from tunediff.measures import by_document, kl_divergence, log_probabilities
+from tunediff.measures import Divergence, Said, by_document, kl_divergence
 from tunediff.models import LanguageModel, Start
 from tunediff.pairs import Pair
 from tunediff.samples import Sample
@@ -47,7 +47,7 @@ class VerifySettings:
         within("verify", self, changes=0, draws=1, documents=1, tokens=1, scored=1, level=(0, 1))
 
 
-SCORED_A_RUN = 160
+SCORED_A_RUN = 640
 """Scored tokens of one run; several interventions share a run up to this many."""
 
 
@@ -104,16 +104,23 @@ class Bench:
 
     def logp(self, model: LanguageModel, stream_BTD: Tensor) -> Tensor:
         """Log-probabilities (N, V) at scored tokens when `model` goes on from this stream."""
-        return next(self.logps(model, [stream_BTD]))
+        return next(self._said(model, [stream_BTD])).logp()[0]
 
-    def logps(self, model: LanguageModel, streams: Iterable[Tensor]) -> Iterator[Tensor]:
-        """The same for each of many streams, several a run."""
+    def to_base(self, model: LanguageModel, streams: Iterable[Tensor]) -> Iterator[Tensor]:
+        """For each of many streams KL(`model` going on from it || base), (N,)."""
+        return (kl_N for said in self._said(model, streams) for kl_N in kl_divergence(said, self.base_logp))
+
+    def from_tuned(self, model: LanguageModel, streams: Iterable[Tensor]) -> Iterator[Tensor]:
+        """For each of many streams KL(tuned || `model` going on from it), (N,)."""
+        return (kl_N for said in self._said(model, streams) for kl_N in kl_divergence(self.tuned_logp, said))
+
+    def _said(self, model: LanguageModel, streams: Iterable[Tensor]) -> Iterator[Said]:
+        """What `model` says at scored tokens (R, N) going on from each of R streams, several a run."""
         streams = iter(streams)
         while some := list(islice(streams, max(1, SCORED_A_RUN // max(1, int(self.scored_BT.sum()))))):
-            logp_RNV = log_probabilities(
-                model, self.batch.ids_BT.repeat(len(some), 1), self.scored_BT.repeat(len(some), 1), self.pair.vocabulary,
-                Start(self.site, torch.cat(some)))
-            yield from logp_RNV.chunk(len(some))
+            said = Said.at(model, self.batch.ids_BT.repeat(len(some), 1), self.scored_BT.repeat(len(some), 1), self.pair.vocabulary,
+                           Start(self.site, torch.cat(some)))
+            yield replace(said, states_ND=said.states_ND.unflatten(0, (len(some), int(self.scored_BT.sum()))))
 
     @cached_property
     def base_logp(self) -> Tensor:
@@ -136,9 +143,14 @@ class Bench:
         """Documents with a scored token."""
         return sorted(set(self.document_N.tolist()))
 
-    def divergence(self, p: Tensor, q: Tensor):
-        """KL(p || q) by document."""
-        return by_document(kl_divergence(p, q), self.document_N, self.documents)
+    @cached_property
+    def gap_N(self) -> Tensor:
+        """KL(tuned || base)."""
+        return kl_divergence(self.tuned_logp, self.base_logp)
+
+    def by_document(self, kl_N: Tensor) -> Divergence:
+        """A divergence at scored tokens by document."""
+        return by_document(kl_N, self.document_N, self.documents)
 
     @cached_property
     def random_directions_RD(self) -> Tensor:

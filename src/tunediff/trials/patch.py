@@ -27,17 +27,15 @@ class Patch(Trial):
 
     def run(self, bench: Bench, settings: VerifySettings) -> Outcome:
         pair, base_BTD, tuned_BTD = bench.pair, bench.streams_BTMD[:, :, BASE], bench.streams_BTMD[:, :, TUNED]
-        gap = bench.divergence(bench.tuned_logp, bench.base_logp)
+        gap = bench.by_document(bench.gap_N)
         if gap.mean <= 0:
             return Outcome([], None, "the models do not differ where this change is on")
 
         def necessity(written: Iterable[Tensor]) -> list[Divergence]:
-            logps = bench.logps(pair.tuned, (tuned_BTD - added_BTD for added_BTD in written))
-            return [bench.divergence(logp, bench.base_logp) for logp in logps]
+            return list(map(bench.by_document, bench.to_base(pair.tuned, (tuned_BTD - added_BTD for added_BTD in written))))
 
         def sufficiency(written: Iterable[Tensor], model=pair.base) -> list[Divergence]:
-            logps = bench.logps(model, (base_BTD + added_BTD for added_BTD in written))
-            return [bench.divergence(bench.tuned_logp, logp) for logp in logps]
+            return list(map(bench.by_document, bench.from_tuned(model, (base_BTD + added_BTD for added_BTD in written))))
 
         measures, speaks = [], []
         for name, trial in (("necessity", necessity), ("sufficiency", sufficiency)):
@@ -49,12 +47,10 @@ class Patch(Trial):
                 f"95th percentile of {len(null)} random directions of equal energy", p,
             ))
             speaks.append((own, p))
-        above = recovered(sufficiency([bench.written_BTD], pair.tuned)[0], gap, bench.seed)
         whole = tuned_BTD - base_BTD
-        ceiling = recovered(bench.divergence(bench.tuned_logp, bench.logp(pair.base, base_BTD + whole)), gap, bench.seed)
-        missed = recovered(
-            bench.divergence(bench.tuned_logp, bench.logp(pair.base, base_BTD + whole - bench.everything_BTD)), gap, bench.seed,
-        )
+        after, = sufficiency([bench.written_BTD], pair.tuned)
+        above = recovered(after, gap, bench.seed)
+        ceiling, missed = (recovered(after, gap, bench.seed) for after in sufficiency([whole, whole - bench.everything_BTD]))
         measures += [
             _row("sufficiency in tuned's upper blocks", above, "no control: beside the one in base's"),
             _row("ceiling", ceiling, "the true difference at this site put into base"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from tunediff.axes import BASE
-from tunediff.measures import kl_divergence
 from tunediff.results import DosePoint, Measure
 from tunediff.trials.base import Bench, Outcome, Trial, VerifySettings
 
@@ -21,15 +20,15 @@ class Steer(Trial):
 
     def run(self, bench: Bench, settings: VerifySettings) -> Outcome:
         base_BTD = bench.streams_BTMD[:, :, BASE]
-        gap = float(kl_divergence(bench.tuned_logp, bench.base_logp).mean())
+        gap = float(bench.gap_N.mean())
         if gap <= 0:
             return Outcome([], None, "the models do not differ where this change is on")
 
         curve = []
         for dose in settings.doses:
             written = [bench.written_BTD, *bench.controls(CONTROLS)]
-            logps = bench.logps(bench.pair.base, (base_BTD + dose * added_BTD for added_BTD in written))
-            own, *controls = [1 - float(kl_divergence(bench.tuned_logp, logp).mean()) / gap for logp in logps]
+            kls = bench.from_tuned(bench.pair.base, (base_BTD + dose * added_BTD for added_BTD in written))
+            own, *controls = [1 - float(kl_N.mean()) / gap for kl_N in kls]
             controls = torch.tensor(controls)
             low, high = controls.quantile(torch.tensor([0.05, 0.95])).tolist()
             curve.append(DosePoint(dose, own, float(controls.mean()), low, high))
