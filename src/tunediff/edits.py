@@ -15,13 +15,8 @@ which insert facts; here the target is base's own map, so nothing is to be inser
 from __future__ import annotations
 
 from contextlib import contextmanager
-<<<<<<< HEAD
 from dataclasses import dataclass, replace
-from typing import Callable, Iterator, Mapping, Sequence
-=======
-from dataclasses import dataclass
 from typing import Any, Callable, Iterator, Mapping, Sequence
->>>>>>> main
 
 import torch
 from torch import Tensor, nn
