@@ -25,7 +25,7 @@ from tunediff.organisms.training import rates
 
 FOLDER = Path(package.__file__).parent
 ORGANISMS: list[Organism] = package.every()
-SHIPPED = FOLDER.parent / "assets" / "demo" / "two-objectives"
+SHIPPED = FOLDER.parent / "assets" / "organisms" / "two-objectives"
 
 each_organism = pytest.mark.parametrize("organism", ORGANISMS, ids=lambda organism: organism.name)
 

@@ -25,7 +25,7 @@ from tunediff.plans import Plan
 from tunediff.results import ChangeRecord, typed
 from tunediff.samples import Sample
 from tunediff.scores import Cell, Undone
-from tunediff.stages import DEMO, NEUTRAL_TOKENS, Progress, Run, quiet
+from tunediff.stages import NEUTRAL_TOKENS, ORGANISMS, Progress, Run, quiet
 
 TOKENS, VECTORS = 20, 20
 """Of a change the tokens, and of a ranking the vectors, that a cell keeps."""
@@ -67,7 +67,7 @@ QUICK = ("contrast.prompts=48", "contrast.pool=160", "corpus.tokens=1500", "fit.
 
 @dataclass(frozen=True)
 class Tune:
-    """One thing to be diffed: an organism's folder, or a null made from the demo's pair."""
+    """One thing to be diffed: an organism's folder, or a null made from one; ``weights`` is a hash of what the folder holds."""
 
     name: str
     source: str
@@ -83,17 +83,17 @@ class Tune:
 
 
 def tunes(folder: Path | None, nulls: Sequence[str] = (), base: str = "default") -> list[Tune]:
-    """Every organism that `folder` holds as NAME or NAME@SEED, the one that ships where base is its own, and nulls, as NAME or
-    NAME:SEED, made from the first of these."""
-    ships = base == "default"
-    found = [Tune("two-objectives", "demo", organisms.named("two-objectives").behaviors)] if ships else []
+    """Organisms held in folders called NAME or NAME@SEED, of those that ship (where base is theirs) and of `folder`, which
+    comes first; and nulls, as NAME or NAME:SEED, made from the first of these."""
     known = {organism.name: organism for organism in organisms.every()}
-    for card in sorted(folder.glob("*/card.json")) if folder else ():
-        name = card.parent.name
+    cards = {card.parent.name: card.parent for where in ([ORGANISMS] if base == "default" else []) + ([folder] if folder else [])
+             for card in where.glob("*/card.json")}
+    found = []
+    for name, where in sorted(cards.items(), key=lambda item: (item[0] != "two-objectives", item[0])):
         organism = known.get(re.sub(r"@\d+$", "", name))
-        if organism is not None and (name != "two-objectives" or not ships):
-            found.append(Tune(name, str(card.parent), organism.behaviors, weights="".join(
-                hash_file(path) for path in sorted(card.parent.glob("*.safetensors")))))
+        if organism is not None:
+            weights = "".join(hash_file(path) for path in sorted(where.glob("*.safetensors")))
+            found.append(Tune(name, str(where), organism.behaviors, weights=weights))
     if not found:
         raise SettingError(f"there is no tune of {base}", expected="--tunes with folders named after organisms, each with its card.json",
                            remedy="tunediff organism make NAME TUNES/NAME")
@@ -122,13 +122,13 @@ def bench(chosen: Iterable[Tune], methods: Sequence[str], seeds: Sequence[int], 
                 plan = Plan(base, tune.source, seed)
                 for setting in (*settings, *METHODS[method]):
                     plan = plan.set(setting)
-                key = key_of("bench", __version__, replace(plan, tuned=""), tune)
+                key = key_of("bench", __version__, replace(plan, tuned=""), replace(tune, source=""))
                 path = _path(out, tune.name, method, seed)
                 if path.is_file() and (cell := typed(Cell, read_json(path), path.name)).key == key:
                     cells.append(cell)
                     continue
                 if pair is None:
-                    pair = Pair.load(plan.base, str(DEMO) if tune.source == "demo" else tune.source)
+                    pair = Pair.load(plan.base, tune.source)
                     pair = NULLS[tune.null](pair, tune.seed) if tune.null else pair
                 run = Run(plan, out / "runs" / f"{tune.name}-{seed}".replace(" ", "-"), progress, pair)
                 cell = (_listed if method in scores.SIGNALS else _tried)(run, Cell(key, tune.name, tune.is_null, method, seed))

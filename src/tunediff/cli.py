@@ -313,13 +313,15 @@ def bench(
 
     if quick:
         tunes, nulls, methods = None, "random:0", methods or "decision_clusters,random_directions"
+    things = b.tunes(tunes, [n for n in nulls.split(",") if n], base)
+    things = [t for t in things if t.null or t.name == "two-objectives"] if quick else things
     chosen = [m.strip() for m in methods.split(",") if m.strip()] if methods else list(b.METHODS)
     try:
         numbers = [int(text) for text in seeds.split(",")]
     except ValueError:
         raise SettingError(f"{seeds!r} are no seeds", expected="whole numbers by commas") from None
     settings = [*(b.QUICK if quick else ()), *(set_ or ())]
-    cells = b.bench(b.tunes(tunes, [n for n in nulls.split(",") if n], base), chosen, numbers, out, base=base,
+    cells = b.bench(things, chosen, numbers, out, base=base,
                     settings=settings, progress=Progress(enabled=not quiet))
     b.write(out, "tunediff bench" + (" --quick" if quick else ""))
     typer.echo(to_json(table(cells), indent=1) if json else _table(table(cells)) + f"\npage    {out / 'benchmark.md'}")

@@ -45,8 +45,11 @@ from tunediff.trials.base import Spread, bench_of
 Progress = Callable[[str, int, int], None]
 
 
-DEMO = Path(__file__).parent / "assets" / "demo" / "two-objectives"
-"""The adapter that ships with tunediff: one wanted and one hidden objective."""
+ORGANISMS = Path(__file__).parent / "assets" / "organisms"
+"""The organisms that ship with tunediff, as adapters of its embedded base, in folders of their names."""
+
+DEMO = ORGANISMS / "two-objectives"
+"""The demo's: one wanted and one hidden objective."""
 
 
 def quiet(stage: str, done: int, total: int) -> None:
