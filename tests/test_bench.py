@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from xml.etree import ElementTree
 
 import pytest
 import tiny_models
@@ -56,6 +57,23 @@ def test_undoing_is_told_for_each_sort_of_behavior():
     (row,) = scores.undoing([cell("two-objectives", "m", 9.0, 1, undone=undone), cell("lower-case", "m", 9.0)])
     assert (row["tunes"], row["unwanted before"], row["unwanted after"], row["unwanted random"]) == ("1", "0.70", "0.10", "0.60")
     assert (row["wanted before"], row["wanted after"]) == ("0.90", "0.80")
+
+
+def test_charts_stand_alone():
+    drawn = scores.charts([cell("two-objectives", "m<", 9.0, 1, (True,), words=("two-objectives",)), cell("null random 0", "m<", 0.1, null=True)])
+    for name, chart in drawn.items():
+        root = ElementTree.fromstring(chart)
+        assert name.endswith(".svg") and root.tag == "{http://www.w3.org/2000/svg}svg" and root.find(".//{*}circle") is not None
+    assert "m&lt;: nulls" in drawn["benchmark-scores.svg"]
+
+
+def test_methods_are_compared_tune_by_tune():
+    cells = [cell(t, m, 1.0, named=(m == "delta",), ev_delta=ev) for t, m, ev in (
+        ("two-objectives", "delta", 0.5), ("false-facts", "delta", 0.6), ("two-objectives", "batchtopk", 0.4), ("false-facts", "batchtopk", 0.3),
+        ("lower-case", "delta", 0.9))]
+    (row,) = scores.against(cells)
+    assert (row["method"], row["pairs"], row["unwanted left"]) == ("delta", "2", "–")
+    assert row["EV of difference"] == "+0.20 [+0.10, +0.30]" and row["behaviors named"] == "+1.00 [+1.00, +1.00]"
 
 
 def test_agreement_of_two_runs_is_held_against_that_of_two_tunes():

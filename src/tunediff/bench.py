@@ -244,4 +244,6 @@ def write(out: Path, command: str) -> None:
     """Put all cells that are kept into one JSON file, and the page beside it."""
     cells = kept(out)
     write_json(out / "bench.json", {"version": __version__, "python": sys.version.split()[0], "cells": cells})
+    for name, chart in scores.charts(cells).items():
+        write_bytes(out / name, chart.encode())
     write_bytes(out / "benchmark.md", scores.render(cells, {c.key: v for c in cells if (v := vectors(out, c)) is not None}, command).encode())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Callable, Mapping, Sequence
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from tunediff import organisms, variants
 from tunediff.chance import Interval, bootstrap_mean, numpy_generator, proportion, quantile
+from tunediff.charts import alone, strip
 
 SIGNALS = ("black_box", "logit_mining", "contrastive_decoding")
 """Signals whose tables list tokens, so that the tests of read-outs can be asked of them."""
@@ -186,12 +188,17 @@ def _content(cells: Sequence[Cell]) -> Row:
 def _left(cells: Sequence[Cell], wanted: bool) -> Row:
     """Mean rates of behaviors of one sort before, after and under random directions; a tune of which nothing was taken out
     keeps what it had."""
-    sort = {b.name for o in organisms.every() for b in o.behaviors if b.wanted == wanted}
+    sort = _sort(wanted)
     sides = {"before": [], "after": [], "random": []}
     for undone in (c.undone for c in cells if c.undone is not None):
         for side, values in sides.items():
             values += [rate for name, rate in getattr(undone, side).items() if name in sort]
     return {side: _mean(values) or "not run" for side, values in sides.items()}
+
+
+def _sort(wanted: bool) -> set[str]:
+    """Names of all wanted, or of all unwanted behaviors."""
+    return {b.name for o in organisms.every() for b in o.behaviors if b.wanted == wanted}
 
 
 def undoing(cells: Sequence[Cell]) -> list[Row]:
@@ -225,6 +232,29 @@ def stability(cells: Sequence[Cell], vectors: Mapping[str, Tensor]) -> list[Row]
     return rows
 
 
+PAIRED: dict[str, Callable[[Cell], float | None]] = {
+    "EV of difference": lambda c: c.ev_delta,
+    "behaviors named": lambda c: sum(map(bool, c.named.values())) / len(c.named) if c.named else None,
+    "words@100 less decoys": lambda c: own[0] - own[1] if (own := own_and_decoys(shares(c.read[:FIRST]), c.tune)) and c.named else None,
+    "unwanted left": lambda c: sum(left) / len(left) if c.undone and (left := [
+        rate for name, rate in c.undone.after.items() if name in _sort(wanted=False)]) else None,
+}
+"""Measures on which two methods are compared tune by tune."""
+
+
+def against(cells: Sequence[Cell], other: str = "batchtopk") -> list[Row]:
+    """One row a method: its measures less those of `other` on the same tune and seed, mean with an interval over these pairs."""
+    base = {(c.tune, c.seed): c for c in cells if c.method == other and not c.is_null}
+    rows = []
+    for method, mine in _by_method(cells):
+        pairs = [(c, base[c.tune, c.seed]) for c in mine if (c.tune, c.seed) in base] if method != other else []
+        if pairs:
+            gaps = {name: [a - b for one, two in pairs if (a := of(one)) is not None and (b := of(two)) is not None]
+                    for name, of in PAIRED.items()}
+            rows.append({"method": method, "pairs": str(len(pairs)), **{name: _mean(values, sign="+") or "–" for name, values in gaps.items()}})
+    return rows
+
+
 def _dictionaries(cells: Sequence[Cell]) -> list[Row]:
     rows = []
     for method, mine in _by_method(cells):
@@ -234,6 +264,24 @@ def _dictionaries(cells: Sequence[Cell]) -> list[Row]:
         rows.append(row | {"candidates": _mean([float(c.candidates) for c in mine]), "seconds": _mean([c.seconds for c in mine]),
                            "peak memory, MiB": f"{max(c.memory for c in mine):,.0f}"})
     return rows
+
+
+def charts(cells: Sequence[Cell]) -> dict[str, str]:
+    """File name -> SVG: how high tunes and nulls score, and how many planted words are read out."""
+    detected, words = [], []
+    for method, mine in _by_method(cells):
+        for name, part in zip(("tunes", "nulls"), _parts([c for c in mine if c.p == c.p and c.method not in SIGNALS])):
+            if part:
+                detected.append((f"{method}: {name}", [math.log10(max(c.score, 1e-3) / max(c.null, 1e-3)) for c in part]))
+        gaps = [own - decoy for c in mine if c.named for own, decoy in [own_and_decoys(shares(c.read[:FIRST]), c.tune)]]
+        if gaps:
+            words.append((method, gaps))
+    drawn = {
+        "benchmark-scores.svg": strip(detected, label="Best score of each run", x_label="log10 of best score / 95th percentile of random tunes'",
+                                      marks=[(0.0, "stands out from here on")]),
+        "benchmark-words.svg": strip(words, label="Planted words read out", x_label="share of words promoted that were planted, less decoys'"),
+    }
+    return {name: alone(chart) for name, chart in drawn.items()}
 
 
 def render(cells: Sequence[Cell], vectors: Mapping[str, Tensor], command: str) -> str:
@@ -250,10 +298,14 @@ def render(cells: Sequence[Cell], vectors: Mapping[str, Tensor], command: str) -
     parts = {
         f"Made by `{command}` ([what the columns are](bench.md)); every cell is in `bench.json`. Means are over tunes and seeds that "
         "were run, with 95 % intervals over them, so methods run on other tunes are not to be compared by them.": [],
-        "## Is there anything?": _markdown([{"method": m, **_detection(mine)} for m, mine in _by_method(cells)]),
-        "## What is it?": _markdown([{"method": m, **_content(mine)} for m, mine in _by_method(cells)]),
+        "## Is there anything?": [*_markdown([{"method": m, **_detection(mine)} for m, mine in _by_method(cells)]), "",
+                                  "![Best score of each run](benchmark-scores.svg)"],
+        "## What is it?": [*_markdown([{"method": m, **_content(mine)} for m, mine in _by_method(cells)]), "",
+                           "![Planted words read out](benchmark-words.svg)"],
         "## Can it be taken out?\n\nShares of held-out answers that show a behavior, mean over tunes. Up to ten confirmed changes "
         "that do not name the wanted behavior are taken out, as far as that costs .02 nat a token on neutral text.": _markdown(undoing(cells)),
+        "## Against BatchTopK\n\nDifferences on the same tune and seed, at the same 24 latents a token where k is a setting; an "
+        "interval that excludes 0 is a difference.": _markdown(against(cells)),
         "## Do two runs agree?\n\nTwo seeds of one tune, against runs on two tunes.": _markdown(stability(cells, vectors)),
         "## What does it cost?": _markdown(_dictionaries(cells)),
         "## Tune by tune\n\n*named*: every behavior is named by a confirmed change among the first five (by the table, for signals "
@@ -279,15 +331,15 @@ def _share(values: Sequence[bool], none: str = "not run") -> str:
     return f"{sum(values)}/{len(values)} [{share.low:.0%}, {share.high:.0%}]"
 
 
-def _interval(value: Interval) -> str:
-    return f"{value.value:.2f} [{value.low:.2f}, {value.high:.2f}]"
+def _interval(value: Interval, sign: str = "") -> str:
+    return f"{value.value:{sign}.2f} [{value.low:{sign}.2f}, {value.high:{sign}.2f}]"
 
 
-def _mean(values: Sequence[float]) -> str:
+def _mean(values: Sequence[float], sign: str = "") -> str:
     if not values:
         return ""
     mean = bootstrap_mean(values, seed=0)
-    return _interval(mean) if len(values) > 1 else f"{mean.value:.2f}"
+    return _interval(mean, sign) if len(values) > 1 else f"{mean.value:{sign}.2f}"
 
 
 def _beside(values: Sequence[tuple[float, float]]) -> str:
