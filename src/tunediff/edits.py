@@ -180,12 +180,17 @@ def random_directions(pair: Pair, name: str, moments: Mapping[str, Moments], ene
     """A control: from every map's inputs take random directions, drawn from the text's own covariance so that inputs do vary
     along them, with the energy that `energy_of` takes out of its output on this text."""
     tensors: dict[nn.Parameter, Tensor] = {}
+    roots: dict[int, tuple[Tensor, Tensor]] = {}  # of maps that share their inputs once
     for delta in pair.deltas():
-        total_II = moments[delta.name].on_II + moments[delta.name].off_II
+        found = moments[delta.name]
+        if id(found) not in roots:
+            total_II = found.on_II + found.off_II
+            # Of the trace, which no eigenvalue exceeds: sums of float32 products are only so definite.
+            ridge = 1e-5 * total_II.diagonal().sum() * torch.eye(len(total_II))
+            roots = {id(found): (total_II, torch.linalg.cholesky(total_II.double() + ridge).T.float())}
+        total_II, root_II = roots[id(found)]
         rng = generator(seed, "random directions", name, delta.name)
-        # Of the trace, which no eigenvalue exceeds: sums of float32 products are only so definite.
-        ridge = 1e-5 * total_II.diagonal().sum() * torch.eye(len(total_II))
-        noise = torch.randn(*delta.down.shape, generator=rng) @ torch.linalg.cholesky(total_II.double() + ridge).T.float()
+        noise = torch.randn(*delta.down.shape, generator=rng) @ root_II
         noise = (noise.T if delta.transposed else noise).to(delta.down_parameter)
         aimed = {delta.down_parameter: delta.down_parameter.data + noise}
         tensors.update(_of_energy(delta, aimed, energy_of, total_II))

@@ -400,8 +400,11 @@ class LanguageModel:
         answers: list[list[int]] = [[] for _ in prompts]
         sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {
             "do_sample": False, "temperature": None, "top_k": None, "top_p": None}
-        with self._running(), torch.random.fork_rng(devices=[]):
+        with self._running() as stack, torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
+            # The last position of each prompt lies scattered, and torch would multiply each by a copy of the unembedding.
+            whole = self.family.unembedding(self.network).register_forward_pre_hook(lambda module, given: (given[0].contiguous(),))
+            stack.callback(whole.remove)
             for start in range(0, len(order), batch):
                 chosen = order[start : start + batch]
                 longest = max(len(prompts[i]) for i in chosen)

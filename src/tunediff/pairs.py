@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from types import MethodType
 from typing import Any, Callable, Iterable, Iterator, Mapping, Sequence
 from urllib.parse import urlsplit
 from urllib.request import getproxies
@@ -128,9 +129,11 @@ class Pair:
             before = untouched.logits(untouched.states(ids_BT))
             wrapped = _with_adapter(module, adapter, base)
             wrapped.to(device).eval().requires_grad_(False)
-            _check_finite(tuned, wrapped)
+            _check_finite(tuned, wrapped, ".lora_", "modules_to_save")
 
             layers = [m for m in wrapped.modules() if isinstance(m, _peft_layers())]
+            for delta in _lora_deltas(wrapped):
+                delta.linear.forward = MethodType(_lora_forward, delta.linear)
 
             @contextmanager
             def off() -> Iterator[None]:
@@ -328,9 +331,10 @@ def _check_runtime(dtype: str, device: str) -> None:
                            remedy="cpu, or what torch was installed for") from None
 
 
-def _check_finite(name: str, module: nn.Module) -> None:
+def _check_finite(name: str, module: nn.Module, *parts: str) -> None:
+    """Refuse weights that are not finite; of those only that have one of `parts` in their name, if given."""
     for parameter_name, parameter in module.named_parameters():
-        if not torch.isfinite(parameter).all():
+        if (not parts or any(part in parameter_name for part in parts)) and not torch.isfinite(parameter).all():
             raise NumericsError(f"{name}: weight {parameter_name} holds NaN or infinite values",
                                 expected="finite weights", remedy="a checkpoint from before it broke")
 
@@ -457,6 +461,20 @@ def _peft_layers() -> tuple[type, ...]:
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     return BaseTunerLayer, AuxiliaryTrainingWrapper
+
+
+def _lora_forward(layer: nn.Module, x_BTI: Tensor) -> Tensor:
+    """A plain LoRA layer's output as PEFT computes it, with the adapter's part added in place: PEFT's own forward goes over
+    an output as large as the map's twice more."""
+    out_BTO = layer.base_layer(x_BTI)
+    if layer.disable_adapters:
+        return out_BTO
+    (name,) = layer.active_adapters
+    down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
+    if not x_BTI.dtype == down.dtype == out_BTO.dtype:
+        return type(layer).forward(layer, x_BTI)
+    read_NR = x_BTI.flatten(0, -2) @ down.T
+    return out_BTO.flatten(0, -2).addmm_(read_NR, up.T, alpha=layer.scaling[name]).view_as(out_BTO)
 
 
 def _lora_names(names: Iterable[str]) -> int:
