@@ -149,8 +149,13 @@ def revert_map(moments: Moments, settings: EditSettings) -> Callable[[Tensor], T
     if not mass_on > 0:
         return lambda map_OI: map_OI.double()
     on, off = on / mass_on, off / mass_off.clamp_min(1e-30)
-    kept = off + settings.ridge / len(on) * torch.eye(len(on), dtype=torch.float64)
-    factor = torch.linalg.cholesky(kept + settings.strength * on)
+    ridge = settings.ridge / len(on) * torch.eye(len(on), dtype=torch.float64)
+    kept = off + ridge
+    factor, failed = torch.linalg.cholesky_ex(kept + settings.strength * on)
+    if failed:  # where changes are on nearly everywhere, what is left of two float32 sums need not be definite
+        values, vectors = torch.linalg.eigh(off)
+        kept = vectors * values.clamp_min(0) @ vectors.T + ridge
+        factor = torch.linalg.cholesky(kept + settings.strength * on)
     return lambda map_OI: torch.cholesky_solve((map_OI.to(kept) @ kept).T, factor).T
 
 
