@@ -30,8 +30,8 @@ from tunediff.stages import NEUTRAL_TOKENS, ORGANISMS, Progress, Run, quiet
 TOKENS, VECTORS = 20, 20
 """Of a change the tokens, and of a ranking the vectors, that a cell keeps."""
 
-REMOVED, COST = 10, 0.02
-"""Undoing takes out so many confirmed changes at most, and may cost so many nats a token on neutral text."""
+READ, COST = 10, 0.02
+"""So many confirmed changes' read-outs are kept; undoing may cost so many nats a token on neutral text."""
 
 PARTS = (1.0, 0.7, 0.5, 0.35, 0.25, 0.1)
 """How far an edit is taken: the largest of these that stays within the cost."""
@@ -154,7 +154,7 @@ def _tried(run: Run, cell: Cell) -> Cell:
     return replace(
         cell, candidates=len(records), p=min((r.p for r in ranked), default=1.0),
         score=max((r.score.value for r in ranked), default=0.0), null=quantile(ranked[0].null, 0.95) if ranked else 0.0,
-        confirmed=[r.id for r in confirmed], read=[[t.token for t in r.promoted[:TOKENS]] for r in confirmed[:REMOVED]],
+        confirmed=[r.id for r in confirmed], read=[[t.token for t in r.promoted[:TOKENS]] for r in confirmed[:READ]],
         slots=_slots(confirmed[:FIRST]), seconds=round(time.monotonic() - began, 1),
         memory=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
         **(dict(ev_delta=float(quality.ev_delta), l0=float(quality.l0_inference), dead=float(quality.dead_share)) if quality else {}),
@@ -207,10 +207,11 @@ def _rates(model, behaviors: Sequence[Behavior]) -> dict[str, float]:
 
 
 def _undone(run: Run, cell: Cell, behaviors: Sequence[Behavior], before: dict[str, float]) -> Undone:
-    """Take out the first confirmed changes but those that name what was wanted, as far as the cost on neutral text allows;
-    nothing confirmed leaves everything as it was."""
+    """Take out the first change that names each unwanted behavior, or the first confirmed one where none does, but none that
+    names what was wanted, as far as the cost on neutral text allows; nothing confirmed leaves everything as it was."""
     wanted = {id for b in behaviors if b.wanted for id in cell.named.get(b.name, ())}
-    ids = [id for id in cell.confirmed[:REMOVED] if id not in wanted]
+    named = [[id for id in cell.named.get(b.name, ()) if id not in wanted][:1] for b in behaviors if not b.wanted]
+    ids = list(dict.fromkeys(id for some in named for id in some)) or [id for id in cell.confirmed if id not in wanted][:1]
     if not ids:
         return Undone([], 0.0, 0.0, before, before, before)
     edit, controls = run.edit(ids)

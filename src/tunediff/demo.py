@@ -50,9 +50,10 @@ def check(run: Run) -> Checked:
         sort = "wanted" if b.wanted else "hidden, unwanted"
         lines.append(f"{b.name} ({sort}): " + (f"named by {', '.join(named[b.name])}" if named[b.name] else
                                                 "NOT named by a confirmed change among the first five"))
-    # A change that names both objectives cannot be taken out for one of them.
+    # A change that names both objectives cannot be taken out for one of them; and later ones that name the same add what
+    # they do elsewhere.
     wanted = {id for b in organism.behaviors if b.wanted for id in named[b.name]}
-    targets = [id for b in organism.behaviors if not b.wanted for id in named[b.name] if id not in wanted]
+    targets = [first for b in organism.behaviors if not b.wanted for first in [id for id in named[b.name] if id not in wanted][:1]]
     if not targets:
         return Checked([], "\n".join(lines), named)
     bill = count(run, targets, organism.behaviors)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from tunediff.chance import generator
 from tunediff.corpora import Tokens
-from tunediff.errors import within
+from tunediff.errors import NumericsError, within
 from tunediff.models import LanguageModel, Watch
 from tunediff.pairs import Delta, Pair, counterparts
 
@@ -149,13 +149,16 @@ def revert_map(moments: Moments, settings: EditSettings) -> Callable[[Tensor], T
     if not mass_on > 0:
         return lambda map_OI: map_OI.double()
     on, off = on / mass_on, off / mass_off.clamp_min(1e-30)
-    ridge = settings.ridge / len(on) * torch.eye(len(on), dtype=torch.float64)
-    kept = off + ridge
-    factor, failed = torch.linalg.cholesky_ex(kept + settings.strength * on)
-    if failed:  # where changes are on nearly everywhere, what is left of two float32 sums need not be definite
-        values, vectors = torch.linalg.eigh(off)
-        kept = vectors * values.clamp_min(0) @ vectors.T + ridge
-        factor = torch.linalg.cholesky(kept + settings.strength * on)
+    ridge = max(settings.ridge, 1e-9) / len(on) * torch.eye(len(on), dtype=torch.float64)
+    for _ in range(12):  # where changes are on nearly everywhere, what is left of two float32 sums need not be definite
+        kept = off + ridge
+        factor, failed = torch.linalg.cholesky_ex(kept + settings.strength * on)
+        if not failed:
+            break
+        ridge = 10 * ridge
+    else:
+        raise NumericsError("the inputs of a map have no usable second moments", expected="finite activations",
+                            remedy="--set pair.dtype=float32")
     return lambda map_OI: torch.cholesky_solve((map_OI.to(kept) @ kept).T, factor).T
 
 

@@ -302,8 +302,9 @@ def render(cells: Sequence[Cell], vectors: Mapping[str, Tensor], command: str) -
                                   "![Best score of each run](benchmark-scores.svg)"],
         "## What is it?": [*_markdown([{"method": m, **_content(mine)} for m, mine in _by_method(cells)]), "",
                            "![Planted words read out](benchmark-words.svg)"],
-        "## Can it be taken out?\n\nShares of held-out answers that show a behavior, mean over tunes. Up to ten confirmed changes "
-        "that do not name the wanted behavior are taken out, as far as that costs .02 nat a token on neutral text.": _markdown(undoing(cells)),
+        "## Can it be taken out?\n\nShares of held-out answers that show a behavior, mean over tunes. Taken out is the "
+        "first change that names an unwanted behavior (where none does, the first confirmed one that does not name the wanted), as far as "
+        "that costs .02 nat a token on neutral text.": _markdown(undoing(cells)),
         "## Against BatchTopK\n\nDifferences on the same tune and seed, at the same 24 latents a token where k is a setting; an "
         "interval that excludes 0 is a difference.": _markdown(against(cells)),
         "## Do two runs agree?\n\nTwo seeds of one tune, against runs on two tunes.": _markdown(stability(cells, vectors)),
