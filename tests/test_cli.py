@@ -638,7 +638,8 @@ def test_quiet_progress_says_nothing():
 @pytest.mark.slow
 def test_an_interrupted_process_says_how_to_go_on(world):
     child = subprocess.Popen([sys.executable, "-m", "tunediff.cli", *map(str, world.command("diff", runs="interrupted", fit__steps=20_000))],
-                             stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+                             stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # ignored where tests run in the background
     told = ""
     for line in child.stderr:
         told += line
