@@ -201,11 +201,8 @@ class Dictionary(nn.Module, abc.ABC):
         for start, stop in parts:
             some = min(int((energy_N > 0).sum()), DRAWS * (stop - start))
             drawn = torch.multinomial(energy_N, some, generator=generator(self.seed, "differences", start))
-            left_NI, v = nn.functional.normalize(delta_NI[drawn.to(delta_NI.device)], dim=1), []
-            while len(left_NI) and len(v) < stop - start:
-                v.append(left_NI[0])
-                left_NI = left_NI[left_NI @ v[-1] <= ALIKE]
-            v_FSD, stop = torch.stack(v).view(-1, self.sites, self.width), start + len(v)
+            v_FI = _unlike(nn.functional.normalize(delta_NI[drawn.to(delta_NI.device)], dim=1), stop - start)
+            v_FSD, stop = v_FI.view(-1, self.sites, self.width), start + len(v_FI)
             for whole, length in ((self.encoder_FSMD, 1.0), (self.decoder_FSMD, 0.5)):
                 whole[start:stop, :, TUNED], whole[start:stop, :, BASE] = length * v_FSD, -length * v_FSD
         self.hold()
@@ -376,3 +373,18 @@ def delta_of(x_NSMD: Tensor) -> Tensor:
     """Tuned minus base, (N, S, D)."""
     base, tuned = x_NSMD.unbind(2)
     return tuned - base
+
+
+def _unlike(unit_NI: Tensor, most: int, block: int = 256) -> Tensor:
+    """The first `most` rows of unit length of which none has a cosine above `ALIKE` with an earlier one that is kept."""
+    kept_FI = unit_NI[:0]
+    for rows_NI in unit_NI.split(block):
+        rows_NI = rows_NI[(rows_NI @ kept_FI.T <= ALIKE).all(1)]
+        alike, chosen = (rows_NI @ rows_NI.T > ALIKE).cpu(), []
+        for row in range(len(rows_NI)):
+            if not alike[row, chosen].any():
+                chosen.append(row)
+        kept_FI = torch.cat([kept_FI, rows_NI[chosen]])[:most]
+        if len(kept_FI) == most:
+            break
+    return kept_FI
