@@ -111,10 +111,11 @@ def input_moments(
         for which, mass_N in cells[1]:
             some = mass_N > 0
             x = x_NI[some] * mass_N[some, None].sqrt().to(x_NI)
-            sums.setdefault(name, x.new_zeros(ways + 1, x.shape[1], x.shape[1]))
             product_II = x.T @ x
-            for c in which:
-                sums[name][c] += product_II
+            if name not in sums:
+                sums[name] = x.new_zeros(ways, 2, *product_II.shape)
+            for c in range(ways):  # a difference of two sums, all and on, would not be definite where a change is on everywhere
+                sums[name][c, int(c not in which)] += product_II
 
     for batch in tokens.batches(batch_tokens):
         weight_BTC = torch.zeros(*batch.mask_BT.shape, ways + 1)
@@ -125,7 +126,7 @@ def input_moments(
         last.clear()
         model.read(batch.ids_BT, (), True, wanted_BT=batch.mask_BT, watch=Watch(list(names), weight_BTC, see))
     # Maps that share their inputs get the very same object, so that their M is solved for once.
-    shared = [{name: Moments(s[c], s[ways] - s[c]) for name, s in sums.items()} for c in range(ways)]
+    shared = [{name: Moments(*s[c]) for name, s in sums.items()} for c in range(ways)]
     return [{d.name: moments[reads.get(d.name, d.name)] for d in deltas} for moments in shared]
 
 
@@ -172,11 +173,11 @@ def reverting(
                 fair control
     """
     tensors: dict[nn.Parameter, Tensor] = {}
-    maps: dict[int, Callable[[Tensor], Tensor]] = {}
+    maps: dict[int, Callable[[Tensor], Tensor]] = {}  # maps that share their inputs follow one another
     for delta in pair.deltas():
         found = moments[delta.name]
         if id(found) not in maps:
-            maps[id(found)] = revert_map(found, settings)
+            maps = {id(found): revert_map(found, settings)}
         mine = delta.with_inputs(maps[id(found)])
         if energy_of is not None:
             mine = _of_energy(delta, mine, energy_of, found.on_II + found.off_II)
@@ -188,7 +189,7 @@ def random_directions(pair: Pair, name: str, moments: Mapping[str, Moments], ene
     """A control: from every map's inputs take random directions, drawn from the text's own covariance so that inputs do vary
     along them, with the energy that `energy_of` takes out of its output on this text."""
     tensors: dict[nn.Parameter, Tensor] = {}
-    roots: dict[int, tuple[Tensor, Tensor]] = {}  # of maps that share their inputs once
+    roots: dict[int, tuple[Tensor, Tensor]] = {}
     for delta in pair.deltas():
         found = moments[delta.name]
         if id(found) not in roots:
