@@ -1,7 +1,9 @@
-"""Tokens a second of reading both models' streams: ours against plain Hugging Face forwards with `output_hidden_states`.
+"""Tokens a second of reading both models' streams: ours against plain Hugging Face forwards with `output_hidden_states`, and
+against nnsight.
 
-Both read the same chats of the embedded default and the tune that ships, in float32, at one layer, interleaved; the figure is
-the ratio of one round's times. The rival is what one would write: two whole models, the tune merged, all tokens, all blocks.
+All read the same chats of the embedded default and the tune that ships, in float32, at one layer, one after the other in every
+round; the figure is the ratio of one round's times. The rivals are what one would write: two whole models, the tune merged,
+all tokens; nnsight saves the layer's output and stops the run there. Where nnsight is not installed the result says so.
 
     python benchmarks/harvest.py [--site resid.15] [--rounds 7] [--threads 2]
 """
@@ -9,6 +11,7 @@ the ratio of one round's times. The rival is what one would write: two whole mod
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import platform
 import statistics
@@ -50,6 +53,26 @@ def main() -> None:
                 out.append(torch.stack(both, 2)[batch.mask_BT])
         return torch.cat(out)
 
+    def by_nnsight() -> torch.Tensor:
+        out = []
+        with torch.inference_mode():
+            for batch in batches:
+                both = []
+                for model in traced:
+                    with model.trace(input_ids=batch.ids_BT, use_cache=False) as tracer:
+                        stream = model.model.layers[site.layer].output.save()
+                        tracer.stop()
+                    both.append(stream[0] if isinstance(stream, tuple) else stream)
+                out.append(torch.stack(both, 2)[batch.mask_BT])
+        return torch.cat(out)
+
+    try:
+        from nnsight import NNsight
+
+        traced = [NNsight(base.base.network), NNsight(merged)]
+    except ImportError:
+        traced = []
+
     def ours() -> torch.Tensor:
         return torch.cat([pair.both_streams(batch.ids_BT, [site])[:, :, 0][batch.mask_BT] for batch in batches])
 
@@ -58,22 +81,29 @@ def main() -> None:
         got = run()
         return time.perf_counter() - began, got
 
-    rounds, error = [], 0.0
+    contenders = {"naive": naive, **({"nnsight": by_nnsight} if traced else {}), "ours": ours}
+    rounds: list[dict[str, float]] = []
+    error = {}
     for number in range(given.rounds + 1):
-        slow, theirs = timed(naive)
-        fast, mine = timed(ours)
-        delta = theirs[:, TUNED] - theirs[:, BASE]
-        error = float((mine[:, TUNED] - mine[:, BASE] - delta).norm() / delta.norm())
+        took, streams = {}, {}
+        for name, run in contenders.items():
+            took[name], streams[name] = timed(run)
+        delta = streams["naive"][:, TUNED] - streams["naive"][:, BASE]
+        error = {name: float((s[:, TUNED] - s[:, BASE] - delta).norm() / delta.norm()) for name, s in streams.items()}
         if number:  # the first round warms up
-            rounds.append((slow, fast))
-    ratios = sorted(slow / fast for slow, fast in rounds)
+            rounds.append(took)
+
+    def spread(name: str) -> dict[str, float]:
+        ratios = sorted(took[name] / took["ours"] for took in rounds)
+        return {"min": ratios[0], "median": statistics.median(ratios), "max": ratios[-1]}
+
     count = tokens.count
     result = {
         "site": given.site, "tokens": count, "rounds": given.rounds, "threads": torch.get_num_threads(),
         "machine": f"{platform.machine()}, {platform.system()}", "torch": torch.__version__,
-        "tokens_per_second": {"naive": count / statistics.median(s for s, _ in rounds), "ours": count / statistics.median(f for _, f in rounds)},
-        "ratio": {"min": ratios[0], "median": statistics.median(ratios), "max": ratios[-1]},
-        "relative_error_of_delta": error,
+        "nnsight": importlib.metadata.version("nnsight") if traced else "not installed",
+        "tokens_per_second": {name: count / statistics.median(took[name] for took in rounds) for name in contenders},
+        "ratio": {name: spread(name) for name in contenders if name != "ours"}, "relative_error_of_delta": error,
     }
     given.out.parent.mkdir(parents=True, exist_ok=True)
     given.out.write_text(json.dumps(result, indent=1) + "\n")
