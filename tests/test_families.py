@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import tiny_models
 import torch
@@ -89,6 +91,16 @@ def test_completions_are_the_same_whether_or_not_a_beginning_is_shared(model):
         assert model.complete(prompts[:1], 6) == whole[:1]
     finally:
         model.shares_prefixes = False
+
+
+def test_one_new_token_attends_as_the_network_itself_does(model, monkeypatch):
+    """To the answers' last token, with and without a shared beginning, and with keys that heads share."""
+    prompts = [IDS[0, :9].tolist() + IDS[i, : 3 + 2 * i].tolist() for i in range(3)]
+    before = model.network.config._attn_implementation
+    light = model.complete(prompts, 12)
+    assert model.network.config._attn_implementation == before
+    monkeypatch.setattr("tunediff.models.light_attention", contextlib.nullcontext)
+    assert model.complete(prompts, 12) == light
 
 
 def test_a_run_resumed_at_any_block_ends_the_same(model):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tunediff import variants
+from tunediff.decoding import light_attention
 from tunediff.errors import FamilyError, NumericsError
 from tunediff.families.base import Family
 from tunediff.folds import Fold
@@ -400,7 +401,7 @@ class LanguageModel:
         answers: list[list[int]] = [[] for _ in prompts]
         sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {
             "do_sample": False, "temperature": None, "top_k": None, "top_p": None}
-        with self._running() as stack, torch.random.fork_rng(devices=[]):
+        with self._running() as stack, light_attention(self.network), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             # The last position of each prompt lies scattered, and torch would multiply each by a copy of the unembedding.
             whole = self.family.unembedding(self.network).register_forward_pre_hook(lambda module, given: (given[0].contiguous(),))
