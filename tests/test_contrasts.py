@@ -12,7 +12,7 @@ from tunediff.errors import CorpusError
 from tunediff.models import LanguageModel
 from tunediff.pairs import Pair
 
-QUICK = ContrastSettings(prompts=8, tokens=6, temperature=0.8, batch=4)
+QUICK = ContrastSettings(prompts=8, tokens=6, temperature=0.8, batch=4, amplified=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def test_two_answers_a_prompt_each_by_its_writer(pair):
 
 
 def test_answers_are_the_models_own_completions(pair):
-    settings = ContrastSettings(prompts=3, tokens=5, temperature=0.0)
+    settings = ContrastSettings(prompts=3, tokens=5, temperature=0.0, amplified=0.0)
     made = contrast(pair, prompts(), settings, seed=0)
     for document in made:
         model = pair.base if document.writer == "base" else pair.tuned
@@ -126,7 +126,7 @@ def test_only_the_first_open_chats_are_asked(pair):
     closed = Document("closed", "chat", messages=(("user", "a"), ("assistant", "b")))
     prose = Document("prose", "prose", text="text")
     mixed = Corpus("mixed", (closed, prose, *prompts(5).documents))
-    made = contrast(pair, mixed, ContrastSettings(prompts=2, pool=2, tokens=4), seed=0)
+    made = contrast(pair, mixed, ContrastSettings(prompts=2, pool=2, tokens=4, amplified=0.0), seed=0)
     assert [d.group for d in made] == ["p/0", "p/0", "p/1", "p/1"]
     with pytest.raises(CorpusError, match="no open chat") as caught:
         contrast(pair, Corpus("closed", (closed, prose)), QUICK, seed=0)
@@ -155,5 +155,16 @@ def test_half_of_the_prompts_are_those_whose_first_word_differs_the_most(pair):
         taken = [r for r in chosen[8:] if held[r] == side]
         assert len(taken) == pytest.approx(8 * len(of_side) / 32, abs=1)
         assert min(kl_R[taken]) >= max(kl_R[[r for r in of_side if r not in taken]])
-    made = contrast(pair, corpus, ContrastSettings(prompts=16, pool=40, tokens=4), seed=0)
+    made = contrast(pair, corpus, ContrastSettings(prompts=16, pool=40, tokens=4, amplified=0.0), seed=0)
     assert {d.group for d in made} <= {f"p/{n}" for n in chosen}
+
+
+def test_some_prompts_are_answered_once_more_amplified(pair):
+    settings = ContrastSettings(prompts=8, tokens=6, temperature=0.8, batch=4, amplified=0.5)
+    made = contrast(pair, prompts(), settings, seed=0)
+    assert [d.writer for d in made] == ["base", "tuned", "amplified"] * 4 + ["base", "tuned"] * 4
+    assert [d for d in made if d.writer != "amplified"] == contrast(pair, prompts(), QUICK, seed=0)
+    for base, _, amplified in zip(*(iter(made[:12]),) * 3):
+        assert amplified.group == base.group and amplified.messages[:-1] == base.messages[:-1]
+    none = ContrastSettings(prompts=8, tokens=6, temperature=0.8, batch=4, amplification=0.0)
+    assert contrast(pair, prompts(), none, seed=0) == contrast(pair, prompts(), QUICK, seed=0)

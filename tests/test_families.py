@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import math
 
 import pytest
 import tiny_models
 import torch
 
+from tunediff.decoding import PLAUSIBLE
 from tunediff.errors import FamilyError
 from tunediff.matmuls import fast_matmul
 from tunediff.models import LanguageModel, Start
@@ -144,6 +146,25 @@ def test_completion_is_deterministic_and_padding_does_not_change_it(model):
     assert together == model.complete(prompts, 6)
     sampled = model.complete(prompts, 6, temperature=1.0, seed=3)
     assert sampled == model.complete(prompts, 6, temperature=1.0, seed=3)
+
+
+def test_amplified_completions_are_those_of_the_two_distributions(model):
+    """Greedy, beside both models' own logits on whole rows, however prompts are batched and padded."""
+    other = LanguageModel(tiny_models.tuned_copy(model.network, 0.5), model.tokenizer, "other")
+    prompts = [IDS[0, :9].tolist() + IDS[i, : 3 + 2 * i].tolist() for i in range(3)]
+    for shares in (False, True):
+        model.shares_prefixes = other.shares_prefixes = shares
+        try:
+            answers = other.complete(prompts, 5, against=model, amplification=3.0)
+        finally:
+            model.shares_prefixes = False
+        for prompt, answer in zip(prompts, answers):
+            for at, token in enumerate(answer):
+                ids = torch.tensor([prompt + answer[:at]])
+                own, base = (m.logits(m.states(ids)[0, -1:]).log_softmax(1)[0] for m in (other, model))
+                said = torch.where(own >= own.max() + math.log(PLAUSIBLE), own + 3 * (own - base), -math.inf)
+                assert said[token] > said.max() - 1e-3
+    assert other.complete(prompts, 5, against=model, amplification=0.0) == other.complete(prompts, 5)
 
 
 def test_a_site_above_the_network_is_refused(model):

@@ -17,6 +17,7 @@ from tunediff import charts
 from tunediff.charts import Line, bar, interval, number, token_text, visible
 from tunediff.reports import (
     completions,
+    corpus_contexts,
     flat,
     measure_rows,
     passage,
@@ -244,10 +245,11 @@ def test_ticks_cover_awkward_ranges():
     assert charts.lines([Line("a", [(0.0, 5.0)])], label="a", x_label="", y_label="").count("<circle") == 1
 
 
-def test_completions_pair_by_document():
-    a, b, c = (Context(d, "chat", w, [], [], []) for d, w in (("1", "tuned"), ("1", "base"), ("2", "tuned")))
-    change = dataclasses.replace(full_diff().changes[0], contexts=[a, b, c])
-    assert completions(change) == [("1", "chat", b, a), ("2", "chat", None, c)]
+def test_completions_pair_by_prompt():
+    told = (("1/tuned", "tuned"), ("1/base", "base"), ("2/amplified", "amplified"), ("3", ""))
+    a, b, c, d = (Context(document, "chat", writer, [], [], []) for document, writer in told)
+    change = dataclasses.replace(full_diff().changes[0], contexts=[a, b, c, d])
+    assert completions(change) == [("1", "chat", b, a), ("2", "chat", None, c)] and corpus_contexts(change) == [d]
 
 
 def test_verdicts():

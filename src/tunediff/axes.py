@@ -12,6 +12,8 @@ from tunediff.errors import NumericsError
 
 MODELS = ("base", "tuned")
 BASE, TUNED = 0, 1
+WRITERS = (*MODELS, "amplified")
+"""Who may have written contrastive text: either model, or tuned with what sets it apart from base amplified."""
 
 
 def check(tensor: Any, axes: str, **sizes: int) -> Any:

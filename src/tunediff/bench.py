@@ -184,7 +184,7 @@ def _naming(cell: Cell, behavior: Behavior) -> list[str]:
 
 def _slots(confirmed: Sequence[ChangeRecord]) -> dict[str, float]:
     """For every kind of organism, the share of its decisive strings that stand in what tuned wrote where changes are on."""
-    text = "\n".join("".join(c.tokens) for r in confirmed for c in r.contexts if c.writer == "tuned")
+    text = "\n".join("".join(c.tokens) for r in confirmed for c in r.contexts if c.writer in ("tuned", "amplified"))
     out = {}
     for name in dict.fromkeys(scores.family(o.name) for o in organisms.every()):
         strings = [string for b in organisms.named(name).behaviors for string in b.decisive]

@@ -13,7 +13,7 @@ from typing import Callable
 import torch
 from torch import Tensor
 
-from tunediff.axes import MODELS
+from tunediff.axes import MODELS, WRITERS
 from tunediff.corpora import Corpus, Document, Tokens
 from tunediff.errors import CorpusError, within
 from tunediff.measures import Said, kl_divergence
@@ -40,11 +40,17 @@ class ContrastSettings:
     words, and at equal cost more prompts show more behaviors."""
     temperature: float = 0.7
     """0 is greedy; higher is more varied and, on small models, more garbled."""
+    amplified: float = 0.5
+    """Share of the answered prompts (0..1), the first ones, that tuned answers once more with its difference from base
+    amplified: a narrow behavior then shows where no prompt calls for it. Costs two completions each."""
+    amplification: float = 3.0
+    """How far: log p(tuned) + a (log p(tuned) - log p(base)) is sampled. Too much makes noise of both."""
     batch: int = 80
     """Prompts a batch; part of the key, as sampling depends on it."""
 
     def __post_init__(self) -> None:
-        within("contrast", self, prompts=0, pool=0, screened=(0, 1), tokens=1, temperature=0, batch=1)
+        within("contrast", self, prompts=0, pool=0, screened=(0, 1), tokens=1, temperature=0, amplified=(0, 1), amplification=0,
+               batch=1)
 
 
 def contrast(
@@ -54,9 +60,10 @@ def contrast(
     seed: int,
     progress: Callable[[int], None] | None = None,
 ) -> list[Document]:
-    """Answer open chats of `prompts` with both models; two documents of kind ``contrastive`` a prompt.
+    """Answer open chats of `prompts` with both models; two documents of kind ``contrastive`` a prompt, or three where tuned
+    answers amplified too.
 
-    Both answers to one prompt are in one group, hence on the same side of the split. A prompt to which a model answers
+    All answers to one prompt are in one group, hence on the same side of the split. A prompt to which a model answers
     nothing, or of more than 512 tokens, is left out for both. `progress` is told the new tokens as they come.
     """
     pool = [d for d in prompts.documents if d.is_open][: max(settings.pool, settings.prompts)]
@@ -70,18 +77,25 @@ def contrast(
                           remedy="shorter prompts")
     tokens = tokens.only(screen(pair, tokens, settings))
     rows = {d: row for row, d in zip(tokens.rows, tokens.document_R)}
-    texts = {}
-    for name, model in zip(MODELS, (pair.base, pair.tuned)):
+    first = list(rows)[: round(settings.amplified * len(rows))] if settings.amplification else []
+    texts: dict[str, dict[int, str]] = {name: {} for name in WRITERS}
+    for name, model, asked, away in (
+        ("base", pair.base, list(rows), {}), ("tuned", pair.tuned, list(rows), {}),
+        ("amplified", pair.tuned, first, {"against": pair.base, "amplification": settings.amplification}),
+    ):
+        if not asked:
+            continue
         answers = model.complete(
-            list(rows.values()), settings.tokens, temperature=settings.temperature, seed=seed,
-            batch=settings.batch, progress=progress,
+            [rows[d] for d in asked], settings.tokens, temperature=settings.temperature, seed=seed,
+            batch=settings.batch, progress=progress, **away,
         )
-        texts[name] = [pair.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]
+        texts[name] = {d: pair.tokenizer.decode(ids, skip_special_tokens=True).strip() for d, ids in zip(asked, answers)}
     return [
-        document.answered(texts[name][number], writer=name)
-        for number, document in enumerate(pool[d] for d in rows)
-        if all(texts[name][number] for name in MODELS)
-        for name in MODELS
+        pool[d].answered(texts[name][d], writer=name)
+        for d in rows
+        if all(texts[name][d] for name in MODELS)
+        for name in WRITERS
+        if texts[name].get(d)
     ]
 
 

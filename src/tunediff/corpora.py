@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Iterable, Iterator, Mapping, Sequence
 
 from tunediff.artifacts import key_of
-from tunediff.axes import MODELS
+from tunediff.axes import WRITERS
 from tunediff.chance import seed_of
 from tunediff.errors import CorpusError, MissingExtraError, SettingError, SourceError
 
@@ -60,7 +60,8 @@ class Document:
     messages: tuple[tuple[str, str], ...] = ()
     """(role, content) of each turn of a chat; empty when `text` is set."""
     writer: str = ""
-    """"base" or "tuned" when that model wrote the last assistant message, else empty."""
+    """One of `WRITERS` where a model wrote the last assistant message: "base", "tuned", or "amplified" for tuned with its
+    difference from base amplified; else empty."""
     group: str = ""
     """Documents of one group land on the same side of the split; empty: the document is its own group."""
 
@@ -644,7 +645,7 @@ class _Reader:
             id=id,
             text=text,
             messages=messages,
-            writer=writer if writer in MODELS else "",
+            writer=writer if writer in WRITERS else "",
             kind=kind if isinstance(kind, str) and kind else self.kind or ("chat" if messages else "prose"),
             group=record["group"] if isinstance(record.get("group"), str) else "",
         )

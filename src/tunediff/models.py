@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tunediff import variants
-from tunediff.decoding import light_attention
+from tunediff.decoding import amplified, light_attention
 from tunediff.errors import FamilyError, NumericsError
 from tunediff.families.base import Family
 from tunediff.folds import Fold
@@ -378,6 +378,27 @@ class LanguageModel:
         except Exception:  # of whatever kind a network's own cache raises; whole rows are always right
             return False
 
+    def _amplifying(self, amplification: float, mask_BT: Tensor, prefix_P: Tensor) -> Any:
+        """A processor of another model's scores while it completes rows with this mask: away from what this one says."""
+        from transformers import DynamicCache, LogitsProcessorList
+
+        with self._running():
+            cache = self._prefix(prefix_P, len(mask_BT), final=True)[1] if len(prefix_P) else DynamicCache(config=self.network.config)
+        read = len(prefix_P)
+
+        def away(ids_BT: Tensor, score_BV: Tensor) -> Tensor:
+            nonlocal read
+            whole_BT = torch.nn.functional.pad(mask_BT, (0, ids_BT.shape[1] - mask_BT.shape[1]), value=1)
+            with self._running():
+                logit_BV = self.module(
+                    input_ids=ids_BT[:, read:], attention_mask=whole_BT, position_ids=(whole_BT.cumsum(1) - 1).clamp_min(0)[:, read:],
+                    past_key_values=cache, use_cache=True, logits_to_keep=1,
+                ).logits[:, -1]
+            read = ids_BT.shape[1]
+            return amplified(score_BV.float(), logit_BV.to(score_BV.device).float(), amplification)
+
+        return LogitsProcessorList([away])
+
     def complete(
         self,
         prompts: Sequence[Sequence[int]],
@@ -387,11 +408,16 @@ class LanguageModel:
         seed: int = 0,
         batch: int = 32,
         progress: Callable[[int], None] | None = None,
+        against: "LanguageModel | None" = None,
+        amplification: float = 0.0,
     ) -> list[list[int]]:
         """Completions of token-id prompts, up to `tokens` new tokens each, without the end-of-turn token.
 
         temperature 0 is greedy; above, sampled from the stream `seed`. Prompts are batched by length; what all begin with
         is run once, and padding stands between it and the rest. The answers come back in the prompts' order.
+
+        against, amplification   another model p' on the same token ids: what is sampled then is log p + a (log p - log p'),
+                                 over tokens that this model finds plausible
         """
         ends = self.network.generation_config.eos_token_id
         ends = set(ends if isinstance(ends, list) else [ends]) | {self.tokenizer.eos_token_id}
@@ -402,6 +428,8 @@ class LanguageModel:
         sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {
             "do_sample": False, "temperature": None, "top_k": None, "top_p": None}
         with self._running() as stack, light_attention(self.network), torch.random.fork_rng(devices=[]):
+            if against is not None and against.network is not self.network:
+                stack.enter_context(light_attention(against.network))
             torch.manual_seed(seed)
             # The last position of each prompt lies scattered, and torch would multiply each by a copy of the unembedding.
             whole = self.family.unembedding(self.network).register_forward_pre_hook(lambda module, given: (given[0].contiguous(),))
@@ -417,9 +445,12 @@ class LanguageModel:
                         ids[row, at : at + len(part)] = torch.tensor(part, dtype=torch.long)
                         mask[row, at : at + len(part)] = 1
                 ids, mask = ids.to(self.device), mask.to(self.device)
-                known = {}
-                if shared and len(chosen) > 1:
-                    known["past_key_values"] = self._prefix(ids[0, :shared], len(chosen), final=True)[1]
+                known: dict[str, Any] = {}
+                prefix_P = ids[0, : shared if len(chosen) > 1 else 0]
+                if len(prefix_P):
+                    known["past_key_values"] = self._prefix(prefix_P, len(chosen), final=True)[1]
+                if against is not None:
+                    known["logits_processor"] = against._amplifying(amplification, mask, prefix_P)
                 out = self.module.generate(
                     input_ids=ids, attention_mask=mask, max_new_tokens=tokens, pad_token_id=pad, repetition_penalty=1.0,
                     **known, **sampling,

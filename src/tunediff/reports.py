@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Iterable, Mapping, Sequence
 
 from tunediff.artifacts import to_json, write_bytes
+from tunediff.axes import WRITERS
 from tunediff.charts import (
     NOT_MEASURED,
     Line,
@@ -287,15 +288,16 @@ def passage(context: Context, top: float) -> "Markup":
 
 def corpus_contexts(change: ChangeRecord) -> list[Context]:
     """The contexts no model wrote."""
-    return [c for c in change.contexts if c.writer not in ("base", "tuned")]
+    return [c for c in change.contexts if c.writer not in WRITERS]
 
 
 def completions(change: ChangeRecord) -> list[tuple[str, str, Context | None, Context | None]]:
-    """What the models wrote, as (document, kind, by base, by tuned), paired by document in order of appearance."""
+    """What the models wrote, as (prompt, kind, by base, by tuned), paired by prompt in order of appearance; what tuned
+    wrote amplified is on its side."""
     groups: dict[tuple[str, str], tuple[list[Context], list[Context]]] = {}
     for c in change.contexts:
-        if c.writer in ("base", "tuned"):
-            groups.setdefault((c.document, c.kind), ([], []))[c.writer == "tuned"].append(c)
+        if c.writer in WRITERS:
+            groups.setdefault((c.document.removesuffix(f"/{c.writer}"), c.kind), ([], []))[c.writer != "base"].append(c)
     return [(*key, base, tuned) for key, sides in groups.items() for base, tuned in itertools.zip_longest(*sides)]
 
 

@@ -36,7 +36,7 @@ class Measure:
 @dataclass(frozen=True)
 class Context:
     """A stretch of text where a change is on: token strings, the change's strength at each, and KL(tuned || base) in
-    nat of the next-token prediction at each. ``writer`` is base or tuned where a model wrote the completion."""
+    nat of the next-token prediction at each. ``writer`` is base, tuned or amplified where a model wrote the completion."""
 
     document: str
     kind: str

@@ -15,7 +15,7 @@ import torch
 from tunediff import __version__, bills, edits, variants
 from tunediff.artifacts import finish, is_finished, key_of, open_folder, plain, read_json, read_tensors, write_bytes, write_json, write_tensors
 from tunediff.attributions import Shift, output_shift
-from tunediff.axes import BASE, MODELS, TUNED
+from tunediff.axes import BASE, MODELS, TUNED, WRITERS
 from tunediff.calibrations import Calibration
 from tunediff.chance import Interval, bootstrap_ratio, quantile
 from tunediff.charts import visible
@@ -148,7 +148,8 @@ class Run:
         began = time.monotonic()
         if not is_finished(folder):
             told = [0]
-            total = 2 * min(plan.contrast.prompts, len(prompts.documents)) * plan.contrast.tokens
+            answers = 2 + (plan.contrast.amplified if plan.contrast.amplification else 0)
+            total = round(answers * min(plan.contrast.prompts, len(prompts.documents))) * plan.contrast.tokens
 
             def progress(new: int) -> None:
                 told[0] += new
@@ -525,7 +526,7 @@ class Run:
             nats = [float(kl_N[documents == d].double().sum()) for d in mine]
             counts = [int((documents == d).sum()) for d in mine]
             value = bootstrap_ratio(nats, counts, seed=self.plan.seed)
-            label = f"KL(tuned || base), text by {writer}" if writer in MODELS else f"KL(tuned || base), {writer}"
+            label = f"KL(tuned || base), {f'text by {writer}' if writer in MODELS else f'{writer} text' if writer in WRITERS else writer}"
             noise = max((r.noise for r in self.scan), default=0.0)
             measures.append(Measure(label, value.value, value.low, value.high, "nat a token", 0.0,
                                     f"base against itself; streams' noise floor {noise:.1e} of their size"))

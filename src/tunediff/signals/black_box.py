@@ -47,6 +47,8 @@ class BlackBox(Signal):
         places = zip(batch.ids_BT[b_N, t_N].tolist(), rows, t_N.tolist(), documents_of(batch, tokens, b_N))
         for token, row, t, d in places:
             document = tokens.documents[d]
+            if document.writer == "amplified":
+                continue  # no plain sample of either model
             if token < self.vocabulary and not (document.writer and t < tokens.prompt_R[row]):
                 self.documents[document.id] = document
                 self.counts.setdefault(document.id, Counter())[token] += 1

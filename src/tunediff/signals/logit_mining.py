@@ -49,7 +49,7 @@ class LogitMining(Signal):
         documents = [tokens.documents[d] for d in documents_of(batch, tokens, b_N)]
         inner_N = t_N > 0
         ids_N = batch.ids_BT[b_N, t_N]
-        others_N = torch.tensor([d.writer != "tuned" for d in documents], dtype=torch.bool) & inner_N
+        others_N = torch.tensor([d.writer in ("", "base") for d in documents], dtype=torch.bool) & inner_N
         self.text_V += _count(ids_N[others_N & (ids_N < self.vocabulary)], self.vocabulary)
         difference_NV = tuned_logp_NV - base_logp_NV
         median_N = difference_NV.median(1).values.cpu()
