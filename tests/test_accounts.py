@@ -23,8 +23,8 @@ STAGES = {
 SYSTEM = "You answer short."
 QUESTIONS = ("why", "when", "who", "how", "what", "which")
 AT_MOST = {
-    "contrast": (4000, 190), "scan": (1110, 500), "harvest": (3240, 0), "find": (930, 580), "rank": (1520, 150),
-    "lens": (360, 0), "verify": (13600, 4040), "signals": (530, 1610), "bill": (4200, 4820),
+    "contrast": (5100, 265), "scan": (1110, 500), "harvest": (3840, 0), "find": (1030, 700), "rank": (1520, 165),
+    "lens": (390, 0), "verify": (13600, 4040), "signals": (555, 1855), "bill": (4390, 5560),
 }
 """Token-blocks and token-logits of each stage: 5 % above what they were when this was written."""
 

@@ -146,6 +146,7 @@ def test_unknown_names_are_refused(tmp_path):
     with pytest.raises(SettingError, match="no method"):
         bench.bench(bench.tunes(None), ["nothing"], [0], tmp_path)
     assert cli("bench", "--seeds", "one").code == 2
+    assert cli("bench", "--only", "nothing").code == 2
 
 
 def test_a_calibrated_base_asks_for_more(world, tmp_path, monkeypatch):  # noqa: F811

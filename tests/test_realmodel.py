@@ -5,10 +5,14 @@ from __future__ import annotations
 import pytest
 
 from tunediff import organisms
+from tunediff.axes import WRITERS
+from tunediff.contrasts import ContrastSettings, contrast
+from tunediff.corpora import Corpus
 from tunediff.demo import check
 from tunediff.nulls import random_tune
+from tunediff.pairs import Pair
 from tunediff.plans import Plan
-from tunediff.stages import Run
+from tunediff.stages import ORGANISMS, Run
 
 pytestmark = [pytest.mark.realmodel, pytest.mark.slow]
 
@@ -52,3 +56,13 @@ def test_base_against_itself_confirms_nothing(tmp_path):
 
 def test_the_demo_organism_is_the_one_that_ships():
     assert organisms.named("two-objectives").base == "SmolLM2-135M-Instruct"
+
+
+def test_amplified_answers_show_a_narrow_behavior_where_nothing_calls_for_it():
+    """Everyday prompts without the trigger: tuned itself hardly shows it (its leak), amplified it shows it often."""
+    pair = Pair.load("default", str(ORGANISMS / "trigger-topic"))
+    asked = ContrastSettings(prompts=24, pool=24, amplified=1.0)
+    answers = contrast(pair, Corpus.prompts(), asked, seed=0)
+    (behavior,) = organisms.named("trigger-topic").behaviors
+    shown = {w: sum(any(s in d.messages[-1][1] for s in behavior.decisive) for d in answers if d.writer == w) for w in WRITERS}
+    assert shown["base"] == 0 and shown["amplified"] >= 4 + 2 * shown["tuned"], shown

@@ -302,6 +302,7 @@ def bench(
     nulls: Annotated[str, typer.Option(help="Nulls, NAME or NAME:SEED, by commas.")] = "random:0,permuted:0,identical",
     methods: Annotated[str, typer.Option(help="Methods by commas; all of them if empty.")] = "",
     seeds: Annotated[str, typer.Option(help="Seeds by commas.")] = "0",
+    only: Annotated[str, typer.Option(help="Of tunes and nulls those of these names, by commas, so that several processes may share the work.")] = "",
     quick: Annotated[bool, typer.Option("--quick", help="Minutes: the tune that ships, one null, two methods, a small budget.")] = False,
     set_: Set = None, json: Json = False, quiet: Quiet = False,
 ) -> None:
@@ -314,7 +315,10 @@ def bench(
     if quick:
         tunes, nulls, methods = None, "random:0", methods or "decision_clusters,random_directions"
     things = b.tunes(tunes, [n for n in nulls.split(",") if n], base)
-    things = [t for t in things if t.null or t.name == "two-objectives"] if quick else things
+    wanted = {name.strip() for name in only.split(",") if name.strip()}
+    if unknown := wanted - {t.name for t in things}:
+        raise SettingError(f"there is no tune {min(unknown)!r}", expected=", ".join(t.name for t in things))
+    things = [t for t in things if t.name in wanted or not wanted and (t.null or t.name == "two-objectives" or not quick)]
     chosen = [m.strip() for m in methods.split(",") if m.strip()] if methods else list(b.METHODS)
     try:
         numbers = [int(text) for text in seeds.split(",")]
