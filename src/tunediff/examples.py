@@ -16,6 +16,9 @@ from tunediff.trials.base import Bench
 WINDOW = 48
 """Tokens of a context: those up to and after the strongest firing."""
 
+RARE = 0.05
+"""Expected occurrences, in all, that are added to both counts of a token before they are compared."""
+
 
 def contexts(tokenizer, sample: Sample, change: Change, kl_N: Tensor, count: int = 6) -> list[Context]:
     """The rows on which the change is on the most, one a document, strongest first; a window around the peak."""
@@ -43,10 +46,16 @@ def contexts(tokenizer, sample: Sample, change: Change, kl_N: Tensor, count: int
 
 
 def caused_tokens(tokenizer, bench: Bench, count: int = 20) -> tuple[list[TokenWeight], list[TokenWeight]]:
-    """Tokens that tuned says more and less of because of the change: the sum over scored tokens of the probability it
-    gives them with the change minus without (expected occurrences), the change taken out at its site."""
+    """Tokens that tuned says more and less of because of the change, by their keyness (Dunning 1993, G^2 / 2) in nat: how
+    often each is to be expected at the scored tokens with the change, O, against without it, E, taken out at its site.
+
+    O log(O / E) - (O - E) puts a word that goes from almost never to sometimes before a filler that goes from often to a
+    little more often, which O - E alone does not. Both have `RARE` occurrences added, so that what is never said stays out.
+    """
     taken = bench.logp(bench.pair.tuned, bench.streams_BTMD[:, :, TUNED] - bench.written_BTD)
-    gained_V = (bench.tuned_logp.exp() - taken.exp()).sum(0)
+    with_V, without_V = (logp_NV.double().exp().sum(0) + RARE for logp_NV in (bench.tuned_logp, taken))
+    more_V = with_V - without_V
+    gained_V = ((with_V * (with_V / without_V).log() - more_V) * more_V.sign()).float()
     return _named(tokenizer, gained_V, count)
 
 

@@ -40,7 +40,7 @@ from tunediff.samples import Sample
 from tunediff.signals.base import read as read_signals
 from tunediff.scans import candidate_sites, choose, scan
 from tunediff.sites import Site
-from tunediff.trials.base import Spread, bench_of
+from tunediff.trials.base import Spread, VerifySettings, bench_of
 
 Progress = Callable[[str, int, int], None]
 
@@ -379,6 +379,11 @@ class Run:
         x_NSMD = self.harvest.at(self.harvest.index("train")[:20_000])
         return {site: Spread.of(x_NSMD[:, s, TUNED] - x_NSMD[:, s, BASE]) for s, site in enumerate(self.harvest.sites)}
 
+    @property
+    def _read_settings(self) -> VerifySettings:
+        """A change's words are read off more text than it is tried on: each costs one run, not one for every control."""
+        return dataclasses.replace(self.plan.verify, documents=READ_DOCUMENTS, scored=READ_SCORED)
+
     def _try(self, number: int, ranked: Ranked, on_trial: bool, spread: dict[Site, Spread]) -> ChangeRecord:
         plan, change, tokenizer = self.plan, ranked.change, self.pair.tokenizer
         stands_out = self._stands_out(ranked)
@@ -407,8 +412,9 @@ class Run:
             if stands_out:
                 decision = {True: "confirmed", False: "refuted", None: "undecided"}[patch.speaks]
                 reason = patch.reason
-            promoted, suppressed = caused_tokens(tokenizer, bench)
-            read_by = "what tuned says more and less of because of it (expected occurrences on its held-out text)"
+            wide = bench_of(self.pair, change, [], self.sample, spread[change.sites[-1]], self._read_settings, plan.seed)
+            promoted, suppressed = caused_tokens(tokenizer, wide or bench)
+            read_by = "what tuned says more and less of because of it (keyness of what is expected on held-out text, nat)"
         elif stands_out:
             reason = "stands out from random tunes, but was not put on trial"
         if not promoted and not suppressed and number < 3 * plan.verify.changes:
@@ -564,6 +570,9 @@ LENS_TOKENS = 2500
 
 HELD_OUT_TOKENS = 10_000
 """Held-out tokens on which changes are ranked and put on trial, at least."""
+
+READ_DOCUMENTS, READ_SCORED = 24, 400
+"""Held-out documents, and tokens of them, at most, off which a change's words are read."""
 
 SIGNAL_TOKENS = 1500
 """Held-out tokens of the text that the models wrote on which signals are read, at least."""
