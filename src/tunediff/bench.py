@@ -55,7 +55,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "delta, single k": _crosscode("delta", "dictionary.single_k=true"),
     "delta, plain text only": _crosscode("delta", "contrast.prompts=0"),
     **{name: (f'find.finders=["{name}"]',) for name in (
-        "decision_clusters", "document_clusters", "mean_difference", "principal", "weight_spectrum", "random_directions")},
+        "decision_clusters", "document_clusters", "mean_difference", "delta_lens", "principal", "weight_spectrum", "random_directions")},
     **{name: (f'find.signals=["{name}"]',) for name in scores.SIGNALS},
 }
 """By name, the settings that make a run this method's. L1 has no k: its L0 is what its penalty makes it. Signals are tables:

@@ -128,6 +128,41 @@ def fit_lens(
     return _open(folder, sites)
 
 
+IDENTITY = ("man -> man\n1135 -> 1135\nhello -> hello\n?", "blue -> blue\nrun -> run\n42 -> 42\n?", "cat -> cat\nParis -> Paris\nor -> or\n?")
+"""Texts that go on with what stands at their last token (Ghandeharioun et al. 2024, 2401.06102)."""
+
+SIZES = (0.5, 1.0, 2.0)
+"""Lengths at which a direction is put there, in units of the stream's own."""
+
+
+def patchscope(model: LanguageModel, site: Site, direction_D: Tensor, size: float, vocabulary: int, count: int = 20) -> list[int]:
+    """The `count` tokens that `model` says of a direction: their probability after texts that repeat what stands at their
+    last token, with the direction in place of the stream there, less the probability with its opposite.
+
+    size   the stream's usual length at the site; the direction is put in at several multiples
+
+    Minder et al. (2510.13900) let a language model choose the length that reads best; here all count alike, and the
+    opposite direction takes away what the texts say by themselves.
+    """
+    unit_D = torch.nn.functional.normalize(direction_D.float(), dim=0)
+    gained_V = torch.zeros(vocabulary)
+    for text in IDENTITY:
+        ids_BT = torch.tensor([model.tokenizer(text, add_special_tokens=False)["input_ids"]])
+        wanted_BT = torch.zeros_like(ids_BT, dtype=torch.bool)
+        wanted_BT[:, -1] = True
+        for length in SIZES:
+            for sign in (1, -1):
+                def put(stream_BTD: Tensor, vector_D: Tensor = sign * length * size * unit_D) -> Tensor:
+                    stream_BTD = stream_BTD.clone()
+                    stream_BTD[:, -1] = vector_D.to(stream_BTD)
+                    return stream_BTD
+
+                with model.writing(site, put):
+                    logit_V = model.logits(model.states(ids_BT)[wanted_BT])[0, :vocabulary]
+                gained_V += sign * logit_V.float().softmax(0).cpu()
+    return gained_V.topk(min(count, vocabulary)).indices.tolist()
+
+
 def _open(folder: Path, sites: tuple[Site, ...]) -> Lens:
     saved = read_tensors(folder / "lens.safetensors")
     return Lens(sites, saved["map"], saved["r2"])

@@ -1,4 +1,4 @@
-"""The constant offset: the mean of tuned minus base (the activation-difference lens, Minder et al. 2510.13900)."""
+"""The constant offset: the mean of tuned minus base."""
 
 from __future__ import annotations
 
