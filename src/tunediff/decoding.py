@@ -19,8 +19,8 @@ def amplified(logit_BV: Tensor, other_BW: Tensor, amplification: float) -> Tenso
     """log p + a (log p - log p') for logits of p and of p', up to a constant a row; -inf where p is not plausible.
 
     What a fine-tune made a little more likely everywhere then is said where nothing calls for it. Tokens that only p
-    knows are left as they are. The difference is contrastive decoding's (Li et al. 2023, 2210.15097), where p' is a weaker
-    model; between a tune and its base it was proposed by Aranguri & McGrath 2025 ("model diff amplification").
+    knows are left as they are. With a weaker model as p' it is contrastive decoding (Li et al. 2023, 2210.15097); a tune and
+    its base are compared so in 2605.25902, where sampling recovers training text.
     """
     logp_BV = logit_BV.log_softmax(1)
     known = min(logit_BV.shape[1], other_BW.shape[1])
