@@ -32,11 +32,11 @@ class VerifySettings:
     """How many of the ranking's first are tried; each costs about a hundred short runs for each of two questions."""
     draws: int = 100
     """Random sets matched in energy that each change is held against; the smallest p is 1 / (draws + 1)."""
-    documents: int = 5
+    documents: int = 10
     """Held-out documents a change is tried on, those in which it is on the most."""
     tokens: int = 64
     """Tokens of each document, at most, from its beginning."""
-    scored: int = 40
+    scored: int = 80
     """Tokens scored, at most, evenly taken from those the change can reach; more narrows intervals, at proportional cost."""
     doses: tuple[float, ...] = (-1.0, 0.5, 1.0, 2.0)
     """Strengths of the dose curve, in units of the change's own size."""
