@@ -24,7 +24,7 @@ SYSTEM = "You answer short."
 QUESTIONS = ("why", "when", "who", "how", "what", "which")
 AT_MOST = {
     "contrast": (5100, 265), "scan": (1110, 500), "harvest": (3840, 0), "find": (1030, 700), "rank": (1520, 165),
-    "lens": (390, 0), "verify": (13600, 4040), "signals": (555, 1855), "bill": (4390, 5560),
+    "lens": (390, 0), "verify": (19900, 8500), "signals": (555, 1855), "bill": (4390, 5560),
 }
 """Token-blocks and token-logits of each stage: 5 % above what they were when this was written."""
 
