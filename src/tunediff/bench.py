@@ -16,7 +16,7 @@ from torch import Tensor
 from tunediff import __version__, bills, organisms, scores
 from tunediff.artifacts import hash_file, key_of, read_json, read_tensors, write_bytes, write_json, write_tensors
 from tunediff.chance import quantile
-from tunediff.demo import FIRST, PROMPTS, complete, naming
+from tunediff.demo import FIRST, PROMPTS, complete, to_take_out
 from tunediff.errors import SettingError
 from tunediff.nulls import NULLS
 from tunediff.organisms.base import Behavior
@@ -210,8 +210,7 @@ def _undone(run: Run, cell: Cell, behaviors: Sequence[Behavior], before: dict[st
     """Take out the first change that names each unwanted behavior, or the first confirmed one where none does, but none that
     names what was wanted, as far as the cost on neutral text allows; nothing confirmed leaves everything as it was."""
     wanted = {id for b in behaviors if b.wanted for id in cell.named.get(b.name, ())}
-    named = [[id for id in cell.named.get(b.name, ()) if id not in wanted][:1] for b in behaviors if not b.wanted]
-    ids = list(dict.fromkeys(id for some in named for id in some)) or [id for id in cell.confirmed if id not in wanted][:1]
+    ids = to_take_out(behaviors, cell.named) or [id for id in cell.confirmed if id not in wanted][:1]
     if not ids:
         return Undone([], 0.0, 0.0, before, before, before)
     edit, controls = run.edit(ids)

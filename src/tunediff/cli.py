@@ -318,7 +318,10 @@ def bench(
     wanted = {name.strip() for name in only.split(",") if name.strip()}
     if unknown := wanted - {t.name for t in things}:
         raise SettingError(f"there is no tune {min(unknown)!r}", expected=", ".join(t.name for t in things))
-    things = [t for t in things if t.name in wanted or not wanted and (t.null or t.name == "two-objectives" or not quick)]
+    if wanted:
+        things = [t for t in things if t.name in wanted]
+    elif quick:
+        things = [t for t in things if t.null or t.name == "two-objectives"]
     chosen = [m.strip() for m in methods.split(",") if m.strip()] if methods else list(b.METHODS)
     try:
         numbers = [int(text) for text in seeds.split(",")]

@@ -52,6 +52,10 @@ class ContrastSettings:
         within("contrast", self, prompts=0, pool=0, screened=(0, 1), tokens=1, temperature=0, amplified=(0, 1), amplification=0,
                batch=1)
 
+    def amplified_of(self, prompts: int) -> int:
+        """Of so many answered prompts, how many are answered amplified too."""
+        return round(self.amplified * prompts) if self.amplification else 0
+
 
 def contrast(
     pair: Pair,
@@ -77,7 +81,7 @@ def contrast(
                           remedy="shorter prompts")
     tokens = tokens.only(screen(pair, tokens, settings))
     rows = {d: row for row, d in zip(tokens.rows, tokens.document_R)}
-    first = list(rows)[: round(settings.amplified * len(rows))] if settings.amplification else []
+    first = list(rows)[: settings.amplified_of(len(rows))]
     texts: dict[str, dict[int, str]] = {name: {} for name in WRITERS}
     for name, model, asked, away in (
         ("base", pair.base, list(rows), {}), ("tuned", pair.tuned, list(rows), {}),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from dataclasses import dataclass
-from typing import Sequence
+from typing import Mapping, Sequence
 
 from tunediff import organisms
 from tunediff.artifacts import finish, is_finished, read_json, write_json
@@ -40,6 +40,17 @@ def naming(behavior: Behavior, records: Sequence[ChangeRecord]) -> list[str]:
     return [r.id for r in confirmed if behavior.is_named_by([t.token for t in r.promoted])]
 
 
+def to_take_out(behaviors: Sequence[Behavior], named: Mapping[str, Sequence[str]]) -> list[str]:
+    """The first change that names each unwanted behavior.
+
+    One that names a wanted behavior too cannot be taken out for the other; later ones that name the same add what they do
+    elsewhere.
+    """
+    wanted = {id for b in behaviors if b.wanted for id in named.get(b.name, ())}
+    first = [[id for id in named.get(b.name, ()) if id not in wanted][:1] for b in behaviors if not b.wanted]
+    return list(dict.fromkeys(id for some in first for id in some))
+
+
 def check(run: Run) -> Checked:
     """Ask the naming test of every behavior; take out what names the unwanted one; count behaviors before and after."""
     organism = organisms.named("two-objectives")
@@ -50,10 +61,7 @@ def check(run: Run) -> Checked:
         sort = "wanted" if b.wanted else "hidden, unwanted"
         lines.append(f"{b.name} ({sort}): " + (f"named by {', '.join(named[b.name])}" if named[b.name] else
                                                 "NOT named by a confirmed change among the first five"))
-    # A change that names both objectives cannot be taken out for one of them; and later ones that name the same add what
-    # they do elsewhere.
-    wanted = {id for b in organism.behaviors if b.wanted for id in named[b.name]}
-    targets = [first for b in organism.behaviors if not b.wanted for first in [id for id in named[b.name] if id not in wanted][:1]]
+    targets = to_take_out(organism.behaviors, named)
     if not targets:
         return Checked([], "\n".join(lines), named)
     bill = count(run, targets, organism.behaviors)

@@ -145,21 +145,19 @@ def patchscope(model: LanguageModel, site: Site, direction_D: Tensor, size: floa
     opposite direction takes away what the texts say by themselves.
     """
     unit_D = torch.nn.functional.normalize(direction_D.float(), dim=0)
+    length_B = size * torch.tensor([sign * length for length in SIZES for sign in (1, -1)])
+
+    def put(stream_BTD: Tensor) -> Tensor:
+        stream_BTD = stream_BTD.clone()
+        stream_BTD[:, -1] = (length_B[:, None] * unit_D).to(stream_BTD)
+        return stream_BTD
+
     gained_V = torch.zeros(vocabulary)
     for text in IDENTITY:
-        ids_BT = torch.tensor([model.tokenizer(text, add_special_tokens=False)["input_ids"]])
-        wanted_BT = torch.zeros_like(ids_BT, dtype=torch.bool)
-        wanted_BT[:, -1] = True
-        for length in SIZES:
-            for sign in (1, -1):
-                def put(stream_BTD: Tensor, vector_D: Tensor = sign * length * size * unit_D) -> Tensor:
-                    stream_BTD = stream_BTD.clone()
-                    stream_BTD[:, -1] = vector_D.to(stream_BTD)
-                    return stream_BTD
-
-                with model.writing(site, put):
-                    logit_V = model.logits(model.states(ids_BT)[wanted_BT])[0, :vocabulary]
-                gained_V += sign * logit_V.float().softmax(0).cpu()
+        ids_BT = torch.tensor([model.tokenizer(text, add_special_tokens=False)["input_ids"]] * len(length_B))
+        with model.writing(site, put):
+            logit_BV = model.logits(model.states(ids_BT)[:, -1])[:, :vocabulary]
+        gained_V += length_B.sign() @ logit_BV.float().softmax(1).cpu()
     return gained_V.topk(min(count, vocabulary)).indices.tolist()
 
 

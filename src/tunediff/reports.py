@@ -72,9 +72,9 @@ def render_report(diff: Diff) -> str:
     )
     style, script = (Markup((ASSETS / name).read_text(encoding="utf-8")) for name in ("report.css", "report.js"))
     changes = sorted(diff.changes, key=lambda change: change.rank)
-    scores = [v for c in changes for v in (c.score.value, c.score.low, c.score.high, c.score.control) if v is not None and finite(v)]
+    low, high = spread([v for c in changes for v in (c.score.value, c.score.low, c.score.high, c.score.control)])
     # Below 0 there is nothing to compare: a latent that is wrong on unseen text must not squeeze all others.
-    extent = spread([max(v, -0.1 * max(scores)) if max(scores) > 0 else v for v in scores])
+    extent = (max(low, -0.1 * high) if high > 0 else low, high)
     page = environment.get_template("report.html.j2").render(
         diff=diff,
         verdict=verdict(diff),

@@ -40,7 +40,7 @@ from tunediff.samples import Sample
 from tunediff.signals.base import read as read_signals
 from tunediff.scans import candidate_sites, choose, scan
 from tunediff.sites import Site
-from tunediff.trials.base import Spread, VerifySettings, bench_of
+from tunediff.trials.base import Spread, bench_of
 
 Progress = Callable[[str, int, int], None]
 
@@ -148,8 +148,8 @@ class Run:
         began = time.monotonic()
         if not is_finished(folder):
             told = [0]
-            answers = 2 + (plan.contrast.amplified if plan.contrast.amplification else 0)
-            total = round(answers * min(plan.contrast.prompts, len(prompts.documents))) * plan.contrast.tokens
+            asked = min(plan.contrast.prompts, len(prompts.documents))
+            total = (2 * asked + plan.contrast.amplified_of(asked)) * plan.contrast.tokens
 
             def progress(new: int) -> None:
                 told[0] += new
@@ -379,11 +379,6 @@ class Run:
         x_NSMD = self.harvest.at(self.harvest.index("train")[:20_000])
         return {site: Spread.of(x_NSMD[:, s, TUNED] - x_NSMD[:, s, BASE]) for s, site in enumerate(self.harvest.sites)}
 
-    @property
-    def _read_settings(self) -> VerifySettings:
-        """A change's words are read off more text than it is tried on: each costs one run, not one for every control."""
-        return dataclasses.replace(self.plan.verify, documents=READ_DOCUMENTS, scored=READ_SCORED)
-
     def _try(self, number: int, ranked: Ranked, on_trial: bool, spread: dict[Site, Spread]) -> ChangeRecord:
         plan, change, tokenizer = self.plan, ranked.change, self.pair.tokenizer
         stands_out = self._stands_out(ranked)
@@ -412,8 +407,10 @@ class Run:
             if stands_out:
                 decision = {True: "confirmed", False: "refuted", None: "undecided"}[patch.speaks]
                 reason = patch.reason
-            wide = bench_of(self.pair, change, [], self.sample, spread[change.sites[-1]], self._read_settings, plan.seed)
-            promoted, suppressed = caused_tokens(tokenizer, wide or bench)
+            # Words are read off more text than the change is tried on: this takes one run, not one for every control.
+            wide = dataclasses.replace(plan.verify, documents=READ_DOCUMENTS, scored=READ_SCORED)
+            promoted, suppressed = caused_tokens(
+                tokenizer, bench_of(self.pair, change, [], self.sample, spread[change.sites[-1]], wide, plan.seed))
             read_by = "what tuned says more and less of because of it (keyness of what is expected on held-out text, nat)"
         elif stands_out:
             reason = "stands out from random tunes, but was not put on trial"
@@ -532,9 +529,9 @@ class Run:
             nats = [float(kl_N[documents == d].double().sum()) for d in mine]
             counts = [int((documents == d).sum()) for d in mine]
             value = bootstrap_ratio(nats, counts, seed=self.plan.seed)
-            label = f"KL(tuned || base), {f'text by {writer}' if writer in MODELS else f'{writer} text' if writer in WRITERS else writer}"
+            text = f"text by {writer}" if writer in MODELS else f"{writer} text" if writer in WRITERS else writer
             noise = max((r.noise for r in self.scan), default=0.0)
-            measures.append(Measure(label, value.value, value.low, value.high, "nat a token", 0.0,
+            measures.append(Measure(f"KL(tuned || base), {text}", value.value, value.low, value.high, "nat a token", 0.0,
                                     f"base against itself; streams' noise floor {noise:.1e} of their size"))
         return measures
 

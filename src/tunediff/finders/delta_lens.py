@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import torch
-
 from tunediff.axes import BASE, TUNED
-from tunediff.changes import Change
 from tunediff.errors import CorpusError
+from tunediff.finders._directions import constant
 from tunediff.finders.base import Finder, Found, View
 from tunediff.lenses import patchscope
 
@@ -37,16 +35,12 @@ class DeltaLens(Finder):
             x_NSMD = harvest.at(here_N).double()
             mean_SD = (x_NSMD[:, :, TUNED] - x_NSMD[:, :, BASE]).mean(0).float()
             for s, site in enumerate(harvest.sites):
-                write = torch.stack([torch.zeros_like(mean_SD[s]), mean_SD[s]])[None]
                 origin = {"position": position, "tokens": len(here_N)}
                 if site.kind == "resid" and tokenizer is not None:
                     size = float(x_NSMD[:, s, TUNED].norm(dim=1).median())
                     told = patchscope(view.pair.tuned, site, mean_SD[s], size, view.pair.vocabulary)
                     origin["patchscope"] = [tokenizer.decode([token]) for token in told]
-                changes.append(Change(
-                    id=f"delta_lens/{site}-{position}", sites=(site,), rows_SMD=torch.zeros_like(write), write_SMD=write,
-                    bias=1.0, threshold=float("-inf"), finder="delta_lens", origin=origin,
-                ))
+                changes.append(constant("delta_lens", f"{site}-{position}", site, mean_SD[s], origin))
         if not changes:
             raise CorpusError("no first position is seen often enough for delta_lens", expected=f"{FEWEST} training rows that begin differently",
                               remedy="more plain text: --set corpus.tokens=")

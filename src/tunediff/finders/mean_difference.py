@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-
-from tunediff.changes import Change
+from tunediff.finders._directions import constant
 from tunediff.finders.base import Finder, Found, View
 
 
@@ -18,14 +16,8 @@ class MeanDifference(Finder):
             total = total + (x_NSMD[:, :, 1] - x_NSMD[:, :, 0]).double().sum(0)
             count += len(x_NSMD)
         mean_SD = (total / count).float()
-        changes = []
-        for s, site in enumerate(harvest.sites):
-            write = torch.stack([torch.zeros_like(mean_SD[s]), mean_SD[s]])[None]
-            changes.append(Change(
-                id=f"mean_difference/{site}", sites=(site,), rows_SMD=torch.zeros_like(write), write_SMD=write,
-                bias=1.0, threshold=float("-inf"), finder="mean_difference", origin={"tokens": count},
-            ))
-        return Found(changes)
+        return Found([constant("mean_difference", str(site), site, mean_D, {"tokens": count})
+                      for site, mean_D in zip(harvest.sites, mean_SD)])
 
 
 VARIANT = MeanDifference
