@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import json
+import random
 from dataclasses import replace
 from xml.etree import ElementTree
 
 import pytest
+import support_diffs
 import tiny_models
 import torch
 from test_cli import SETTINGS, cli, world  # noqa: F401  (the fixture)
 
 from tunediff import bench, scores
 from tunediff.artifacts import read_json
-from tunediff.calibrations import Calibration
+from tunediff.calibrations import Calibration, NullPair
+from tunediff.chance import numpy_generator, prediction_bound
 from tunediff.errors import SettingError
 from tunediff.nulls import NULLS
 from tunediff.pairs import Pair
-from tunediff.results import typed
+from tunediff.results import GAP, Measure, typed
 from tunediff.scores import Cell, Undone
 
 
@@ -41,9 +44,23 @@ def test_the_table_counts_what_it_says():
     (row,) = scores.table(cells)
     assert row["tunes found"].startswith("1/2 ") and row["nulls claimed"].startswith("1/2 ")
     assert row["behaviors named"].startswith("1/3 ") and row["tune identified"].startswith("1/2 ")
-    assert row["words@100 (decoys)"].startswith("0.33 [") and row["area under ROC"].startswith("0.75 [")
+    assert row["words@100 (decoys)"].startswith("0.33 [") and row["ROC area by score"].startswith("0.75 [")
     page = scores.render(cells[:1] + cells[2:] + [cell("false-facts", "n", 2.0, 1, (True,))], {}, "tunediff bench")
     assert "| m | part | found | – | not run |" in page and "| n | not run | not run | not run | named |" in page
+
+
+def test_placebos_are_judged_by_the_other_placebos():
+    """The bound for a tune is of all placebos, that for a placebo of the others, and there is none without another."""
+    placebos = [cell(f"placebo@{i}", "m", 9.0, 1, null=True, gaps=[gap]) for i, gap in enumerate((0.2, 0.25, 0.22, 0.6))]
+    tunes = [cell("false-facts", "m", 9.0, 2, (True,), gaps=[0.1, 3.0]), cell("dialect", "m", 9.0, 1, (False,), gaps=[0.3])]
+    nothing = cell("null random 0", "m", 1.0, 0, null=True)
+    cells = [*tunes, *placebos, nothing]
+    (row,) = scores.table(cells)
+    assert row["tunes found"].startswith("2/2") and row["found above placebos"].startswith("1/2")
+    assert row["nulls claimed"].startswith("4/5") and row["claimed above placebos"].startswith("1/5"), "the last, by the others"
+    assert scores.bound_for(placebos[3], cells) == prediction_bound([0.2, 0.25, 0.22], 0.05) > 0.25
+    assert scores.bound_for(placebos[0], [*tunes, placebos[0]]) is None
+    assert scores.table([*tunes, nothing])[0]["found above placebos"] == "not run"
 
 
 def test_words_are_shown_beside_words_that_were_never_planted():
@@ -154,13 +171,40 @@ def test_a_calibrated_base_asks_for_more(world, tmp_path, monkeypatch):  # noqa:
     told = cli("calibrate", world.base, "--count", 2, "--runs", tmp_path / "runs", "-q", "--json", *world.sets(verify__changes=0))
     assert told.code == 0, told.err
     measured = json.loads(told.out)
-    assert len(measured["scores"]) == 2 and measured["claimed"] == 0 and "0.003" in measured["nulls"][0] != measured["nulls"][1]
     kept = Calibration.of(measured["base"])
-    assert kept.scores == measured["scores"] and kept.threshold >= 0.0 and Calibration.of("another") is None
+    assert [null.name for null in kept.nulls] == ["untrained, 0.003 of every map", "untrained, 0.01 of every map"]
+    assert kept.score >= 0.0 == kept.gap and Calibration.of("another") is None
     before = cli(*world.command("verify", runs="calibrated"), "--json")
-    replace(kept, scores=[1e9, 2e9], level=0.05).save()
+    replace(kept, nulls=[NullPair("a", False, 1e9, 0.0), NullPair("b", False, 2e9, 0.0)], level=0.05).save()
     after = cli(*world.command("verify", runs="calibrated"), "--json")
     assert before.code == after.code == 0, after.err
     assert any("null pairs" not in r["reason"] for r in json.loads(before.out))
-    assert all(r["decision"] == "refuted" and "calibrated threshold 1.95e+09" in r["reason"] for r in json.loads(after.out))
+    assert all(r["decision"] == "refuted" and "up to 1.95e+09" in r["reason"] for r in json.loads(after.out))
     assert cli("calibrate", world.base, "--count", 0).code == 2
+
+
+def test_a_change_must_be_more_than_a_placebos():
+    """Below the placebos' gap a confirmed change is real but not claimed; what is no better than untrained nulls is refuted."""
+    record = support_diffs.change(random.Random(0), 1, "confirmed", 5.0)
+    record = replace(record, measures=[*record.measures, Measure(GAP, 0.3)])
+    nulls = [NullPair("untrained", False, 1.0, 0.0), NullPair("placebo-1", True, 900.0, 0.2), NullPair("placebo-2", True, 300.0, 0.25)]
+    bound = prediction_bound([0.2, 0.25], 0.05)
+    calibration = Calibration("base", nulls, 0.05)
+    assert (calibration.gap, calibration.score) == (bound, 1.0)
+    judged = calibration.judged(record)
+    assert judged.decision == "undecided" and "0.3 nat" in judged.reason and judged.measures == record.measures
+    above = replace(record, measures=[Measure(GAP, 1.1 * bound)])
+    assert calibration.judged(above) == above
+    assert replace(calibration, nulls=nulls[:1]).judged(record) == record, "without a placebo no gap is asked for"
+    weak = replace(record, score=replace(record.score, value=0.9))
+    assert calibration.judged(weak).decision == "refuted"
+    refuted = replace(weak, decision="refuted", reason="as it was")
+    assert calibration.judged(refuted) == refuted
+
+
+def test_a_prediction_bound_is_exceeded_as_often_as_it_says():
+    """Of one more value like five others, in 4,000 worlds: 5 % exceed, give or take 3.5 standard errors."""
+    values = numpy_generator(0, "worlds").lognormal(0.3, 0.5, (4000, 6))
+    share = sum(row[5] > prediction_bound(row[:5], 0.05) for row in values) / 4000
+    assert abs(share - 0.05) < 3.5 * (0.05 * 0.95 / 4000) ** 0.5
+    assert prediction_bound([], 0.05) == 0.0 and abs(prediction_bound([0.3], 0.05) - 0.3) < 1e-12

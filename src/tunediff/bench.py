@@ -131,6 +131,7 @@ def bench(chosen: Iterable[Tune], methods: Sequence[str], seeds: Sequence[int], 
                     pair = Pair.load(plan.base, tune.source)
                     pair = NULLS[tune.null](pair, tune.seed) if tune.null else pair
                 run = Run(plan, out / "runs" / f"{tune.name}-{seed}".replace(" ", "-"), progress, pair)
+                run.calibration = None  # placebos are among the tunes: each is judged by the others, when cells are counted
                 cell = (_listed if method in scores.SIGNALS else _tried)(run, Cell(key, tune.name, tune.is_null, method, seed))
                 cell = replace(cell, named={b.name: _naming(cell, b) for b in tune.behaviors if b.vocabulary})
                 if tune.behaviors and method not in scores.SIGNALS:
@@ -154,7 +155,7 @@ def _tried(run: Run, cell: Cell) -> Cell:
     return replace(
         cell, candidates=len(records), p=min((r.p for r in ranked), default=1.0),
         score=max((r.score.value for r in ranked), default=0.0), null=quantile(ranked[0].null, 0.95) if ranked else 0.0,
-        confirmed=[r.id for r in confirmed], read=[[t.token for t in r.promoted[:TOKENS]] for r in confirmed[:READ]],
+        confirmed=[r.id for r in confirmed], gaps=[r.gap for r in confirmed], read=[[t.token for t in r.promoted[:TOKENS]] for r in confirmed[:READ]],
         slots=_slots(confirmed[:FIRST]), seconds=round(time.monotonic() - began, 1),
         memory=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
         **(dict(ev_delta=float(quality.ev_delta), l0=float(quality.l0_inference), dead=float(quality.dead_share)) if quality else {}),

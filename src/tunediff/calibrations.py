@@ -1,14 +1,31 @@
-"""Calibrations: how high changes score in pairs with nothing to find, measured on a user's own base and kept for `diff`."""
+"""Calibrations: what pairs of a base with nothing to find give, measured once and kept, and claims judged by it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tunediff.artifacts import read_json, write_json
-from tunediff.chance import quantile
+from tunediff.chance import prediction_bound, quantile
 from tunediff.embedded import cache_folder
-from tunediff.results import typed
+from tunediff.results import ChangeRecord, typed
+
+SHIPPED = Path(__file__).parent / "assets" / "calibrations"
+
+
+@dataclass(frozen=True)
+class NullPair:
+    """What a run on one pair with nothing to find gave.
+
+    trained  whether anything was trained: a placebo, which does change how a model speaks
+    score    its best score, in units of its own random tunes
+    gap      the largest gap of its confirmed changes (`ChangeRecord.gap`), nat a token; 0 if none was confirmed
+    """
+
+    name: str
+    trained: bool
+    score: float
+    gap: float
 
 
 @dataclass(frozen=True)
@@ -16,36 +33,51 @@ class Calibration:
     """What null pairs of one base gave.
 
     base     fingerprint of the base's weights
-    nulls    what each null was
-    scores   the best score of each, in units of its own random tunes
-    claimed  how many of them `diff` would have found something in
-    level    the rate at which a change may stand out
+    level    the rate at which a change may be claimed that is none
     """
 
     base: str
-    nulls: list[str]
-    scores: list[float]
-    claimed: int
+    nulls: list[NullPair]
     level: float
 
     @property
-    def threshold(self) -> float:
-        """The score that a change has to exceed: the nulls' quantile at the level, 0 where there were none."""
-        return max(quantile(self.scores, 1 - self.level), 0.0) if self.scores else 0.0
+    def score(self) -> float:
+        """The score that a change has to exceed: the quantile, at the level, of the nulls that no one trained.
+
+        Placebos are left out: their scores say how long they were trained, not that anything was taught.
+        """
+        scores = [null.score for null in self.nulls if not null.trained]
+        return max(quantile(scores, 1 - self.level), 0.0) if scores else 0.0
+
+    @property
+    def gap(self) -> float:
+        """The gap in nat that a change has to exceed: what one more null like those that were claimed would stay under."""
+        return prediction_bound([null.gap for null in self.nulls if null.gap > 0], self.level)
+
+    def judged(self, record: ChangeRecord) -> ChangeRecord:
+        """A record, its claim withdrawn where nothing does as much: refuted below the score, undecided below the gap.
+
+        A change below the gap is real, but so are a placebo's: nothing shows that it is about what the tune was taught.
+        """
+        if record.decision == "refuted":
+            return record
+        if not record.score.value > self.score:
+            return replace(record, decision="refuted", reason=f"null pairs of this base score as much (up to {self.score:.3g})")
+        if record.decision == "confirmed" and not record.gap > self.gap:
+            return replace(record, decision="undecided", reason="real, but training on nothing does as much: the models are "
+                           f"{record.gap:.2g} nat apart where it is on, and placebos of this base up to {self.gap:.2g}")
+        return record
 
     def save(self) -> Path:
         """Keep it for this base; an older one is replaced."""
-        path = _path(self.base)
+        path = cache_folder() / "calibrations" / f"{self.base}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, self)
         return path
 
     @classmethod
     def of(cls, base: str) -> "Calibration | None":
-        """That of a base, if there is one."""
-        path = _path(base)
-        return typed(cls, read_json(path), path.name) if path.is_file() else None
-
-
-def _path(base: str) -> Path:
-    return cache_folder() / "calibrations" / f"{base}.json"
+        """That of a base: the user's own, or else the one that ships, if there is one."""
+        paths = (folder / f"{base}.json" for folder in (cache_folder() / "calibrations", SHIPPED))
+        path = next((path for path in paths if path.is_file()), None)
+        return typed(cls, read_json(path), path.name) if path else None

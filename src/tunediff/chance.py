@@ -113,6 +113,23 @@ def quantile(values: Sequence[float], q: float) -> float:
     return float(np.quantile(np.asarray(values, np.float64), q))
 
 
+def prediction_bound(values: Sequence[float], level: float) -> float:
+    """What one more positive value like these exceeds at a rate of `level`, if their logarithms are normal; 0 of none.
+
+    mean + t s sqrt(1 + 1 / n) of the logarithms, t the quantile of Student's distribution with n - 1 degrees of freedom
+    (Whitmore 1986). A single value is its own bound: nothing is known of its spread.
+    """
+    logs = np.log(np.asarray(values, np.float64))
+    n = len(logs)
+    if n < 2:
+        return float(np.exp(logs.sum())) if n else 0.0
+    # With t = sqrt(n - 1) tan(angle) the density is a power of a cosine.
+    angle = np.linspace(0, np.pi / 2, 100_001)
+    mass = np.cumsum(np.cos(angle) ** (n - 2))
+    at = angle[np.searchsorted(mass, (1 - 2 * level) * mass[-1])]
+    return float(np.exp(logs.mean() + np.sqrt(n - 1) * np.tan(at) * logs.std(ddof=1) * np.sqrt(1 + 1 / n)))
+
+
 def q_values(p: Sequence[float]) -> list[float]:
     """Benjamini-Hochberg (1995) adjusted p-values: the smallest false-discovery rate at which each would be claimed."""
     p = np.asarray(p, np.float64)

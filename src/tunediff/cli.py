@@ -277,7 +277,7 @@ def calibrate(
     placebo: Annotated[Optional[list[Path]], typer.Option(help="A placebo tune of this base: a harder null; repeatable.")] = None,
     runs: Runs = Path("runs"), set_: Set = None, json: Json = False, quiet: Quiet = False,
 ) -> None:
-    """Measure what changes score in pairs of BASE with nothing to find; `diff` then asks for more than that."""
+    """Measure what pairs of BASE with nothing to find give; `diff` then asks for more than that."""
     _hush(quiet)
     from tunediff.nulls import calibrate as measure
     from tunediff.progress import Progress
@@ -290,8 +290,10 @@ def calibrate(
     if json:
         typer.echo(to_json(done, indent=1))
         return
-    typer.echo(_table([{"null": n, "best score": s} for n, s in zip(done.nulls, done.scores)]))
-    typer.echo(f"{done.claimed} of {len(done.scores)} claimed; a change of this base now has to score above {done.threshold:.3g}\nkept    {path}")
+    claimed = sum(null.gap > 0 for null in done.nulls)
+    typer.echo(_table([{"null": null.name, "best score": null.score, "gap, nat": null.gap} for null in done.nulls]))
+    typer.echo(f"{claimed} of {len(done.nulls)} claimed; a change of this base now has to score above {done.score:.3g}, where the models "
+               f"are more than {done.gap:.2g} nat apart\nkept    {path}")
 
 
 @app.command()

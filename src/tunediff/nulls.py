@@ -9,7 +9,7 @@ from typing import Callable, Sequence
 import torch
 from torch import nn
 
-from tunediff.calibrations import Calibration
+from tunediff.calibrations import Calibration, NullPair
 from tunediff.chance import generator, seed_of
 from tunediff.errors import SourceError
 from tunediff.models import LanguageModel
@@ -81,18 +81,19 @@ def calibrate(base: str, count: int, folder: Path, *, tunes: Sequence[str] = (),
     plan = Plan(base)
     for setting in settings:
         plan = plan.set(setting)
-    names, scores, claimed, fingerprint = [], [], 0, ""
+    nulls, fingerprint = [], ""
     for number in range(count + len(tunes)):
-        size = SIZES[number % len(SIZES)]
-        name = tunes[number - count] if number >= count else f"untrained, {size:g} of every map"
-        pair = Pair.load(base, tunes[number - count]) if number >= count else untrained(base, size, number)
+        trained, size = number >= count, SIZES[number % len(SIZES)]
+        name = tunes[number - count] if trained else f"untrained, {size:g} of every map"
+        pair = Pair.load(base, name) if trained else untrained(base, size, number)
         run = Run(replace(plan, tuned=name), folder / f"null-{number}", progress, pair)
         run.calibration = None  # a threshold is not tested against itself
-        names.append(name)
-        scores.append(max((r.score.value for r in run.ranking.ranked), default=0.0))
-        claimed += any(r.decision == "confirmed" for r in run.verdicts)
+        nulls.append(NullPair(
+            Path(name).name if trained else name, trained, max((r.score.value for r in run.verdicts), default=0.0),
+            max((r.gap for r in run.verdicts if r.decision == "confirmed"), default=0.0),
+        ))
         fingerprint = pair.base_fingerprint
-    return Calibration(fingerprint, names, scores, claimed, plan.rank.level)
+    return Calibration(fingerprint, nulls, plan.rank.level)
 
 
 NULLS: dict[str, Callable[[Pair, int], Pair]] = {

@@ -14,6 +14,9 @@ from tunediff.errors import ArtifactError
 
 SCHEMA = "tunediff.diff/1"
 
+GAP = "KL(tuned || base) here"
+"""The measure, of a change on trial, that says how far apart the models are where it is on, in nat a token."""
+
 
 @dataclass(frozen=True)
 class Measure:
@@ -96,6 +99,11 @@ class ChangeRecord:
     kinds: dict[str, float]
     dose: list[DosePoint]
     origin: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def gap(self) -> float:
+        """How far apart the models are where the change is on, nat a token; 0 if it was not on trial."""
+        return next((m.value for m in self.measures if m.name == GAP and m.value is not None), 0.0)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Callable, Mapping, Sequence
 from torch import Tensor
 
 from tunediff import organisms, variants
-from tunediff.chance import Interval, bootstrap_mean, numpy_generator, proportion, quantile
+from tunediff.chance import Interval, bootstrap_mean, numpy_generator, prediction_bound, proportion, quantile
 from tunediff.charts import alone, strip
 
 SIGNALS = ("black_box", "logit_mining", "contrastive_decoding")
@@ -50,7 +50,7 @@ class Cell:
     key          of the plan and the tune's weights, so that a cell is run again only if it would differ
     p, score     the smallest p-value, nan where the method has no test; the best score in units of random tunes, of which
                  ``null`` is the 95th percentile
-    confirmed    ids of confirmed changes, in order
+    confirmed    ids of confirmed changes, in order; ``gaps`` how far apart the models are where each is on, nat a token
     named        behavior -> ids among the first five confirmed that name it by the organism's own test
     read         tokens that each of the first ten confirmed changes promotes, twenty each
     slots        organism -> share of its decisive strings that stand where the first five confirmed changes are on
@@ -77,6 +77,12 @@ class Cell:
     dead: float | None = None
     seconds: float = 0.0
     memory: float = 0.0
+    gaps: list[float] = field(default_factory=list)
+
+    @property
+    def gap(self) -> float:
+        """The largest gap of what was confirmed; 0 of nothing."""
+        return max(self.gaps, default=0.0)
 
 
 # -- which organism ----------------------------------------------------------------------------------------------
@@ -166,12 +172,27 @@ def _parts(cells: Sequence[Cell]) -> tuple[list[Cell], list[Cell]]:
 
 def _detection(cells: Sequence[Cell]) -> Row:
     real, null = _parts([c for c in cells if c.p == c.p])
-    area = roc_area(*([c.score / max(c.null, 1e-9) for c in part] for part in (real, null)))
-    return {
-        "tunes found": _share([bool(c.confirmed) for c in real], "no test"),
-        "nulls claimed": _share([bool(c.confirmed) for c in null], "not run" if real else "no test"),
-        "area under ROC": _interval(area) if real and null else "not run" if real else "no test",
-    }
+    none = "not run" if real else "no test"
+    row = {"tunes found": _share([bool(c.confirmed) for c in real], "no test"), "nulls claimed": _share([bool(c.confirmed) for c in null], none)}
+    for side, part in (("found", real), ("claimed", null)):
+        above = [c.gap > bound for c in part if len(c.gaps) == len(c.confirmed) for bound in [bound_for(c, cells)] if bound is not None]
+        row[f"{side} above placebos"] = _share(above, none)
+    for by, of in (("score", lambda c: c.score / max(c.null, 1e-9)), ("gap", lambda c: c.gap)):
+        row[f"ROC area by {by}"] = _interval(roc_area([of(c) for c in real], [of(c) for c in null])) if real and null else none
+    return row
+
+
+def bound_for(cell: Cell, cells: Sequence[Cell], level: float = 0.05) -> float | None:
+    """The gap that a cell has to exceed: one more placebo than the others of its method would stay under it; None of no other.
+
+    A placebo is judged by the other placebos alone, whatever their seeds.
+    """
+    others = [c for c in cells if c.method == cell.method and _is_placebo(c) and (c.tune != cell.tune or not _is_placebo(cell))]
+    return prediction_bound([c.gap for c in others if c.gap > 0], level) if others else None
+
+
+def _is_placebo(cell: Cell) -> bool:
+    return cell.tune.partition("@")[0] == "placebo"
 
 
 def _content(cells: Sequence[Cell]) -> Row:

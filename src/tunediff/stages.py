@@ -321,7 +321,7 @@ class Run:
         plan, ranking = self.plan, self.ranking
         self.lens  # now, so that a run that finds its verdicts done lists the same stages
         key, folder = self._at("verify", self.harvest.fingerprint, self._found_key, plan.rank, plan.verify, plan.seed,
-                               [(r.change.id, r.p, r.score.value) for r in ranking.ranked], self._threshold)
+                               [(r.change.id, r.p, r.score.value) for r in ranking.ranked])
         began = time.monotonic()
         if not is_finished(folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -341,6 +341,8 @@ class Run:
             write_json(folder / "verdicts.json", records)
             finish(folder, "tunediff.verify/1", {}, ["verdicts.json"])
         records = typed(list[ChangeRecord], read_json(folder / "verdicts.json"), "verdicts.json")
+        if self.calibration:  # evidence is kept as it is; only what is claimed of it changes with what nulls do
+            records = list(map(self.calibration.judged, records))
         tried = sum(map(self._stands_out, ranking.ranked[: plan.verify.changes]))
         self._done("verify", key, began, f"{tried} changes on trial")
         return records
@@ -364,15 +366,11 @@ class Run:
 
     @cached_property
     def calibration(self) -> Calibration | None:
-        """What `calibrate` measured on this base, if it was run."""
+        """What `calibrate` measured on this base; None if it was never run on it."""
         return Calibration.of(self.pair.base_fingerprint)
 
-    @property
-    def _threshold(self) -> float:
-        return self.calibration.threshold if self.calibration else 0.0
-
     def _stands_out(self, ranked: Ranked) -> bool:
-        return ranked.p <= self.plan.rank.level and ranked.score.value > self._threshold
+        return ranked.p <= self.plan.rank.level
 
     def _spread(self) -> dict[Site, Spread]:
         """For each site how the difference spreads on training tokens."""
@@ -391,8 +389,6 @@ class Run:
         if not stands_out:
             decision = "refuted"
             reason = f"random tunes of the same size do as much (p = {ranked.p:.2g})"
-            if ranked.p <= plan.rank.level:
-                reason = f"null pairs of this base score as much (calibrated threshold {self._threshold:.3g})"
         bench = None
         if on_trial:
             others = [r.change for r in self.ranking.ranked if r.change.finder in (change.finder, "mean_difference")]
@@ -497,8 +493,10 @@ class Run:
             "score of the best of all candidates in each", list(ranking.ranked[0].null) if ranking.ranked else [],
         )]
         if self.calibration:
-            nulls.append(NullCard("calibration", f"pairs of this base with nothing to find ({', '.join(sorted(set(self.calibration.nulls)))}); "
-                                  "the best score in each", self.calibration.scores))
+            names = ", ".join(sorted({null.name for null in self.calibration.nulls}))
+            nulls.append(NullCard("calibration", f"pairs of this base with nothing to find ({names}); the best score in each. A change "
+                                  f"is claimed above {self.calibration.score:.3g}, where the models are more than "
+                                  f"{self.calibration.gap:.2g} nat apart", [null.score for null in self.calibration.nulls]))
         held = [d for d in set(self.tokens.document_R) if self.tokens.held_out[d]]
         corpus = CorpusCard(
             self.tokens.fingerprint, len(set(self.tokens.document_R)), self.tokens.count, len(held),

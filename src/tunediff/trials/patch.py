@@ -9,7 +9,7 @@ from torch import Tensor
 from tunediff.axes import BASE, TUNED
 from tunediff.chance import Interval, bootstrap_ratio, p_value, quantile
 from tunediff.measures import Divergence
-from tunediff.results import Measure
+from tunediff.results import GAP, Measure
 from tunediff.trials.base import Bench, Outcome, Trial, VerifySettings
 
 
@@ -55,7 +55,7 @@ class Patch(Trial):
             _row("sufficiency in tuned's upper blocks", above, "no control: beside the one in base's"),
             _row("ceiling", ceiling, "the true difference at this site put into base"),
             _row("error term", missed, "what all candidates leave of the difference, put into base"),
-            Measure("KL(tuned || base) here", gap.mean, unit="nat a token", against="the gap that is to be recovered"),
+            Measure(GAP, gap.mean, unit="nat a token", against="the gap that is to be recovered"),
         ]
         if ceiling.value < 0.1:
             return Outcome(measures, None, f"the whole difference at {bench.site} restores only {ceiling.value:.0%} of "
