@@ -611,6 +611,9 @@ def _not_found(records: list[ChangeRecord], run: Run) -> list[str]:
         f"{run.tokens.count:,} tokens were read, {sum(d.kind == 'contrastive' for d in run.tokens.documents)} of the documents "
         "were written by the two models.",
     ]
+    if not (run.calibration and run.calibration.gap):
+        said.append("No placebo of this base was measured, so what any tune by the same recipe shares may be among what is confirmed "
+                    "(tunediff calibrate).")
     return said
 
 
