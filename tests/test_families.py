@@ -84,6 +84,31 @@ def test_rows_of_which_some_begin_alike_are_run_as_few(model, monkeypatch):
     model.shares_prefixes = False
 
 
+def test_the_last_mlp_is_run_where_it_is_wanted(model, monkeypatch):
+    """The same states there, from the tokens and from a start, with a few positions through the MLP and the network as it was."""
+    if "OPT" in type(model.network).__name__:
+        pytest.skip("its MLP is no module of its own")
+    mlp, seen = model.family.part(model.blocks[-1], "mlp"), []
+    forward = type(mlp).forward
+
+    def spied(self, hidden, *rest, **named):
+        seen.extend([hidden.numel() // hidden.shape[-1]] * (self is mlp))
+        return forward(self, hidden, *rest, **named)
+
+    monkeypatch.setattr(type(mlp), "forward", spied)
+    wanted = torch.zeros_like(IDS, dtype=torch.bool)
+    wanted[0, 5] = wanted[1, 2] = wanted[1, 16] = wanted[2, 9] = True
+    whole = model.states(IDS)
+    model.check_reading(IDS)
+    seen.clear()
+    streams, states = model.streams_and_states(IDS, [Site(1)], wanted_BT=wanted)
+    resumed = model.states(IDS, Start(Site(1), streams[:, :, 0]), wanted)
+    assert seen == [4, 4] and "forward" not in vars(mlp)
+    torch.testing.assert_close(states[wanted], whole[wanted], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(resumed[wanted], whole[wanted], rtol=1e-4, atol=1e-5)
+    model.shares_prefixes = False
+
+
 def test_completions_are_the_same_whether_or_not_a_beginning_is_shared(model):
     prompts = [IDS[0, :9].tolist() + IDS[i, : 3 + 2 * i].tolist() for i in range(3)]
     whole = model.complete(prompts, 6)

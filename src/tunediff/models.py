@@ -188,6 +188,28 @@ class LanguageModel:
             block.forward = skip
             stack.callback(delattr, block, "forward")
 
+    def _spare(self, stack: ExitStack, wanted_BT: Tensor) -> None:
+        """Let the last block's MLP run at wanted positions alone; no block is above it that would read the others.
+
+        Where runs start below that block, as on a bench of trials, this is most of what they cost.
+        """
+        try:
+            mlp = self.family.part(self.blocks[-1], "mlp")
+        except FamilyError:  # spread over the block itself
+            return
+        forward, wanted_BT = mlp.forward, wanted_BT.to(self.device)
+
+        def some(*given: Any, **named: Any) -> Any:
+            def chosen(value: Any) -> Any:
+                return value[wanted_BT][None] if isinstance(value, Tensor) and value.shape[:2] == wanted_BT.shape else value
+
+            out = forward(*map(chosen, given), **{name: chosen(value) for name, value in named.items()})
+            stream = _first(out)
+            return _with_first(out, stream.new_zeros(*wanted_BT.shape, stream.shape[-1]).masked_scatter_(wanted_BT[..., None], stream))
+
+        mlp.forward = some
+        stack.callback(delattr, mlp, "forward")
+
     def streams(self, ids_BT: Tensor, sites: Sequence[Site], start: "Start | None" = None,
                 wanted_BT: Tensor | None = None) -> Tensor:
         """What the sites hold, (B, T, S, D) in the model's dtype; the run stops after the last site's block.
@@ -211,7 +233,7 @@ class LanguageModel:
         """Streams at the sites, if any, and final normed states, if `final`, from one run.
 
         What all rows begin with (a chat's system prompt) is run once and its keys and values kept; of the rest, what some
-        rows begin with is run once too.
+        rows begin with is run once too. The last block's MLP is run at the wanted positions alone.
         """
         ids_BT = ids_BT.to(self.device)
         with self._running():
@@ -220,18 +242,19 @@ class LanguageModel:
             length = self._common_prefix(ids_BT, start)
             rest = slice(length, None)
             tail_BT, start_tail = ids_BT[:, rest], start and start.part(slice(None), rest)
-            fold = None
+            fold, wanted_tail = None, None if wanted_BT is None else wanted_BT[:, rest]
             if ids_BT.shape[1] <= self._window:  # a fold's mask is the same in every block
-                fold = Fold.of(tail_BT, start_tail and start_tail.stream_BTD, None if wanted_BT is None else wanted_BT[:, rest])
+                fold = Fold.of(tail_BT, start_tail and start_tail.stream_BTD, wanted_tail)
             if fold:
                 tail_BT = fold.pack(tail_BT)
+                wanted_tail = None if wanted_tail is None else fold.total(wanted_tail.cpu().int()) > 0
                 start_tail = start_tail and Start(start.site, fold.pack(start_tail.stream_BTD))
             at_head = at_tail = watch
             if watch:
                 at_head, weight_BTC = replace(watch, weight_BTC=watch.weight_BTC[:, :length].sum(0, True)), watch.weight_BTC[:, rest]
                 at_tail = replace(watch, weight_BTC=fold.total(weight_BTC) if fold else weight_BTC)
             head, cache = self._prefix(ids_BT[0, :length], len(tail_BT), sites, final, start, at_head) if length else ((), None)
-            tail = self._pass(tail_BT, sites, final, start_tail, cache, fold, length, at_tail)
+            tail = self._pass(tail_BT, sites, final, start_tail, cache, fold, length, at_tail, wanted_tail)
             if fold:
                 tail = tuple(None if t is None else fold.unpack(t) for t in tail)
             return tail if not length else tuple(
@@ -275,7 +298,7 @@ class LanguageModel:
         return length if length >= SHORTEST_PREFIX else 0
 
     def _pass(self, ids_BT: Tensor, sites: Sequence[Site], final: bool, start: "Start | None", cache: Any = None,
-              fold: Fold | None = None, before: int = 0, watch: Watch | None = None) -> tuple:
+              fold: Fold | None = None, before: int = 0, watch: Watch | None = None, wanted_BT: Tensor | None = None) -> tuple:
         """Streams at the sites and, if `final`, final normed states; None for what is not asked for."""
         named = {} if fold is None else {
             "position_ids": fold.position_CL.to(self.device) + before,
@@ -304,6 +327,8 @@ class LanguageModel:
                     stack.callback(module.register_forward_pre_hook(look).remove)
             if final:
                 self._take_final(stack, taken)
+                if wanted_BT is not None and not watch:
+                    self._spare(stack, wanted_BT)
             self._forward(ids_BT, cache, **named)
         return torch.stack([found[site] for site in sites], dim=2) if sites else None, taken[0] if final else None
 
@@ -360,16 +385,18 @@ class LanguageModel:
             )
 
     def _keeps_prefixes(self, ids_BT: Tensor, site: Site, tolerance: float) -> bool:
-        """Whether runs that share a prefix, and of the rest what some rows begin with, give what whole rows give, from the
-        tokens and from a start."""
+        """Whether runs that share a prefix, and of the rest what some rows begin with, and that spare what nobody wants, give
+        what whole rows give, from the tokens and from a start."""
         ids_BT = torch.cat([ids_BT[:1, :SHORTEST_PREFIX].expand(len(ids_BT), -1).to(ids_BT), ids_BT], 1)
         other_BT = ids_BT.clone()
         other_BT[:, -2:] = ids_BT[:, -2:].flip(1)
         ids_BT = torch.cat([ids_BT, other_BT])
+        wanted_BT = (torch.arange(ids_BT.shape[1]) % 2 == 1).expand(ids_BT.shape)
 
         def logits() -> Tensor:
             streams_BTSD, states_BTD = self.streams_and_states(ids_BT, [site])
-            return self.logits(torch.cat([states_BTD, self.states(ids_BT, Start(site, streams_BTSD[:, :, 0]))]))
+            some_BTD = self.states(ids_BT, Start(site, streams_BTSD[:, :, 0]), wanted_BT)
+            return self.logits(torch.cat([states_BTD.flatten(0, 1), some_BTD[wanted_BT]]))
 
         whole = logits()
         self.shares_prefixes = True
