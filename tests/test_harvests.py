@@ -119,6 +119,20 @@ def test_a_shards_streams_are_bit_equal_to_the_same_batch_run_again(exact, pair,
     assert torch.equal(exact.shards[0]["delta"][: len(streams)], streams[:, :, TUNED] - streams[:, :, BASE])
 
 
+def test_int8_keeps_every_value_to_half_a_step_of_its_neighbors_scale(pair, tokens, exact, tmp_path):
+    h = harvest(pair, tokens, SITES, tmp_path, HarvestSettings(store="int8", batch_tokens=128, shard_tokens=256))
+    true, got = exact.at(exact.index("all")), h.at(h.index("all"))
+    for true_NSD, got_NSD in ((true[:, :, BASE], got[:, :, BASE]), (true[:, :, TUNED] - true[:, :, BASE], got[:, :, TUNED] - got[:, :, BASE])):
+        groups, error = (x.unflatten(-1, (-1, 32)) for x in (true_NSD, (got_NSD - true_NSD).abs()))
+        step = groups.abs().amax(-1, keepdim=True) / 127
+        assert (error <= 0.5 * (1 + 2**-6) * step + 4 * 2.0**-24 * true.abs().amax()).all()
+        assert 1e-4 < float((got_NSD - true_NSD).norm() / true_NSD.norm()) < 1.5e-2
+    size = {name: sum(path.stat().st_size for path in folder.glob("shard-*")) for name, folder in (("int8", tmp_path), ("exact", exact.folder))}
+    assert size["int8"] < 0.5 * size["exact"]
+    torch.testing.assert_close(torch.tensor(h.manifest["delta_energy"]), torch.tensor(exact.manifest["delta_energy"]), rtol=1e-2, atol=0)
+    assert torch.equal(h.at(torch.tensor([3, 5])), h.at(torch.tensor([5, 3])).flip(0))
+
+
 @pytest.mark.parametrize("store, unit", [("float32", 2**-24), ("float16", 2**-11), ("bfloat16", 2**-8)])
 def test_base_and_delta_are_kept_to_the_formats_precision(pair, tokens, exact, tmp_path, store, unit):
     """Half a unit in the last place of base and of delta each; float16 is absolute below 2^-14."""
@@ -420,7 +434,7 @@ def test_a_corpus_with_an_empty_split_is_refused(pair, tmp_path, share, what):
 
 
 @pytest.mark.parametrize(
-    "wrong", [dict(store="int8"), dict(abnormal=1.0), dict(batch_tokens=0), dict(shard_tokens=0)]
+    "wrong", [dict(store="int4"), dict(abnormal=1.0), dict(batch_tokens=0), dict(shard_tokens=0)]
 )
 def test_settings_out_of_range_are_refused(wrong):
     with pytest.raises(SettingError) as caught:
