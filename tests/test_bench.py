@@ -77,7 +77,7 @@ def test_undoing_is_told_for_each_sort_of_behavior():
 
 
 def test_charts_stand_alone():
-    drawn = scores.charts([cell("two-objectives", "m<", 9.0, 1, (True,), words=("two-objectives",)), cell("null random 0", "m<", 0.1, null=True)])
+    drawn = scores.charts([cell("two-objectives", "m<", 9.0, 1, (True,), words=("two-objectives",), gaps=[2.0]), cell("null random 0", "m<", 0.1, null=True)])
     for name, chart in drawn.items():
         root = ElementTree.fromstring(chart)
         assert name.endswith(".svg") and root.tag == "{http://www.w3.org/2000/svg}svg" and root.find(".//{*}circle") is not None

@@ -288,21 +288,34 @@ def _dictionaries(cells: Sequence[Cell]) -> list[Row]:
 
 
 def charts(cells: Sequence[Cell]) -> dict[str, str]:
-    """File name -> SVG: how high tunes and nulls score, and how many planted words are read out."""
-    detected, words = [], []
+    """File name -> SVG: how high tunes and nulls score, how far apart models are where changes are on, and how many planted
+    words are read out."""
+    detected, apart, words = [], [], []
     for method, mine in _by_method(cells):
         for name, part in zip(("tunes", "nulls"), _parts([c for c in mine if c.p == c.p and c.method not in SIGNALS])):
             if part:
                 detected.append((f"{method}: {name}", [math.log10(max(c.score, 1e-3) / max(c.null, 1e-3)) for c in part]))
-        gaps = [own - decoy for c in mine if c.named for own, decoy in [own_and_decoys(shares(c.read[:FIRST]), c.tune)]]
-        if gaps:
-            words.append((method, gaps))
+        for name, of in (("tunes", lambda c: not c.is_null), ("placebos", _is_placebo)):
+            gaps = [math.log10(c.gap) for c in mine if of(c) and c.gap > 0]
+            if gaps:
+                apart.append((f"{method}: {name}", gaps))
+        own_less_decoys = [own - decoy for c in mine if c.named for own, decoy in [own_and_decoys(shares(c.read[:FIRST]), c.tune)]]
+        if own_less_decoys:
+            words.append((method, own_less_decoys))
     drawn = {
         "benchmark-scores.svg": strip(detected, label="Best score of each run", x_label="log10 of best score / 95th percentile of random tunes'",
                                       marks=[(0.0, "stands out from here on")]),
+        "benchmark-gaps.svg": strip(apart, label="Largest gap of each run", x_label="log10 of KL(tuned || base) in nat a token where a "
+                                    "confirmed change is on", marks=_bounds(cells)),
         "benchmark-words.svg": strip(words, label="Planted words read out", x_label="share of words promoted that were planted, less decoys'"),
     }
     return {name: alone(chart) for name, chart in drawn.items()}
+
+
+def _bounds(cells: Sequence[Cell]) -> list[tuple[float, str]]:
+    """The default's bound, where placebos were run."""
+    bound = next((b for c in cells if c.method == "default" and not c.is_null and (b := bound_for(c, cells))), None)
+    return [(math.log10(bound), "one more placebo stays below")] if bound else []
 
 
 def render(cells: Sequence[Cell], vectors: Mapping[str, Tensor], command: str) -> str:
@@ -320,7 +333,8 @@ def render(cells: Sequence[Cell], vectors: Mapping[str, Tensor], command: str) -
         f"Made by `{command}` ([what the columns are](bench.md)); every cell is in `bench.json`. Means are over tunes and seeds that "
         "were run, with 95 % intervals over them, so methods run on other tunes are not to be compared by them.": [],
         "## Is there anything?": [*_markdown([{"method": m, **_detection(mine)} for m, mine in _by_method(cells)]), "",
-                                  "![Best score of each run](benchmark-scores.svg)"],
+                                  "![Best score of each run](benchmark-scores.svg)", "",
+                                  "![Largest gap of each run](benchmark-gaps.svg)"],
         "## What is it?": [*_markdown([{"method": m, **_content(mine)} for m, mine in _by_method(cells)]), "",
                            "![Planted words read out](benchmark-words.svg)"],
         "## Can it be taken out?\n\nShares of held-out answers that show a behavior, mean over tunes. Taken out is the "
