@@ -157,6 +157,10 @@ def test_a_bench_runs_each_cell_once(world, tmp_path, monkeypatch):  # noqa: F81
     assert cli(*command).out == told.out and tuned
 
 
+def test_every_method_can_be_named_among_others():
+    assert not [name for name in bench.METHODS if "," in name or name != name.strip()]
+
+
 def test_unknown_names_are_refused(tmp_path):
     with pytest.raises(SettingError, match="no null"):
         bench.tunes(None, ["nothing"])

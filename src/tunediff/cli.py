@@ -7,7 +7,7 @@ import re
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Callable, Optional
 
 import typer
 
@@ -200,8 +200,7 @@ def revert(
 
     if bake is not None:
         check_empty(bake)  # now, as the bill takes a while
-    ids = [i.strip() for i in changes.split(",")] if changes else [
-        r.id for r in opened.verdicts if r.decision == "confirmed"]
+    ids = _listed(changes) or [r.id for r in opened.verdicts if r.decision == "confirmed"]
     if not ids:
         raise SettingError("this run confirmed no change, so there is nothing to take out", remedy="--changes ID")
     bill = opened.bill(ids)
@@ -214,6 +213,14 @@ def revert(
     typer.echo(to_json(bill, indent=1) if json else _table(rows))
     if bake is not None:
         typer.echo(f"baked   {bake}", err=json)
+
+
+def _listed(text: str | None, kind: Callable[[str], Any] = str) -> list:
+    """What stands between commas, each as `kind`; raises `SettingError` for what is none."""
+    try:
+        return [kind(part.strip()) for part in (text or "").split(",") if part.strip()]
+    except ValueError as fault:
+        raise SettingError(f"{text!r} is no list of numbers", expected="numbers by commas", got=str(fault)) from None
 
 
 def _with_interval(measure) -> str:
@@ -316,21 +323,16 @@ def bench(
 
     if quick:
         tunes, nulls, methods = None, "random:0", methods or "decision_clusters,random_directions"
-    things = b.tunes(tunes, [n for n in nulls.split(",") if n], base)
-    wanted = {name.strip() for name in only.split(",") if name.strip()}
+    things = b.tunes(tunes, _listed(nulls), base)
+    wanted = set(_listed(only))
     if unknown := wanted - {t.name for t in things}:
         raise SettingError(f"there is no tune {min(unknown)!r}", expected=", ".join(t.name for t in things))
     if wanted:
         things = [t for t in things if t.name in wanted]
     elif quick:
         things = [t for t in things if t.null or t.name == "two-objectives"]
-    chosen = [m.strip() for m in methods.split(",") if m.strip()] if methods else list(b.METHODS)
-    try:
-        numbers = [int(text) for text in seeds.split(",")]
-    except ValueError:
-        raise SettingError(f"{seeds!r} are no seeds", expected="whole numbers by commas") from None
     settings = [*(b.QUICK if quick else ()), *(set_ or ())]
-    cells = b.bench(things, chosen, numbers, out, base=base,
+    cells = b.bench(things, _listed(methods) or list(b.METHODS), _listed(seeds, int), out, base=base,
                     settings=settings, progress=Progress(enabled=not quiet))
     b.write(out, "tunediff bench" + (" --quick" if quick else ""))
     typer.echo(to_json(table(cells), indent=1) if json else _table(table(cells)) + f"\npage    {out / 'benchmark.md'}")
@@ -358,14 +360,10 @@ def floor(
     from tunediff.progress import Progress
     from tunediff.sites import Site
 
-    chosen = {m: (*(set_ or ()), *METHODS[m]) if m in METHODS else None for m in methods.split(",")}
+    chosen = {m: (*(set_ or ()), *METHODS[m]) if m in METHODS else None for m in _listed(methods)}
     if None in chosen.values():
         raise SettingError(f"there is no method {next(m for m, s in chosen.items() if s is None)!r}", expected=", ".join(METHODS))
-    try:
-        strengths, shares = ([float(text) for text in given.split(",")] for given in (amplitudes, frequencies))
-        numbers = [int(text) for text in seeds.split(",")]
-    except ValueError as fault:
-        raise SettingError("a list of numbers is none", expected="numbers by commas", got=str(fault)) from None
+    strengths, shares, numbers = _listed(amplitudes, float), _listed(frequencies, float), _listed(seeds, int)
     pair = untrained(base, background, 0)
     text = detection.Text(
         pair.base, pair.tuned if background else pair.base, Corpus.default().tokens(pair.tokenizer, limit_tokens=tokens),
