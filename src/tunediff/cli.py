@@ -215,7 +215,7 @@ def revert(
         typer.echo(f"baked   {bake}", err=json)
 
 
-def _listed(text: str | None, kind: Callable[[str], Any] = str) -> list:
+def _listed(text: str | None, kind: Callable[[str], object] = str) -> list:
     """What stands between commas, each as `kind`; raises `SettingError` for what is none."""
     try:
         return [kind(part.strip()) for part in (text or "").split(",") if part.strip()]
