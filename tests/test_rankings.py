@@ -12,7 +12,7 @@ import torch
 
 from tunediff import rankings
 from tunediff.attributions import removed
-from tunediff.axes import BASE, TUNED
+from tunediff.axes import TUNED
 from tunediff.errors import NumericsError
 from tunediff.finders.mean_difference import MeanDifference
 from tunediff.measures import kl_divergence
