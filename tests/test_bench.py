@@ -77,11 +77,18 @@ def test_undoing_is_told_for_each_sort_of_behavior():
 
 
 def test_charts_stand_alone():
-    drawn = scores.charts([cell("two-objectives", "m<", 9.0, 1, (True,), words=("two-objectives",), gaps=[2.0]), cell("null random 0", "m<", 0.1, null=True)])
+    drawn = scores.charts([cell("two-objectives", "m<", 9.0, 1, (True,), words=("two-objectives",), gaps=[2.0]), cell("null random 0", "m<", 0.1, null=True),
+                           cell("dialect", "default", 3.0, 1, gaps=[1.0]), cell("placebo", "default", 4.0, 1, null=True, gaps=[0.2])])
     for name, chart in drawn.items():
         root = ElementTree.fromstring(chart)
         assert name.endswith(".svg") and root.tag == "{http://www.w3.org/2000/svg}svg" and root.find(".//{*}circle") is not None
     assert "m&lt;: nulls" in drawn["benchmark-scores.svg"]
+
+
+def test_the_curve_goes_from_nothing_claimed_to_everything():
+    """By hand: a null above one of two tunes; ties fall together."""
+    assert scores.roc([3.0, 1.0], [2.0]) == [(0.0, 0.0), (0.0, 0.5), (1.0, 0.5), (1.0, 1.0)]
+    assert scores.roc([2.0], [2.0]) == [(0.0, 0.0), (1.0, 1.0)]
 
 
 def test_methods_are_compared_tune_by_tune():

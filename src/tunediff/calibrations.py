@@ -12,6 +12,9 @@ from tunediff.results import ChangeRecord, typed
 
 SHIPPED = Path(__file__).parent / "assets" / "calibrations"
 
+AS_A_PLACEBO = "real, but training on nothing does as much"
+"""How the reason begins where a claim was withdrawn for the placebos' gap."""
+
 
 @dataclass(frozen=True)
 class NullPair:
@@ -64,8 +67,8 @@ class Calibration:
         if not record.score.value > self.score:
             return replace(record, decision="refuted", reason=f"null pairs of this base score as much (up to {self.score:.3g})")
         if record.decision == "confirmed" and not record.gap > self.gap:
-            return replace(record, decision="undecided", reason="real, but training on nothing does as much: the models are "
-                           f"{record.gap:.2g} nat apart where it is on, and placebos of this base up to {self.gap:.2g}")
+            return replace(record, decision="undecided", reason=f"{AS_A_PLACEBO}: the models are {record.gap:.2g} nat apart "
+                           f"where it is on, and where placebos' changes are up to {self.gap:.2g}")
         return record
 
     def save(self) -> Path:

@@ -341,7 +341,7 @@ def _cut(text: str, most: int) -> str:
 STYLE = (
     "svg{background:#fff} text{font:12px system-ui,sans-serif;fill:#1c2126} .tick{font-size:11px;fill:#555e67} .end{text-anchor:end} "
     ".mid{text-anchor:middle} .grid{stroke:#dfe2e5} .axis,.mark{stroke:#7d868e} .mark{stroke-dasharray:3 2} "
-    ".dot.null{fill:#1f66a8;opacity:.65}"
+    ".dot.null{fill:#1f66a8;opacity:.65} .line{fill:none;stroke:#1c2126;stroke-width:1.6} .line.null{stroke:#1f66a8} .dashed{stroke-dasharray:4 3}"
 )
 
 

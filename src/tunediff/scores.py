@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tunediff import organisms, variants
 from tunediff.chance import Interval, bootstrap_mean, numpy_generator, prediction_bound, proportion, quantile
-from tunediff.charts import alone, strip
+from tunediff.charts import Line, alone, lines, strip
 
 SIGNALS = ("black_box", "logit_mining", "contrastive_decoding")
 """Signals whose tables list tokens, so that the tests of read-outs can be asked of them."""
@@ -153,6 +153,12 @@ def jaccard(a: Sequence[Sequence[str]], b: Sequence[Sequence[str]]) -> float:
     return len(x & y) / len(x | y) if x | y else float("nan")
 
 
+def roc(positive: Sequence[float], negative: Sequence[float]) -> list[tuple[float, float]]:
+    """The curve of detect-or-abstain: shares of nulls claimed and of tunes found as the least score that is claimed falls."""
+    steps = [float("inf"), *sorted({*positive, *negative}, reverse=True)]
+    return [(sum(v >= least for v in negative) / len(negative), sum(v >= least for v in positive) / len(positive)) for least in steps]
+
+
 # -- tables --------------------------------------------------------------------------------------------------------
 
 
@@ -170,6 +176,10 @@ def _parts(cells: Sequence[Cell]) -> tuple[list[Cell], list[Cell]]:
     return [c for c in cells if not c.is_null], [c for c in cells if c.is_null]
 
 
+STATISTICS: dict[str, Callable[[Cell], float]] = {"score": lambda c: c.score / max(c.null, 1e-9), "gap": lambda c: c.gap}
+"""By which a run may be called a detection."""
+
+
 def _detection(cells: Sequence[Cell]) -> Row:
     real, null = _parts([c for c in cells if c.p == c.p])
     none = "not run" if real else "no test"
@@ -177,7 +187,7 @@ def _detection(cells: Sequence[Cell]) -> Row:
     for side, part in (("found", real), ("claimed", null)):
         above = [c.gap > bound for c in part if len(c.gaps) == len(c.confirmed) for bound in [bound_for(c, cells)] if bound is not None]
         row[f"{side} above placebos"] = _share(above, none)
-    for by, of in (("score", lambda c: c.score / max(c.null, 1e-9)), ("gap", lambda c: c.gap)):
+    for by, of in STATISTICS.items():
         row[f"ROC area by {by}"] = _interval(roc_area([of(c) for c in real], [of(c) for c in null])) if real and null else none
     return row
 
@@ -302,7 +312,11 @@ def charts(cells: Sequence[Cell]) -> dict[str, str]:
         own_less_decoys = [own - decoy for c in mine if c.named for own, decoy in [own_and_decoys(shares(c.read[:FIRST]), c.tune)]]
         if own_less_decoys:
             words.append((method, own_less_decoys))
+    real, null = _parts([c for c in cells if c.method == "default"])
+    curves = [Line(f"default, by {by}", roc([of(c) for c in real], [of(c) for c in null]), tone)
+              for (by, of), tone in zip(STATISTICS.items(), ("null", "ink"))] if real and null else []
     drawn = {
+        "benchmark-roc.svg": lines(curves, label="Detect or abstain", x_label="share of nulls claimed", y_label="share of tunes found"),
         "benchmark-scores.svg": strip(detected, label="Best score of each run", x_label="log10 of best score / 95th percentile of random tunes'",
                                       marks=[(0.0, "stands out from here on")]),
         "benchmark-gaps.svg": strip(apart, label="Largest gap of each run", x_label="log10 of KL(tuned || base) in nat a token where a "
@@ -334,7 +348,7 @@ def render(cells: Sequence[Cell], vectors: Mapping[str, Tensor], command: str) -
         "were run, with 95 % intervals over them, so methods run on other tunes are not to be compared by them.": [],
         "## Is there anything?": [*_markdown([{"method": m, **_detection(mine)} for m, mine in _by_method(cells)]), "",
                                   "![Best score of each run](benchmark-scores.svg)", "",
-                                  "![Largest gap of each run](benchmark-gaps.svg)"],
+                                  "![Largest gap of each run](benchmark-gaps.svg)", "", "![Detect or abstain](benchmark-roc.svg)"],
         "## What is it?": [*_markdown([{"method": m, **_content(mine)} for m, mine in _by_method(cells)]), "",
                            "![Planted words read out](benchmark-words.svg)"],
         "## Can it be taken out?\n\nShares of held-out answers that show a behavior, mean over tunes. Taken out is the "

@@ -16,7 +16,7 @@ from tunediff import __version__, bills, edits, variants
 from tunediff.artifacts import finish, is_finished, key_of, open_folder, plain, read_json, read_tensors, write_bytes, write_json, write_tensors
 from tunediff.attributions import Shift, output_shift
 from tunediff.axes import BASE, MODELS, TUNED, WRITERS
-from tunediff.calibrations import Calibration
+from tunediff.calibrations import AS_A_PLACEBO, Calibration
 from tunediff.chance import Interval, bootstrap_ratio, quantile
 from tunediff.charts import visible
 from tunediff.changes import Change, load_changes, save_changes
@@ -611,6 +611,8 @@ def _not_found(records: list[ChangeRecord], run: Run) -> list[str]:
         f"{run.tokens.count:,} tokens were read, {sum(d.kind == 'contrastive' for d in run.tokens.documents)} of the documents "
         "were written by the two models.",
     ]
+    if like := sum(r.reason.startswith(AS_A_PLACEBO) for r in records):
+        said.append(f"{like} of the undecided pass every trial, but are no more than what training on nothing does.")
     if not (run.calibration and run.calibration.gap):
         said.append("No placebo of this base was measured, so what any tune by the same recipe shares may be among what is confirmed "
                     "(tunediff calibrate).")
