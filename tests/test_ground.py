@@ -116,6 +116,21 @@ def test_p_values_count_the_statistic_itself():
     assert chance.p_value(0.0, []) == 1.0
 
 
+def test_draws_end_once_enough_are_as_large():
+    """By hand; and under the null it claims as often as it says at every level, to 3.5 standard errors, with a part of the draws."""
+    assert chance.sequential_p(0.0, [1.0, -1.0, 2.0, 3.0], enough=2) == (2 / 3, [1.0, -1.0, 2.0])
+    assert chance.sequential_p(9.0, [1.0, 2.0, 3.0], enough=2) == (0.25, [1.0, 2.0, 3.0])
+    worlds = chance.numpy_generator(0, "sequential").normal(size=(4000, 101))
+    found = [chance.sequential_p(row[0], iter(row[1:])) for row in worlds]
+    for level in (0.01, 0.05, 0.2, 0.5):
+        share = sum(p <= level for p, _ in found) / len(found)
+        assert share <= level + 3.5 * (level * (1 - level) / len(found)) ** 0.5
+        assert level != 0.05 or share > 0.8 * level, "not by never claiming"
+    assert sum(len(drawn) for _, drawn in found) < 0.4 * 100 * len(found)
+    for (p, drawn), row in zip(found, worlds):
+        assert (p <= 0.05) == (chance.p_value(row[0], row[1:]) <= 0.05)
+
+
 def test_p_values_are_uniform_under_the_null():
     rng = np.random.default_rng(0)
     drawn = [chance.p_value(rng.normal(), rng.normal(size=99)) for _ in range(500)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Callable, Sequence
+from typing import TYPE_CHECKING, Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -106,6 +106,20 @@ def p_value(statistic: float, null: Sequence[float]) -> float:
     """The share of null draws at least as large, counting the statistic itself (so never 0): (1 + #>=) / (1 + R)."""
     null = np.asarray(null, np.float64)
     return float((1 + np.sum(null >= statistic)) / (1 + len(null)))
+
+
+def sequential_p(statistic: float, null: Iterable[float], enough: int = 10) -> tuple[float, list[float]]:
+    """A p-value and the draws it took: none are drawn on once `enough` are at least as large (Besag & Clifford 1991).
+
+    Then it is `enough` / draws, else that of `p_value`; without a difference it is below any level as often as the level says.
+    """
+    drawn, above = [], 0
+    for value in null:
+        drawn.append(value)
+        above += value >= statistic
+        if above == enough:
+            return enough / len(drawn), drawn
+    return p_value(statistic, drawn), drawn
 
 
 def quantile(values: Sequence[float], q: float) -> float:

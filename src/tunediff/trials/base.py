@@ -31,7 +31,8 @@ class VerifySettings:
     changes: int = 5
     """How many of the ranking's first are tried; each costs about a hundred short runs for each of two questions."""
     draws: int = 100
-    """Random sets matched in energy that each change is held against; the smallest p is 1 / (draws + 1)."""
+    """Random sets matched in energy that each change is held against, at most: ten that do as well are enough. The smallest p is
+    1 / (draws + 1)."""
     documents: int = 10
     """Held-out documents a change is tried on, those in which it is on the most."""
     tokens: int = 64

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Iterable
+from typing import Iterable, Iterator
 
 from torch import Tensor
 
 from tunediff.axes import BASE, TUNED
-from tunediff.chance import Interval, bootstrap_ratio, p_value, quantile
+from tunediff.chance import Interval, bootstrap_ratio, quantile, sequential_p
 from tunediff.measures import Divergence
 from tunediff.results import GAP, Measure
 from tunediff.trials.base import Bench, Outcome, Trial, VerifySettings
@@ -22,7 +22,7 @@ class Patch(Trial):
     error term   what is left of the difference after all candidate changes, put into base: what they miss
 
     Controls are directions drawn from the difference's own covariance with the change's energy at every token; p is
-    the share of them that does as well. It does not show that the change has one meaning.
+    the share of them that does as well; once ten do, no more are drawn. It does not show that the change has one meaning.
     """
 
     def run(self, bench: Bench, settings: VerifySettings) -> Outcome:
@@ -31,17 +31,16 @@ class Patch(Trial):
         if gap.mean <= 0:
             return Outcome([], None, "the models do not differ where this change is on")
 
-        def necessity(written: Iterable[Tensor]) -> list[Divergence]:
-            return list(map(bench.by_document, bench.to_base(pair.tuned, (tuned_BTD - added_BTD for added_BTD in written))))
+        def necessity(written: Iterable[Tensor]) -> Iterator[Divergence]:
+            return map(bench.by_document, bench.to_base(pair.tuned, (tuned_BTD - added_BTD for added_BTD in written)))
 
-        def sufficiency(written: Iterable[Tensor], model=pair.base) -> list[Divergence]:
-            return list(map(bench.by_document, bench.from_tuned(model, (base_BTD + added_BTD for added_BTD in written))))
+        def sufficiency(written: Iterable[Tensor], model=pair.base) -> Iterator[Divergence]:
+            return map(bench.by_document, bench.from_tuned(model, (base_BTD + added_BTD for added_BTD in written)))
 
         measures, speaks = [], []
         for name, trial in (("necessity", necessity), ("sufficiency", sufficiency)):
-            own = recovered(trial([bench.written_BTD])[0], gap, bench.seed)
-            null = [1 - after.mean / gap.mean for after in trial(bench.controls())]
-            p = p_value(own.value, null)
+            own = recovered(next(trial([bench.written_BTD])), gap, bench.seed)
+            p, null = sequential_p(own.value, (1 - after.mean / gap.mean for after in trial(bench.controls())))
             measures.append(Measure(
                 name, own.value, own.low, own.high, "share of KL", quantile(null, 0.95),
                 f"95th percentile of {len(null)} random directions of equal energy", p,
