@@ -184,11 +184,13 @@ def _detection(cells: Sequence[Cell]) -> Row:
     real, null = _parts([c for c in cells if c.p == c.p])
     none = "not run" if real else "no test"
     row = {"tunes found": _share([bool(c.confirmed) for c in real], "no test"), "nulls claimed": _share([bool(c.confirmed) for c in null], none)}
-    for side, part in (("found", real), ("claimed", null)):
+    tried = [c for c in cells if c.method not in SIGNALS]  # a table has no gap
+    for side, part in zip(("found", "claimed"), _parts(tried)):
         above = [c.gap > bound for c in part if len(c.gaps) == len(c.confirmed) for bound in [bound_for(c, cells)] if bound is not None]
-        row[f"{side} above placebos"] = _share(above, none)
+        row[f"{side} above placebos"] = _share(above, none if tried else "no gap")
     for by, of in STATISTICS.items():
-        row[f"ROC area by {by}"] = _interval(roc_area([of(c) for c in real], [of(c) for c in null])) if real and null else none
+        area = roc_area([of(c) for c in real], [of(c) for c in null])
+        row[f"ROC area by {by}"] = "no gap" if by == "gap" and not tried else _interval(area) if real and null else none
     return row
 
 
