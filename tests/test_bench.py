@@ -15,7 +15,7 @@ from test_cli import SETTINGS, cli, world  # noqa: F401  (the fixture)
 
 from tunediff import bench, scores
 from tunediff.artifacts import read_json
-from tunediff.calibrations import Calibration, NullPair
+from tunediff.calibrations import SHIPPED, Calibration, NullPair
 from tunediff.chance import numpy_generator, prediction_bound
 from tunediff.errors import SettingError
 from tunediff.nulls import NULLS
@@ -211,6 +211,18 @@ def test_a_change_must_be_more_than_a_placebos():
     assert calibration.judged(weak).decision == "refuted"
     refuted = replace(weak, decision="refuted", reason="as it was")
     assert calibration.judged(refuted) == refuted
+
+
+def test_the_embedded_base_ships_with_its_calibration(monkeypatch, tmp_path):
+    """It holds placebos and untrained nulls, is the embedded base's, and asks for more than every one of them."""
+    monkeypatch.setenv("TUNEDIFF_CACHE", str(tmp_path))
+    (path,) = SHIPPED.glob("*.json")
+    calibration = Calibration.of(path.stem)
+    assert calibration.base == path.stem and {null.trained for null in calibration.nulls} == {False, True}
+    assert calibration.gap > max(null.gap for null in calibration.nulls) > 0
+    assert all(null.gap == 0 for null in calibration.nulls if not null.trained), "nothing untrained was claimed"
+    replace(calibration, nulls=[]).save()
+    assert Calibration.of(path.stem).nulls == [], "the user's own comes first"
 
 
 def test_a_prediction_bound_is_exceeded_as_often_as_it_says():
