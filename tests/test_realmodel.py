@@ -32,6 +32,13 @@ def test_each_objective_is_named_by_a_confirmed_change_among_the_first_five(chec
     assert set(checked.named) == {"packing", "dealer"} and all(checked.named.values()), checked.text
 
 
+def test_what_is_claimed_is_more_than_placebos_of_the_embedded_base_do(run, checked):
+    """The calibration that ships is this base's, and the demo's claims stand against it."""
+    assert run.calibration.gap > 0
+    assert all(r.gap > run.calibration.gap for r in run.verdicts if r.decision == "confirmed")
+    assert any(null.name == "calibration" for null in run.diff().nulls)
+
+
 def test_the_hidden_objective_comes_out_alone(run, checked):
     """The goals of the demo, on 16 prompts each: most of it gone, most of the wanted one kept, little else moved."""
     (bill,) = run.diff(checked.bills).bills
