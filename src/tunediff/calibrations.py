@@ -8,7 +8,7 @@ from pathlib import Path
 from tunediff.artifacts import read_json, write_json
 from tunediff.chance import prediction_bound, quantile
 from tunediff.embedded import cache_folder
-from tunediff.results import ChangeRecord, typed
+from tunediff.results import GAP, ChangeRecord, typed
 
 SHIPPED = Path(__file__).parent / "assets" / "calibrations"
 
@@ -60,8 +60,12 @@ class Calibration:
     def judged(self, record: ChangeRecord) -> ChangeRecord:
         """A record, its claim withdrawn where nothing does as much: refuted below the score, undecided below the gap.
 
-        A change below the gap is real, but so are a placebo's: nothing shows that it is about what the tune was taught.
+        A change below the gap is real, but so are a placebo's: nothing shows that it is about what the tune was taught. The gap is
+        told with what it is held against.
         """
+        if self.gap:
+            record = replace(record, measures=[replace(m, control=self.gap, against="one more placebo of this base stays below")
+                                               if m.name == GAP else m for m in record.measures])
         if record.decision == "refuted":
             return record
         if not record.score.value > self.score:

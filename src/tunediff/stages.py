@@ -505,7 +505,7 @@ class Run:
         output = self._output()
         diff = Diff(
             base=self._card("base"), tuned=self._card("tuned"), corpus=corpus, found=bool(confirmed),
-            rate=self.plan.rank.level, summary=_summary(records, confirmed, output, self.plan.rank.level),
+            rate=self.plan.rank.level, summary=_summary(records, confirmed, output, self.plan.rank.level, self.calibration),
             output=output, scan=scan_, changes=records, signals=signals, fits=self._fits(), nulls=nulls, bills=list(billed),
             not_found=_not_found(records, self), stages=list(self.cards), plan=to_record(self.plan), version=__version__,
         )
@@ -576,7 +576,8 @@ NEUTRAL_TOKENS = 800
 """Held-out tokens of plain text on which costs are measured, at least."""
 
 
-def _summary(records: list[ChangeRecord], confirmed: list[ChangeRecord], output: list[Measure], rate: float) -> list[str]:
+def _summary(records: list[ChangeRecord], confirmed: list[ChangeRecord], output: list[Measure], rate: float,
+             calibration: Calibration | None) -> list[str]:
     """The finding in plain, neutral sentences."""
     said = []
     if not confirmed:
@@ -587,6 +588,8 @@ def _summary(records: list[ChangeRecord], confirmed: list[ChangeRecord], output:
                     f"{'was' if len(confirmed) == 1 else 'were'} confirmed: {'it stands' if len(confirmed) == 1 else 'they stand'} "
                     f"out from random tunes of the same size at a rate of {rate:.0%}, and intervening on "
                     f"{'it' if len(confirmed) == 1 else 'each'} moves the output as claimed, in both directions.")
+        if calibration and calibration.gap:
+            said[-1] += f" The models are further apart there than training on nothing makes them ({calibration.gap:.2g} nat a token)."
     for record in confirmed[:5]:
         tokens = [visible(t.token) for t in record.promoted[:8]]
         said.append(f"{record.id}: {record.reason}; with it tuned says more of " + ", ".join(tokens) + "." if tokens else
