@@ -75,7 +75,7 @@ def test_set_reads_values_as_the_field_has_them(text, part, field, value):
 @pytest.mark.parametrize("text", [
     "rank.nulls=1", "rank.level=nan", "rank.level=2", "verify.draws=0", "verify.documents=0", "edit.tokens=0", "edit.ridge=-1",
     "scan.depths=0", "scan.reach=1.5", "contrast.batch=0", "contrast.temperature=-1",
-    "runtime.threads=-1", "fit.batch=0", "harvest.store=int8", "dictionary.latents=-1",
+    "runtime.threads=-1", "fit.batch=0", "harvest.store=int4", "dictionary.latents=-1",
 ])
 def test_what_is_out_of_range_is_refused_before_anything_runs(text):
     with pytest.raises(SettingError) as caught:
