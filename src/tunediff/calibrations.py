@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from tunediff.artifacts import read_json, write_json
@@ -43,7 +44,7 @@ class Calibration:
     nulls: list[NullPair]
     level: float
 
-    @property
+    @cached_property
     def score(self) -> float:
         """The score that a change has to exceed: the quantile, at the level, of the nulls that no one trained.
 
@@ -52,7 +53,7 @@ class Calibration:
         scores = [null.score for null in self.nulls if not null.trained]
         return max(quantile(scores, 1 - self.level), 0.0) if scores else 0.0
 
-    @property
+    @cached_property
     def gap(self) -> float:
         """The gap in nat that a change has to exceed: what one more null like those that were claimed would stay under."""
         return prediction_bound([null.gap for null in self.nulls if null.gap > 0], self.level)
