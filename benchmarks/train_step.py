@@ -3,7 +3,8 @@
 All contenders do the same work on the same batches in one process, one after the other in every round: width n, F latents,
 k kept a token, B tokens, float32, mean squared error, torch's fused Adam at one rate, the same first vectors, no help for
 dead latents. Ours also clips the gradient, counts what fired and scales codes by decoder lengths. Ratios are of one round's
-times. The share of variance left after all rounds stands beside them, so that nobody is faster by doing less. A rival that
+times. Each shape has a process of its own: what memory the last one left behind decides how fast torch gets its own. The
+share of variance left after all rounds stands beside them, so that nobody is faster by doing less. A rival that
 is not installed is named and left out. The limit is the sum over phases of max(FLOP / measured FLOP rate, bytes / measured
 byte rate), of the least that the algorithm needs.
 
@@ -16,9 +17,11 @@ import argparse
 import contextlib
 import importlib.metadata
 import json
+import multiprocessing
 import platform
 import statistics
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, Callable, Iterator
 
@@ -216,6 +219,7 @@ def timed_phases() -> Iterator[dict[str, float]]:
             setattr(module, name, inner)
 
 
+@kernels.kept_memory()
 def compare(shape: str, given: argparse.Namespace, fast: str) -> dict[str, Any]:
     n, F, k, B = map(int, shape.split(","))
     device, data = given.device, batches(n, B, given.device)
@@ -310,6 +314,16 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def settle(given: argparse.Namespace) -> None:
+    """What the options say of this process."""
+    if given.threads:
+        torch.set_num_threads(given.threads)
+    if given.clock == "cpu":
+        global clock
+        clock = time.process_time
+        torch.set_num_threads(1)
+
+
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--shapes", nargs="+", default=SHAPES, metavar="n,F,k,B")
@@ -319,18 +333,14 @@ def main() -> None:
     options.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "train_step.json")
     options.add_argument("--clock", default="wall", choices=("wall", "cpu"), help="cpu: of a busy machine, one thread")
     given = options.parse_args()
-    if given.threads:
-        torch.set_num_threads(given.threads)
-    if given.clock == "cpu":
-        global clock
-        clock = time.process_time
-        torch.set_num_threads(1)
+    settle(given)
     with kernels.fast_matmul() as fast:
         pass
     results = []
-    with kernels.kept_memory():
+    fresh = {"mp_context": multiprocessing.get_context("spawn"), "max_tasks_per_child": 1}
+    with ProcessPoolExecutor(1, initializer=settle, initargs=(given,), **fresh) as processes:
         for shape in given.shapes:
-            results.append(compare(shape, given, fast))
+            results.append(processes.submit(compare, shape, given, fast).result())
             print(table(results[-1]), flush=True)
     versions = {"torch": torch.__version__}
     for package, _ in RIVALS.values():

@@ -17,7 +17,7 @@ from tunediff import bench, scores
 from tunediff.artifacts import read_json
 from tunediff.calibrations import SHIPPED, Calibration, NullPair
 from tunediff.chance import numpy_generator, prediction_bound
-from tunediff.errors import SettingError
+from tunediff.errors import SettingError, SourceError
 from tunediff.nulls import NULLS
 from tunediff.pairs import Pair
 from tunediff.results import GAP, Measure, typed
@@ -128,7 +128,22 @@ def pair(tmp_path_factory) -> Pair:
     return Pair.load(base, tiny_models.adapter(root / "tuned", tiny_models.module("llama")))
 
 
-@pytest.mark.parametrize("name", NULLS)
+def test_the_second_seed_of_a_tune_is_held_against_the_first_merged(tmp_path):
+    base = tiny_models.save(tmp_path / "base", tiny_models.module("llama"))
+    first, second = (tiny_models.adapter(tmp_path / name, tiny_models.module("llama"), seed=seed) for name, seed in (("a", 0), ("a@1", 1)))
+    ids = torch.randint(3, 259, (3, 17), generator=torch.Generator().manual_seed(0))
+    a, b = Pair.load(base, first), Pair.load(base, second)
+    null = NULLS["second_seed"](a, 1)
+    assert not null.shared and null.base_fingerprint != null.tuned_fingerprint
+    for side, tune in ((null.base, a), (null.tuned, b)):
+        assert torch.allclose(side.states(ids), tune.tuned.states(ids), atol=1e-4)
+        assert not torch.allclose(side.states(ids), tune.base.states(ids), atol=1e-4)
+    for wrong in (lambda: NULLS["second_seed"](a, 2), lambda: NULLS["second_seed"](b, 1)):
+        with pytest.raises(SourceError, match="no other seed"):
+            wrong()
+
+
+@pytest.mark.parametrize("name", [name for name in NULLS if name != "second_seed"])
 def test_nulls_leave_the_pair_alone_and_hold_no_tune(pair, name):
     ids = torch.randint(3, 259, (3, 17), generator=torch.Generator().manual_seed(0))
     before = pair.tuned.states(ids)

@@ -25,7 +25,12 @@ TOLERANCE = 1e-4
 def baked_network(pair: Pair, edit: Edit) -> nn.Module:
     """A network of its own, adapter merged, whose weights are the edited ones."""
     with swapped(edit.tensors):
-        module = copy.deepcopy(pair.tuned.module)
+        return merged(pair)
+
+
+def merged(pair: Pair) -> nn.Module:
+    """A network of its own with tuned's weights as they are now, adapter merged."""
+    module = copy.deepcopy(pair.tuned.module)
     return module.merge_and_unload() if hasattr(module, "merge_and_unload") else module
 
 

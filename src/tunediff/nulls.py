@@ -9,6 +9,7 @@ from typing import Callable, Sequence
 import torch
 from torch import nn
 
+from tunediff.baking import merged
 from tunediff.calibrations import Calibration, NullPair
 from tunediff.chance import generator, seed_of
 from tunediff.errors import SourceError
@@ -51,6 +52,18 @@ def permuted(pair: Pair, seed: int) -> Pair:
         tensors[delta.down_parameter] = down[:, torch.randperm(down.shape[1], generator=rng)]
         tensors[delta.up_parameter] = up[torch.randperm(up.shape[0], generator=rng)]
     return _null(pair, pair.tuned.variant(f"permuted adapter {seed}", tensors), f"permuted {seed}")
+
+
+def second_seed(pair: Pair, seed: int) -> Pair:
+    """Two tunes by one recipe, merged, the other in the folder NAME@SEED beside this one's: what sets them apart is what
+    their seeds decided, nothing that either was taught and the other was not."""
+    folder = Path(pair.tuned.name)
+    beside = folder.with_name(f"{folder.name.partition('@')[0]}@{seed}")
+    if not beside.is_dir() or beside == folder:
+        raise SourceError(f"there is no other seed {seed} of the tune {folder.name}", expected=f"the folder {beside}",
+                          remedy=f"tunediff organism make NAME {beside} --seed {seed}")
+    sides = pair, Pair.load(pair.base.name, str(beside))
+    return Pair.of(*(LanguageModel(merged(p), p.tokenizer, p.tuned.name) for p in sides))
 
 
 def _null(pair: Pair, tuned: LanguageModel, name: str) -> Pair:
@@ -98,5 +111,6 @@ def calibrate(base: str, count: int, folder: Path, *, tunes: Sequence[str] = (),
 
 NULLS: dict[str, Callable[[Pair, int], Pair]] = {
     "identical": identical, "rounded": rounded, "random": random_tune, "permuted": permuted,
+    "second_seed": second_seed,
 }
 """By name; each takes a pair and a seed and gives the null pair. Trained nulls (placebo, format only) are organisms."""

@@ -161,10 +161,14 @@ class Pair:
             other, other_tokenizer = _read(tuned, dtype)
             other.to(device).eval().requires_grad_(False)
             _check_finite(tuned, other)
-            pair = cls(
-                LanguageModel(module, tokenizer, base), LanguageModel(other, other_tokenizer, tuned), False,
-                0, base_print, fingerprint(other),
-            )
+            return cls.of(LanguageModel(module, tokenizer, base), LanguageModel(other, other_tokenizer, tuned), allow_identical)
+        pair._compare(allow_identical)
+        return pair
+
+    @classmethod
+    def of(cls, base: LanguageModel, tuned: LanguageModel, allow_identical: bool = False) -> "Pair":
+        """Compare two models that are loaded already, each with a network of its own; raises as `load` does."""
+        pair = cls(base, tuned, False, 0, fingerprint(base.module), fingerprint(tuned.module))
         pair._compare(allow_identical)
         return pair
 

@@ -24,6 +24,7 @@ INTERFACE = 1
 """Which functions of which arguments are expected; `native.c` says the same, and goes up with every change."""
 RANGES = 4
 """Ranges a thread: more even out rows of unequal cost."""
+_Work = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 SAMPLE = 1 << 15
 """Codes of a group that its first cut is estimated from; a smaller group has no cut but 0."""
 ROUNDED = 1 << 28
@@ -236,15 +237,40 @@ def dot(starts_N: Tensor, latent_P: Tensor, a_NI: Tensor, b_FI: Tensor) -> Tenso
 
 
 @lru_cache(maxsize=1)
+def _team() -> Callable | None:
+    """OpenMP's call that runs a function on every thread of torch's own team, where torch's build has one."""
+    try:
+        return ctypes.CDLL(torch._C.__file__).GOMP_parallel
+    except (OSError, AttributeError):
+        return None
+
+
+@lru_cache(maxsize=1)
 def _threads(n: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(n, thread_name_prefix="tunediff-kernels")
 
 
 def _each(run: Callable, parts: Sequence) -> list:
-    """`run` on every part, on torch's number of threads, this one among them."""
-    if len(parts) == 1:
-        return [run(parts[0])]
-    return list(_threads(torch.get_num_threads()).map(run, parts))
+    """`run` on every part, on as many threads as torch has: on torch's own, which after an operation spin for the next one
+    and would be in the way of others."""
+    n, team = torch.get_num_threads(), _team()
+    if len(parts) == 1 or n == 1:
+        return [run(part) for part in parts]
+    if team is None:
+        return list(_threads(n).map(run, parts))
+    out, raised, turns = [None] * len(parts), [], iter(enumerate(parts))
+
+    def work(_: int | None) -> None:
+        try:
+            for at, part in turns:  # whoever is free takes the next
+                out[at] = run(part)
+        except BaseException as error:  # none may pass through OpenMP's frames
+            raised.append(error)
+
+    team(_Work(work), None, ctypes.c_uint(n), ctypes.c_uint(0))
+    if raised:
+        raise raised[0]
+    return out
 
 
 def _even(rows: int) -> list[tuple[int, int]]:
