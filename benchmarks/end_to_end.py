@@ -21,6 +21,7 @@ from typing import Any, Callable
 
 import torch
 
+from tunediff import pages
 from tunediff.accounts import Account, counted
 from tunediff.demo import check
 from tunediff.matmuls import fast_matmul
@@ -77,6 +78,7 @@ def main() -> None:
     options.add_argument("--run", type=Path, help="Folder of the run; a temporary one if left out.")
     options.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "end_to_end.json")
     given = options.parse_args()
+    pages.keep()  # as the command line does
     plan = Plan(base=given.base, tuned=given.tuned)
     for text in [f"runtime.device={given.device}", f"runtime.threads={given.threads}", *given.set]:
         plan = plan.set(text)

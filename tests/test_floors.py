@@ -15,7 +15,7 @@ SOURCE = ROOT / "src"
 PACKAGE = "tunediff"
 
 FLOORS = [
-    ("ground", "errors axes chance artifacts matmuls variants"),
+    ("ground", "errors axes chance artifacts matmuls pages variants"),
     ("waist", "sites changes results"),
     ("models", "corpora families folds decoding models accounts pairs embedded"),
     ("harvest", "measures harvests contrasts lenses samples"),

@@ -366,3 +366,24 @@ def test_a_proportion_keeps_a_width_where_none_or_all_succeed():
         judge = binomtest(successes, trials).proportion_ci(method="wilson")
         assert interval.low == pytest.approx(judge.low, abs=1e-6)
         assert interval.high == pytest.approx(judge.high, abs=1e-6)
+
+
+def test_memory_stays_with_the_process_where_the_c_library_lets_it():
+    script = """
+import ctypes, resource, torch
+from tunediff import pages
+kept = pages.keep()
+assert kept or not hasattr(ctypes.CDLL(None), "mallopt")
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+a = torch.ones(9 << 20)
+for _ in range(5):
+    b = a + 1
+    del b
+before = faults()
+for _ in range(5):
+    b = a + 1
+    del b
+print(kept, faults() - before)
+"""
+    told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
+    assert told[0] == "False" or int(told[1]) < 1000, "a tensor of 36 MiB has 9,216 pages, and was made five times"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Callable, Optional
 
 import typer
 
+from tunediff import pages
 from tunediff.artifacts import is_finished, read_json, to_json, write_json
 from tunediff.errors import ArtifactError, SettingError, TunediffError
 
@@ -438,6 +439,7 @@ def organism_check(name: OrganismName, folder: Path, base: BaseModel = "default"
 def main() -> None:
     """Entry point: errors that a user can act on are told in four lines and exit with 2."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    pages.keep()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal that cannot show a character, or a name that is no text
             stream.reconfigure(errors="backslashreplace")

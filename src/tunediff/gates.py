@@ -111,12 +111,12 @@ def auxk(
     over the batch; 0 where nothing is left over, and a non-finite value counts as 0. Selected on f*w, as everywhere in a crosscoder.
     """
     dead = dead_F.nonzero().squeeze(1)
-    k = min(k, dead.numel())
-    if k == 0:
+    if not len(dead):
         return x_NI.new_zeros(())
     f = torch.relu(x_NI @ encoder_FI[dead].T + bias_F[dead])
-    top = torch.topk((f * norm_F[dead]).detach(), k, dim=1).indices
-    f = torch.zeros_like(f).scatter(1, top, f.gather(1, top))
+    if k < len(dead):
+        top = torch.topk((f * norm_F[dead]).detach(), k, dim=1).indices
+        f = torch.zeros_like(f).scatter(1, top, f.gather(1, top))
     return unexplained(error_NI, f @ decoder_FI[dead])
 
 
