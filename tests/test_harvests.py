@@ -9,17 +9,19 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import tiny_models
 import torch
 
-from tunediff import artifacts, harvests
+from tunediff import artifacts, dictionaries, harvests
 from tunediff.artifacts import hash_file, open_folder, read_tensors
 from tunediff.axes import BASE, TUNED
 from tunediff.corpora import Corpus, Document
 from tunediff.errors import ArtifactError, CorpusError, NumericsError, SettingError
+from tunediff.fitting import FitSettings, fit
 from tunediff.harvests import SCHEMA, Harvest, HarvestSettings, harvest, noise_floor, repeated
 from tunediff.models import LanguageModel
 from tunediff.pairs import Pair
@@ -434,7 +436,7 @@ def test_a_corpus_with_an_empty_split_is_refused(pair, tmp_path, share, what):
 
 
 @pytest.mark.parametrize(
-    "wrong", [dict(store="int4"), dict(abnormal=1.0), dict(batch_tokens=0), dict(shard_tokens=0)]
+    "wrong", [dict(store="int4"), dict(abnormal=1.0), dict(batch_tokens=0), dict(shard_tokens=0), dict(held_tokens=0)]
 )
 def test_settings_out_of_range_are_refused(wrong):
     with pytest.raises(SettingError) as caught:
@@ -448,3 +450,73 @@ def test_shards_where_everything_is_abnormal(pair, tokens, tmp_path, monkeypatch
     with pytest.raises(NumericsError, match="every token"):
         harvest(pair, tokens, SITES, tmp_path, SMALL)
     assert not read_tensors(tmp_path / "shard-00000.safetensors")["kept"].any()
+
+
+# Without a disk
+
+
+NONE = HarvestSettings(store="none", batch_tokens=128, shard_tokens=256, held_tokens=512)
+
+
+@pytest.fixture
+def runs(pair, monkeypatch) -> list[int]:
+    """How many tokens each call of `both_streams` ran."""
+    told, run = [], pair.both_streams
+    monkeypatch.setattr(pair, "both_streams", lambda ids, *rest: told.append(int(rest[1].sum())) or run(ids, *rest))
+    return told
+
+
+def test_streams_that_are_run_again_are_those_that_a_disk_keeps(pair, tokens, exact, tmp_path):
+    made = harvest(pair, tokens, SITES, tmp_path / "h", NONE)
+    assert not any(set(read_tensors(path)) & {"base", "delta"} for path in (tmp_path / "h").glob("shard-*"))
+    there = {(int(exact.row_N[n]), int(exact.position_N[n])): n for n in range(len(exact.token_N))}
+    places = torch.tensor([there[int(made.row_N[n]), int(made.position_N[n])] for n in range(len(made.token_N))])
+    assert sorted(places.tolist()) == list(range(len(exact.token_N))) != places.tolist(), "shards mix rows of all lengths"
+    everyone = torch.arange(len(made.token_N))
+    for opened in (made, harvest(pair, tokens, SITES, tmp_path / "h", NONE)):
+        assert torch.equal(opened.at(everyone), exact.at(places))
+        assert torch.equal(opened.kept_N, exact.kept_N[places])
+        assert len(opened.shards.kept) == 2 < len(opened.shards)
+    assert made.manifest["delta_energy"] == pytest.approx(exact.manifest["delta_energy"], rel=1e-12)
+    with pytest.raises(ArtifactError, match="keeps no streams"):
+        Harvest.open(tmp_path / "h")
+
+
+def test_what_is_in_memory_is_not_run_again_and_an_epoch_runs_all_once(pair, tokens, tmp_path, runs):
+    all_held = harvest(pair, tokens, SITES, tmp_path / "all", replace(NONE, held_tokens=10**6))
+    first = sum(runs)
+    for _, _ in all_held.chunks("train", 37):
+        pass
+    assert sum(runs) == first, "what fits is run once"
+    few = harvest(pair, tokens, SITES, tmp_path / "few", NONE)
+    runs.clear()
+    train_N = torch.arange(few.count("train"))
+    order_N = few.order("train", train_N, torch.Generator().manual_seed(0))
+    assert sorted(order_N.tolist()) == train_N.tolist() != order_N.tolist()
+    for at in order_N.split(50):  # batches lie across the shards' borders
+        few.read("train", at)
+    assert sum(runs) <= tokens.count, "two shards at a time, each once"
+    runs.clear()
+    for at in torch.randperm(len(train_N), generator=torch.Generator().manual_seed(0)).split(50):
+        few.read("train", at)
+    assert sum(runs) > 3 * tokens.count, "any other order would run them again and again"
+
+
+def test_a_fit_on_streams_run_again_has_the_same_bytes_each_time(pair, tokens, tmp_path):
+    h = harvest(pair, tokens, SITES, tmp_path / "h", NONE)
+    spec, settings = dictionaries.spec("delta", latents=64, k_shared=2, k_delta=4), FitSettings(steps=30, batch=64, checkpoint_every=7)
+
+    class Killed(Exception):
+        pass
+
+    def dies(done: int, total: int, row: dict) -> None:
+        if done >= 20 * 64:
+            raise Killed
+
+    whole = fit(spec, h, settings, tmp_path / "whole")
+    with pytest.raises(Killed):
+        fit(spec, h, replace(settings, log_every=20), tmp_path / "killed", dies)
+    again = harvest(pair, tokens, SITES, tmp_path / "h", NONE)  # nothing of it in memory
+    resumed = fit(spec, again, replace(settings, log_every=20), tmp_path / "killed")
+    assert all(torch.equal(a, b) for a, b in zip(whole.dictionary.state_dict().values(), resumed.dictionary.state_dict().values()))
+    assert whole.quality.ev_delta > 0.3

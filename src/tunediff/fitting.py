@@ -48,7 +48,8 @@ class Source(Protocol):
     """Where activations come from: a harvest on disk, or tensors in memory.
 
     One that knows documents also has ``documents(split)``, the document number of each token; calibration then
-    keeps whole documents apart.
+    keeps whole documents apart. One that cannot read everywhere at once also has ``order(split, index_N, generator)``, a random
+    order of the tokens at `index_N` in which it can read them.
     """
 
     @property
@@ -108,6 +109,12 @@ class _On:
     def __init__(self, source: Source, device: torch.device):
         self._source, self._device = source, device
         self.fingerprint, self.sites, self.count = source.fingerprint, source.sites, source.count
+
+    def order(self, index_N: Tensor, rng: torch.Generator) -> Tensor:
+        """A random order of training tokens, as places in `index_N`."""
+        if hasattr(self._source, "order"):
+            return self._source.order(TRAIN, index_N, rng)
+        return torch.randperm(len(index_N), generator=rng)
 
     def read(self, split: str, index_N: Tensor) -> Tensor:
         x_NSMD = self._source.read(split, index_N)
@@ -537,7 +544,7 @@ def _fit(
     dictionary = build(spec, sites=sites, width=width, seed=settings.seed)
     dictionary.delta_variance.fill_(norm.delta_variance)
     dictionary.to(device)
-    some = torch.randperm(len(train_N), generator=generator(settings.seed, "start"))[:START]
+    some = source.order(train_N, generator(settings.seed, "start"))[:START]
     dictionary.begin(norm.apply(source.read(TRAIN, train_N[some])))
     plan = Plan.of(spec, settings, len(train_N))
     state = State.new(dictionary, plan)
@@ -552,7 +559,7 @@ def _fit(
     while state.step < plan.steps:
         epoch, at = divmod(state.step, plan.batches)
         if epoch not in order:
-            order = {epoch: torch.randperm(plan.count, generator=generator(settings.seed, "shuffle", epoch))}
+            order = {epoch: source.order(train_N, generator(settings.seed, "shuffle", epoch))}
         index_N = train_N[order[epoch][at * plan.batch : (at + 1) * plan.batch]]
         x_NSMD = norm.apply(source.read(TRAIN, index_N))
         row = step(state, x_NSMD, settings, plan)
@@ -778,13 +785,13 @@ def base_writes(
 
 @torch.no_grad()
 def _finish(
-    state: State, source: Source, norm: Normalization, settings: FitSettings, plan: Plan, calibration_N: Tensor
+    state: State, source: _On, norm: Normalization, settings: FitSettings, plan: Plan, calibration_N: Tensor
 ) -> Fitted:
     """Calibrate the thresholds, then measure on held-out tokens."""
     dictionary = state.dictionary
     dictionary.requires_grad_(False)
     count = min(len(calibration_N), settings.calibration)
-    some = torch.randperm(len(calibration_N), generator=generator(settings.seed, "calibration tokens"))[:count]
+    some = source.order(calibration_N, generator(settings.seed, "calibration tokens"))[:count]
     index_N = calibration_N[some.sort().values]
     groups, weight_F = dictionary.groups(), dictionary.weights_F()
     pools: dict[str, list[Tensor]] = {group.name: [] for group in groups}

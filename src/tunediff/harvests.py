@@ -1,17 +1,20 @@
-"""Harvests: both models' streams on exactly the same tokens, on disk as base and delta, resumable, read in any order."""
+"""Harvests: both models' streams on exactly the same tokens, on disk as base and delta or run again when they are read, resumable,
+read in any order."""
 
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from tunediff.artifacts import finish, is_finished, key_of, open_folder, read_json, read_tensors, write_json, write_tensors
 from tunediff.axes import BASE, MODELS, TUNED
+from tunediff.chance import generator
 from tunediff.errors import ArtifactError, CorpusError, NumericsError, SettingError
 from tunediff.models import LanguageModel
 from tunediff.pairs import Pair
@@ -22,7 +25,9 @@ if TYPE_CHECKING:
 
 SCHEMA = "tunediff.harvest/1"
 WORK = "work.json"
-STORES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
+STORES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8,
+          "none": torch.float32}
+STREAMS = ("base", "delta")
 SHARED = 32
 """Neighboring values that share one scale in int8 (fewer, where a width is no multiple of it)."""
 
@@ -33,7 +38,8 @@ class HarvestSettings:
 
     store: str = "float16"
     """Format of base and of delta on disk: float32 keeps delta exactly, float16 to 0.02 %, bfloat16 to 0.16 %, int8 (with a
-    scale for every 32 values) to about 1 %."""
+    scale for every 32 values) to about 1 %. none keeps no streams: both models run again on the text that is read, each time it is
+    no longer held in memory."""
     abnormal: float = 6.0
     """Tokens whose stream norm exceeds this multiple of the median (attention sinks) are set apart and counted: lower
     drops ordinary tokens, higher lets a handful own the loss."""
@@ -41,13 +47,21 @@ class HarvestSettings:
     """Tokens a forward; changes speed and the last bits of the streams, so it is part of the key."""
     shard_tokens: int = 8192
     """Tokens a shard file, at least; a killed run loses at most one shard."""
+    held_tokens: int = 262_144
+    """Tokens whose streams are in memory at once where none are on disk, about: fewer take less memory, and batches of training
+    are drawn from fewer at a time."""
 
     def __post_init__(self) -> None:
         if self.store not in STORES:
             raise SettingError(f"harvest.store is {self.store!r}", expected=", ".join(STORES))
-        if self.abnormal <= 1 or self.batch_tokens < 1 or self.shard_tokens < 1:
+        if self.abnormal <= 1 or min(self.batch_tokens, self.shard_tokens, self.held_tokens) < 1:
             raise SettingError("a harvest setting is out of range",
-                               expected="abnormal > 1, batch_tokens and shard_tokens >= 1")
+                               expected="abnormal > 1; batch_tokens, shard_tokens and held_tokens >= 1")
+
+    @property
+    def held(self) -> int | None:
+        """Shards in memory at once where none are on disk; None where they are."""
+        return max(1, self.held_tokens // self.shard_tokens) if self.store == "none" else None
 
 
 def noise_floor(model: LanguageModel, ids_BT: Tensor, mask_BT: Tensor, sites: Sequence[Site],
@@ -78,6 +92,28 @@ def repeated(tokens: "Tokens") -> list[int]:
     return out
 
 
+class Again(Sequence):
+    """Shards whose streams are not on disk. One that is read is run again; the `held` that were read last stay."""
+
+    def __init__(self, run: Callable[[int], Mapping[str, Tensor]], count: int, held: int):
+        self._run, self._count, self.held = run, count, held
+        self.kept: OrderedDict[int, Mapping[str, Tensor]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, number: int) -> Mapping[str, Tensor]:
+        return self.keep(number, self.kept[number] if number in self.kept else self._run(number))
+
+    def keep(self, number: int, shard: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Hold a shard that has just been run, in the place of the one that was read longest ago."""
+        self.kept[number] = shard
+        self.kept.move_to_end(number)
+        if len(self.kept) > self.held:
+            self.kept.popitem(last=False)
+        return shard
+
+
 @dataclass(frozen=True, eq=False)
 class Harvest:
     """A finished harvest. Tokens are numbered 0..N-1 over shards; those set apart are left out of both splits.
@@ -89,7 +125,7 @@ class Harvest:
     folder: Path
     manifest: dict
     sites: tuple[Site, ...]
-    shards: list[dict[str, Tensor]]
+    shards: Sequence[Mapping[str, Tensor]]
     starts: Tensor
     token_N: Tensor
     row_N: Tensor
@@ -100,17 +136,20 @@ class Harvest:
     kept_N: Tensor
 
     @classmethod
-    def open(cls, folder: Path) -> "Harvest":
-        """Open a finished folder; tensors are memory-mapped."""
+    def open(cls, folder: Path, again: Again | None = None) -> "Harvest":
+        """Open a finished folder; tensors are memory-mapped. `again` runs the streams of one that keeps none."""
         manifest = open_folder(folder, SCHEMA)
         shards = [read_tensors(folder / name) for name in manifest["shards"]]
+        if again is None and any(name not in shards[0] for name in STREAMS):
+            raise ArtifactError(f"{folder} keeps no streams", expected="a harvest with its streams on disk",
+                                remedy="the command that made it, which has the models")
         counts = torch.tensor([0, *(len(s["token"]) for s in shards)])
 
         def column(name: str) -> Tensor:
             return torch.cat([s[name] for s in shards])
 
         return cls(
-            folder, manifest, tuple(Site.parse(s) for s in manifest["sites"]), shards, counts.cumsum(0),
+            folder, manifest, tuple(Site.parse(s) for s in manifest["sites"]), shards if again is None else again, counts.cumsum(0),
             column("token"), column("row"), column("position"), column("document"),
             column("held_out").bool(), column("ordinary").bool(), column("kept").bool(),
         )
@@ -140,16 +179,31 @@ class Harvest:
 
     def at(self, tokens_N: Tensor) -> Tensor:
         """Streams (N, S, M, D) in float32 of tokens by number."""
-        shard_N = torch.searchsorted(self.starts, tokens_N, right=True) - 1
-        width = self.shards[0]["base"].shape[-1]
+        shard_N = self._shard_of(tokens_N)
+        held = getattr(self.shards, "kept", {})  # these first: others will take their places
+        numbers = sorted(shard_N.unique().tolist(), key=lambda number: (number not in held, number))
+        width = self.shards[numbers[0] if numbers else 0]["base"].shape[-1]
         out = torch.empty(len(tokens_N), len(self.sites), 2, width)
-        for shard in shard_N.unique().tolist():
-            where = (shard_N == shard).nonzero()[:, 0]
-            local = tokens_N[where] - self.starts[shard]
-            base = _stored(self.shards[shard], "base", local)
+        for number in numbers:
+            shard, where = self.shards[number], (shard_N == number).nonzero()[:, 0]
+            local = tokens_N[where] - self.starts[number]
+            base = _stored(shard, "base", local)
             out[where, :, BASE] = base
-            out[where, :, TUNED] = base + _stored(self.shards[shard], "delta", local)
+            out[where, :, TUNED] = base + _stored(shard, "delta", local)
         return out
+
+    def order(self, split: str, index_N: Tensor, rng: torch.Generator) -> Tensor:
+        """The tokens at places `index_N` of `split` in random order (N,), as places in `index_N`. Where streams are run again,
+        those of as many shards as are held come together, the shards in random order too."""
+        order_N = torch.randperm(len(index_N), generator=rng)
+        if not isinstance(self.shards, Again) or self.shards.held >= len(self.shards):
+            return order_N
+        group_K = torch.randperm(len(self.shards), generator=rng) // self.shards.held
+        group_N = group_K[self._shard_of(self.index(split)[index_N])]
+        return order_N[torch.argsort(group_N[order_N], stable=True)]
+
+    def _shard_of(self, tokens_N: Tensor) -> Tensor:
+        return torch.searchsorted(self.starts, tokens_N, right=True) - 1
 
     def chunks(self, split: str, size: int = 8192) -> Iterator[tuple[Tensor, Tensor]]:
         """(token numbers, streams) of a split in order, `size` tokens at a time."""
@@ -182,21 +236,20 @@ def harvest(
                           expected="documents in both splits", remedy="more documents")
     key = key_of(SCHEMA, pair.base_fingerprint, pair.tuned_fingerprint, tokens.fingerprint, list(map(str, sites)),
                  settings)
+    batches = list(tokens.batches(settings.batch_tokens))
+    groups = _group(batches if settings.held is None else _mixed(batches), settings.shard_tokens)
+    again = None if settings.held is None else Again(lambda number: _again(pair, groups[number], sites), len(groups), settings.held)
     if is_finished(folder):
-        done = Harvest.open(folder)
+        done = Harvest.open(folder, again)
         _refuse_other(folder, "a", done.fingerprint, key)
         (folder / WORK).unlink(missing_ok=True)  # a run killed right after its manifest leaves it
         return done
-    batches = list(tokens.batches(settings.batch_tokens))
-    groups = _group(batches, settings.shard_tokens)
     total = sum(int(b.mask_BT.sum()) for b in batches)
-    document_R = torch.tensor(tokens.document_R)
-    held_D = torch.tensor(tokens.held_out)
     folder.mkdir(parents=True, exist_ok=True)
     _same_work(folder, key)
     median_SM, noise_S = _calibrate(pair, batches, sites)
     done, apart, first, repeats = 0, 0, 0, 0
-    repeated_R = torch.tensor(repeated(tokens))
+    document_R, held_D, repeated_R = map(torch.tensor, (tokens.document_R, tokens.held_out, repeated(tokens)))
     names = []
     energy = torch.zeros(2, len(sites), dtype=torch.float64)
     for number, group in enumerate(groups):
@@ -204,14 +257,16 @@ def harvest(
         names.append(name)
         path = folder / name
         if not path.is_file():
-            write_tensors(path, _shard(pair, group, sites, settings, median_SM, repeated_R, document_R, held_D, tokens))
+            shard = _shard(pair, group, sites, settings, median_SM, repeated_R, document_R, held_D, tokens)
+            if again is not None:
+                again.keep(number, {stream: shard.pop(stream) for stream in STREAMS})
+            write_tensors(path, shard)
         shard = read_tensors(path)
         kept, ordinary = shard["kept"].bool(), shard["ordinary"].bool()
         apart += int((~ordinary).sum())
         first += int((~ordinary & (shard["position"] == 0)).sum())
         repeats += int((ordinary & ~kept).sum())
-        for side, name in enumerate(("base", "delta")):
-            energy[side] += _stored(shard, name, kept).double().pow(2).sum((0, 2))
+        energy += shard["energy"]
         done += len(kept)
         if progress:
             progress(done, total)
@@ -228,7 +283,22 @@ def harvest(
         "base_energy": energy[0] / kept_tokens, "delta_energy": energy[1] / kept_tokens,
     }, names)
     (folder / WORK).unlink(missing_ok=True)
-    return Harvest.open(folder)
+    return Harvest.open(folder, again)
+
+
+def _mixed(batches: list) -> list:
+    """Batches in random order, always the same: those of one shard are trained on together, and would be of like length."""
+    return [batches[at] for at in torch.randperm(len(batches), generator=generator(0, "shards")).tolist()]
+
+
+def _again(pair: Pair, group: list, sites: Sequence[Site]) -> dict[str, Tensor]:
+    """A shard's streams, run as they were when it was made."""
+    streams = torch.cat([_streams(pair, batch, sites) for batch in group])
+    return {"base": streams[:, :, BASE], "delta": streams[:, :, TUNED] - streams[:, :, BASE]}
+
+
+def _streams(pair: Pair, batch, sites: Sequence[Site]) -> Tensor:
+    return pair.both_streams(batch.ids_BT, sites, batch.mask_BT)[batch.mask_BT].float().cpu()
 
 
 def _group(batches: list, shard_tokens: int) -> list[list]:
@@ -268,6 +338,7 @@ def _calibrate(pair: Pair, batches: list, sites: Sequence[Site]) -> tuple[Tensor
 
 
 def _shard(pair, group, sites, settings, median_SM, repeated_R, document_R, held_D, tokens) -> dict[str, Tensor]:
+    """Streams and what is known of each token, and the summed energy (2, S) of base and delta over the tokens kept."""
     parts: dict[str, list[Tensor]] = {}
     for batch in group:
         mask = batch.mask_BT
@@ -275,7 +346,7 @@ def _shard(pair, group, sites, settings, median_SM, repeated_R, document_R, held
         row_BT = rows_B[:, None].expand_as(batch.ids_BT)
         position_BT = torch.arange(mask.shape[1])[None].expand_as(batch.ids_BT)
         document_N = document_R[row_BT[mask]]
-        streams = pair.both_streams(batch.ids_BT, sites, mask)[mask].float().cpu()
+        streams = _streams(pair, batch, sites)
         finite_NSM = torch.isfinite(streams).all(-1)
         if not finite_NSM.all():
             n, s, m = (~finite_NSM).nonzero()[0].tolist()
@@ -302,7 +373,9 @@ def _shard(pair, group, sites, settings, median_SM, repeated_R, document_R, held
             "ordinary": ordinary.to(torch.uint8),
         }.items():
             parts.setdefault(name, []).append(value)
-    return {name: torch.cat(values) for name, values in parts.items()}
+    shard = {name: torch.cat(values) for name, values in parts.items()}
+    shard["energy"] = torch.stack([_stored(shard, name, shard["kept"].bool()).double().pow(2).sum((0, 2)) for name in STREAMS])
+    return shard
 
 
 def _to_store(name: str, value_NSD: Tensor, store: torch.dtype) -> dict[str, Tensor]:
