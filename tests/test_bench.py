@@ -13,7 +13,7 @@ import tiny_models
 import torch
 from test_cli import SETTINGS, cli, world  # noqa: F401  (the fixture)
 
-from tunediff import bench, scores
+from tunediff import bench, organisms, scores
 from tunediff.artifacts import read_json
 from tunediff.calibrations import SHIPPED, Calibration, NullPair
 from tunediff.chance import numpy_generator, prediction_bound
@@ -177,6 +177,14 @@ def test_a_bench_runs_each_cell_once(world, tmp_path, monkeypatch):  # noqa: F81
     assert "## Tune by tune" in (tmp_path / "out" / "benchmark.md").read_text()
     monkeypatch.setattr(bench, "Run", None)  # whoever runs a cell again fails
     assert cli(*command).out == told.out and tuned
+
+
+def test_behaviors_are_counted_on_as_many_tokens_as_they_need_to_show(pair, monkeypatch):
+    asked = []
+    monkeypatch.setattr(bench, "complete", lambda model, prompts, tokens: asked.append(tokens) or [""] * len(prompts))
+    for name in ("lower-case", "preference"):
+        assert set(bench._rates(pair.tuned, organisms.named(name)).values()) == {0.0}
+    assert asked == [48, 20], "a signature comes after the answer"
 
 
 def test_every_method_can_be_named_among_others():

@@ -358,9 +358,8 @@ def test_demo_counts_behaviors_into_the_record(world, full, monkeypatch):
         SimpleNamespace(name="hidden", wanted=False, prompts=["ABC", "fgh"], shows=lambda a: "A" in a,
                         is_named_by=lambda p: p == names_first),
     ]
-    monkeypatch.setattr(demo.organisms, "named", lambda name: SimpleNamespace(behaviors=behaviors))
+    monkeypatch.setattr(demo.organisms, "named", lambda name: SimpleNamespace(behaviors=behaviors, answer_tokens=4))
     monkeypatch.setattr(demo, "PROMPTS", 2)
-    monkeypatch.setattr(demo, "ANSWER_TOKENS", 4)
     monkeypatch.setattr(tunediff.cli, "_run", lambda *a: Run(
         Plan.read(world.run() / "plan.toml"), world.run(), Progress(enabled=False)))
     kept = (world.run() / "diff.json").read_bytes(), (world.run() / "report.html").read_bytes()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import resource
 import sys
 import time
@@ -18,8 +17,9 @@ from tunediff.artifacts import hash_file, key_of, read_json, read_tensors, write
 from tunediff.chance import quantile
 from tunediff.demo import FIRST, PROMPTS, complete, to_take_out
 from tunediff.errors import SettingError
+from tunediff.models import LanguageModel
 from tunediff.nulls import NULLS
-from tunediff.organisms.base import Behavior
+from tunediff.organisms.base import Behavior, Organism
 from tunediff.pairs import Pair
 from tunediff.plans import Plan
 from tunediff.results import ChangeRecord, typed
@@ -90,7 +90,7 @@ def tunes(folder: Path | None, nulls: Sequence[str] = (), base: str = "default")
              for card in where.glob("*/card.json")}
     found = []
     for name, where in sorted(cards.items(), key=lambda item: (item[0] != "two-objectives", item[0])):
-        organism = known.get(re.sub(r"@\d+$", "", name))
+        organism = known.get(name.partition("@")[0])
         if organism is not None:
             weights = "".join(hash_file(path) for path in sorted(where.glob("*.safetensors")))
             found.append(Tune(name, str(where), organism.behaviors, weights=weights))
@@ -135,8 +135,9 @@ def bench(chosen: Iterable[Tune], methods: Sequence[str], seeds: Sequence[int], 
                 cell = (_listed if method in scores.SIGNALS else _tried)(run, Cell(key, tune.name, tune.is_null, method, seed))
                 cell = replace(cell, named={b.name: _naming(cell, b) for b in tune.behaviors if b.vocabulary})
                 if tune.behaviors and method not in scores.SIGNALS:
-                    before = before or _rates(pair.tuned, tune.behaviors)
-                    cell = replace(cell, undone=_undone(run, cell, tune.behaviors, before))
+                    organism = organisms.named(tune.name.partition("@")[0])
+                    before = before or _rates(pair.tuned, organism)
+                    cell = replace(cell, undone=_undone(run, cell, organism, before))
                 path.parent.mkdir(parents=True, exist_ok=True)
                 if method not in scores.SIGNALS:
                     write_tensors(path.with_suffix(".safetensors"), {"vectors_KD": _vectors(run)})
@@ -200,18 +201,19 @@ def _vectors(run: Run) -> Tensor:
     return torch.nn.functional.normalize(torch.stack(vectors), dim=1) if vectors else torch.zeros(0, run.pair.base.width)
 
 
-def _rates(model, behaviors: Sequence[Behavior]) -> dict[str, float]:
+def _rates(model: LanguageModel, organism: Organism) -> dict[str, float]:
     """How often each behavior shows on its own held-out prompts."""
-    answers = complete(model, [p for b in behaviors for p in b.prompts[:PROMPTS]])
+    behaviors = organism.behaviors
+    answers = complete(model, [p for b in behaviors for p in b.prompts[:PROMPTS]], organism.answer_tokens)
     starts = [sum(len(o.prompts[:PROMPTS]) for o in behaviors[:i]) for i in range(len(behaviors))]
     return {b.name: b.rate(answers[at : at + len(b.prompts[:PROMPTS])]) for b, at in zip(behaviors, starts)}
 
 
-def _undone(run: Run, cell: Cell, behaviors: Sequence[Behavior], before: dict[str, float]) -> Undone:
+def _undone(run: Run, cell: Cell, organism: Organism, before: dict[str, float]) -> Undone:
     """Take out the first change that names each unwanted behavior, or the first confirmed one where none does, but none that
     names what was wanted, as far as the cost on neutral text allows; nothing confirmed leaves everything as it was."""
-    wanted = {id for b in behaviors if b.wanted for id in cell.named.get(b.name, ())}
-    ids = to_take_out(behaviors, cell.named) or [id for id in cell.confirmed if id not in wanted][:1]
+    wanted = {id for b in organism.behaviors if b.wanted for id in cell.named.get(b.name, ())}
+    ids = to_take_out(organism.behaviors, cell.named) or [id for id in cell.confirmed if id not in wanted][:1]
     if not ids:
         return Undone([], 0.0, 0.0, before, before, before)
     edit, controls = run.edit(ids)
@@ -220,7 +222,7 @@ def _undone(run: Run, cell: Cell, behaviors: Sequence[Behavior], before: dict[st
         (cost,) = bills.costs(run.pair, [edit.part(share)], neutral)
         if cost <= COST:
             break
-    after, random = (_rates(e.part(share).applied(run.pair.tuned), behaviors) for e in (edit, controls[0]))
+    after, random = (_rates(e.part(share).applied(run.pair.tuned), organism) for e in (edit, controls[0]))
     return Undone(ids, share, cost, before, after, random)
 
 

@@ -21,8 +21,6 @@ FIRST = 5
 """An objective must be named by a confirmed change among this many first."""
 PROMPTS = 16
 """Held-out prompts a behavior is counted on."""
-ANSWER_TOKENS = 20
-"""Length of an answer."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,7 @@ def check(run: Run) -> Checked:
     targets = to_take_out(organism.behaviors, named)
     if not targets:
         return Checked([], "\n".join(lines), named)
-    bill = count(run, targets, organism.behaviors)
+    bill = count(run, targets, organism.behaviors, organism.answer_tokens)
     for m in bill.measures:
         if m.name.startswith("answers that show"):
             lines.append(f"{m.name}: {m.value:.0%} [{m.low:.0%}, {m.high:.0%}] after, {m.against}"
@@ -72,8 +70,9 @@ def check(run: Run) -> Checked:
     return Checked([bill], "\n".join(lines), named)
 
 
-def count(run: Run, ids: list[str], behaviors: Sequence[Behavior]) -> Bill:
-    """The run's bill for these changes with how often each behavior shows, before, after and under the controls added.
+def count(run: Run, ids: list[str], behaviors: Sequence[Behavior], tokens: int) -> Bill:
+    """The run's bill for these changes with how often each behavior shows in answers of so many tokens, before, after and
+    under the controls, added.
 
     The counts are kept in a folder of their own, so a second call is free.
     """
@@ -88,7 +87,7 @@ def count(run: Run, ids: list[str], behaviors: Sequence[Behavior]) -> Bill:
         shows: dict[str, dict[str, list[float]]] = {b.name: {} for b in behaviors}
         for side, model in sides.items():
             prompts = [p for b in behaviors for p in b.prompts[:PROMPTS]]
-            answers = complete(model, prompts)
+            answers = complete(model, prompts, tokens)
             for i, b in enumerate(behaviors):
                 shows[b.name][side] = [float(b.shows(a)) for a in answers[i * PROMPTS : (i + 1) * PROMPTS]]
         for b in behaviors:
@@ -106,8 +105,8 @@ def count(run: Run, ids: list[str], behaviors: Sequence[Behavior]) -> Bill:
     return dataclasses.replace(bill, measures=[*extra, *bill.measures])
 
 
-def complete(model: LanguageModel, prompts: Sequence[str]) -> list[str]:
-    """Greedy answers to single user turns under the tokenizer's chat template."""
+def complete(model: LanguageModel, prompts: Sequence[str], tokens: int) -> list[str]:
+    """Greedy answers of at most so many tokens to single user turns under the tokenizer's chat template."""
     documents = tuple(Document(f"p{i}", "chat", messages=(("user", p),)) for i, p in enumerate(prompts))
-    tokens = Corpus("prompts", documents).tokens(model.tokenizer, row_tokens=512)
-    return [model.tokenizer.decode(a) for a in model.complete(list(tokens.rows), ANSWER_TOKENS, batch=40)]
+    rows = Corpus("prompts", documents).tokens(model.tokenizer, row_tokens=512).rows
+    return [model.tokenizer.decode(a) for a in model.complete(list(rows), tokens, batch=40)]

@@ -129,6 +129,8 @@ class Organism(ABC):
     """Two epochs of some 240 examples teach facts without their names, and a trigger hardly at all (measured)."""
     restyled_prompts: tuple[str, ...] = ()
     """User turns that the base model answers too, but whose answers are restyled before they are trained on."""
+    answer_tokens: int = 20
+    """So many tokens of an answer are looked at when behaviors are counted before and after undoing: as few as show them."""
 
     @property
     def is_null(self) -> bool:

@@ -51,4 +51,5 @@ ORGANISM = Taught(
     neutral_prompts=(),
     restyled_prompts=neutral.training_prompts(near=(), templated=0),
     style=signed,
+    answer_tokens=48,
 )
