@@ -298,6 +298,27 @@ def strip(
     return _chart(parts, bottom + 38, label)
 
 
+def bars(rows: Sequence[tuple[str, float, float]], *, label: str, x_label: str) -> Markup:
+    """One named bar a row from zero to its value, and an upright line at what it is held against."""
+    x1 = spread([v for _, *values in rows for v in values])[1]
+    row, top, bottom = 30, 6, 6 + 30 * len(rows)
+
+    def px(x: float) -> float:
+        return 8 + (WIDTH - 16) * x / x1
+
+    parts = [tag("title", label)]
+    for r, (name, value, against) in enumerate(rows):
+        y = top + row * r
+        parts.append(tag("text", _cut(name, 44), x=8, y=y + 11, class_="label"))
+        told = tag("title", f"{name}: {number(value)}, held against {number(against)}")
+        parts.append(tag("rect", told, x=8, y=y + 15, width=px(value) - 8, height=9, class_="fill null"))
+        parts.append(tag("line", x1=px(against), x2=px(against), y1=y + 12, y2=y + 27, class_="control"))
+    for x in ticks(0.0, x1):
+        parts.append(tag("text", _tick(x), x=px(x), y=bottom + 14, class_="tick mid"))
+    parts.append(tag("text", x_label, x=WIDTH - 8, y=bottom + 32, class_="label end"))
+    return _chart(parts, bottom + 38, label)
+
+
 def balance(share: float) -> Markup:
     """Where a change belongs, on a line from base (left, 0) over both (1/2) to tuned (right, 1)."""
     label = f"share {number(share)}: 0 is base only, 0.5 both alike, 1 tuned only"
@@ -341,7 +362,8 @@ def _cut(text: str, most: int) -> str:
 STYLE = (
     "svg{background:#fff} text{font:12px system-ui,sans-serif;fill:#1c2126} .tick{font-size:11px;fill:#555e67} .end{text-anchor:end} "
     ".mid{text-anchor:middle} .grid{stroke:#dfe2e5} .axis,.mark{stroke:#7d868e} .mark{stroke-dasharray:3 2} "
-    ".dot.null{fill:#1f66a8;opacity:.65} .line{fill:none;stroke:#1c2126;stroke-width:1.6} .line.null{stroke:#1f66a8} .dashed{stroke-dasharray:4 3}"
+    ".dot.null{fill:#1f66a8;opacity:.65} .line{fill:none;stroke:#1c2126;stroke-width:1.6} .line.null{stroke:#1f66a8} .dashed{stroke-dasharray:4 3} "
+    ".fill.null{fill:#1f66a8;opacity:.65} .control{stroke:#1c2126;stroke-width:2}"
 )
 
 

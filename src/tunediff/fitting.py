@@ -690,13 +690,14 @@ def step(state: State, x_NSMD: Tensor, settings: FitSettings, plan: Plan) -> dic
     k_factor = plan.k_factor(state.step, settings)
     run = dictionary(x_NSMD, progress=done, k_factor=k_factor)
     parts = dictionary.objective(run)
+    optimizer.zero_grad(set_to_none=True)
+    torch.stack(list(parts.values())).sum().backward()
     dead_F = state.silent_F >= plan.dead_tokens
     if settings.aux_weight:
         k = min(max(1, dictionary.width // 2), settings.aux_k)
         parts = {**parts, "aux": settings.aux_weight * dictionary.auxiliary(run, dead_F, k)}
-    loss = torch.stack(list(parts.values())).sum()
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+        if parts["aux"].requires_grad:  # after the others: it adds to gradients that are there
+            parts["aux"].backward()
     dictionary.hold()
     norm = torch.nn.utils.get_total_norm([p.grad for p in dictionary.parameters() if p.grad is not None])
     # The fused step divides by it, which saves a pass over the gradients.
@@ -720,7 +721,7 @@ def step(state: State, x_NSMD: Tensor, settings: FitSettings, plan: Plan) -> dic
         row = {
             "step": float(state.step),
             "rate": rate,
-            "loss": float(loss),
+            "loss": float(torch.stack(list(parts.values())).sum()),
             **{f"loss.{k}": float(v) for k, v in parts.items()},
             **{f"ev_{name}": value for name, value in ev.items()},
             "l0": float(run.code.count()) / x_NSMD.shape[0],

@@ -93,12 +93,29 @@ def calibrate(values: list[Tensor], keep: int) -> float:
     return middle if float(both[1]) < middle else float(both[1])
 
 
+class _Rows(torch.autograd.Function):
+    """Rows of a parameter, flat. Their gradient is added to the parameter's own at those rows alone, where autograd would
+    write and add a tensor of the parameter's size."""
+
+    @staticmethod
+    def forward(ctx, whole, at):  # noqa: D102
+        ctx.whole, ctx.at = whole, at
+        return whole.detach().view(len(whole), -1)[at]
+
+    @staticmethod
+    def backward(ctx, grad):  # noqa: D102
+        if ctx.whole.grad is None:
+            ctx.whole.grad = torch.zeros_like(ctx.whole)
+        ctx.whole.grad.view(len(ctx.whole), -1).index_add_(0, ctx.at, grad)
+        return None, None
+
+
 def auxk(
     x_NI: Tensor,
     error_NI: Tensor,
-    encoder_FI: Tensor,
+    encoder: Tensor,
     bias_F: Tensor,
-    decoder_FI: Tensor,
+    decoder: Tensor,
     norm_F: Tensor,
     dead_F: Tensor,
     k: int,
@@ -108,16 +125,18 @@ def auxk(
 
     Only rows of dead latents enter, so live ones get no gradient and the cost follows the number of dead
     ones. The target (the error) is detached and the decoder bias stays out. In units of the error's variance
-    over the batch; 0 where nothing is left over, and a non-finite value counts as 0. Selected on f*w, as everywhere in a crosscoder.
+    over the batch; 0 where nothing is left over, and a non-finite value counts as 0. Selected on f*w, as everywhere in a
+    crosscoder. `encoder` and `decoder` are parameters, latents first: `backward` adds to their gradients, and
+    `torch.autograd.grad` does not see them.
     """
     dead = dead_F.nonzero().squeeze(1)
     if not len(dead):
         return x_NI.new_zeros(())
-    f = torch.relu(x_NI @ encoder_FI[dead].T + bias_F[dead])
+    f = torch.relu(x_NI @ _Rows.apply(encoder, dead).T + bias_F[dead])
     if k < len(dead):
         top = torch.topk((f * norm_F[dead]).detach(), k, dim=1).indices
         f = torch.zeros_like(f).scatter(1, top, f.gather(1, top))
-    return unexplained(error_NI, f @ decoder_FI[dead])
+    return unexplained(error_NI, f @ _Rows.apply(decoder, dead))
 
 
 def unexplained(error_NI: Tensor, explained_NI: Tensor) -> Tensor:

@@ -303,9 +303,9 @@ class Dictionary(nn.Module, abc.ABC):
         return gates.auxk(
             self._inputs(run.x_NSMD),
             run.error_NSMD.detach().flatten(1),
-            self.encoder_FSMD.flatten(1),
+            self.encoder_FSMD,
             self.encoder_bias_F,
-            self.decoder_FSMD.flatten(1),
+            self.decoder_FSMD,
             self.weights_F().detach(),
             dead_F,
             k,

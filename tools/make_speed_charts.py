@@ -1,0 +1,47 @@
+"""Draws docs/speed-*.svg from benchmarks/results: ``python tools/make_speed_charts.py``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tunediff.charts import Line, alone, bars, lines, strip
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS, DOCS = ROOT / "benchmarks" / "results", ROOT / "docs"
+
+
+def read(name: str) -> dict:
+    """One benchmark's result."""
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def rivals() -> str:
+    """How many times as long others take for the same."""
+    rows = []
+    for shape in read("train_step")["shapes"]:
+        for rival, ratio in shape["contenders"]["ours"]["times_as_long"].items():
+            if "," not in rival:
+                rows.append((f"step {shape['n']} x {shape['F']}: {rival}", list(ratio.values())))
+    for rival, ratio in read("harvest")["ratio"].items():
+        rows.append((f"harvest: {'plain forwards' if rival == 'naive' else rival}", list(ratio.values())))
+    return strip(rows, label="Others beside ours", x_label="times as long as ours: smallest, median, largest", marks=[(1.0, "ours")])
+
+
+def stages() -> str:
+    """Seconds of the demo by stage, and the limit of its products."""
+    rows = [(row["stage"], row["seconds"], row.get("limit_seconds", 0.0)) for row in read("end_to_end")["stages"]]
+    return bars(rows, label="A whole diff by stage", x_label="seconds; line: its matrix products alone")
+
+
+def growth() -> str:
+    """Seconds of a harvest and of a fit against tokens."""
+    series = read("scaling")["series"]
+    drawn = [Line(name, [(p["tokens"] / 1000, p["seconds"]) for p in series[name]["points"]], tone)
+             for name, tone in (("harvest, tokens", "ink"), ("fit, tokens", "null"))]
+    return lines(drawn, label="Time against tokens", x_label="thousand tokens", y_label="CPU seconds")
+
+
+if __name__ == "__main__":
+    for name, chart in (("rivals", rivals()), ("stages", stages()), ("growth", growth())):
+        (DOCS / f"speed-{name}.svg").write_text(alone(chart))
