@@ -436,7 +436,7 @@ def test_a_corpus_with_an_empty_split_is_refused(pair, tmp_path, share, what):
 
 
 @pytest.mark.parametrize(
-    "wrong", [dict(store="int4"), dict(abnormal=1.0), dict(batch_tokens=0), dict(shard_tokens=0), dict(held_tokens=0)]
+    "wrong", [dict(store="int4"), dict(abnormal=1.0), dict(batch_tokens=0), dict(shard_tokens=0)]
 )
 def test_settings_out_of_range_are_refused(wrong):
     with pytest.raises(SettingError) as caught:
@@ -455,7 +455,13 @@ def test_shards_where_everything_is_abnormal(pair, tokens, tmp_path, monkeypatch
 # Without a disk
 
 
-NONE = HarvestSettings(store="none", batch_tokens=128, shard_tokens=256, held_tokens=512)
+NONE = HarvestSettings(store="none", batch_tokens=128, shard_tokens=256)
+
+
+@pytest.fixture(autouse=True)
+def two_shards(pair, monkeypatch) -> None:
+    """As much memory as two shards take."""
+    monkeypatch.setattr(harvests, "HELD", 2 * 256 * len(SITES) * 2 * pair.base.width * 4)
 
 
 @pytest.fixture
@@ -482,8 +488,10 @@ def test_streams_that_are_run_again_are_those_that_a_disk_keeps(pair, tokens, ex
         Harvest.open(tmp_path / "h")
 
 
-def test_what_is_in_memory_is_not_run_again_and_an_epoch_runs_all_once(pair, tokens, tmp_path, runs):
-    all_held = harvest(pair, tokens, SITES, tmp_path / "all", replace(NONE, held_tokens=10**6))
+def test_what_is_in_memory_is_not_run_again_and_an_epoch_runs_all_once(pair, tokens, tmp_path, runs, monkeypatch):
+    with monkeypatch.context() as more:
+        more.setattr(harvests, "HELD", 1 << 30)
+        all_held = harvest(pair, tokens, SITES, tmp_path / "all", NONE)
     first = sum(runs)
     for _, _ in all_held.chunks("train", 37):
         pass

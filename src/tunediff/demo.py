@@ -77,7 +77,7 @@ def count(run: Run, ids: list[str], behaviors: Sequence[Behavior], tokens: int) 
     The counts are kept in a folder of their own, so a second call is free.
     """
     bill = run.bill(ids)
-    key, folder = run._at("counted", run.harvest.fingerprint, run._found_key, run.plan.rank, run.plan.edit, ids, run.plan.seed)
+    key, folder = run._at("counted", run.harvest.fingerprint, run._found_key, run.plan.rank, run.plan.edit, ids, tokens, run.plan.seed)
     began = time.monotonic()
     if not is_finished(folder):
         edit, controls = run.edit(ids)

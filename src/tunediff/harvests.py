@@ -28,6 +28,8 @@ WORK = "work.json"
 STORES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8,
           "none": torch.float32}
 STREAMS = ("base", "delta")
+HELD = 2 << 30
+"""Bytes of streams that are in memory at once, about, where none are on disk."""
 SHARED = 32
 """Neighboring values that share one scale in int8 (fewer, where a width is no multiple of it)."""
 
@@ -47,21 +49,13 @@ class HarvestSettings:
     """Tokens a forward; changes speed and the last bits of the streams, so it is part of the key."""
     shard_tokens: int = 8192
     """Tokens a shard file, at least; a killed run loses at most one shard."""
-    held_tokens: int = 262_144
-    """Tokens whose streams are in memory at once where none are on disk, about: fewer take less memory, and batches of training
-    are drawn from fewer at a time."""
 
     def __post_init__(self) -> None:
         if self.store not in STORES:
             raise SettingError(f"harvest.store is {self.store!r}", expected=", ".join(STORES))
-        if self.abnormal <= 1 or min(self.batch_tokens, self.shard_tokens, self.held_tokens) < 1:
+        if self.abnormal <= 1 or min(self.batch_tokens, self.shard_tokens) < 1:
             raise SettingError("a harvest setting is out of range",
-                               expected="abnormal > 1; batch_tokens, shard_tokens and held_tokens >= 1")
-
-    @property
-    def held(self) -> int | None:
-        """Shards in memory at once where none are on disk; None where they are."""
-        return max(1, self.held_tokens // self.shard_tokens) if self.store == "none" else None
+                               expected="abnormal > 1, batch_tokens and shard_tokens >= 1")
 
 
 def noise_floor(model: LanguageModel, ids_BT: Tensor, mask_BT: Tensor, sites: Sequence[Site],
@@ -236,9 +230,13 @@ def harvest(
                           expected="documents in both splits", remedy="more documents")
     key = key_of(SCHEMA, pair.base_fingerprint, pair.tuned_fingerprint, tokens.fingerprint, list(map(str, sites)),
                  settings)
-    batches = list(tokens.batches(settings.batch_tokens))
-    groups = _group(batches if settings.held is None else _mixed(batches), settings.shard_tokens)
-    again = None if settings.held is None else Again(lambda number: _again(pair, groups[number], sites), len(groups), settings.held)
+    batches, again = list(tokens.batches(settings.batch_tokens)), None
+    if settings.store == "none":
+        batches = _mixed(batches)
+    groups = _group(batches, settings.shard_tokens)
+    if settings.store == "none":
+        held = HELD // (settings.shard_tokens * len(sites) * len(STREAMS) * pair.base.width * torch.float32.itemsize)
+        again = Again(lambda number: _again(pair, groups[number], sites), len(groups), max(1, held))
     if is_finished(folder):
         done = Harvest.open(folder, again)
         _refuse_other(folder, "a", done.fingerprint, key)
