@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import threading
 import time
 
 import pytest
@@ -294,3 +295,21 @@ def test_a_step_is_far_cheaper_than_the_dense_one():
                 step(state, x, settings, Plan.of(spec, settings, 512))
                 seconds[path].append(time.perf_counter() - began)
     assert min(seconds["native"]) < 0.75 * min(seconds["dense"])
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_parts_run_side_by_side_on_torchs_threads_and_errors_come_back(own, monkeypatch):
+    team, before = native._team() if own else None, torch.get_num_threads()
+    monkeypatch.setattr(native, "_team", lambda: team)
+    if own and team is None:
+        pytest.skip("torch was not built with an OpenMP that has GOMP_parallel")
+    torch.set_num_threads(2)
+    try:
+        both = threading.Barrier(2, timeout=30)
+        assert len(set(native._each(lambda part: (both.wait(), threading.get_ident())[1], range(2)))) == 2
+        assert native._each(lambda part: part**2, range(9)) == [n**2 for n in range(9)]
+        with pytest.raises(ZeroDivisionError):
+            native._each(lambda part: 1 // (part - 5), range(9))
+        assert native._each(lambda part: torch.ones(1 << 16).sum().item(), range(4)) == [65536.0] * 4, "torch inside and after it"
+    finally:
+        torch.set_num_threads(before)
