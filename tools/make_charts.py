@@ -1,8 +1,9 @@
-"""Draws docs/speed-*.svg from benchmarks/results: ``python tools/make_speed_charts.py``."""
+"""Draws docs/speed-*.svg and docs/floor-*.svg from benchmarks/results: ``python tools/make_charts.py``."""
 
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 from tunediff.charts import Line, alone, bars, lines, strip
@@ -42,6 +43,18 @@ def growth() -> str:
     return lines(drawn, label="Time against tokens", x_label="thousand tokens", y_label="CPU seconds")
 
 
+def floor(measure: str, says: str) -> str:
+    """How well the best candidate matches a change planted at 1 % of the tokens, against its amplitude."""
+    mine = [d for d in read("floor")["detections"] if d["frequency"] == 0.01]
+    looks = {"delta": ("ink", False), "batchtopk": ("ink", True), "principal": ("null", False)}
+    drawn = [Line(method, [(math.log10(d["amplitude"]), d[measure]) for d in mine if d["method"] == method], tone, dashed=dashed)
+             for method, (tone, dashed) in looks.items()]
+    named = [(math.log10(a), f"{a:g}") for a in sorted({d["amplitude"] for d in mine})]
+    return lines(drawn, label=f"{says} against amplitude", x_label="planted length over the stream's norm", y_label=says, x_ticks=named)
+
+
 if __name__ == "__main__":
-    for name, chart in (("rivals", rivals()), ("stages", stages()), ("growth", growth())):
-        (DOCS / f"speed-{name}.svg").write_text(alone(chart))
+    drawn = {"speed-rivals": rivals(), "speed-stages": stages(), "speed-growth": growth(),
+             "floor-cosine": floor("cosine", "cosine to what was planted"), "floor-area": floor("auroc", "area under the curve of firing")}
+    for name, chart in drawn.items():
+        (DOCS / f"{name}.svg").write_text(alone(chart))
