@@ -321,8 +321,8 @@ def charts(cells: Sequence[Cell]) -> dict[str, str]:
         "benchmark-roc.svg": lines(curves, label="Detect or abstain", x_label="share of nulls claimed", y_label="share of tunes found"),
         "benchmark-scores.svg": strip(detected, label="Best score of each run", x_label="log10 of best score / 95th percentile of random tunes'",
                                       marks=[(0.0, "stands out from here on")]),
-        "benchmark-gaps.svg": strip(apart, label="Largest gap of each run", x_label="log10 of KL(tuned || base) in nat a token where a "
-                                    "confirmed change is on", marks=_bounds(cells)),
+        "benchmark-gaps.svg": strip(apart, label="Largest gap of each run", x_label="log10 of nat a token where a confirmed change is on",
+                                    marks=_bounds(cells)),
         "benchmark-words.svg": strip(words, label="Planted words read out", x_label="share of words promoted that were planted, less decoys'"),
     }
     return {name: alone(chart) for name, chart in drawn.items()}
