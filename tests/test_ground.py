@@ -380,10 +380,11 @@ for _ in range(5):
     b = a + 1
     del b
 before = faults()
-for _ in range(5):
+for _ in range(20):
     b = a + 1
     del b
 print(kept, faults() - before)
 """
     told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
-    assert told[0] == "False" or int(told[1]) < 1000, "a tensor of 36 MiB has 9,216 pages, and was made five times"
+    pages_of_one = (9 << 20) * 4 // 4096  # a small allocation may move one making to fresh pages: never most of twenty
+    assert told[0] == "False" or int(told[1]) < 10 * pages_of_one
