@@ -203,9 +203,10 @@ def timed_phases() -> Iterator[dict[str, float]]:
 
         setattr(module, name, timed)
 
+    wrap(native, "bag_and_dot", lambda *a: "decoder and code gradients")
     for module in (native, eager):
         wrap(module, "encode", lambda *a: "select")
-        wrap(module, "bag", lambda starts, order, *a: "decode" if order is None else "weight gradients")
+        wrap(module, "bag", lambda starts, order, *a: "decode" if order is None else "encoder gradient")
         wrap(module, "bucket", lambda *a: "bucket")
         wrap(module, "dot", lambda *a: "values anew" if within[-1] == "select" else "code gradients")
     wrap(torch, "mm", lambda *a: "product")

@@ -143,8 +143,10 @@ def test_bits_do_not_depend_on_threads():
         pre = torch.linspace(-1, 1, 700 * 900).view(700, 900)[torch.randperm(700, generator=torch.Generator().manual_seed(0))]
         *at, value, starts = native.select(pre, weight, ((0, 300, 5000), (300, 900, 9000)))
         pairs = Pairs(*at, starts, 700, 900)
-        sums = (pairs.gather_tokens(value, W), pairs.gather_latents(value, x), pairs.dot(x, W))
-        found.append([*at, value, starts, *pairs.by_latent, *sums, *native._rounded(W)[1:]])
+        sums, joined = (pairs.gather_latents(value, x), pairs.dot(x, W)), pairs.gather_and_dot(value, x, W)
+        for apart, together in zip(sums, joined):
+            torch.testing.assert_close(apart, together)
+        found.append([*at, value, starts, *pairs.by_latent, *sums, *joined, pairs.gather_tokens(value, W), *native._rounded(W)[1:]])
     for other in found[1:]:
         assert all(map(torch.equal, found[0], other))
 

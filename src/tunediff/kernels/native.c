@@ -31,7 +31,7 @@ static inline __attribute__((always_inline)) float total(lanes x) {
 }
 
 /* Goes up whenever a function here changes what it takes. */
-int interface(void) { return 1; }
+int interface(void) { return 2; }
 
 /* The scaled codes v = pre * weight of each row that exceed the cut of their group of columns
    [bounds[g], bounds[g + 1]), as column and pre-activation, ascending; `count` of each row. Returns how many, or -1
@@ -283,6 +283,40 @@ KERNEL void dot(const int64_t *starts, const int64_t *order, const int64_t *inde
                 for (int64_t j = i; j < I; j++) rest += x[j] * to[k][j];
                 out[pair[k]] = total(sum[k]) + rest;
             }
+        }
+    }
+}
+
+/* `bag` of rows and `dot` of own[r] with each of them, in one pass: both are wanted of the gradient of what was decoded. */
+KERNEL void bag_and_dot(const int64_t *starts, const int64_t *order, const int64_t *index, const float *value,
+                        const float *rows, const float *own, int64_t I, float *restrict out, float *restrict product,
+                        int64_t start, int64_t stop) {
+    for (int64_t r = start; r < stop; r++) {
+        const float *x = own + r * I;
+        float *restrict o = out + r * I;
+        memset(o, 0, (size_t)I * sizeof *o);
+        for (int64_t q = starts[r]; q < starts[r + 1]; q += 4) {
+            const float *from[4];
+            float v[4];
+            lanes sum[4] = {{0}, {0}, {0}, {0}};
+            const int width = starts[r + 1] - q < 4 ? (int)(starts[r + 1] - q) : 4;
+            for (int k = 0; k < 4; k++) {
+                const int64_t p = order[q + (k < width ? k : width - 1)];
+                from[k] = rows + index[p] * I;
+                v[k] = k < width ? value[p] : 0;
+            }
+            int64_t i = 0;
+            for (; i + LANES <= I; i += LANES) {
+                const lanes t = OF(x + i), f0 = OF(from[0] + i), f1 = OF(from[1] + i), f2 = OF(from[2] + i), f3 = OF(from[3] + i);
+                sum[0] += t * f0, sum[1] += t * f1, sum[2] += t * f2, sum[3] += t * f3;
+                AT(o + i) += (SPREAD(v[0]) * f0 + SPREAD(v[1]) * f1) + (SPREAD(v[2]) * f2 + SPREAD(v[3]) * f3);
+            }
+            float rest[4] = {0};
+            for (; i < I; i++) {
+                for (int k = 0; k < 4; k++) rest[k] += x[i] * from[k][i];
+                o[i] += (v[0] * from[0][i] + v[1] * from[1][i]) + (v[2] * from[2][i] + v[3] * from[3][i]);
+            }
+            for (int k = 0; k < width; k++) product[order[q + k]] = total(sum[k]) + rest[k];
         }
     }
 }

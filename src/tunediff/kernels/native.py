@@ -20,7 +20,7 @@ from torch import Tensor
 from tunediff import gates
 from tunediff.kernels import paths
 
-INTERFACE = 1
+INTERFACE = 2
 """Which functions of which arguments are expected; `native.c` says the same, and goes up with every change."""
 RANGES = 4
 """Ranges a thread: more even out rows of unequal cost."""
@@ -231,6 +231,23 @@ def dot(starts_N: Tensor, latent_P: Tensor, a_NI: Tensor, b_FI: Tensor) -> Tenso
 
     _each(run, _balanced(starts_R))
     return out_P
+
+
+def bag_and_dot(
+    starts_R: Tensor, order_P: Tensor, index_P: Tensor, value_P: Tensor, rows: Tensor, own_RI: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`bag` of rows (R, I), and for each pair the product of its r's row of own and its row of rows (P,)."""
+    lib, (R, I), out_P = library(), own_RI.shape, torch.empty(len(index_P))
+    out_RI, rows, own_RI, value_P = paths.empty(R, I), rows.contiguous(), own_RI.contiguous(), value_P.contiguous()
+
+    def run(part: tuple[int, int]) -> None:
+        lib.bag_and_dot(
+            _at(starts_R), _at(order_P), _at(index_P), _at(value_P), _at(rows), _at(own_RI), *_i(I), _at(out_RI),
+            _at(out_P), *_i(*part),
+        )  # fmt: skip
+
+    _each(run, _balanced(starts_R))
+    return out_RI, out_P
 
 
 # -- ranges and threads --------------------------------------------------------------------------------------

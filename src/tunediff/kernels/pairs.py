@@ -79,6 +79,13 @@ class Pairs:
         """For each pair the product of its token's row and its latent's row, (P,)."""
         return kernels_for(a_NI, b_FI).dot(self.starts_N, self.latent_P, a_NI, b_FI)
 
+    def gather_and_dot(self, value_P: Tensor, a_NI: Tensor, b_FI: Tensor) -> tuple[Tensor, Tensor]:
+        """`gather_latents(value, a)` and `dot(a, b)`, reading a's rows once where kernels are compiled."""
+        if kernels_for(value_P, a_NI, b_FI) is native:
+            order_P, starts_F = self.by_latent
+            return native.bag_and_dot(starts_F, order_P, self.token_P, value_P, a_NI, b_FI)
+        return self.gather_latents(value_P, a_NI), self.dot(a_NI, b_FI)
+
 
 class _Encode(torch.autograd.Function):
     """Pre-activations at the pairs, already computed in `pre_P`; the gradient is what this is for."""
@@ -115,6 +122,9 @@ class _Decode(torch.autograd.Function):
     def backward(ctx, grad_NI):  # noqa: D102
         value_P, decoder_FI = ctx.saved_tensors
         pairs, need, grad_NI = ctx.pairs, ctx.needs_input_grad, grad_NI.contiguous()
+        if need[0] and need[1]:
+            of_decoder_FI, of_value_P = pairs.gather_and_dot(value_P, grad_NI, decoder_FI)
+            return of_value_P, of_decoder_FI, None
         return (
             pairs.dot(grad_NI, decoder_FI) if need[0] else None,
             pairs.gather_latents(value_P, grad_NI) if need[1] else None,
