@@ -33,8 +33,8 @@ TOKENS, VECTORS = 20, 20
 READ, COST = 10, 0.02
 """So many confirmed changes' read-outs are kept; undoing may cost so many nats a token on neutral text."""
 
-PARTS = (1.0, 0.7, 0.5, 0.35, 0.25, 0.1)
-"""How far an edit is taken: the largest of these that stays within the cost."""
+STRENGTHS = (30.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003)
+"""How strongly changes are taken out: the first of these that stays within the cost, else not at all."""
 
 SPARSE = ("batchtopk", "hybrid", "matryoshka", "dsf", "dfc", "diff_sae", "tuned_sae")
 """Dictionaries that are run at delta's total of 24 latents a token."""
@@ -216,14 +216,17 @@ def _undone(run: Run, cell: Cell, organism: Organism, before: dict[str, float]) 
     ids = to_take_out(organism.behaviors, cell.named) or [id for id in cell.confirmed if id not in wanted][:1]
     if not ids:
         return Undone([], 0.0, 0.0, before, before, before)
-    edit, controls = run.edit(ids)
     neutral = Sample.take(run.harvest, run.tokens, split="held_out", limit=NEUTRAL_TOKENS, seed=run.plan.seed, kinds=run._plain)
-    for share in PARTS:
-        (cost,) = bills.costs(run.pair, [edit.part(share)], neutral)
+    moments = run.inputs(ids)
+    for strength in STRENGTHS:
+        edit, controls = bills.removing(run.pair, ids, moments, replace(run.plan.edit, strength=strength), run.plan.seed)
+        (cost,) = bills.costs(run.pair, [edit], neutral)
         if cost <= COST:
             break
-    after, random = (_rates(e.part(share).applied(run.pair.tuned), organism) for e in (edit, controls[0]))
-    return Undone(ids, share, cost, before, after, random)
+    else:
+        return Undone([], 0.0, 0.0, before, before, before)
+    after, random = (_rates(e.applied(run.pair.tuned), organism) for e in (edit, controls[0]))
+    return Undone(ids, strength, cost, before, after, random)
 
 
 def kept(out: Path) -> list[Cell]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tunediff.chance import bootstrap_ratio, numpy_generator
 from tunediff.changes import Change
-from tunediff.edits import Edit, EditSettings, input_moments, random_directions, reverting, scaling
+from tunediff.edits import Edit, EditSettings, Moments, input_moments, random_directions, reverting, scaling
 from tunediff.measures import Said, blocks, by_document, kl_divergence
 from tunediff.models import LanguageModel, Start
 from tunediff.pairs import Pair
@@ -39,26 +39,42 @@ def on_rows(sample: Sample, changes: Sequence[Change], spread: bool) -> dict[int
     return out
 
 
-def removing(
-    pair: Pair, changes: Sequence[Change], sample: Sample, settings: EditSettings, seed: int, batch_tokens: int = 1200
-) -> tuple[Edit, list[Edit]]:
-    """The edit that takes `changes` out, from training text; and controls of equal energy: random directions, then the same
-    edit aimed at random rows."""
+def inputs(
+    pair: Pair, changes: Sequence[Change], sample: Sample, neutral: Sample | None, settings: EditSettings, seed: int,
+    batch_tokens: int = 1200,
+) -> list[dict[str, Moments]]:
+    """What the touched maps are fed on training text, by map: where `changes` are on and elsewhere, then the same for each
+    control aimed at random rows.
+
+    sample    rows of which some are chosen where the changes are on the most, and as many anywhere
+    neutral   rows that are all taken and never count as on, whatever fires there: what an edit costs on such text is to be
+              little
+    """
     strongest = _by_strength(sample, changes)
     rng = numpy_generator(seed, "edit rows")
     others = [sample.rows[i] for i in rng.permutation(len(sample.rows))]
-    rows = _up_to(strongest, settings.tokens // 3, sample)
-    rows += _up_to([r for r in others if r not in set(rows)], settings.tokens - settings.tokens // 3, sample)
+    third = settings.tokens // 3
+    rows = _up_to(strongest, third, sample)
+    rows += _up_to([r for r in others if r not in set(rows)], third if neutral else settings.tokens - third, sample)
     rows.sort()
     on = on_rows(sample, changes, settings.spread)
-    deltas = pair.deltas()
-    tokens = sample.tokens.only(rows)
-    masks = [[on[row] for row in rows]]
+    plain = neutral.rows if neutral else []
+    masks = [on]
     for draw in range(settings.controls):
         order = numpy_generator(seed, "control rows", draw).permutation(len(rows)).tolist()
-        masks.append([_fit(on[rows[i]], len(sample.tokens.rows[row])) for i, row in zip(order, rows)])
-    moments = input_moments(pair.tuned, deltas, tokens, masks, batch_tokens)
-    edit = reverting(pair, "revert", [c.id for c in changes], moments[0], settings)
+        masks.append({row: _fit(on[rows[i]], len(sample.tokens.rows[row])) for i, row in zip(order, rows)})
+    for mask in masks:
+        mask.update({row: torch.zeros(len(sample.tokens.rows[row])) for row in plain})
+    rows = sorted({*rows, *plain})
+    return input_moments(pair.tuned, pair.deltas(), sample.tokens.only(rows), [[m[row] for row in rows] for m in masks], batch_tokens)
+
+
+def removing(
+    pair: Pair, ids: Sequence[str], moments: Sequence[dict[str, Moments]], settings: EditSettings, seed: int
+) -> tuple[Edit, list[Edit]]:
+    """The edit that takes the changes with these ids out, by their `inputs`; and controls of equal energy: random directions,
+    then the same edit aimed at random rows."""
+    edit = reverting(pair, "revert", ids, moments[0], settings)
     controls = [
         random_directions(pair, f"{RANDOM} {draw}", moments[0], edit, seed) for draw in range(settings.controls)
     ]

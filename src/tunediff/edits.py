@@ -41,7 +41,8 @@ class EditSettings:
     spread: bool = True
     """Whether a change counts as on from its first firing in a row to the row's end, or only where it fires."""
     tokens: int = 4000
-    """Training tokens from which moments are taken: a third where the changes are on the most, the rest anywhere."""
+    """Training tokens from which moments are taken: a third where the changes are on the most, a third anywhere in what the
+    models wrote, and a third neutral, where tuned's maps are kept whatever fires."""
     bills: int = 1
     """How many of the first confirmed changes `diff` bills the undoing of."""
     controls: int = 1
@@ -77,10 +78,6 @@ class Edit:
     def applied(self, model: LanguageModel) -> LanguageModel:
         """The edited model as a side of its own, for as long as one likes; it holds the edit during its runs only."""
         return model.variant(f"{model.name} without {', '.join(self.changes)}", self.tensors)
-
-    def part(self, share: float) -> "Edit":
-        """Only a share (0..1) of the way from tuned's weights to the edited ones."""
-        return replace(self, tensors={p: p.data + share * (value - p.data) for p, value in self.tensors.items()})
 
 
 def input_moments(

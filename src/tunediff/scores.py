@@ -29,14 +29,14 @@ Row = dict[str, str]
 class Undone:
     """Confirmed changes taken out, as far as it costs little on neutral text.
 
-    ids, share     which changes, and how far the edit was taken
+    ids, strength  which changes, and how strongly (`EditSettings.strength`)
     cost           KL(tuned || edited) in nat a token on neutral text
     before, after, random   how often each behavior shows on its own held-out prompts; random: under an edit along random
-                   directions of equal energy, taken as far
+                   directions of equal energy
     """
 
     ids: list[str]
-    share: float
+    strength: float
     cost: float
     before: dict[str, float]
     after: dict[str, float]

@@ -432,19 +432,23 @@ class Run:
             raise SettingError(f"this run has no change {id!r}", expected=", ".join(confirmed) or "(none was confirmed)")
         return by_id[id]
 
+    def inputs(self, ids: Sequence[str]) -> list[dict[str, edits.Moments]]:
+        """What an edit that takes these changes out follows from (see `bills.inputs`), of training text; not kept, as it may be
+        as large as the model."""
+        seed, changes, train, neutral = self.plan.seed, [self.change(i) for i in ids], self._train(), None
+        if self._written and all(train.strength(c).any() for c in changes):
+            neutral = Sample.take(self.harvest, self.tokens, split="train", limit=self.plan.edit.tokens // 3, seed=seed, kinds=self._plain)
+        elif self._written:  # where models wrote, such an edit would do nothing, silently
+            train = Sample.take(self.harvest, self.tokens, split="train", limit=10**9, seed=seed)
+        return bills.inputs(self.pair, changes, train, neutral, self.plan.edit, seed)
+
     def edit(self, ids: Sequence[str]) -> tuple[edits.Edit, list[edits.Edit]]:
-        """The edit that takes these changes out, and its controls; computed from training text, once a run in memory."""
-        if tuple(ids) in self._edits:
-            return self._edits[tuple(ids)]
-        train = self._train()
-        changes = [self.change(i) for i in ids]
-        if self._written and not all(train.strength(c).any() for c in changes):  # such an edit would do nothing, silently
-            train = Sample.take(self.harvest, self.tokens, split="train", limit=10**9, seed=self.plan.seed)
-        self.progress("revert", 0, 1)
-        done = bills.removing(self.pair, changes, train, self.plan.edit, self.plan.seed)
-        self.progress("revert", 1, 1)
-        self._edits[tuple(ids)] = done
-        return done
+        """The edit that takes these changes out, and its controls; computed once a run in memory."""
+        if tuple(ids) not in self._edits:
+            self.progress("revert", 0, 1)
+            self._edits[tuple(ids)] = bills.removing(self.pair, ids, self.inputs(ids), self.plan.edit, self.plan.seed)
+            self.progress("revert", 1, 1)
+        return self._edits[tuple(ids)]
 
     def bill(self, ids: Sequence[str]) -> Bill:
         """What taking these changes out does and costs, on held-out text."""
