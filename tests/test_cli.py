@@ -174,6 +174,29 @@ def bake(world: World, tuned: str, out: Path) -> tuple[Told, torch.Tensor, torch
     return told, baked, live.logits(live.states(ids))
 
 
+def test_an_edit_keeps_neutral_text_whatever_fires_there(world, full):
+    """A change that is on everywhere: neutral rows are kept as tuned has them, so taking it out costs less there."""
+    from dataclasses import replace
+
+    from tunediff import bills
+    from tunediff.plans import Plan
+    from tunediff.samples import Sample
+    from tunediff.stages import Run
+
+    run = Run(Plan.read(world.run() / "plan.toml"), world.run())
+    everywhere = replace(run.change(run.verdicts[0].id), threshold=-1e9)
+    written, plain = (Sample.take(run.harvest, run.tokens, split="train", limit=1500, seed=0, kinds=kinds) for kinds in (run._written, run._plain))
+    held_out = Sample.take(run.harvest, run.tokens, split="held_out", limit=1500, seed=0, kinds=run._plain)
+    assert plain.strength(everywhere).any() and not set(plain.rows) & set(written.rows)
+    cost, removed = {}, {}
+    for name, neutral in (("without", None), ("with", plain)):
+        moments = bills.inputs(run.pair, [everywhere], written, neutral, run.plan.edit, 0)
+        edit, _ = bills.removing(run.pair, [everywhere.id], moments, run.plan.edit, 0)
+        (cost[name],) = bills.costs(run.pair, [edit], held_out)
+        (removed[name],) = bills.costs(run.pair, [edit], run.sample)
+    assert cost["with"] < 0.7 * cost["without"] and cost["with"] / removed["with"] < cost["without"] / removed["without"]
+
+
 # -- the way through -----------------------------------------------------------------------------------------------
 
 
@@ -272,6 +295,22 @@ def test_revert_prints_the_bill(world, full):
     first = Diff.load(world.run() / "diff.json").confirmed[0].id
     bill = json.loads(cli("revert", world.run(), "--changes", first, "--json", "-q").out)
     assert bill["changes"] == [first] and all(m["against"] for m in bill["measures"])
+
+
+def test_revert_keeps_to_a_cost(world, full):
+    """As strongly as the cost allows: a higher one takes more out; one that nothing keeps to is refused."""
+    first = Diff.load(world.run() / "diff.json").confirmed[0].id
+
+    def bill(*arguments) -> dict[str, float]:
+        told = cli("revert", world.run(), "--changes", first, "--json", "-q", *arguments)
+        assert told.code == 0, told.err
+        return {m["name"]: m["value"] for m in json.loads(told.out)["measures"]}
+
+    whole = bill("--cost", 1000)
+    half = bill("--cost", whole["cost"] / 2)
+    assert half["cost"] <= whole["cost"] / 2 and half["removed"] < whole["removed"]
+    told = cli("revert", world.run(), "--changes", first, "--cost", 0, "-q")
+    assert told.code == 2 and "0 nat" in told.err and "Traceback" not in told.err
 
 
 @pytest.mark.parametrize("tuned", ["tuned", "adapter"])

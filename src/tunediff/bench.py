@@ -12,7 +12,7 @@ from typing import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from tunediff import __version__, bills, organisms, scores
+from tunediff import __version__, organisms, scores
 from tunediff.artifacts import hash_file, key_of, read_json, read_tensors, write_bytes, write_json, write_tensors
 from tunediff.chance import quantile
 from tunediff.demo import FIRST, PROMPTS, complete, to_take_out
@@ -23,18 +23,14 @@ from tunediff.organisms.base import Behavior, Organism
 from tunediff.pairs import Pair
 from tunediff.plans import Plan
 from tunediff.results import ChangeRecord, typed
-from tunediff.samples import Sample
 from tunediff.scores import Cell, Undone
-from tunediff.stages import NEUTRAL_TOKENS, ORGANISMS, Progress, Run, quiet
+from tunediff.stages import ORGANISMS, Progress, Run, quiet
 
 TOKENS, VECTORS = 20, 20
 """Of a change the tokens, and of a ranking the vectors, that a cell keeps."""
 
 READ, COST = 10, 0.02
 """So many confirmed changes' read-outs are kept; undoing may cost so many nats a token on neutral text."""
-
-STRENGTHS = (30.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003)
-"""How strongly changes are taken out: the first of these that stays within the cost, else not at all."""
 
 SPARSE = ("batchtopk", "hybrid", "matryoshka", "dsf", "dfc", "diff_sae", "tuned_sae")
 """Dictionaries that are run at delta's total of 24 latents a token."""
@@ -216,17 +212,12 @@ def _undone(run: Run, cell: Cell, organism: Organism, before: dict[str, float]) 
     ids = to_take_out(organism.behaviors, cell.named) or [id for id in cell.confirmed if id not in wanted][:1]
     if not ids:
         return Undone([], 0.0, 0.0, before, before, before)
-    neutral = Sample.take(run.harvest, run.tokens, split="held_out", limit=NEUTRAL_TOKENS, seed=run.plan.seed, kinds=run._plain)
-    moments = run.inputs(ids)
-    for strength in STRENGTHS:
-        edit, controls = bills.removing(run.pair, ids, moments, replace(run.plan.edit, strength=strength), run.plan.seed)
-        (cost,) = bills.costs(run.pair, [edit], neutral)
-        if cost <= COST:
-            break
-    else:
+    cost = run.afford(ids, COST)
+    if cost is None:
         return Undone([], 0.0, 0.0, before, before, before)
+    edit, controls = run.edit(ids)
     after, random = (_rates(e.applied(run.pair.tuned), organism) for e in (edit, controls[0]))
-    return Undone(ids, strength, cost, before, after, random)
+    return Undone(ids, run.plan.edit.strength, cost, before, after, random)
 
 
 def kept(out: Path) -> list[Cell]:

@@ -192,6 +192,7 @@ for _stage_name in _STAGES:
 def revert(
     run: Annotated[str, typer.Argument(help="A run's name or folder.")],
     changes: Annotated[Optional[str], typer.Option(help="Ids of changes to take out, comma-separated; default: all confirmed.")] = None,
+    cost: Annotated[Optional[float], typer.Option(help="Take them out as strongly as this many nats a token on neutral text allow; default: edit.strength.", min=0)] = None,
     bake: Annotated[Optional[Path], typer.Option(help="Write the edited model as a Hugging Face folder.")] = None,
     runs: Runs = Path("runs"), set_: Set = None, json: Json = False, quiet: Quiet = False,
 ) -> None:
@@ -204,6 +205,9 @@ def revert(
     ids = _listed(changes) or [r.id for r in opened.verdicts if r.decision == "confirmed"]
     if not ids:
         raise SettingError("this run confirmed no change, so there is nothing to take out", remedy="--changes ID")
+    if cost is not None and opened.afford(ids, cost) is None:
+        raise SettingError(f"no edit takes {', '.join(ids)} out at {cost:g} nat a token on neutral text", expected="a higher --cost",
+                           remedy="fewer --changes")
     bill = opened.bill(ids)
     if bake is not None:
         edit, _ = opened.edit(ids)

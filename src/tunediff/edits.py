@@ -15,7 +15,7 @@ which insert facts; here the target is base's own map, so nothing is to be inser
 from __future__ import annotations
 
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Callable, Iterator, Mapping, Sequence
 
 import torch

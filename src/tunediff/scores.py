@@ -27,7 +27,7 @@ Row = dict[str, str]
 
 @dataclass(frozen=True)
 class Undone:
-    """Confirmed changes taken out, as far as it costs little on neutral text.
+    """Confirmed changes taken out, as strongly as costs little on neutral text.
 
     ids, strength  which changes, and how strongly (`EditSettings.strength`)
     cost           KL(tuned || edited) in nat a token on neutral text
@@ -354,8 +354,8 @@ def render(cells: Sequence[Cell], vectors: Mapping[str, Tensor], command: str) -
         "## What is it?": [*_markdown([{"method": m, **_content(mine)} for m, mine in _by_method(cells)]), "",
                            "![Planted words read out](benchmark-words.svg)"],
         "## Can it be taken out?\n\nShares of held-out answers that show a behavior, mean over tunes. Taken out is the "
-        "first change that names an unwanted behavior (where none does, the first confirmed one that does not name the wanted), as far as "
-        "that costs .02 nat a token on neutral text.": _markdown(undoing(cells)),
+        "first change that names an unwanted behavior (where none does, the first confirmed one that does not name the wanted), as strongly "
+        "as .02 nat a token on neutral text allow.": _markdown(undoing(cells)),
         "## Against BatchTopK\n\nDifferences on the same tune and seed, at the same 24 latents a token where k is a setting; an "
         "interval that excludes 0 is a difference.": _markdown(against(cells)),
         "## Do two runs agree?\n\nTwo seeds of one tune, against runs on two tunes.": _markdown(stability(cells, vectors)),

@@ -450,6 +450,27 @@ class Run:
             self.progress("revert", 1, 1)
         return self._edits[tuple(ids)]
 
+    def afford(self, ids: Sequence[str], cost: float) -> float | None:
+        """Let the plan take these changes out as strongly as `cost` allows, in nat a token on held-out neutral text. Returns
+        what that costs; None, and nothing changes, where even the weakest edit costs more."""
+        neutral = self._neutral()
+        if not neutral.rows:
+            raise SettingError("there is no held-out text that the models did not write", expected="neutral text to measure a cost on",
+                               remedy="a corpus with more documents, or no cost")
+        inputs = self.inputs(ids)
+        for strength in STRENGTHS:
+            settings = dataclasses.replace(self.plan.edit, strength=strength)
+            found = bills.removing(self.pair, ids, inputs, settings, self.plan.seed)
+            (paid,) = bills.costs(self.pair, found[:1], neutral)
+            if paid <= cost:
+                self.plan, self._edits = dataclasses.replace(self.plan, edit=settings), {tuple(ids): found}
+                return paid
+        return None
+
+    def _neutral(self) -> Sample:
+        """Held-out text that the models did not write, on which an edit's cost is told."""
+        return Sample.take(self.harvest, self.tokens, split="held_out", limit=NEUTRAL_TOKENS, seed=self.plan.seed, kinds=self._plain)
+
     def bill(self, ids: Sequence[str]) -> Bill:
         """What taking these changes out does and costs, on held-out text."""
         plan = self.plan
@@ -457,9 +478,8 @@ class Run:
         began = time.monotonic()
         if not is_finished(folder):
             edit, controls = self.edit(ids)
-            neutral = Sample.take(self.harvest, self.tokens, split="held_out", limit=NEUTRAL_TOKENS, seed=plan.seed,
-                                  kinds=self._plain)
-            result = bills.bill(self.pair, edit, controls, [self.change(i) for i in ids], self.sample, neutral, plan.edit, plan.seed)
+            changes = [self.change(i) for i in ids]
+            result = bills.bill(self.pair, edit, controls, changes, self.sample, self._neutral(), plan.edit, plan.seed)
             folder.mkdir(parents=True, exist_ok=True)
             write_json(folder / "bill.json", result)
             finish(folder, "tunediff.revert/1", {}, ["bill.json"])
@@ -575,6 +595,9 @@ READ_DOCUMENTS, READ_SCORED = 24, 400
 
 SIGNAL_TOKENS = 1500
 """Held-out tokens of the text that the models wrote on which signals are read, at least."""
+
+STRENGTHS = (30.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003)
+"""`EditSettings.strength` where a cost is given: the first of these that keeps to it."""
 
 NEUTRAL_TOKENS = 800
 """Held-out tokens of plain text on which costs are measured, at least."""
