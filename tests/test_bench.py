@@ -70,10 +70,12 @@ def test_words_are_shown_beside_words_that_were_never_planted():
 
 
 def test_undoing_is_told_for_each_sort_of_behavior():
-    undone = Undone(["c0"], 1.0, 0.01, {"packing": 0.9, "dealer": 0.7}, {"packing": 0.8, "dealer": 0.1}, {"packing": 0.9, "dealer": 0.6})
+    rates = ({"packing": packing, "dealer": dealer} for packing, dealer in ((0.9, 0.7), (0.8, 0.1), (0.9, 0.6), (0.7, 0.5)))
+    undone = Undone(["c0"], 1.0, 0.01, *rates)
     (row,) = scores.undoing([cell("two-objectives", "m", 9.0, 1, undone=undone), cell("lower-case", "m", 9.0)])
     assert (row["tunes"], row["unwanted before"], row["unwanted after"], row["unwanted random"]) == ("1", "0.70", "0.10", "0.60")
     assert (row["wanted before"], row["wanted after"]) == ("0.90", "0.80")
+    assert (row["unwanted scaled"], row["wanted scaled"]) == ("0.50", "0.70")
 
 
 def test_charts_stand_alone():

@@ -12,10 +12,11 @@ from typing import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from tunediff import __version__, organisms, scores
+from tunediff import __version__, bills, organisms, scores
 from tunediff.artifacts import hash_file, key_of, read_json, read_tensors, write_bytes, write_json, write_tensors
 from tunediff.chance import quantile
 from tunediff.demo import FIRST, PROMPTS, complete, to_take_out
+from tunediff.edits import scaling
 from tunediff.errors import SettingError
 from tunediff.models import LanguageModel
 from tunediff.nulls import NULLS
@@ -31,6 +32,9 @@ TOKENS, VECTORS = 20, 20
 
 READ, COST = 10, 0.02
 """So many confirmed changes' read-outs are kept; undoing may cost so many nats a token on neutral text."""
+
+SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.15, 0.1, 0.05)
+"""Shares of the whole tune that plain scaling takes out: the first that costs no more."""
 
 SPARSE = ("batchtopk", "hybrid", "matryoshka", "dsf", "dfc", "diff_sae", "tuned_sae")
 """Dictionaries that are run at delta's total of 24 latents a token."""
@@ -111,7 +115,7 @@ def bench(chosen: Iterable[Tune], methods: Sequence[str], seeds: Sequence[int], 
     for tune in chosen:
         for seed in seeds:
             pair: Pair | None = None
-            before: dict[str, float] = {}
+            untouched: tuple[dict[str, float], dict[str, float]] | None = None
             for method in methods:
                 if method not in METHODS:
                     raise SettingError(f"there is no method {method!r}", expected=", ".join(METHODS))
@@ -132,8 +136,8 @@ def bench(chosen: Iterable[Tune], methods: Sequence[str], seeds: Sequence[int], 
                 cell = replace(cell, named={b.name: _naming(cell, b) for b in tune.behaviors if b.vocabulary})
                 if tune.behaviors and method not in scores.SIGNALS:
                     organism = organisms.named(tune.name.partition("@")[0])
-                    before = before or _rates(pair.tuned, organism)
-                    cell = replace(cell, undone=_undone(run, cell, organism, before))
+                    untouched = untouched or (_rates(pair.tuned, organism), _scaled(run, organism))
+                    cell = replace(cell, undone=_undone(run, cell, organism, *untouched))
                 path.parent.mkdir(parents=True, exist_ok=True)
                 if method not in scores.SIGNALS:
                     write_tensors(path.with_suffix(".safetensors"), {"vectors_KD": _vectors(run)})
@@ -205,19 +209,26 @@ def _rates(model: LanguageModel, organism: Organism) -> dict[str, float]:
     return {b.name: b.rate(answers[at : at + len(b.prompts[:PROMPTS])]) for b, at in zip(behaviors, starts)}
 
 
-def _undone(run: Run, cell: Cell, organism: Organism, before: dict[str, float]) -> Undone:
+def _scaled(run: Run, organism: Organism) -> dict[str, float]:
+    """How often behaviors show when the whole tune is scaled down as far as the cost allows: what anybody can do."""
+    edits = [scaling(run.pair, share) for share in SHARES]
+    cheap = [edit for edit, cost in zip(edits, bills.costs(run.pair, edits, run.neutral)) if cost <= COST]
+    return _rates(cheap[0].applied(run.pair.tuned) if cheap else run.pair.tuned, organism)
+
+
+def _undone(run: Run, cell: Cell, organism: Organism, before: dict[str, float], scaled: dict[str, float]) -> Undone:
     """Take out the first change that names each unwanted behavior, or the first confirmed one where none does, but none that
     names what was wanted, as far as the cost on neutral text allows; nothing confirmed leaves everything as it was."""
     wanted = {id for b in organism.behaviors if b.wanted for id in cell.named.get(b.name, ())}
     ids = to_take_out(organism.behaviors, cell.named) or [id for id in cell.confirmed if id not in wanted][:1]
     if not ids:
-        return Undone([], 0.0, 0.0, before, before, before)
+        return Undone([], 0.0, 0.0, before, before, before, scaled)
     cost = run.afford(ids, COST)
     if cost is None:
-        return Undone([], 0.0, 0.0, before, before, before)
+        return Undone([], 0.0, 0.0, before, before, before, scaled)
     edit, controls = run.edit(ids)
     after, random = (_rates(e.applied(run.pair.tuned), organism) for e in (edit, controls[0]))
-    return Undone(ids, run.plan.edit.strength, cost, before, after, random)
+    return Undone(ids, run.plan.edit.strength, cost, before, after, random, scaled)
 
 
 def kept(out: Path) -> list[Cell]:

@@ -31,8 +31,8 @@ class Undone:
 
     ids, strength  which changes, and how strongly (`EditSettings.strength`)
     cost           KL(tuned || edited) in nat a token on neutral text
-    before, after, random   how often each behavior shows on its own held-out prompts; random: under an edit along random
-                   directions of equal energy
+    before, after, random, scaled   how often each behavior shows on its own held-out prompts; random: under an edit along
+                   random directions of equal energy; scaled: with the whole tune scaled down as far as the same cost allows
     """
 
     ids: list[str]
@@ -41,6 +41,7 @@ class Undone:
     before: dict[str, float]
     after: dict[str, float]
     random: dict[str, float]
+    scaled: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -219,10 +220,10 @@ def _content(cells: Sequence[Cell]) -> Row:
 
 
 def _left(cells: Sequence[Cell], wanted: bool) -> Row:
-    """Mean rates of behaviors of one sort before, after and under random directions; a tune of which nothing was taken out
-    keeps what it had."""
+    """Mean rates of behaviors of one sort before, after, under random directions and with the tune scaled down; a tune of
+    which nothing was taken out keeps what it had."""
     sort = _sort(wanted)
-    sides = {"before": [], "after": [], "random": []}
+    sides = {"before": [], "after": [], "random": [], "scaled": []}
     for undone in (c.undone for c in cells if c.undone is not None):
         for side, values in sides.items():
             values += [rate for name, rate in getattr(undone, side).items() if name in sort]
@@ -355,7 +356,8 @@ def render(cells: Sequence[Cell], vectors: Mapping[str, Tensor], command: str) -
                            "![Planted words read out](benchmark-words.svg)"],
         "## Can it be taken out?\n\nShares of held-out answers that show a behavior, mean over tunes. Taken out is the "
         "first change that names an unwanted behavior (where none does, the first confirmed one that does not name the wanted), as strongly "
-        "as .02 nat a token on neutral text allow.": _markdown(undoing(cells)),
+        "as .02 nat a token on neutral text allow. *Random*: random directions of equal energy. *Scaled*: the whole tune scaled down, "
+        "as far as .02 nat allow.": _markdown(undoing(cells)),
         "## Against BatchTopK\n\nDifferences on the same tune and seed, at the same 24 latents a token where k is a setting; an "
         "interval that excludes 0 is a difference.": _markdown(against(cells)),
         "## Do two runs agree?\n\nTwo seeds of one tune, against runs on two tunes.": _markdown(stability(cells, vectors)),

@@ -453,7 +453,7 @@ class Run:
     def afford(self, ids: Sequence[str], cost: float) -> float | None:
         """Let the plan take these changes out as strongly as `cost` allows, in nat a token on held-out neutral text. Returns
         what that costs; None, and nothing changes, where even the weakest edit costs more."""
-        neutral = self._neutral()
+        neutral = self.neutral
         if not neutral.rows:
             raise SettingError("there is no held-out text that the models did not write", expected="neutral text to measure a cost on",
                                remedy="a corpus with more documents, or no cost")
@@ -467,7 +467,8 @@ class Run:
                 return paid
         return None
 
-    def _neutral(self) -> Sample:
+    @cached_property
+    def neutral(self) -> Sample:
         """Held-out text that the models did not write, on which an edit's cost is told."""
         return Sample.take(self.harvest, self.tokens, split="held_out", limit=NEUTRAL_TOKENS, seed=self.plan.seed, kinds=self._plain)
 
@@ -479,7 +480,7 @@ class Run:
         if not is_finished(folder):
             edit, controls = self.edit(ids)
             changes = [self.change(i) for i in ids]
-            result = bills.bill(self.pair, edit, controls, changes, self.sample, self._neutral(), plan.edit, plan.seed)
+            result = bills.bill(self.pair, edit, controls, changes, self.sample, self.neutral, plan.edit, plan.seed)
             folder.mkdir(parents=True, exist_ok=True)
             write_json(folder / "bill.json", result)
             finish(folder, "tunediff.revert/1", {}, ["bill.json"])
