@@ -218,12 +218,10 @@ def _scaled(run: Run, organism: Organism) -> dict[str, float]:
 
 def _undone(run: Run, cell: Cell, organism: Organism, before: dict[str, float], scaled: dict[str, float]) -> Undone:
     """Take out the first change that names each unwanted behavior, or the first confirmed one where none does, but none that
-    names what was wanted, as far as the cost on neutral text allows; nothing confirmed leaves everything as it was."""
+    names what was wanted, as strongly as the cost on neutral text allows; nothing confirmed leaves everything as it was."""
     wanted = {id for b in organism.behaviors if b.wanted for id in cell.named.get(b.name, ())}
     ids = to_take_out(organism.behaviors, cell.named) or [id for id in cell.confirmed if id not in wanted][:1]
-    if not ids:
-        return Undone([], 0.0, 0.0, before, before, before, scaled)
-    cost = run.afford(ids, COST)
+    cost = run.afford(ids, COST) if ids else None
     if cost is None:
         return Undone([], 0.0, 0.0, before, before, before, scaled)
     edit, controls = run.edit(ids)

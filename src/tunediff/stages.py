@@ -436,10 +436,10 @@ class Run:
         """What an edit that takes these changes out follows from (see `bills.inputs`), of training text; not kept, as it may be
         as large as the model."""
         seed, changes, train, neutral = self.plan.seed, [self.change(i) for i in ids], self._train(), None
-        if self._written and all(train.strength(c).any() for c in changes):
-            neutral = Sample.take(self.harvest, self.tokens, split="train", limit=self.plan.edit.tokens // 3, seed=seed, kinds=self._plain)
-        elif self._written:  # where models wrote, such an edit would do nothing, silently
+        if self._written and not all(train.strength(c).any() for c in changes):  # there such an edit would do nothing, silently
             train = Sample.take(self.harvest, self.tokens, split="train", limit=10**9, seed=seed)
+        elif self._written and self._plain:
+            neutral = Sample.take(self.harvest, self.tokens, split="train", limit=self.plan.edit.tokens // 3, seed=seed, kinds=self._plain)
         return bills.inputs(self.pair, changes, train, neutral, self.plan.edit, seed)
 
     def edit(self, ids: Sequence[str]) -> tuple[edits.Edit, list[edits.Edit]]:
@@ -453,15 +453,14 @@ class Run:
     def afford(self, ids: Sequence[str], cost: float) -> float | None:
         """Let the plan take these changes out as strongly as `cost` allows, in nat a token on held-out neutral text. Returns
         what that costs; None, and nothing changes, where even the weakest edit costs more."""
-        neutral = self.neutral
-        if not neutral.rows:
+        if not self._plain or not self.neutral.rows:
             raise SettingError("there is no held-out text that the models did not write", expected="neutral text to measure a cost on",
                                remedy="a corpus with more documents, or no cost")
         inputs = self.inputs(ids)
         for strength in STRENGTHS:
             settings = dataclasses.replace(self.plan.edit, strength=strength)
             found = bills.removing(self.pair, ids, inputs, settings, self.plan.seed)
-            (paid,) = bills.costs(self.pair, found[:1], neutral)
+            (paid,) = bills.costs(self.pair, found[:1], self.neutral)
             if paid <= cost:
                 self.plan, self._edits = dataclasses.replace(self.plan, edit=settings), {tuple(ids): found}
                 return paid
@@ -496,8 +495,8 @@ class Run:
         key, folder = self._at("signals", self._models, self.tokens.fingerprint, plan.find.signals, plan.seed)
         began = time.monotonic()
         if not is_finished(folder):
-            rows = {row for limit, kinds in ((SIGNAL_TOKENS, self._written), (NEUTRAL_TOKENS, self._plain)) for row in Sample.take(
-                self.harvest, self.tokens, split="held_out", limit=limit, seed=plan.seed, kinds=kinds).rows}
+            said = Sample.take(self.harvest, self.tokens, split="held_out", limit=SIGNAL_TOKENS, seed=plan.seed, kinds=self._written)
+            rows = {*said.rows, *self.neutral.rows}
             signals = [variants.load("tunediff.signals", name)(self.pair.tokenizer, self.pair.vocabulary)
                        for name in plan.find.signals]
             starts = Sample.of(self.harvest, self.tokens, sorted(rows)).starts
