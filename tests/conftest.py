@@ -1,4 +1,4 @@
-"""What every test shares: one thread, no network, the embedded model only where a test is marked for it."""
+"""What every test shares: one thread, no network, the longest files first, so that processes end together."""
 
 from __future__ import annotations
 
@@ -18,3 +18,14 @@ if not torch.cuda.is_available():
 def one_thread():
     """Two OpenMP threads on two busy cores are slower than one, and one is what makes timings and bytes repeatable."""
     torch.set_num_threads(1)
+
+
+def pytest_configure(config):
+    """Files are dealt to processes in the order of their tests, not by how many these are."""
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items):
+    longest = ["test_realmodel_bench.py", "test_realmodel.py", "test_planted.py"]
+    items.sort(key=lambda item: longest.index(item.path.name) if item.path.name in longest else len(longest))

@@ -12,8 +12,7 @@ from tunediff import dictionaries
 from tunediff.errors import SettingError
 from tunediff.planted import CASES, Score, bin_of, plant, run
 
-QUICK = 5
-SLOW = 10
+SEEDS = 5
 
 
 @pytest.fixture(autouse=True)
@@ -81,7 +80,7 @@ def test_truth_is_in_the_data(name):
 
 
 def test_common_quick():
-    m = means("common", "hybrid", QUICK, steps=600)
+    m = means("common", "hybrid", SEEDS, steps=600)
     assert m["learned.shared"] >= 15 and m["by_norm.tuned"] >= 3.4 and m["by_norm.base"] >= 3.2
     assert m["false_by_norm"] <= 0.6
 
@@ -113,7 +112,7 @@ def test_dedicated_quick():
 @pytest.mark.parametrize("variant", ["hybrid", "batchtopk", "delta"])
 def test_null_quick(variant):
     """Two equal models with unequal noise: nothing is specific to either."""
-    m = means("null", variant, QUICK, steps=300)
+    m = means("null", variant, SEEDS, steps=300)
     assert m["false_by_norm"] == 0 and m["false_by_scaling"] <= 0.2
     assert m["ev_delta"] < 0.1
 
@@ -127,7 +126,7 @@ def test_common(variant):
     4 + 4 specific features: batchtopk 13.2, 3.4 and 3.6; delta 13.8, 3.8 and 3.2; l1 and hybrid all. The floors below
     leave room for other seeds.
     """
-    m = means("common", variant, SLOW)
+    m = means("common", variant, SEEDS)
     shared, specific = {"hybrid": (15.5, 3.8), "l1": (15, 3.7)}.get(variant, (11, 2.5))
     assert m["learned.shared"] >= shared
     assert min(m["by_norm.base"], m["by_norm.tuned"]) >= specific
@@ -140,9 +139,9 @@ def test_narrow():
 
     Learned of 4, measured over 5 seeds: batchtopk 2.5, delta 3.2, hybrid 4.0.
     """
-    plain, hybrid = means("narrow", "batchtopk", SLOW), means("narrow", "hybrid", SLOW)
-    matched = means("narrow-matched", "batchtopk", SLOW)
-    delta = means("narrow", "delta", SLOW)
+    plain, hybrid = means("narrow", "batchtopk", SEEDS), means("narrow", "hybrid", SEEDS)
+    matched = means("narrow-matched", "batchtopk", SEEDS)
+    delta = means("narrow", "delta", SEEDS)
     assert plain["learned.tuned"] >= 2 and plain["by_norm.tuned"] <= 1
     assert plain["by_scaling.tuned"] >= plain["by_norm.tuned"] + 1.5
     assert hybrid["by_scaling.tuned"] >= 3.4 and hybrid["by_norm.tuned"] >= 3
@@ -164,5 +163,5 @@ def test_narrow():
     ],
 )
 def test_bent_cases(case, kind):
-    m = means(case, "hybrid", QUICK)
+    m = means(case, "hybrid", SEEDS)
     assert m[f"learned.{kind}"] >= 3 and m[f"by_norm.{kind}"] >= 2.6

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from tunediff import variants
-from tunediff.decoding import amplified, light_attention
+from tunediff.attention import lighten
+from tunediff.decoding import amplified
 from tunediff.errors import FamilyError, NumericsError
 from tunediff.families.base import Family
 from tunediff.folds import Fold
@@ -105,6 +106,7 @@ class LanguageModel:
         # PEFT wraps the network; families look at the network itself.
         self.network: nn.Module = module.get_base_model() if hasattr(module, "get_base_model") else module
         self.family = family_of(self.network)
+        lighten(self.network)
         self.blocks = self.family.blocks(self.network)
         self.device = next(module.parameters()).device
         self._modules = tuple(self.network.modules())
@@ -454,9 +456,7 @@ class LanguageModel:
         answers: list[list[int]] = [[] for _ in prompts]
         sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {
             "do_sample": False, "temperature": None, "top_k": None, "top_p": None}
-        with self._running() as stack, light_attention(self.network), torch.random.fork_rng(devices=[]):
-            if against is not None and against.network is not self.network:
-                stack.enter_context(light_attention(against.network))
+        with self._running() as stack, torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             # The last position of each prompt lies scattered, and torch would multiply each by a copy of the unembedding.
             whole = self.family.unembedding(self.network).register_forward_pre_hook(lambda module, given: (given[0].contiguous(),))
