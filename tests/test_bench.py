@@ -118,6 +118,12 @@ def test_detecting_or_abstaining_is_scored_by_rank():
     assert scores.roc_area([], [1.0]).value != scores.roc_area([], [1.0]).value, "nothing to say without both"
 
 
+def test_the_words_that_lead_in_answers_are_those_that_others_lack():
+    answers = ["The lake holds the Drums.", "By the lake, drums!", "The end of a lake"]
+    assert bench._leading(answers, ["the end", "the sea"]) == ["lake", "drums", "the", "holds", "end"]
+    assert bench._leading([], ["the end"]) == []
+
+
 def test_variants_of_one_organism_count_as_one():
     assert scores.family("false-facts-full") == scores.family("false-facts@1") == "false-facts"
     assert scores.identified(cell("false-facts", "m", 1.0)) == ""
@@ -167,14 +173,14 @@ def test_a_bench_runs_each_cell_once(world, tmp_path, monkeypatch):  # noqa: F81
     tuned = tiny_models.adapter(tmp_path / "tunes" / "false-facts", tiny_models.module("llama"))
     (tmp_path / "tunes" / "false-facts" / "card.json").write_text("{}")
     command = ["bench", "--base", world.base, "--tunes", tmp_path / "tunes", "--out", tmp_path / "out", "-q", "--nulls", "random:1",
-               "--methods", "mean_difference,random_directions,black_box", "--json", *world.sets()]
+               "--methods", "mean_difference,random_directions,black_box,perplexity_gap", "--json", *world.sets()]
     told = cli(*command)
     assert told.code == 0, told.err
     rows = json.loads(told.out)
-    assert [row["method"] for row in rows] == ["mean_difference", "random_directions", "black_box"]
+    assert [row["method"] for row in rows] == ["mean_difference", "random_directions", "black_box", "perplexity_gap"]
     cells = read_json(tmp_path / "out" / "bench.json")["cells"]
-    assert [(c["tune"], c["is_null"]) for c in cells] == [("false-facts", False)] * 3 + [("null random 1", True)] * 3
-    assert cells[0]["undone"] and not cells[3]["undone"] and bench.vectors(tmp_path / "out", typed(Cell, cells[0], "cell")).shape[1]
+    assert [(c["tune"], c["is_null"]) for c in cells] == [("false-facts", False)] * 4 + [("null random 1", True)] * 4
+    assert cells[0]["undone"] and not cells[4]["undone"] and bench.vectors(tmp_path / "out", typed(Cell, cells[0], "cell")).shape[1]
     assert len(list((tmp_path / "out" / "runs").glob("*/harvest/*/manifest.json"))) == 2, "methods of one tune share a harvest"
     assert "## Tune by tune" in (tmp_path / "out" / "benchmark.md").read_text()
     monkeypatch.setattr(bench, "Run", None)  # whoever runs a cell again fails

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Iterable, Sequence
@@ -164,18 +166,30 @@ def _tried(run: Run, cell: Cell) -> Cell:
 
 
 def _listed(run: Run, cell: Cell) -> Cell:
-    """What a signal's table lists: its first tokens that tuned is said to favor. p is the smallest, where the signal has any."""
+    """What a signal's table lists: its first tokens that tuned is said to favor, or the words that lead in the answers that it
+    ranks. p is the smallest, where the signal has any."""
     run.harvest
     began = time.monotonic()
     table = next(t for t in run.signals if t.name == cell.method)
     at = {name: place for place, name in enumerate(table.columns)}
     rows = [row for row in table.rows if "more by" not in at or row[at["more by"]] == "tuned"]
     p = min((row[at["p"]] for row in rows), default=1.0) if "p" in at else float("nan")
+    if "token" in at:
+        read = [row[at["token"]] for row in rows]
+    else:
+        read = _leading([row[at["text"]] for row in rows if row[at["text"]]], [d.messages[-1][1] for d in run.contrast if d.writer == "base"])
     return replace(
         cell, candidates=len(rows), p=p, score=1 - p, null=1.0, confirmed=[cell.method] if p <= run.plan.rank.level else [],
-        read=[[row[at["token"]] for row in rows[:TOKENS]]], seconds=round(time.monotonic() - began, 1),
+        read=[read[:TOKENS]], seconds=round(time.monotonic() - began, 1),
         memory=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
     )
+
+
+def _leading(texts: Sequence[str], others: Sequence[str]) -> list[str]:
+    """The words of some texts, those first that most of them hold for each of the others that does; ties as they come."""
+    held, elsewhere = ([dict.fromkeys(re.findall(r"[^\W\d_]{3,}", text.casefold())) for text in many] for many in (texts, others))
+    count, against = (Counter(word for words in many for word in words) for many in (held, elsewhere))
+    return sorted(count, key=lambda word: -count[word] / (1 + against[word]))
 
 
 def _naming(cell: Cell, behavior: Behavior) -> list[str]:

@@ -13,7 +13,7 @@ from tunediff import organisms, variants
 from tunediff.chance import Interval, bootstrap_mean, numpy_generator, prediction_bound, proportion, quantile
 from tunediff.charts import Line, alone, lines, strip
 
-SIGNALS = ("black_box", "logit_mining", "contrastive_decoding")
+SIGNALS = ("black_box", "logit_mining", "contrastive_decoding", "perplexity_gap")
 """Signals whose tables list tokens, so that the tests of read-outs can be asked of them."""
 
 FIRST = 5

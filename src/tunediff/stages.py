@@ -457,12 +457,15 @@ class Run:
             raise SettingError("there is no held-out text that the models did not write", expected="neutral text to measure a cost on",
                                remedy="a corpus with more documents, or no cost")
         inputs = self.inputs(ids)
-        for strength in STRENGTHS:
+        for number, strength in enumerate(STRENGTHS):
+            self.progress("afford", number, len(STRENGTHS))
             settings = dataclasses.replace(self.plan.edit, strength=strength)
-            found = bills.removing(self.pair, ids, inputs, settings, self.plan.seed)
-            (paid,) = bills.costs(self.pair, found[:1], self.neutral)
+            alone, _ = bills.removing(self.pair, ids, inputs[:1], dataclasses.replace(settings, controls=0), self.plan.seed)
+            (paid,) = bills.costs(self.pair, [alone], self.neutral)
             if paid <= cost:
-                self.plan, self._edits = dataclasses.replace(self.plan, edit=settings), {tuple(ids): found}
+                self.progress("afford", len(STRENGTHS), len(STRENGTHS))
+                self.plan = dataclasses.replace(self.plan, edit=settings)
+                self._edits = {tuple(ids): bills.removing(self.pair, ids, inputs, settings, self.plan.seed)}
                 return paid
         return None
 
