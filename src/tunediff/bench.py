@@ -48,6 +48,7 @@ def _crosscode(dictionary: str, *settings: str) -> tuple[str, ...]:
 
 METHODS: dict[str, tuple[str, ...]] = {
     "default": (),
+    "default with nested": ('find.finders=["crosscode", "nested", "decision_clusters", "mean_difference"]',),
     "delta": _crosscode("delta"),
     **{name: _crosscode(name, "dictionary.k=24.0") for name in SPARSE},
     "l1": _crosscode("l1"),

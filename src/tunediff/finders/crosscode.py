@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tunediff.dictionaries.base import delta_of
+from tunediff.dictionaries.base import Spec, delta_of
 from tunediff.finders.base import Finder, Found, View
 from tunediff.fitting import fit
 
@@ -22,22 +22,27 @@ class Crosscode(Finder):
     """
 
     def find(self, view: View) -> Found:
-        fitted = fit(view.spec, view.harvest, view.fit, view.folder / "dictionary", view.progress, view.device)
-        normalized, bias_SD = fitted.normalization.apply, delta_of(fitted.dictionary.bias_SMD().detach()[None])[0]
-        squares, firings, along = 0.0, 0, 0.0
-        for _, x_NSMD in view.harvest.chunks("train"):
-            code_NF = fitted.codes(x_NSMD)
-            squares = squares + code_NF.double().pow(2).sum(0)
-            firings = firings + (code_NF > 0).sum(0)
-            along = along + (code_NF.T @ (delta_of(normalized(x_NSMD)) - bias_SD).flatten(1)).double()
-        write_FI = delta_of(fitted.dictionary.write_FSMD().detach()).flatten(1).double()
-        explained_F = (2 * (along * write_FI).sum(1) - squares * write_FI.square().sum(1)) * (firings >= MIN_FIRINGS)
-        order = torch.argsort(explained_F, descending=True, stable=True)[: view.candidates]
-        changes = [
-            fitted.change(latent, id=f"crosscode/{latent}", finder="crosscode")
-            for latent in order.tolist() if explained_F[latent] > 0
-        ]
-        return Found(changes, {"crosscode": fitted})
+        return latents_of(view.spec, view, "crosscode")
+
+
+def latents_of(spec: Spec, view: View, finder: str) -> Found:
+    """Fit a dictionary and propose its latents, those first that explain the most."""
+    fitted = fit(spec, view.harvest, view.fit, view.folder / "dictionary", view.progress, view.device)
+    normalized, bias_SD = fitted.normalization.apply, delta_of(fitted.dictionary.bias_SMD().detach()[None])[0]
+    squares, firings, along = 0.0, 0, 0.0
+    for _, x_NSMD in view.harvest.chunks("train"):
+        code_NF = fitted.codes(x_NSMD)
+        squares = squares + code_NF.double().pow(2).sum(0)
+        firings = firings + (code_NF > 0).sum(0)
+        along = along + (code_NF.T @ (delta_of(normalized(x_NSMD)) - bias_SD).flatten(1)).double()
+    write_FI = delta_of(fitted.dictionary.write_FSMD().detach()).flatten(1).double()
+    explained_F = (2 * (along * write_FI).sum(1) - squares * write_FI.square().sum(1)) * (firings >= MIN_FIRINGS)
+    order = torch.argsort(explained_F, descending=True, stable=True)[: view.candidates]
+    changes = [
+        fitted.change(latent, id=f"{finder}/{latent}", finder=finder)
+        for latent in order.tolist() if explained_F[latent] > 0
+    ]
+    return Found(changes, {finder: fitted})
 
 
 VARIANT = Crosscode
