@@ -35,10 +35,7 @@ def _attend(module: nn.Module, q_BHTE: Tensor, k_BGSE: Tensor, v_BGSE: Tensor, m
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     (B, H, T, E), (G, S) = q_BHTE.shape, k_BGSE.shape[1:3]
-    causal = mask is None and T > 1
-    plain = all(named.get(name) is None for name in ("softcap", "s_aux", "position_bias", "cache")) and not named.get("dropout")
-    plain = plain and named.get("is_causal", getattr(module, "is_causal", True)) is True and (S == T or not causal)
-    if not plain or S > SHORT or torch.is_grad_enabled() or q_BHTE.device.type != "cpu":
+    if S > SHORT or torch.is_grad_enabled() or not _is_plain(module, q_BHTE, S, mask, named):
         # For its many small products torch's own library is up to five times faster than what makes large ones faster.
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("highest")
@@ -50,11 +47,23 @@ def _attend(module: nn.Module, q_BHTE: Tensor, k_BGSE: Tensor, v_BGSE: Tensor, m
     q_XRE = (q_BHTE * (E**-0.5 if scaling is None else scaling)).reshape(B * G, -1, E)
     score_BGRTS = (q_XRE @ k_BGSE.flatten(0, 1).transpose(1, 2)).view(B, G, -1, T, S)
     least = torch.finfo(score_BGRTS.dtype).min
-    if causal:
-        score_BGRTS += torch.full((T, S), least, dtype=score_BGRTS.dtype).triu_(1 + S - T)
+    if mask is None and T > 1:
+        score_BGRTS += torch.full((T, S), least, dtype=score_BGRTS.dtype).triu_(1)
     elif mask is not None and mask.dtype == torch.bool:
         score_BGRTS.masked_fill_(~mask[:, :, None], least)
     elif mask is not None:
         score_BGRTS += mask[:, :, None]
     out_XRE = score_BGRTS.softmax(-1).view(B * G, -1, S) @ v_BGSE.flatten(0, 1)
     return out_XRE.view(B, H, T, -1).transpose(1, 2).contiguous(), None
+
+
+def _is_plain(module: nn.Module, q_BHTE: Tensor, S: int, mask: Tensor | None, named: dict[str, Any]) -> bool:
+    """Whether attention is a softmax of products under a mask that all heads share, or under the causal one."""
+    if q_BHTE.device.type != "cpu" or any(named.get(name) is not None for name in ("softcap", "s_aux", "position_bias", "cache")):
+        return False
+    if named.get("dropout"):
+        return False
+    if mask is not None:
+        return (mask.shape[1], mask.shape[-1]) == (1, S)
+    causal = named.get("is_causal")
+    return q_BHTE.shape[2] == 1 or (q_BHTE.shape[2] == S and (getattr(module, "is_causal", True) if causal is None else causal))
