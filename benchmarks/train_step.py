@@ -31,6 +31,7 @@ from torch import Tensor
 from tunediff import dictionaries, kernels
 from tunediff.fitting import FitSettings, Plan, State, build, step
 from tunediff.kernels import eager, native
+from tunediff.matmuls import precision
 
 SHAPES = ("1152,9216,64,2048", "1152,4608,32,1024", "512,4096,32,2048")
 RATE = 1e-3
@@ -125,17 +126,6 @@ def batches(n: int, B: int, device: str, count: int = 6) -> list[Tensor]:
         on = (torch.rand(B, 2 * n, generator=g) < 16 / (2 * n)) * torch.rand(B, 2 * n, generator=g)
         out.append((on @ directions / 2.3 + 0.1 * torch.randn(B, n, generator=g)).to(device))
     return out
-
-
-@contextlib.contextmanager
-def precision(name: str) -> Iterator[None]:
-    """torch's setting for float32 products, as each contender finds it."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(name)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 clock = time.perf_counter

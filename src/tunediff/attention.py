@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tunediff.matmuls import precision
+
 NAME = "tunediff"
 
 SHORT = 160
@@ -37,12 +39,8 @@ def _attend(module: nn.Module, q_BHTE: Tensor, k_BGSE: Tensor, v_BGSE: Tensor, m
     (B, H, T, E), (G, S) = q_BHTE.shape, k_BGSE.shape[1:3]
     if S > SHORT or torch.is_grad_enabled() or not _is_plain(module, q_BHTE, S, mask, named):
         # For its many small products torch's own library is up to five times faster than what makes large ones faster.
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
-        try:
+        with precision("highest"):
             return sdpa_attention_forward(module, q_BHTE, k_BGSE, v_BGSE, mask, scaling=scaling, **named)
-        finally:
-            torch.set_float32_matmul_precision(before)
     # Heads that share keys are rows of one product.
     q_XRE = (q_BHTE * (E**-0.5 if scaling is None else scaling)).reshape(B * G, -1, E)
     score_BGRTS = (q_XRE @ k_BGSE.flatten(0, 1).transpose(1, 2)).view(B, G, -1, T, S)

@@ -10,6 +10,17 @@ import torch
 
 
 @contextmanager
+def precision(name: str) -> Iterator[None]:
+    """While inside, torch's setting for float32 products is `name`; then what it was before."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(name)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
 def fast_matmul(device: torch.device | str = "cpu") -> Iterator[str]:
     """Let torch pick its faster fp32 matmul inside, if a probe shows that it stays as exact as the default.
 
@@ -17,13 +28,9 @@ def fast_matmul(device: torch.device | str = "cpu") -> Iterator[str]:
     it rounds the inputs to bf16, and on GPUs to TF32, which the probe on `device` refuses (relative error over
     2e-6 against fp64). Yields the setting in force.
     """
-    before = torch.get_float32_matmul_precision()
-    try:
-        if _is_exact(str(device)):
-            torch.set_float32_matmul_precision("medium")
-        yield torch.get_float32_matmul_precision()
-    finally:
-        torch.set_float32_matmul_precision(before)
+    name = "medium" if _is_exact(str(device)) else torch.get_float32_matmul_precision()
+    with precision(name):
+        yield name
 
 
 @cache
@@ -31,10 +38,6 @@ def _is_exact(device: str) -> bool:
     generator = torch.Generator().manual_seed(0)
     a, b = torch.randn(64, 256, generator=generator), torch.randn(256, 64, generator=generator)
     exact = a.double() @ b.double()
-    before = torch.get_float32_matmul_precision()
-    try:
-        torch.set_float32_matmul_precision("medium")
+    with precision("medium"):
         found = (a.to(device) @ b.to(device)).double().cpu()
-    finally:
-        torch.set_float32_matmul_precision(before)
     return float((found - exact).norm() / exact.norm()) <= 2e-6

@@ -6,8 +6,7 @@ precision, and gradients go through those.
 
 from __future__ import annotations
 
-import contextlib
-from typing import Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from torch import Tensor
 from tunediff import gates
 from tunediff.kernels import paths
 from tunediff.kernels.pairs import PairCode, Pairs, _Encode
+from tunediff.matmuls import precision
 
 
 class GpuCode(PairCode):
@@ -47,13 +47,6 @@ class GpuCode(PairCode):
         return GpuCode(Pairs(token_P, latent_NK.view(-1), starts_N, N, F), self._origin)
 
 
-@contextlib.contextmanager
-def _tf32(device: torch.device) -> Iterator[None]:
+def _tf32(device: torch.device) -> AbstractContextManager[None]:
     """Tensor cores for a float32 product on a GPU; elsewhere nothing changes."""
-    before = torch.get_float32_matmul_precision()
-    try:
-        if device.type == "cuda":
-            torch.set_float32_matmul_precision("high")
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+    return precision("high") if device.type == "cuda" else nullcontext()
