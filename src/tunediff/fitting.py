@@ -699,7 +699,7 @@ def step(state: State, x_NSMD: Tensor, settings: FitSettings, plan: Plan) -> dic
         if parts["aux"].requires_grad:  # after the others: it adds to gradients that are there
             parts["aux"].backward()
     dictionary.hold()
-    norm = torch.nn.utils.get_total_norm([p.grad for p in dictionary.parameters() if p.grad is not None])
+    norm = kernels.norm([p.grad for p in dictionary.parameters() if p.grad is not None])
     # The fused step divides by it, which saves a pass over the gradients.
     optimizer.grad_scale = ((norm.float() + 1e-6) / settings.clip).clamp_min(1)
     rate = plan.rate_at(state.step, settings)

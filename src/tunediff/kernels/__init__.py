@@ -8,7 +8,7 @@ dictionary changes for it.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, Sequence
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from tunediff.kernels.pairs import PairCode
 from tunediff.kernels.paths import kept_memory, using
 from tunediff.matmuls import fast_matmul
 
-__all__ = ["Code", "encode", "fast_matmul", "kept_memory", "path", "using"]
+__all__ = ["Code", "encode", "fast_matmul", "kept_memory", "norm", "path", "using"]
 
 
 class Code(Protocol):
@@ -72,3 +72,8 @@ def encode(x_NI: Tensor, encoder_FI: Tensor, bias_F: Tensor, gate: Gate | None) 
     if few and F >= PAIRS_LATENTS and paths.allows("torch"):
         return PairCode.encode(x_NI, encoder_FI, bias_F, gate)
     return DenseCode.encode(x_NI, encoder_FI, bias_F, gate)
+
+
+def norm(tensors: Sequence[Tensor]) -> Tensor:
+    """The length of all of them together, a scalar where they lie."""
+    return native.norm(tensors) if native.serves(*tensors) else torch.nn.utils.get_total_norm(tensors)

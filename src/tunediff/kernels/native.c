@@ -18,11 +18,29 @@
 #define KERNEL
 #endif
 
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 9
+#define BF16
+#include <immintrin.h>
+#endif
+
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "bits are taken from bytes in little-endian order"
+#endif
+
+#ifdef __GNUC__
+#pragma GCC diagnostic ignored "-Wpsabi" /* registers are passed to inlined functions only */
+#endif
+
 #define LANES 16
 typedef float lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 #define AT(p) (*(lanes *)(p))
 #define OF(p) (*(const lanes *)(p))
 #define SPREAD(x) ((lanes){} + (x))
+
+typedef int32_t marks __attribute__((vector_size(4 * LANES)));
+typedef uint32_t words __attribute__((vector_size(4 * LANES)));
+typedef uint16_t halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+typedef int8_t bytes __attribute__((vector_size(LANES)));
 
 static inline __attribute__((always_inline)) float total(lanes x) {
     float sum[8];
@@ -31,33 +49,41 @@ static inline __attribute__((always_inline)) float total(lanes x) {
 }
 
 /* Goes up whenever a function here changes what it takes. */
-int interface(void) { return 2; }
+int interface(void) { return 3; }
+
+/* One bit a lane that is not 0, lane 0 the lowest. */
+static inline __attribute__((always_inline)) uint32_t bits_of(marks on) {
+    const bytes narrow = __builtin_convertvector(on, bytes);
+    uint64_t part[2];
+    memcpy(part, &narrow, sizeof part);
+    uint32_t out = 0;
+    for (int i = 0; i < 2; i++) /* the lowest bit of each byte, moved to the top one */
+        out |= (uint32_t)(((part[i] & 0x0101010101010101u) * 0x0102040810204080u) >> 56) << 8 * i;
+    return out;
+}
 
 /* The scaled codes v = pre * weight of each row that exceed the cut of their group of columns
    [bounds[g], bounds[g + 1]), as column and pre-activation, ascending; `count` of each row. Returns how many, or -1
    if `room` does not hold them. */
 KERNEL int64_t scan(const float *pre, const float *weight, int64_t F, const int64_t *bounds, const float *cuts, int64_t G,
                     int64_t room, int64_t *column, float *value, int64_t *count, int64_t start, int64_t stop) {
-    enum { BLOCK = 32 };
     int64_t n = 0;
     for (int64_t row = start; row < stop; row++) {
         const float *p = pre + row * F;
         int64_t before = n;
         for (int64_t g = 0; g < G; g++) {
             const float cut = cuts[g];
-            for (int64_t c = bounds[g]; c < bounds[g + 1]; c += BLOCK) {
-                const int64_t width = bounds[g + 1] - c < BLOCK ? bounds[g + 1] - c : BLOCK;
-                if (width == BLOCK) { /* most blocks hold nothing, and this loop has no branch */
-                    int any = 0;
-                    for (int i = 0; i < BLOCK; i++) any |= p[c + i] * weight[c + i] > cut;
-                    if (!any) continue;
-                }
-                if (n + BLOCK > room) return -1;
-                for (int64_t i = 0; i < width; i++) {
-                    column[n] = c + i;
-                    value[n] = p[c + i];
-                    n += p[c + i] * weight[c + i] > cut;
-                }
+            int64_t c = bounds[g];
+            for (; c + LANES <= bounds[g + 1]; c += LANES) {
+                uint32_t on = bits_of(OF(p + c) * OF(weight + c) > SPREAD(cut));
+                if (!on) continue;
+                if (n + LANES > room) return -1;
+                for (; on; on &= on - 1, n++) column[n] = c + __builtin_ctz(on), value[n] = p[column[n]];
+            }
+            if (n + LANES > room) return -1;
+            for (; c < bounds[g + 1]; c++) {
+                column[n] = c, value[n] = p[c];
+                n += p[c] * weight[c] > cut;
             }
         }
         count[row] = n - before;
@@ -67,7 +93,7 @@ KERNEL int64_t scan(const float *pre, const float *weight, int64_t F, const int6
 
 /* Whether the machine multiplies bfloat16 in hardware. */
 int has_bf16(void) {
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 9
+#ifdef BF16
     __builtin_cpu_init();
     return __builtin_cpu_supports("avx512bf16") != 0;
 #else
@@ -82,68 +108,72 @@ static inline __attribute__((always_inline)) float widen(uint16_t x) {
     return out;
 }
 
+static inline __attribute__((always_inline)) lanes widened(const uint16_t *x) {
+    return (lanes)(__builtin_convertvector(*(const halves *)x, words) << 16);
+}
+
 /* Rows rounded to bfloat16, the length of each, and the length of what rounding took. */
 KERNEL void rounded(const float *a, int64_t I, uint16_t *out, float *length, float *lost, int64_t start, int64_t stop) {
     for (int64_t r = start; r < stop; r++) {
         const float *x = a + r * I;
         uint16_t *o = out + r * I;
-        float part[2][LANES] = {{0}};
-        int64_t i = 0;
-        for (; i < I; i += LANES) {
-            const int64_t width = I - i < LANES ? I - i : LANES;
-            for (int64_t k = 0; k < width; k++) {
-                uint32_t bits;
-                memcpy(&bits, x + i + k, 4);
-                o[i + k] = (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-                const float rest = x[i + k] - widen(o[i + k]);
-                part[0][k] += x[i + k] * x[i + k];
-                part[1][k] += rest * rest;
-            }
+        lanes squares = {}, rests = {};
+        for (int64_t i = 0; i < I; i += LANES) {
+            float last[LANES] = {0}; /* the end of a row, filled up with zeros */
+            uint16_t short_[LANES];
+            const int whole = i + LANES <= I;
+            if (!whole) memcpy(last, x + i, (size_t)(I - i) * sizeof *x);
+            const lanes v = OF(whole ? x + i : last);
+            const words bits = (words)v;
+            uint16_t *to = whole ? o + i : short_;
+            *(halves *)to = __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, halves);
+            const lanes rest = v - widened(to);
+            squares += v * v;
+            rests += rest * rest;
+            if (!whole) memcpy(o + i, short_, (size_t)(I - i) * sizeof *o);
         }
-        length[r] = sqrtf(total(OF(part[0])));
-        lost[r] = sqrtf(total(OF(part[1])));
+        length[r] = sqrtf(total(squares));
+        lost[r] = sqrtf(total(rests));
     }
 }
 
 /* As `scan`, of products in bfloat16: the columns whose scaled code could exceed the cut, product + bias being off by
-   no more than product / 256 + reach[row] * margin[column]. `weight`, `bias` and `margin` are scaled already. */
-KERNEL int64_t scan_rounded(const uint16_t *product, const float *weight, const float *bias, const float *margin,
-                            const float *reach, int64_t F, const int64_t *bounds, const float *cuts, int64_t G,
-                            int64_t room, int64_t *column, int64_t *count, int64_t start, int64_t stop) {
-    enum { BLOCK = 32 };
-    int64_t n = 0;
+   no more than product / 256 + reach[row] * margin[column]. `weight`, `bias` and `margin` are scaled already. For machines
+   that multiply bfloat16; elsewhere nothing has room. */
+#ifdef BF16
+__attribute__((target("avx512f")))
+#endif
+int64_t scan_rounded(const uint16_t *product, const float *weight, const float *bias, const float *margin,
+                     const float *reach, int64_t F, const int64_t *bounds, const float *cuts, int64_t G, int64_t room,
+                     int64_t *column, int64_t *count, int64_t start, int64_t stop) {
+    int64_t n = -1;
+#ifdef BF16
+    n = 0;
     for (int64_t row = start; row < stop; row++) {
         const uint16_t *p = product + row * F;
-        const float far = reach[row];
+        const __m512 far = _mm512_set1_ps(reach[row]), slack = _mm512_set1_ps(1.0f / 256);
         int64_t before = n;
         for (int64_t g = 0; g < G; g++) {
-            const float cut = cuts[g];
-            for (int64_t c = bounds[g]; c < bounds[g + 1]; c += BLOCK) {
-                const int64_t width = bounds[g + 1] - c < BLOCK ? bounds[g + 1] - c : BLOCK;
-                float most[BLOCK];
-                int any = 0;
-                if (width == BLOCK)
-                    for (int i = 0; i < BLOCK; i++) {
-                        const float x = widen(p[c + i]);
-                        most[i] = (x + fabsf(x) * (1.0f / 256)) * weight[c + i] + (far * margin[c + i] + bias[c + i]);
-                        any |= most[i] > cut;
-                    }
-                else
-                    for (int64_t i = 0; i < width; i++) {
-                        const float x = widen(p[c + i]);
-                        most[i] = (x + fabsf(x) * (1.0f / 256)) * weight[c + i] + (far * margin[c + i] + bias[c + i]);
-                        any |= most[i] > cut;
-                    }
-                if (!any) continue;
-                if (n + BLOCK > room) return -1;
-                for (int64_t i = 0; i < width; i++) {
-                    column[n] = c + i;
-                    n += most[i] > cut;
-                }
+            const __m512 cut = _mm512_set1_ps(cuts[g]);
+            for (int64_t c = bounds[g]; c < bounds[g + 1]; c += LANES) {
+                const int64_t left = bounds[g + 1] - c;
+                const __mmask16 lanes_ = left < LANES ? (__mmask16)((1u << left) - 1) : (__mmask16)0xffff;
+                uint16_t last[LANES];
+                if (left < LANES) memcpy(last, p + c, (size_t)left * sizeof *last);
+                const __m256i narrow = _mm256_loadu_si256((const __m256i *)(left < LANES ? last : p + c));
+                const __m512 x = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow), 16));
+                const __m512 code = _mm512_mul_ps(x, _mm512_maskz_loadu_ps(lanes_, weight + c));
+                const __m512 off = _mm512_fmadd_ps(far, _mm512_maskz_loadu_ps(lanes_, margin + c), _mm512_maskz_loadu_ps(lanes_, bias + c));
+                const __m512 most = _mm512_add_ps(_mm512_fmadd_ps(_mm512_abs_ps(code), slack, code), off);
+                uint32_t on = _mm512_mask_cmp_ps_mask(lanes_, most, cut, _CMP_GT_OQ);
+                if (!on) continue;
+                if (n + LANES > room) return -1;
+                for (; on; on &= on - 1) column[n++] = c + __builtin_ctz(on);
             }
         }
         count[row] = n - before;
     }
+#endif
     return n;
 }
 
@@ -167,24 +197,24 @@ int64_t sample(const float *pre, const uint16_t *product, const float *weight, c
     return m;
 }
 
-/* The k-th largest (k >= 1) of the values above 0, or 0 if there are no k; positive floats order as their bits do, so two
-   histograms of 16 bits find it. */
+/* The k-th largest (k >= 1) of the values above 0, or 0 if there are no k; positive floats order as their bits do, so three
+   histograms of 11, 11 and 10 bits find it. */
 float kth(const float *value, int64_t n, int64_t k) {
-    static _Thread_local uint32_t histogram[1 << 16];
-    uint32_t key, high = 0;
-    for (int round = 0; round < 2; round++) {
+    static const int below[] = {21, 10, 0}, wide[] = {11, 11, 10};
+    uint32_t histogram[1 << 11], key = 0;
+    for (int round = 0; round < 3; round++) {
+        const int shift = below[round], known = shift + wide[round]; /* 32 in the first round, when no digit is known */
+        const uint32_t last = (1u << wide[round]) - 1;
         memset(histogram, 0, sizeof histogram);
         for (int64_t i = 0; i < n; i++) {
-            if (!(value[i] > 0)) continue;
-            memcpy(&key, value + i, 4);
-            if (round == 0) histogram[key >> 16]++;
-            else if (key >> 16 == high) histogram[key & 0xffff]++;
+            uint32_t bits;
+            memcpy(&bits, value + i, 4);
+            if (value[i] > 0 && (round == 0 || bits >> known == key)) histogram[bits >> shift & last]++;
         }
-        int64_t bin = 0xffff;
+        int64_t bin = last;
         for (; bin >= 0 && (int64_t)histogram[bin] < k; bin--) k -= histogram[bin];
         if (bin < 0) return 0;
-        if (round == 0) high = (uint32_t)bin;
-        else key = high << 16 | (uint32_t)bin;
+        key = key << wide[round] | (uint32_t)bin;
     }
     float found;
     memcpy(&found, &key, 4);
@@ -192,37 +222,58 @@ float kth(const float *value, int64_t n, int64_t k) {
 }
 
 /* Of the candidates of N rows the `keep[g]` largest of each group, of equal ones the first, in order: row, column and
-   pre-activation of each, and where each row begins (N + 1). `scratch` holds as many floats as there are candidates.
-   Returns how many are kept. */
+   pre-activation of each, and where each row begins (N + 1). `scratch` holds twice as many floats as there are
+   candidates. Returns how many are kept, or -1 if fewer than wanted exceed a group's cut, above which all are candidates. */
 int64_t keep(const int64_t *column, const float *value, const int64_t *count, int64_t N, const float *weight,
-             const int64_t *bounds, const int64_t *wanted, int64_t G, float *scratch, int64_t *token, int64_t *latent,
-             float *kept, int64_t *starts) {
-    int64_t total = 0, n = 0;
-    for (int64_t row = 0; row < N; row++) total += count[row];
-    float border[G];
+             const int64_t *bounds, const int64_t *wanted, const float *cuts, int64_t G, float *scratch, int64_t *token,
+             int64_t *latent, float *kept, int64_t *starts) {
+    int64_t all = 0, n = 0;
+    for (int64_t row = 0; row < N; row++) all += count[row];
+    float border[G], *scaled = scratch, *own = scratch + all;
     int64_t equal[G];
+    for (int64_t i = 0; i < all; i++) scaled[i] = value[i] * weight[column[i]];
     for (int64_t g = 0; g < G; g++) {
         int64_t m = 0, above = 0;
-        for (int64_t i = 0; i < total; i++) {
-            if (column[i] >= bounds[g] && column[i] < bounds[g + 1]) scratch[m++] = value[i] * weight[column[i]];
+        for (int64_t i = 0; i < all; i++) {
+            own[m] = scaled[i];
+            m += column[i] >= bounds[g] && column[i] < bounds[g + 1];
         }
-        border[g] = wanted[g] < m ? (wanted[g] ? kth(scratch, m, wanted[g]) : INFINITY) : 0;
-        for (int64_t i = 0; i < m; i++) above += scratch[i] > border[g];
+        if (cuts[g] > 0) {
+            for (int64_t i = 0; i < m; i++) above += own[i] > cuts[g];
+            if (above < wanted[g]) return -1;
+        }
+        border[g] = wanted[g] < m ? (wanted[g] ? kth(own, m, wanted[g]) : INFINITY) : 0;
+        above = 0;
+        for (int64_t i = 0; i < m; i++) above += own[i] > border[g];
         equal[g] = wanted[g] - above;
     }
     for (int64_t row = 0, i = 0; row < N; row++) {
         starts[row] = n;
         for (int64_t end = i + count[row], g = 0; i < end; i++) {
             while (column[i] >= bounds[g + 1]) g++;
-            const float v = value[i] * weight[column[i]];
-            if (v < border[g] || v <= 0 || (v == border[g] && equal[g]-- <= 0)) continue;
-            token[n] = row;
-            latent[n] = column[i];
-            kept[n++] = value[i];
+            const float v = scaled[i];
+            token[n] = row, latent[n] = column[i], kept[n] = value[i]; /* no branch: half of them stay, in no order */
+            n += v > border[g] || (v == border[g] && v > 0 && equal[g]-- > 0);
         }
     }
     starts[N] = n;
     return n;
+}
+
+/* The sum of squares. */
+KERNEL double square(const float *a, int64_t n) {
+    enum { BLOCK = 64 * LANES }; /* few enough to add in float32 */
+    double sum = 0;
+    for (int64_t at = 0; at < n; at += BLOCK) {
+        const int64_t end = at + BLOCK < n ? at + BLOCK : n;
+        lanes part[4] = {{0}, {0}, {0}, {0}};
+        int64_t i = at;
+        for (; i + 4 * LANES <= end; i += 4 * LANES)
+            for (int k = 0; k < 4; k++) part[k] += OF(a + i + k * LANES) * OF(a + i + k * LANES);
+        for (; i < end; i++) sum += (double)a[i] * a[i];
+        sum += total((part[0] + part[1]) + (part[2] + part[3]));
+    }
+    return sum;
 }
 
 /* The pairs ordered by latent, then as they come; `starts` (F + 1) says where each latent begins. */

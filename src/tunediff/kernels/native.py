@@ -20,7 +20,7 @@ from torch import Tensor
 from tunediff import gates
 from tunediff.kernels import paths
 
-INTERFACE = 2
+INTERFACE = 3
 """Which functions of which arguments are expected; `native.c` says the same, and goes up with every change."""
 RANGES = 4
 """Ranges a thread: more even out rows of unequal cost."""
@@ -29,6 +29,8 @@ SAMPLE = 1 << 15
 """Codes of a group that its first cut is estimated from; a smaller group has no cut but 0."""
 ROUNDED = 1 << 28
 """Products from which on it pays to look for codes in bfloat16 first (measured)."""
+BLOCK = 1 << 18
+"""Numbers whose squares one call adds up."""
 MARGIN = 4.0
 """By how many standard deviations of the estimate more candidates than codes are asked for; too few are noticed."""
 
@@ -45,7 +47,7 @@ def library() -> ctypes.CDLL | None:
             return None
         for counts in (out.scan, out.scan_rounded, out.sample, out.keep):
             counts.restype = ctypes.c_int64
-        out.kth.restype = ctypes.c_float
+        out.kth.restype, out.square.restype = ctypes.c_float, ctypes.c_double
     except (OSError, AttributeError):  # built for another machine, or long ago
         return None
     return out
@@ -163,18 +165,15 @@ def _largest(
             room *= 8
             continue
         column_C, pre_C = measured(found, count_N)
-        value_C = pre_C * weight_F[column_C]
-        if all(not cut or _above(column_C, value_C, part, cut) >= part[2] for cut, part in zip(cuts, parts)):
-            break
+        token_P, latent_P = torch.empty_like(column_C), torch.empty_like(column_C)
+        pre_P, starts_N, scratch = torch.empty_like(pre_C), torch.empty(N + 1, dtype=torch.long), torch.empty(2, len(pre_C))
+        n = lib.keep(
+            _at(column_C), _at(pre_C), _at(count_N), *_i(N), _at(weight_F), _bounds(parts), _wanted(parts), cuts, *_i(G),
+            _at(scratch), _at(token_P), _at(latent_P), _at(pre_P), _at(starts_N),
+        )  # fmt: skip
+        if n >= 0:
+            return token_P[:n], latent_P[:n], pre_P[:n], starts_N
         margin *= 4
-    token_P, latent_P = torch.empty_like(column_C), torch.empty_like(column_C)
-    pre_P, starts_N = torch.empty_like(pre_C), torch.empty(N + 1, dtype=torch.long)
-    n = lib.keep(
-        _at(column_C), _at(pre_C), _at(count_N), *_i(N), _at(weight_F), _bounds(parts),
-        (ctypes.c_int64 * G)(*(keep for *_, keep in parts)), *_i(G), _at(value_C), _at(token_P), _at(latent_P),
-        _at(pre_P), _at(starts_N),
-    )  # fmt: skip
-    return token_P[:n], latent_P[:n], pre_P[:n], starts_N
 
 
 def _rounded(a_RI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -250,6 +249,12 @@ def bag_and_dot(
     return out_RI, out_P
 
 
+def norm(tensors: Sequence[Tensor]) -> Tensor:
+    """The length of all of them together."""
+    blocks = [part for tensor in tensors for part in tensor.contiguous().view(-1).split(BLOCK)]
+    return torch.tensor(math.sqrt(sum(_each(lambda part: library().square(_at(part), *_i(len(part))), blocks))))
+
+
 # -- ranges and threads --------------------------------------------------------------------------------------
 
 
@@ -308,8 +313,8 @@ def _balanced(starts_R: Tensor) -> list[tuple[int, int]]:
     return list(zip(edges, edges[1:]))
 
 
-def _above(column_C: Tensor, value_C: Tensor, part: gates.Part, cut: float) -> int:
-    return int(((column_C >= part[0]) & (column_C < part[1]) & (value_C > cut)).sum())
+def _wanted(parts: Sequence[gates.Part]) -> ctypes.Array:
+    return (ctypes.c_int64 * len(parts))(*(keep for *_, keep in parts))
 
 
 def _bounds(parts: Sequence[gates.Part]) -> ctypes.Array:
