@@ -137,14 +137,15 @@ class Pair:
 
             @contextmanager
             def off() -> Iterator[None]:
-                # PEFT's own `disable_adapter` looks over the whole network each time, which takes longer than a block's run.
+                # PEFT's own switches look over the whole network, or over every weight's `requires_grad`, each time, which
+                # takes longer than a block's run. That base comes back is checked below.
                 for layer in layers:
-                    layer.enable_adapters(False)
+                    layer._disable_adapters = True
                 try:
                     yield
                 finally:
                     for layer in layers:
-                        layer.enable_adapters(True)
+                        layer._disable_adapters = False
 
             pair = cls(
                 LanguageModel(wrapped, tokenizer, base, off), LanguageModel(wrapped, tokenizer, tuned), True,
