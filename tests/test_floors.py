@@ -15,11 +15,11 @@ SOURCE = ROOT / "src"
 PACKAGE = "tunediff"
 
 FLOORS = [
-    ("ground", "errors axes chance artifacts matmuls pages variants"),
+    ("ground", "errors axes chance artifacts matmuls pages variants gates kernels"),
     ("waist", "sites changes results"),
     ("models", "corpora families folds attention decoding models accounts pairs embedded"),
     ("harvest", "measures harvests contrasts lenses samples"),
-    ("dicts", "dictionaries kernels gates fitting"),
+    ("dicts", "dictionaries fitting"),
     ("finders", "finders signals attributions rankings latent_scaling scans calibrations"),
     ("causes", "trials edits bills"),
     ("telling", "baking charts examples reports explorer"),

@@ -254,6 +254,23 @@ def test_clipping_is_torchs():
         torch.testing.assert_close(p, q, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("path", PATHS[:2])
+@pytest.mark.parametrize("V", [7, 48, 1001])
+def test_divergence(path, V):
+    """Against float64: sharp and flat rows, few rows again for many, log-probabilities as they are, rows apart in memory."""
+    g = torch.Generator().manual_seed(V)
+    wide, few = (torch.randn(n, V + 3, generator=g) * torch.logspace(-1, 1.5, n)[:, None] for n in (36, 12))
+    wide[0, 0] = 200.0
+    for p, q in ((wide, few), (few, wide), (wide, wide.roll(1, 0))):
+        p, q = p[:, :V], q[:, :V]
+        logp, logq = (t.double().log_softmax(1).repeat(36 // len(t), 1) for t in (p, q))
+        exact = (logp.exp() * (logp - logq)).sum(1)
+        with kernels.using(path):
+            for p_sums, q_sums in ((True, True), (False, True), (True, False)):
+                given = [t if sums else t.log_softmax(1) for t, sums in ((p, p_sums), (q, q_sums))]
+                torch.testing.assert_close(kernels.divergence(*given, p_sums, q_sums).double(), exact, rtol=1e-5, atol=2e-6 * float(exact.max()))
+
+
 def test_only_float32_on_the_cpu_is_native():
     assert not native.serves(torch.zeros(1, dtype=torch.float64)) and not native.serves(torch.zeros(1, device="meta"))
 

@@ -9,6 +9,7 @@ from typing import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from tunediff import kernels
 from tunediff.models import LanguageModel, Start
 
 
@@ -51,25 +52,34 @@ class Said:
 
 def blocks(*says: Tensor | Said) -> Iterator[tuple]:
     """The N tokens in small parts: each a slice, and log-probabilities (..., n, V) there from tables or from what makes them."""
-    N, most = says[0].shape[-2], max(1, *(math.prod(s.shape[:-1]) for s in says))
-    tile, block = (max(1, size * N // most) for size in (TILE, BLOCK))
-    tile -= tile % block
-    for start in range(0, N, tile):
-        part = slice(start, min(start + tile, N))
+    block = _share(BLOCK, says)
+    for part in _parts(says, block):
         found = [s.blocks(part, block) if isinstance(s, Said) else iter(s[..., part, :].split(block, -2)) for s in says]
-        for at, parts in zip(range(start, N, block), zip(*found)):
+        for at, parts in zip(range(part.start, part.stop, block), zip(*found)):
             yield slice(at, min(at + block, part.stop)), *parts
+
+
+def _share(rows: int, says: Sequence[Tensor | Said]) -> int:
+    """How many of the N tokens make about that many rows of logits."""
+    return max(1, rows * says[0].shape[-2] // max(1, *(math.prod(s.shape[:-1]) for s in says)))
+
+
+def _parts(says: Sequence[Tensor | Said], block: int = 1) -> Iterator[slice]:
+    """The N tokens in parts of a tile, each of whole blocks but the last."""
+    N, tile = says[0].shape[-2], _share(TILE, says)
+    tile -= tile % block
+    return (slice(start, min(start + tile, N)) for start in range(0, N, tile))
 
 
 def kl_divergence(p: Tensor | Said, q: Tensor | Said) -> Tensor:
     """KL(p || q) in nat for each of N tokens (..., N), from log-probabilities (..., N, V); float32, never below 0. Leading
     axes are broadcast."""
-    parts = [_kl(logp, logq) for _, logp, logq in blocks(p, q)]
-    return torch.cat(parts, -1) if parts else torch.zeros(torch.broadcast_shapes(p.shape[:-1], q.shape[:-1]))
-
-
-def _kl(logp_NV: Tensor, logq_NV: Tensor) -> Tensor:
-    return (logp_NV - logq_NV).mul_(logp_NV.exp()).sum(-1).clamp_min(0)
+    shape, sums, parts = torch.broadcast_shapes(p.shape[:-1], q.shape[:-1]), (isinstance(p, Said), isinstance(q, Said)), []
+    for part in _parts((p, q)):
+        rows = (s._logits(part) if isinstance(s, Said) else s[..., part, :] for s in (p, q))
+        kl_R = kernels.divergence(*(r.flatten(0, -2).float() for r in rows), *sums)
+        parts.append(kl_R.view(*shape[:-1], -1).clamp_min(0))
+    return torch.cat(parts, -1) if parts else torch.zeros(shape)
 
 
 def log_probabilities(

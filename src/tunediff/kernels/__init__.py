@@ -21,7 +21,7 @@ from tunediff.kernels.pairs import PairCode
 from tunediff.kernels.paths import kept_memory, using
 from tunediff.matmuls import fast_matmul
 
-__all__ = ["Code", "encode", "fast_matmul", "kept_memory", "norm", "path", "using"]
+__all__ = ["Code", "divergence", "encode", "fast_matmul", "kept_memory", "norm", "path", "using"]
 
 
 class Code(Protocol):
@@ -46,6 +46,8 @@ class Code(Protocol):
     # Where pairs are held also ``among(weight_F, k)``, see `tunediff.kernels.pairs`.
 
 
+BLOCK = 16
+"""Rows of logits that torch's operations go through at a time: all of a batch's fit no cache."""
 PAIRS_LATENTS, PAIRS_SHARE = 256, 0.1
 """From this many latents on, and up to this share of them kept, pairs are faster than a dense tensor
 (measured)."""
@@ -77,3 +79,16 @@ def encode(x_NI: Tensor, encoder_FI: Tensor, bias_F: Tensor, gate: Gate | None) 
 def norm(tensors: Sequence[Tensor]) -> Tensor:
     """The length of all of them together, a scalar where they lie."""
     return native.norm(tensors) if native.serves(*tensors) else torch.nn.utils.get_total_norm(tensors)
+
+
+def divergence(p_PV: Tensor, q_QV: Tensor, p_sums: bool = True, q_sums: bool = True) -> Tensor:
+    """KL(softmax of p || softmax of q) in nat for each row of logits, (R,); the rows of the one that has fewer are taken over
+    again. Of log-probabilities no sum need be made."""
+    if native.serves(p_PV, q_QV):
+        return native.divergence(p_PV, q_QV, p_sums, q_sums)
+    parts = []
+    for at_R in torch.arange(max(len(p_PV), len(q_QV)), device=p_PV.device).split(BLOCK):
+        p_RV, q_RV = p_PV[at_R % len(p_PV)], q_QV[at_R % len(q_QV)]
+        logp_RV, logq_RV = (p_RV.log_softmax(1) if p_sums else p_RV), (q_RV.log_softmax(1) if q_sums else q_RV)
+        parts.append((logp_RV - logq_RV).mul_(logp_RV.exp()).sum(1))
+    return torch.cat(parts) if parts else p_PV.new_zeros(0)

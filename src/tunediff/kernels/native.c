@@ -18,11 +18,6 @@
 #define KERNEL
 #endif
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 9
-#define BF16
-#include <immintrin.h>
-#endif
-
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "bits are taken from bytes in little-endian order"
 #endif
@@ -49,7 +44,7 @@ static inline __attribute__((always_inline)) float total(lanes x) {
 }
 
 /* Goes up whenever a function here changes what it takes. */
-int interface(void) { return 3; }
+int interface(void) { return 4; }
 
 /* One bit a lane that is not 0, lane 0 the lowest. */
 static inline __attribute__((always_inline)) uint32_t bits_of(marks on) {
@@ -93,7 +88,7 @@ KERNEL int64_t scan(const float *pre, const float *weight, int64_t F, const int6
 
 /* Whether the machine multiplies bfloat16 in hardware. */
 int has_bf16(void) {
-#ifdef BF16
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 9
     __builtin_cpu_init();
     return __builtin_cpu_supports("avx512bf16") != 0;
 #else
@@ -138,42 +133,34 @@ KERNEL void rounded(const float *a, int64_t I, uint16_t *out, float *length, flo
 }
 
 /* As `scan`, of products in bfloat16: the columns whose scaled code could exceed the cut, product + bias being off by
-   no more than product / 256 + reach[row] * margin[column]. `weight`, `bias` and `margin` are scaled already. For machines
-   that multiply bfloat16; elsewhere nothing has room. */
-#ifdef BF16
-__attribute__((target("avx512f")))
-#endif
-int64_t scan_rounded(const uint16_t *product, const float *weight, const float *bias, const float *margin,
-                     const float *reach, int64_t F, const int64_t *bounds, const float *cuts, int64_t G, int64_t room,
-                     int64_t *column, int64_t *count, int64_t start, int64_t stop) {
-    int64_t n = -1;
-#ifdef BF16
-    n = 0;
+   no more than product / 256 + reach[row] * margin[column]. `weight`, `bias` and `margin` are scaled already. */
+KERNEL int64_t scan_rounded(const uint16_t *product, const float *weight, const float *bias, const float *margin,
+                            const float *reach, int64_t F, const int64_t *bounds, const float *cuts, int64_t G, int64_t room,
+                            int64_t *column, int64_t *count, int64_t start, int64_t stop) {
+    int64_t n = 0;
     for (int64_t row = start; row < stop; row++) {
         const uint16_t *p = product + row * F;
-        const __m512 far = _mm512_set1_ps(reach[row]), slack = _mm512_set1_ps(1.0f / 256);
+        const float far = reach[row];
         int64_t before = n;
         for (int64_t g = 0; g < G; g++) {
-            const __m512 cut = _mm512_set1_ps(cuts[g]);
-            for (int64_t c = bounds[g]; c < bounds[g + 1]; c += LANES) {
-                const int64_t left = bounds[g + 1] - c;
-                const __mmask16 lanes_ = left < LANES ? (__mmask16)((1u << left) - 1) : (__mmask16)0xffff;
-                uint16_t last[LANES];
-                if (left < LANES) memcpy(last, p + c, (size_t)left * sizeof *last);
-                const __m256i narrow = _mm256_loadu_si256((const __m256i *)(left < LANES ? last : p + c));
-                const __m512 x = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow), 16));
-                const __m512 code = _mm512_mul_ps(x, _mm512_maskz_loadu_ps(lanes_, weight + c));
-                const __m512 off = _mm512_fmadd_ps(far, _mm512_maskz_loadu_ps(lanes_, margin + c), _mm512_maskz_loadu_ps(lanes_, bias + c));
-                const __m512 most = _mm512_add_ps(_mm512_fmadd_ps(_mm512_abs_ps(code), slack, code), off);
-                uint32_t on = _mm512_mask_cmp_ps_mask(lanes_, most, cut, _CMP_GT_OQ);
+            const float cut = cuts[g];
+            int64_t c = bounds[g];
+            for (; c + LANES <= bounds[g + 1]; c += LANES) {
+                const lanes code = widened(p + c) * OF(weight + c), off = (lanes)((words)code & 0x7fffffff) * (1.0f / 256);
+                uint32_t on = bits_of(code + off + (far * OF(margin + c) + OF(bias + c)) > SPREAD(cut));
                 if (!on) continue;
                 if (n + LANES > room) return -1;
                 for (; on; on &= on - 1) column[n++] = c + __builtin_ctz(on);
             }
+            if (n + LANES > room) return -1;
+            for (; c < bounds[g + 1]; c++) {
+                const float code = widen(p[c]) * weight[c];
+                column[n] = c;
+                n += code + fabsf(code) * (1.0f / 256) + (far * margin[c] + bias[c]) > cut;
+            }
         }
         count[row] = n - before;
     }
-#endif
     return n;
 }
 
@@ -369,5 +356,62 @@ KERNEL void bag_and_dot(const int64_t *starts, const int64_t *order, const int64
             }
             for (int k = 0; k < width; k++) product[order[q + k]] = total(sum[k]) + rest[k];
         }
+    }
+}
+
+static inline __attribute__((always_inline)) lanes larger(lanes a, lanes b) {
+    const marks above = a > b;
+    return (lanes)(((marks)a & above) | ((marks)b & ~above));
+}
+
+/* e^x for x <= 0 to 2 units in the last place; below -87 what it is there. */
+static inline __attribute__((always_inline)) lanes power(lanes x) {
+    x = larger(x, SPREAD(-87.0f));
+    const lanes magic = SPREAD(0x1.8p23f), shifted = x * 1.44269504f + magic, n = shifted - magic;
+    const lanes r = x - n * 0.693359375f + n * 2.12194440e-4f; /* ln 2 in two parts, the first exact */
+    lanes sum = SPREAD(1.0f / 5040);
+    sum = sum * r + 1.0f / 720;
+    sum = sum * r + 1.0f / 120;
+    sum = sum * r + 1.0f / 24;
+    sum = sum * r + 1.0f / 6;
+    sum = sum * r + 0.5f;
+    sum = sum * r + 1;
+    sum = sum * r + 1;
+    return (lanes)((words)sum + ((words)shifted << 23));
+}
+
+typedef struct { float high, rest; } norm; /* what is taken off logits, the largest first: less is lost */
+
+static inline __attribute__((always_inline)) norm norm_of(const float *x, int64_t V) {
+    lanes most = SPREAD(x[0]), sum = {};
+    float last = 0, high = x[0];
+    int64_t i = 0;
+    for (; i + LANES <= V; i += LANES) most = larger(OF(x + i), most);
+    for (int k = 0; k < LANES; k++) high = most[k] > high ? most[k] : high;
+    for (; i < V; i++) high = x[i] > high ? x[i] : high;
+    for (i = 0; i + LANES <= V; i += LANES) sum += power(OF(x + i) - high);
+    for (; i < V; i++) last += expf(x[i] - high);
+    return (norm){high, logf(total(sum) + last)};
+}
+
+/* out[r] = KL(softmax of row r of p || that of q) in nat, of rows of V logits that begin `far` apart; those of p or q begin
+   anew after P or Q rows. Log-probabilities need no sum over a row: `sums` says of which to make one (1: p, 2: q). */
+KERNEL void divergence(const float *p, const float *q, int64_t V, int64_t P, int64_t Q, int64_t p_far, int64_t q_far,
+                       int64_t sums_, float *out, int64_t start, int64_t stop) {
+    for (int64_t r = start; r < stop; r++) {
+        const float *x = p + r % P * p_far, *y = q + r % Q * q_far;
+        const norm a = sums_ & 1 ? norm_of(x, V) : (norm){0, 0}, b = sums_ & 2 ? norm_of(y, V) : (norm){0, 0};
+        lanes sum = {};
+        float last = 0;
+        int64_t i = 0;
+        for (; i + LANES <= V; i += LANES) {
+            const lanes log_p = OF(x + i) - a.high - a.rest;
+            sum += power(log_p) * (log_p - (OF(y + i) - b.high - b.rest));
+        }
+        for (; i < V; i++) {
+            const float log_p = x[i] - a.high - a.rest;
+            last += expf(log_p) * (log_p - (y[i] - b.high - b.rest));
+        }
+        out[r] = total(sum) + last;
     }
 }

@@ -20,7 +20,7 @@ from torch import Tensor
 from tunediff import gates
 from tunediff.kernels import paths
 
-INTERFACE = 3
+INTERFACE = 4
 """Which functions of which arguments are expected; `native.c` says the same, and goes up with every change."""
 RANGES = 4
 """Ranges a thread: more even out rows of unequal cost."""
@@ -253,6 +253,21 @@ def norm(tensors: Sequence[Tensor]) -> Tensor:
     """The length of all of them together."""
     blocks = [part for tensor in tensors for part in tensor.contiguous().view(-1).split(BLOCK)]
     return torch.tensor(math.sqrt(sum(_each(lambda part: library().square(_at(part), *_i(len(part))), blocks))))
+
+
+def divergence(p_PV: Tensor, q_QV: Tensor, p_sums: bool, q_sums: bool) -> Tensor:
+    """As `kernels.divergence`."""
+    p_PV, q_QV = (t if t.stride(1) == 1 else t.contiguous() for t in (p_PV, q_QV))
+    (P, V), Q = p_PV.shape, len(q_QV)
+    out_R = torch.empty(max(P, Q))
+
+    def run(part: tuple[int, int]) -> None:
+        library().divergence(
+            _at(p_PV), _at(q_QV), *_i(V, P, Q, p_PV.stride(0), q_QV.stride(0), p_sums + 2 * q_sums), _at(out_R), *_i(*part)
+        )
+
+    _each(run, _even(len(out_R)))
+    return out_R
 
 
 # -- ranges and threads --------------------------------------------------------------------------------------
