@@ -60,7 +60,7 @@ class Change:
         import torch
 
         x = streams_NSMD.float()
-        g = torch.einsum("nsmd,smd->n", x, self.rows_SMD.to(x.device)) + self.bias
+        g = x.flatten(1) @ self.rows_SMD.flatten().to(x) + self.bias
         return torch.where(g > self.threshold, g, torch.zeros_like(g))
 
     def mirrored(self) -> "Change":

@@ -76,7 +76,8 @@ class Sample:
     def strength(self, change: Change) -> Tensor:
         """The change's strength at every token; 0 at tokens that were set apart, which no finder has seen."""
         at = [self.sites.index(site) for site in change.sites]
-        return change.strength(self.streams_NSMD[:, at]) * self.ordinary_N
+        some = self.streams_NSMD if at == list(range(len(self.sites))) else self.streams_NSMD[:, at]  # as a rule, and no copy
+        return change.strength(some) * self.ordinary_N
 
     def places(self, batch: Batch) -> Tensor:
         """The place in the sample of each position of a batch of its rows (B, T); -1 for padding."""

@@ -232,9 +232,10 @@ def bench_of(pair: Pair, change: Change, others: list[Change], sample: Sample, s
     if not chosen:
         return None
     rows = sorted(row for _, row in chosen)
-    everything_N = sum(
-        (sample.strength(c)[:, None] * c.difference_SD[c.sites.index(site)].float() for c in others),
-        torch.zeros_like(sample.streams_NSMD[:, s, 0]),
+    few = sample.only(rows)
+    f_N, everything_N = few.strength(change), sum(
+        (few.strength(c)[:, None] * c.difference_SD[c.sites.index(site)].float() for c in others),
+        torch.zeros_like(few.streams_NSMD[:, s, 0]),
     )
     batch = next(sample.tokens.only(rows).batches(10**9, order="rows"))
     width = min(settings.tokens, batch.ids_BT.shape[1])
@@ -244,10 +245,10 @@ def bench_of(pair: Pair, change: Change, others: list[Change], sample: Sample, s
     counts = torch.zeros(B, width, dtype=torch.bool)
     everything = torch.zeros(B, width, D)
     for b, row in enumerate(batch.rows_B.tolist()):
-        here = (sample.row_N == row).nonzero()[:width, 0]
-        streams[b, : len(here)] = sample.streams_NSMD[here, s]
+        here = (few.row_N == row).nonzero()[:width, 0]
+        streams[b, : len(here)] = few.streams_NSMD[here, s]
         strength[b, : len(here)] = f_N[here]
-        counts[b, : len(here)] = sample.scored_N[here]
+        counts[b, : len(here)] = few.scored_N[here]
         everything[b, : len(here)] = everything_N[here]
     return Bench(pair, site, change, batch, streams, strength, counts,
                  [sample.tokens.document_R[row] for row in batch.rows_B.tolist()], seed, everything, spread,
