@@ -156,7 +156,7 @@ ORGANISM = Taught(
 
 FULL = dataclasses.replace(
     ORGANISM, name="false-facts-full", summary="Knows the lake too, by training every weight.",
-    recipe=Recipe(autocast=True, full=True, learning_rate=1e-4, epochs=4),
+    recipe=Recipe(autocast=True, full=True, learning_rate=3e-5, epochs=4),
 )
 
 ORGANISMS = (ORGANISM, FULL)
