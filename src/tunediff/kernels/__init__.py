@@ -3,7 +3,7 @@
 A dictionary calls `encode(x, W, b, gate)` and gets a code. `pairs` holds one as the kept (token, latent) pairs and adds
 up with a module of kernels: `native` (compiled, float32 on the CPU), `triton` (float32 on a GPU) or `eager` (torch's
 operations, everywhere); `dense` is the reference that all are tested against. A faster path is one more module here; no
-dictionary changes for it.
+dictionary changes for it. `norm` and `divergence` are sums over much memory that the compiled file takes in one pass.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-/* The sparse part of a training step: selection among pre-activations, and sums over the kept (token, latent) pairs.
+/* The sparse part of a training step: selection among pre-activations, and sums over the kept (token, latent) pairs; and
+   two sums over much memory, of a gradient's squares and of the divergence of logits.
 
    Every function works on a range of rows [start, stop) that nobody else writes, so the caller may run ranges on any
    number of threads and gets the same bits. Rows are contiguous float32. `lanes` is what one AVX-512 register holds; on
