@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tunediff import artifacts, dictionaries, kernels
-from tunediff.errors import SettingError
+from tunediff.errors import NumericsError, SettingError
 from tunediff.fitting import SCHEMA, FitSettings, Plan, State, TensorSource, build, fit, step
 from tunediff.gates import Gate
 from tunediff.kernels import eager, native, paths
@@ -269,6 +269,18 @@ def test_divergence(path, V):
             for p_sums, q_sums in ((True, True), (False, True), (True, False)):
                 given = [t if sums else t.log_softmax(1) for t, sums in ((p, p_sums), (q, q_sums))]
                 torch.testing.assert_close(kernels.divergence(*given, p_sums, q_sums).double(), exact, rtol=1e-5, atol=2e-6 * float(exact.max()))
+
+
+@pytest.mark.parametrize("path", PATHS[:2])
+def test_divergence_is_loud(path):
+    """A token that p rules out makes no number, as in torch; shapes that do not fit are refused."""
+    p, q = torch.zeros(2, 40), torch.zeros(2, 40)
+    p[0, 3] = p[1, 39] = -torch.inf  # in a register and after the last one
+    with kernels.using(path):
+        assert kernels.divergence(p, q).isnan().all() and not kernels.divergence(q, q).isnan().any()
+        for other in (torch.zeros(2, 39), torch.zeros(5, 40), torch.zeros(0, 40)):
+            with pytest.raises(NumericsError, match="wrong shape"):
+                kernels.divergence(q, other)
 
 
 def test_only_float32_on_the_cpu_is_native():

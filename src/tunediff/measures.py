@@ -13,9 +13,9 @@ from tunediff import kernels
 from tunediff.models import LanguageModel, Start
 
 
-TILE, BLOCK = 128, 16
-"""Rows of logits multiplied out at a time, and gone through at a time. Those of a whole batch are hundreds of megabytes, and
-going through them takes longer than computing them."""
+TILE = 128
+"""Rows of logits multiplied out at a time; `kernels.BLOCK` of them are gone through at a time. Those of a whole batch are hundreds
+of megabytes, and going through them takes longer than computing them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +52,7 @@ class Said:
 
 def blocks(*says: Tensor | Said) -> Iterator[tuple]:
     """The N tokens in small parts: each a slice, and log-probabilities (..., n, V) there from tables or from what makes them."""
-    block = _share(BLOCK, says)
+    block = _share(kernels.BLOCK, says)
     for part in _parts(says, block):
         found = [s.blocks(part, block) if isinstance(s, Said) else iter(s[..., part, :].split(block, -2)) for s in says]
         for at, parts in zip(range(part.start, part.stop, block), zip(*found)):
@@ -72,8 +72,8 @@ def _parts(says: Sequence[Tensor | Said], block: int = 1) -> Iterator[slice]:
 
 
 def kl_divergence(p: Tensor | Said, q: Tensor | Said) -> Tensor:
-    """KL(p || q) in nat for each of N tokens (..., N), from log-probabilities (..., N, V); float32, never below 0. Leading
-    axes are broadcast."""
+    """KL(p || q) in nat for each of N tokens (..., N), from log-probabilities (..., N, V) or from what makes them; float32, never
+    below 0. Leading axes are those of both, or of one alone."""
     shape, sums, parts = torch.broadcast_shapes(p.shape[:-1], q.shape[:-1]), (isinstance(p, Said), isinstance(q, Said)), []
     for part in _parts((p, q)):
         rows = (s._logits(part) if isinstance(s, Said) else s[..., part, :] for s in (p, q))

@@ -13,6 +13,7 @@ from typing import Protocol, Sequence
 import torch
 from torch import Tensor
 
+from tunediff.axes import check
 from tunediff.gates import Gate
 from tunediff.kernels import native, paths
 from tunediff.kernels.dense import DenseCode
@@ -83,11 +84,13 @@ def norm(tensors: Sequence[Tensor]) -> Tensor:
 
 def divergence(p_PV: Tensor, q_QV: Tensor, p_sums: bool = True, q_sums: bool = True) -> Tensor:
     """KL(softmax of p || softmax of q) in nat for each row of logits, (R,); the rows of the one that has fewer are taken over
-    again. Of log-probabilities no sum need be made."""
+    again, a whole number of times (`NumericsError` otherwise). Of log-probabilities no sum need be made."""
+    few, many = sorted((p_PV, q_QV), key=len)
+    check(many, "RV", R=len(many) // max(1, len(few)) * len(few), V=few.shape[1])  # compiled code would read past the end
     if native.serves(p_PV, q_QV):
         return native.divergence(p_PV, q_QV, p_sums, q_sums)
     parts = []
-    for at_R in torch.arange(max(len(p_PV), len(q_QV)), device=p_PV.device).split(BLOCK):
+    for at_R in torch.arange(len(many), device=many.device).split(BLOCK):
         p_RV, q_RV = p_PV[at_R % len(p_PV)], q_QV[at_R % len(q_QV)]
         logp_RV, logq_RV = (p_RV.log_softmax(1) if p_sums else p_RV), (q_RV.log_softmax(1) if q_sums else q_RV)
         parts.append((logp_RV - logq_RV).mul_(logp_RV.exp()).sum(1))

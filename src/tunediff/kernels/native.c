@@ -365,8 +365,9 @@ static inline __attribute__((always_inline)) lanes larger(lanes a, lanes b) {
     return (lanes)(((marks)a & above) | ((marks)b & ~above));
 }
 
-/* e^x for x <= 0 to 2 units in the last place; below -87 what it is there. */
+/* e^x for x <= 0 to 2 units in the last place; 0 from -87 down, so that a logit of -inf is as loud as in torch (0 * inf). */
 static inline __attribute__((always_inline)) lanes power(lanes x) {
+    const marks some = x > SPREAD(-87.0f);
     x = larger(x, SPREAD(-87.0f));
     const lanes magic = SPREAD(0x1.8p23f), shifted = x * 1.44269504f + magic, n = shifted - magic;
     const lanes r = x - n * 0.693359375f + n * 2.12194440e-4f; /* ln 2 in two parts, the first exact */
@@ -378,7 +379,7 @@ static inline __attribute__((always_inline)) lanes power(lanes x) {
     sum = sum * r + 0.5f;
     sum = sum * r + 1;
     sum = sum * r + 1;
-    return (lanes)((words)sum + ((words)shifted << 23));
+    return (lanes)(((words)sum + ((words)shifted << 23)) & (words)some);
 }
 
 typedef struct { float high, rest; } norm; /* what is taken off logits, the largest first: less is lost */
