@@ -1,9 +1,9 @@
 """Wall clock of a whole `diff`, stage by stage: the demo's pair, or any other, and how far each stage is from its limit.
 
 A stage's limit is the time that its token-blocks and token-logits take at the rate of a float32 matrix product measured just
-before, in this process: tokens through a block at the block's own widths, tokens mapped to logits at the unembedding's. What
-the stage takes beyond that is attention, norms, elementwise work, statistics, training and disk. Loading has no limit. On a
-busy machine only the counts mean anything.
+before, in this process, by whoever makes the model's: tokens through a block at the block's own widths, tokens mapped to logits at
+the unembedding's. What the stage takes beyond that is attention, norms, elementwise work, statistics, training and disk. Loading
+has no limit. On a busy machine only the counts mean anything.
 
     python benchmarks/end_to_end.py [--threads 2] [--device cuda] [--tuned demo] [--base default]
 """
@@ -21,7 +21,7 @@ from typing import Any, Callable
 
 import torch
 
-from tunediff import pages
+from tunediff import kernels, pages
 from tunediff.accounts import Account, counted
 from tunediff.demo import check
 from tunediff.matmuls import fast_matmul
@@ -43,19 +43,20 @@ def flops(model: LanguageModel) -> tuple[int, int]:
 
 
 def rate(model: LanguageModel, tokens: int = 1024, repeats: int = 7) -> float:
-    """FLOP a second of a float32 product as large as a batch's through an MLP; the fastest of some."""
-    width = model.width
-    x, w = (torch.randn(n, width, device=model.device) for n in (tokens, 4 * width))
+    """FLOP a second of a batch's float32 product with the largest map of a block, by whoever makes it for the model; the fastest of
+    some."""
+    linear = max((m for m in model.blocks[0].modules() if isinstance(m, torch.nn.Linear)), key=lambda m: m.weight.numel())
+    x = torch.randn(tokens, linear.weight.shape[1], device=model.device)
     best = float("inf")
     with torch.inference_mode(), fast_matmul(model.device):
         for _ in range(repeats):
             _wait(model.device)
             began = time.perf_counter()
             for _ in range(8):
-                x @ w.T
+                linear(x)
             _wait(model.device)
             best = min(best, time.perf_counter() - began)
-    return 8 * 2 * tokens * width * 4 * width / best
+    return 8 * 2 * tokens * linear.weight.numel() / best
 
 
 def _wait(device: torch.device) -> None:
@@ -120,7 +121,8 @@ def measure(run: Run, demo: bool) -> dict[str, Any]:
     total = {name: sum(r.get(name, 0) for r in rows) for name in ("seconds", "token_blocks", "token_logits", "limit_seconds")}
     return {
         "base": run.plan.base, "tuned": run.plan.tuned, "device": run.plan.runtime.device, "threads": torch.get_num_threads(),
-        "machine": f"{platform.machine()}, {platform.system()}", "torch": torch.__version__, "gflop_per_second": per_second / 1e9,
+        "machine": f"{platform.machine()}, {platform.system()}", "torch": torch.__version__,
+        "products": kernels.products(pair.base.device), "gflop_per_second": per_second / 1e9,
         "mflop_per_token_block": of_block / 1e6, "mflop_per_token_logits": of_logits / 1e6, "stages": rows, "total": total,
         "confirmed": confirmed, **({"checked": checked.text.splitlines()} if checked else {}),
     }
@@ -133,7 +135,7 @@ def show(result: dict[str, Any]) -> None:
         limit = row.get("limit_seconds", 0.0)
         print(f"{row['stage']:<16}{row['seconds']:>9.1f}{row['token_blocks']:>14,}{row['token_logits']:>14,}{limit:>10.1f}"
               f"{limit / row['seconds']:>7.2f}{row.get('peak_mib', result['stages'][-1]['peak_mib']):>10,}")
-    print(f"limit: {result['gflop_per_second']:.0f} GFLOP/s in float32 on {result['threads']} threads")
+    print(f"limit: {result['gflop_per_second']:.0f} GFLOP/s in float32 by {result['products']} on {result['threads']} threads")
     for line in result.get("checked", []):
         print(line)
 

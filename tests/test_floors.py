@@ -17,7 +17,7 @@ PACKAGE = "tunediff"
 FLOORS = [
     ("ground", "errors axes chance artifacts matmuls pages variants gates kernels"),
     ("waist", "sites changes results"),
-    ("models", "corpora families folds attention decoding models accounts pairs embedded"),
+    ("models", "corpora families folds attention linears decoding models accounts pairs embedded"),
     ("harvest", "measures harvests contrasts lenses samples"),
     ("dicts", "dictionaries fitting"),
     ("finders", "finders signals attributions rankings latent_scaling scans calibrations"),

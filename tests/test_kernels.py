@@ -283,6 +283,67 @@ def test_divergence_is_loud(path):
                 kernels.divergence(q, other)
 
 
+needs_tiles = pytest.mark.skipif(not native.on_tiles(), reason="a processor without tiles of bfloat16")
+
+
+def weights(kind: str, O: int, I: int, generator: torch.Generator) -> torch.Tensor:
+    """As models are published: with so many bits, or with more in a few places."""
+    w_OI = torch.randn(O, I, generator=generator)
+    if kind == "float32":
+        return w_OI
+    few_OI = w_OI.bfloat16().float() if kind == "bfloat16" else w_OI.half().float()
+    return torch.where(torch.rand(O, I, generator=generator) < 0.002, w_OI, few_OI) if kind == "mixed" else few_OI
+
+
+@needs_tiles
+@pytest.mark.parametrize("kind", ["bfloat16", "float16", "float32", "mixed"])
+@pytest.mark.parametrize("N, I, O", [(1, 1, 1), (33, 47, 18), (64, 64, 96), (70, 601, 333), (200, 256, 1031)])
+def test_products_on_tiles_are_as_exact_as_float32(kind, N, I, O):
+    """Rows of any size, whose smallest numbers count as much as the largest; no answer hangs on what is multiplied beside it."""
+    g = torch.Generator().manual_seed(N)
+    x_NI = torch.randn(N, I, generator=g) * torch.logspace(-15, 15, N)[:, None]
+    w_OI = weights(kind, O, I, g) * 2.0 ** torch.arange(-20, O - 20).clamp_max(20)[:, None]
+    found, exact = native.product(x_NI, w_OI), x_NI.double() @ w_OI.double().T
+    size = x_NI.double().norm(dim=1)[:, None] * w_OI.double().norm(dim=1)
+    assert float(((found - exact).abs() / size).max()) <= 5e-7
+    assert float(((found - exact) / size).norm()) <= 1.3 * float(((x_NI @ w_OI.T - exact) / size).norm()) + 1e-9
+    for threads in (2, 3):
+        torch.set_num_threads(threads)
+        assert torch.equal(native.product(x_NI, w_OI), found)
+    assert torch.equal(native.product(x_NI[N // 2 :], w_OI), found[N // 2 :])
+    assert torch.equal(native.product(x_NI, w_OI[O // 3 :]), found[:, O // 3 :])
+
+
+@needs_tiles
+def test_products_on_tiles_take_numbers_where_they_lie():
+    """Rows apart in memory, numbers apart in a row; the ends of rows and columns are nobody else's."""
+    g = torch.Generator().manual_seed(0)
+    wide, other = torch.randn(50, 130, generator=g), torch.randn(40, 120, generator=g)
+    for x_NI, w_OI in ((wide[:, 3:40], other[:, 7:44]), (wide[:, ::2][:, :37], other.T[:37].T), (wide.T[:50, :40], other[:, :40])):
+        torch.testing.assert_close(native.product(x_NI, w_OI), x_NI @ w_OI.T, rtol=1e-5, atol=1e-5)
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        x_NI, w_OI = wide.clone(), torch.randn(40, 130, generator=g)
+        x_NI[7, 129] = bad
+        found = native.product(x_NI, w_OI)
+        assert not found[7].isfinite().any() and found[:7].isfinite().all() and found[8:].isfinite().all()
+        x_NI[7, 129], w_OI[39, 2] = 0, bad
+        found = native.product(x_NI, w_OI)
+        assert not found[:, 39].isfinite().any() and found[:, :39].isfinite().all()
+
+
+def test_who_makes_a_product(monkeypatch):
+    x_NI, w_OI = torch.zeros(native.FEW_ROWS, 512), torch.zeros(512, 512)
+    monkeypatch.setattr(native, "on_tiles", lambda: True)
+    served = [(x_NI, w_OI)] if HAVE_NATIVE else []
+    for given in ((x_NI[1:], w_OI), (x_NI, w_OI[1:]), (x_NI.double(), w_OI.double()), (x_NI.to("meta"), w_OI.to("meta"))):
+        assert not native.multiplies(*given) and kernels.product(*given) is None
+    assert all(native.multiplies(*given) for given in served)
+    monkeypatch.undo()
+    with kernels.using("native"):
+        assert kernels.products() == "torch" and kernels.product(x_NI, w_OI) is None
+    assert kernels.products() == ("tiles" if native.on_tiles() else "torch") and kernels.products("meta") == "torch"
+
+
 def test_only_float32_on_the_cpu_is_native():
     assert not native.serves(torch.zeros(1, dtype=torch.float64)) and not native.serves(torch.zeros(1, device="meta"))
 

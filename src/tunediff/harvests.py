@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from tunediff import kernels
 from tunediff.artifacts import finish, is_finished, key_of, open_folder, read_json, read_tensors, write_json, write_tensors
 from tunediff.axes import BASE, MODELS, TUNED
 from tunediff.chance import generator
@@ -277,7 +278,7 @@ def harvest(
         "key": key, "sites": [str(s) for s in sites], "settings": settings, "shards": names,
         "base": pair.base_fingerprint, "tuned": pair.tuned_fingerprint, "corpus": tokens.fingerprint,
         "tokens": done, "repeats": repeats, "set_apart": apart, "set_apart_first_position": first,
-        "median_norm": median_SM, "noise": noise_S,
+        "median_norm": median_SM, "noise": noise_S, "products": kernels.products(pair.base.device),
         "base_energy": energy[0] / kept_tokens, "delta_energy": energy[1] / kept_tokens,
     }, names)
     (folder / WORK).unlink(missing_ok=True)

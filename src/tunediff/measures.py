@@ -13,7 +13,7 @@ from tunediff import kernels
 from tunediff.models import LanguageModel, Start
 
 
-TILE = 128
+TILE = 256
 """Rows of logits multiplied out at a time; `kernels.BLOCK` of them are gone through at a time. Those of a whole batch are hundreds
 of megabytes, and going through them takes longer than computing them."""
 

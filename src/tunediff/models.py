@@ -16,6 +16,7 @@ from tunediff.decoding import amplified
 from tunediff.errors import FamilyError, NumericsError
 from tunediff.families.base import Family
 from tunediff.folds import Fold
+from tunediff.linears import quicken
 from tunediff.matmuls import fast_matmul
 from tunediff.sites import Site
 
@@ -107,6 +108,7 @@ class LanguageModel:
         self.network: nn.Module = module.get_base_model() if hasattr(module, "get_base_model") else module
         self.family = family_of(self.network)
         lighten(self.network)
+        quicken(self.network)
         self.blocks = self.family.blocks(self.network)
         self.device = next(module.parameters()).device
         self._modules = tuple(self.network.modules())

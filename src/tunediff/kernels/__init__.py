@@ -3,7 +3,8 @@
 A dictionary calls `encode(x, W, b, gate)` and gets a code. `pairs` holds one as the kept (token, latent) pairs and adds
 up with a module of kernels: `native` (compiled, float32 on the CPU), `triton` (float32 on a GPU) or `eager` (torch's
 operations, everywhere); `dense` is the reference that all are tested against. A faster path is one more module here; no
-dictionary changes for it. `norm` and `divergence` are sums over much memory that the compiled file takes in one pass.
+dictionary changes for it. `norm` and `divergence` are sums over much memory that the compiled file takes in one pass, and
+`product` is what a model's linear layers spend their time on.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from tunediff.kernels.pairs import PairCode
 from tunediff.kernels.paths import kept_memory, using
 from tunediff.matmuls import fast_matmul
 
-__all__ = ["Code", "divergence", "encode", "fast_matmul", "kept_memory", "norm", "path", "using"]
+__all__ = ["Code", "divergence", "encode", "fast_matmul", "kept_memory", "norm", "path", "product", "products", "using"]
 
 
 class Code(Protocol):
@@ -75,6 +76,17 @@ def encode(x_NI: Tensor, encoder_FI: Tensor, bias_F: Tensor, gate: Gate | None) 
     if few and F >= PAIRS_LATENTS and paths.allows("torch"):
         return PairCode.encode(x_NI, encoder_FI, bias_F, gate)
     return DenseCode.encode(x_NI, encoder_FI, bias_F, gate)
+
+
+def product(x_NI: Tensor, weight_OI: Tensor) -> Tensor | None:
+    """x @ weight.T (N, O) in float32, without gradients, as exact as torch's and faster; None where torch is to make it: other
+    machines, other kinds of numbers, few rows."""
+    return native.product(x_NI, weight_OI) if native.multiplies(x_NI, weight_OI) else None
+
+
+def products(device: torch.device | str = "cpu") -> str:
+    """Who makes a model's large float32 products on this device: "tiles" (`product`) or "torch"."""
+    return "tiles" if native.serves(torch.empty(0, device=device)) and native.on_tiles() else "torch"
 
 
 def norm(tensors: Sequence[Tensor]) -> Tensor:

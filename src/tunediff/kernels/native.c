@@ -10,6 +10,12 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "threads.h"
+
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
+
 #if defined(__x86_64__) && defined(__linux__) && defined(__has_attribute)
 #if __has_attribute(target_clones)
 #define KERNEL __attribute__((target_clones("avx512f", "fma", "default")))
@@ -45,17 +51,21 @@ static inline __attribute__((always_inline)) float total(lanes x) {
 }
 
 /* Goes up whenever a function here changes what it takes. */
-int interface(void) { return 4; }
+int interface(void) { return 6; }
 
 /* One bit a lane that is not 0, lane 0 the lowest. */
 static inline __attribute__((always_inline)) uint32_t bits_of(marks on) {
     const bytes narrow = __builtin_convertvector(on, bytes);
+#ifdef __SSE2__
+    return (uint32_t)_mm_movemask_epi8((__m128i)narrow);
+#else
     uint64_t part[2];
     memcpy(part, &narrow, sizeof part);
     uint32_t out = 0;
     for (int i = 0; i < 2; i++) /* the lowest bit of each byte, moved to the top one */
         out |= (uint32_t)(((part[i] & 0x0101010101010101u) * 0x0102040810204080u) >> 56) << 8 * i;
     return out;
+#endif
 }
 
 /* The scaled codes v = pre * weight of each row that exceed the cut of their group of columns
@@ -85,6 +95,35 @@ KERNEL int64_t scan(const float *pre, const float *weight, int64_t F, const int6
         count[row] = n - before;
     }
     return n;
+}
+
+typedef int64_t whole;
+typedef struct {
+    void (*kernel)(void);
+    const whole *given, *edges;
+    whole count, parts, next;
+} turns;
+
+static void turn(void *data) {
+    turns *t = data;
+    const whole *g = t->given;
+    for (whole p; (p = taken(&t->next)) < t->parts;) {
+        const whole from = t->edges[p], to = t->edges[p + 1];
+        if (t->count == 5) ((void (*)(whole, whole, whole, whole, whole, whole, whole))t->kernel)(g[0], g[1], g[2], g[3], g[4], from, to);
+        if (t->count == 7)
+            ((void (*)(whole, whole, whole, whole, whole, whole, whole, whole, whole))t->kernel)(g[0], g[1], g[2], g[3], g[4], g[5], g[6], from, to);
+        if (t->count == 9)
+            ((void (*)(whole, whole, whole, whole, whole, whole, whole, whole, whole, whole, whole))t->kernel)(g[0], g[1], g[2], g[3], g[4], g[5], g[6], g[7], g[8], from, to);
+    }
+}
+
+/* Calls a kernel for each of the ranges of rows [edges[p], edges[p + 1]), whichever thread is free. It takes 5, 7 or 9 arguments
+   before those two, all pointers or 64-bit integers, which machines that torch runs on pass alike. Returns 0 for another count. */
+int spread(void (*kernel)(void), const whole *given, whole count, const whole *edges, whole parts, team *on, whole threads) {
+    turns all = {kernel, given, edges, count, parts, 0};
+    if (count != 5 && count != 7 && count != 9) return 0;
+    on_all(on, threads, turn, &all);
+    return 1;
 }
 
 /* Whether the machine multiplies bfloat16 in hardware. */

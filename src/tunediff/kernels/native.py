@@ -1,4 +1,4 @@
-"""The compiled kernels of `native.c`, called on as many threads as torch has: float32 on the CPU.
+"""The compiled kernels of `native.c` and `tiles.c`, called on as many threads as torch has: float32 on the CPU.
 
 The library knows nothing of Python or torch, so one build serves every version of both. A call gives up the
 interpreter's lock; each thread takes ranges of rows that no other writes, so results have the same bits for any number
@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import math
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Callable, Sequence
@@ -20,10 +21,10 @@ from torch import Tensor
 from tunediff import gates
 from tunediff.kernels import paths
 
-INTERFACE = 4
-"""Which functions of which arguments are expected; `native.c` says the same, and goes up with every change."""
-RANGES = 4
-"""Ranges a thread: more even out rows of unequal cost."""
+INTERFACE = 6
+"""Which functions of which arguments are expected; `native.c` says the same, and goes up with every change of either file."""
+RANGES, FINE = 2, 16
+"""Ranges a thread, of what Python hands out and of what the file does: more even out rows of unequal cost, and each has its own."""
 _Work = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 SAMPLE = 1 << 15
 """Codes of a group that its first cut is estimated from; a smaller group has no cut but 0."""
@@ -33,6 +34,15 @@ BLOCK = 1 << 18
 """Numbers whose squares one call adds up."""
 MARGIN = 4.0
 """By how many standard deviations of the estimate more candidates than codes are asked for; too few are noticed."""
+SIDE, DEEP, PARTS = 32, 32, 3
+"""Of a product on tiles: rows and columns of an answer that are made at once, numbers that are added up at once, and parts of
+a number (`tiles.c`)."""
+FEW_ROWS, FEW_WEIGHTS, NARROW = 48, 1 << 18, 256
+"""Rows, weights, and rows and columns of weights, from which on tiles are faster (measured): bringing numbers into tiles costs the
+same for few sums as for many."""
+NEAR = 1200 << 10
+"""Bytes of columns that a thread goes over again and again, so that they stay in a core's own cache (measured)."""
+_room = threading.local()
 
 
 @lru_cache(maxsize=1)
@@ -45,6 +55,7 @@ def library() -> ctypes.CDLL | None:
         out = ctypes.CDLL(found.origin)
         if out.interface() != INTERFACE:
             return None
+        out.tiles = bool(out.has_tiles())
         for counts in (out.scan, out.scan_rounded, out.sample, out.keep):
             counts.restype = ctypes.c_int64
         out.kth.restype, out.square.restype = ctypes.c_float, ctypes.c_double
@@ -142,7 +153,8 @@ def _largest(
     """Estimate a cut for each part from a sample, find all candidates above it with `scan`, tell their columns and
     values with `measured`, and keep the largest. If too few exceed the cut, some might have been missed: anew, lower."""
     lib, G = library(), len(parts)
-    ranges, count_N, samples = _even(N), torch.empty(N, dtype=torch.long), {}
+    edges, count_N, samples = _even(N, RANGES), torch.empty(N, dtype=torch.long), {}
+    ranges = list(zip(edges, edges[1:]))
     margin, room = MARGIN, 2.0
     while True:
         cuts = (ctypes.c_float * G)()
@@ -178,13 +190,9 @@ def _largest(
 
 def _rounded(a_RI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """In bfloat16, the length of each row, and of what rounding took."""
-    (R, I), lib = a_RI.shape, library()
+    R, I = a_RI.shape
     out_RI, length_R, lost_R = _bf16(R, I), torch.empty(R), torch.empty(R)
-
-    def run(part: tuple[int, int]) -> None:
-        lib.rounded(_at(a_RI), *_i(I), _at(out_RI), _at(length_R), _at(lost_R), *_i(*part))
-
-    _each(run, _even(R))
+    _spread("rounded", [a_RI, I, out_RI, length_R, lost_R], _even(R, FINE))
     return out_RI, length_R, lost_R
 
 
@@ -203,32 +211,21 @@ def bucket(latent_P: Tensor, F: int) -> tuple[Tensor, Tensor]:
 def bag(starts_R: Tensor, order_P: Tensor | None, index_P: Tensor, value_P: Tensor, rows: Tensor) -> Tensor:
     """For each r the sum over pairs p in [starts_R[r], starts_R[r + 1]) of value_P[p] * rows[index_P[p]], (R, I);
     pairs are taken in `order_P`, if given."""
-    out_RI = paths.empty(len(starts_R) - 1, rows.shape[1])
-    lib, I, rows, value_P = library(), rows.shape[1], rows.contiguous(), value_P.contiguous()
-    order = None if order_P is None else _at(order_P)
-
-    def run(part: tuple[int, int]) -> None:
-        lib.bag(_at(starts_R), order, _at(index_P), _at(value_P), _at(rows), *_i(I), _at(out_RI), *_i(*part))
-
-    _each(run, _balanced(starts_R))
+    I, rows, value_P = rows.shape[1], rows.contiguous(), value_P.contiguous()
+    out_RI = paths.empty(len(starts_R) - 1, I)
+    _spread("bag", [starts_R, order_P, index_P, value_P, rows, I, out_RI], _balanced(starts_R))
     return out_RI
 
 
 def dot(starts_N: Tensor, latent_P: Tensor, a_NI: Tensor, b_FI: Tensor) -> Tensor:
     """For each pair the product of its token's row of a and its latent's row of b, (P,)."""
-    lib, out_P, a_NI, b_FI = library(), torch.empty(len(latent_P)), a_NI.contiguous(), b_FI.contiguous()
+    out_P, a_NI, b_FI = torch.empty(len(latent_P)), a_NI.contiguous(), b_FI.contiguous()
     starts_R, order_P, index_P, own, other = starts_N, None, latent_P, a_NI, b_FI
     if len(b_FI) > 2 * len(a_NI):  # one by one through the larger matrix, here and there in the smaller one
         order_P, starts_R = bucket(latent_P, len(b_FI))
         tokens_N = torch.arange(len(a_NI))
         index_P, own, other = torch.repeat_interleave(tokens_N, starts_N.diff()), b_FI, a_NI
-
-    def run(part: tuple[int, int]) -> None:
-        lib.dot(
-            _at(starts_R), _at(order_P), _at(index_P), _at(own), _at(other), *_i(a_NI.shape[1]), _at(out_P), *_i(*part)
-        )
-
-    _each(run, _balanced(starts_R))
+    _spread("dot", [starts_R, order_P, index_P, own, other, a_NI.shape[1], out_P], _balanced(starts_R))
     return out_P
 
 
@@ -236,16 +233,9 @@ def bag_and_dot(
     starts_R: Tensor, order_P: Tensor, index_P: Tensor, value_P: Tensor, rows: Tensor, own_RI: Tensor
 ) -> tuple[Tensor, Tensor]:
     """`bag` of rows (R, I), and for each pair the product of its r's row of own and its row of rows (P,)."""
-    lib, (R, I), out_P = library(), own_RI.shape, torch.empty(len(index_P))
+    (R, I), out_P = own_RI.shape, torch.empty(len(index_P))
     out_RI, rows, own_RI, value_P = paths.empty(R, I), rows.contiguous(), own_RI.contiguous(), value_P.contiguous()
-
-    def run(part: tuple[int, int]) -> None:
-        lib.bag_and_dot(
-            _at(starts_R), _at(order_P), _at(index_P), _at(value_P), _at(rows), _at(own_RI), *_i(I), _at(out_RI),
-            _at(out_P), *_i(*part),
-        )  # fmt: skip
-
-    _each(run, _balanced(starts_R))
+    _spread("bag_and_dot", [starts_R, order_P, index_P, value_P, rows, own_RI, I, out_RI, out_P], _balanced(starts_R))
     return out_RI, out_P
 
 
@@ -260,14 +250,52 @@ def divergence(p_PV: Tensor, q_QV: Tensor, p_sums: bool, q_sums: bool) -> Tensor
     p_PV, q_QV = (t if t.stride(1) == 1 else t.contiguous() for t in (p_PV, q_QV))
     (P, V), Q = p_PV.shape, len(q_QV)
     out_R = torch.empty(max(P, Q))
-
-    def run(part: tuple[int, int]) -> None:
-        library().divergence(
-            _at(p_PV), _at(q_QV), *_i(V, P, Q, p_PV.stride(0), q_QV.stride(0), p_sums + 2 * q_sums), _at(out_R), *_i(*part)
-        )
-
-    _each(run, _even(len(out_R)))
+    given = [p_PV, q_QV, V, P, Q, p_PV.stride(0), q_QV.stride(0), p_sums + 2 * q_sums, out_R]
+    _spread("divergence", given, _even(len(out_R), FINE))
     return out_R
+
+
+def on_tiles() -> bool:
+    """Whether float32 products may be made on tiles of bfloat16: the machine has them, and they are as exact."""
+    return paths.allows("native+bf16") and library() is not None and library().tiles and _tiles_are_exact()
+
+
+@lru_cache(maxsize=1)
+def _tiles_are_exact() -> bool:
+    generator = torch.Generator().manual_seed(0)
+    x_NI, w_OI = torch.randn(70, 300, generator=generator), torch.randn(50, 300, generator=generator)
+    exact = x_NI.double() @ w_OI.double().T
+    return float((product(x_NI, w_OI) - exact).norm() / exact.norm()) <= 1e-6
+
+
+def multiplies(x_NI: Tensor, w_OI: Tensor) -> bool:
+    """Whether `product` can be made and is faster than torch's."""
+    return len(x_NI) >= FEW_ROWS and w_OI.numel() >= FEW_WEIGHTS and min(w_OI.shape) >= NARROW and serves(x_NI, w_OI) and on_tiles()
+
+
+def product(x_NI: Tensor, w_OI: Tensor) -> Tensor:
+    """x @ w.T (N, O), as exact as in float32, on a processor's tiles of bfloat16."""
+    x_NI, w_OI = (t if t.stride(1) == 1 else t.contiguous() for t in (x_NI, w_OI))
+    (N, I), O, threads = x_NI.shape, len(w_OI), torch.get_num_threads()
+    depth, squares = -(-I // DEEP), -(-O // SIDE)
+    ranges = -(-squares * depth * DEEP * SIDE * 4 // NEAR)  # most weights need two parts of 2 bytes
+    ranges = min(squares, -(-ranges // threads) * threads)
+    widest = -(-squares // ranges)
+    line = SIDE * PARTS * depth * DEEP
+    out_NO, room = torch.empty(N, O), _rooms((-(-N // SIDE) + threads * widest) * line)
+    library().multiply(
+        _at(x_NI), _at(w_OI), _at(out_NO), *_i(N, O, I, x_NI.stride(0), w_OI.stride(0), O, ranges, widest), room,
+        ctypes.c_void_p(room.value + -(-N // SIDE) * line * 2), _team() if threads > 1 else None, *_i(threads),
+    )  # fmt: skip
+    return out_NO
+
+
+def _rooms(numbers: int) -> ctypes.c_void_p:
+    """Where so many of two bytes may be put until this thread asks again, from a multiple of 64 bytes on."""
+    held = getattr(_room, "held", None)
+    if held is None or held.numel() < numbers + 32:
+        held = _room.held = torch.empty(numbers + 32, dtype=torch.bfloat16)
+    return ctypes.c_void_p(-(-held.data_ptr() // 64) * 64)
 
 
 # -- ranges and threads --------------------------------------------------------------------------------------
@@ -310,30 +338,43 @@ def _each(run: Callable, parts: Sequence) -> list:
     return out
 
 
-def _even(rows: int) -> list[tuple[int, int]]:
-    """Ranges of equally many rows."""
+def _spread(kernel: str, given: Sequence[Tensor | int | None], edges: Sequence[int]) -> None:
+    """A kernel on the ranges between these rows, by as many threads as torch has; each takes the next when it is free."""
+    lib, threads, team = library(), torch.get_num_threads(), _team()
+    numbers = [g.data_ptr() if isinstance(g, Tensor) else g or 0 for g in given]
+    if threads > 1 and team is None:
+        list(_threads(threads).map(lambda *part: getattr(lib, kernel)(*_i(*numbers, *part)), edges[:-1], edges[1:]))
+    else:
+        lib.spread(getattr(lib, kernel), _array(numbers), *_i(len(numbers)), _array(edges), *_i(len(edges) - 1), team, *_i(threads))
+
+
+def _even(rows: int, ranges: int) -> list[int]:
+    """Where ranges of equally many rows begin and end, so many for each thread."""
     n = torch.get_num_threads()
-    n = min(rows, n * RANGES) if n > 1 else 1
-    return [(rows * i // n, rows * (i + 1) // n) for i in range(n)]
+    n = min(rows, n * ranges) if n > 1 else 1
+    return [rows * i // n for i in range(n + 1)]
 
 
-def _balanced(starts_R: Tensor) -> list[tuple[int, int]]:
-    """Ranges of about equally many pairs and rows."""
+def _balanced(starts_R: Tensor) -> list[int]:
+    """Where ranges of about equally many pairs and rows begin and end."""
     n, rows = torch.get_num_threads(), len(starts_R) - 1
     if n == 1 or rows < 2:
-        return [(0, rows)]
+        return [0, rows]
     cost_R = starts_R + torch.arange(rows + 1)
-    at = torch.searchsorted(cost_R, torch.linspace(0, float(cost_R[-1]), n * RANGES + 1)[1:-1].long()).tolist()
-    edges = sorted({0, *at, rows})
-    return list(zip(edges, edges[1:]))
+    at = torch.searchsorted(cost_R, torch.linspace(0, float(cost_R[-1]), n * FINE + 1)[1:-1].long()).tolist()
+    return sorted({0, *at, rows})
+
+
+def _array(numbers: Sequence[int]) -> ctypes.Array:
+    return (ctypes.c_int64 * len(numbers))(*numbers)
 
 
 def _wanted(parts: Sequence[gates.Part]) -> ctypes.Array:
-    return (ctypes.c_int64 * len(parts))(*(keep for *_, keep in parts))
+    return _array([keep for *_, keep in parts])
 
 
 def _bounds(parts: Sequence[gates.Part]) -> ctypes.Array:
-    return (ctypes.c_int64 * (len(parts) + 1))(parts[0][0], *(stop for _, stop, _ in parts))
+    return _array([parts[0][0], *(stop for _, stop, _ in parts)])
 
 
 def _at(tensor: Tensor | None) -> ctypes.c_void_p:

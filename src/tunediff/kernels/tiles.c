@@ -1,0 +1,235 @@
+/* Products of float32 matrices, as exact as float32's own, on a processor's tiles of bfloat16 (Intel AMX).
+
+   A float32 number is the sum of three bfloat16 ones, and the product of two bfloat16 ones is exact in the float32 that tiles
+   add up in. Of the nine products of parts those smaller than float32's rounding are left out. Weights mostly need fewer: those
+   that a model was published with in bfloat16 are one part, in float16 or in 4 to 8 bits with a scale for a block, two. So a
+   product takes 3, 5 or 6 of parts, as the weights of its columns need, at seven times float32's rate.
+
+   Every row and column of an answer is added up in the same order, whatever is multiplied beside it, by any number of threads. */
+
+#include <stdint.h>
+#include <string.h>
+
+#include "threads.h"
+
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 11
+#define HAVE_TILES
+#include <cpuid.h>
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+#ifndef HAVE_TILES
+
+int has_tiles(void) { return 0; }
+
+#else
+
+/* Whether the processor has tiles of bfloat16 and the system lets this process use them. */
+int has_tiles(void) {
+    enum { REQUEST = 0x1023, TILE_DATA = 18 }; /* ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA */
+    unsigned a, b, c, d;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1)) return 0;
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("avx512f") && syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
+}
+
+#define TILED __attribute__((target("amx-tile,amx-bf16,avx512f")))
+#define INLINE static inline __attribute__((always_inline))
+
+/* A tile has 16 rows of 32 bfloat16 numbers. 32 numbers come as 16 pairs, number i with number 16 + i: both sides of a
+   product do, so its sum is the same, and a pair is the upper halves of two float32 numbers. */
+enum { SIDE = 16, DEEP = 32, TILE = SIDE * DEEP, PARTS = 3 };
+
+typedef struct { __m512 low, high; } numbers;
+
+/* 32 numbers, of which `left` are there; others count as 0. */
+TILED INLINE numbers numbers_at(const float *x, int64_t left) {
+    if (left >= DEEP) return (numbers){_mm512_loadu_ps(x), _mm512_loadu_ps(x + SIDE)};
+    const uint32_t there = (1u << left) - 1;
+    return (numbers){_mm512_maskz_loadu_ps((__mmask16)there, x), _mm512_maskz_loadu_ps((__mmask16)(there >> SIDE), x + SIDE)};
+}
+
+/* The nearest bfloat16 numbers, as float32 (Dekker 1971). An infinite number becomes no number, and so does the product. */
+TILED INLINE __m512 rounded(__m512 x) {
+    __m512 much = x * _mm512_set1_ps(65537.0f);
+    __asm__("" : "+v"(much)); /* or the compiler makes one operation of it and the next, which rounds nothing */
+    return much - (much - x);
+}
+
+/* Numbers in bfloat16, and what that leaves of them. */
+TILED INLINE __m512i first_part(numbers *x) {
+    const __m512 low = rounded(x->low), high = rounded(x->high);
+    x->low -= low, x->high -= high;
+    return _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(low), 16), _mm512_castps_si512(high));
+}
+
+/* What a first part left, in bfloat16: of its 16 bits half are lost. */
+TILED INLINE __m512i last_part(numbers x) {
+    const __m512i half = _mm512_set1_epi32(0x8000), upper = _mm512_set1_epi32((int)0xffff0000);
+    const __m512i low = _mm512_add_epi32(_mm512_castps_si512(x.low), half), high = _mm512_add_epi32(_mm512_castps_si512(x.high), half);
+    return _mm512_ternarylogic_epi32(_mm512_srli_epi32(low, 16), high, upper, 0xf8); /* a | (b & c) */
+}
+
+/* Sixteen rows of sixteen pairs into a tile of a product's right side: a row for each pair, a pair for each column. */
+TILED INLINE void turned(__m512i r[SIDE], uint16_t *out) {
+    __m512i t[SIDE];
+    for (int i = 0; i < SIDE; i += 2) t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]), t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    for (int i = 0; i < SIDE; i += 4)
+        for (int k = 0; k < 2; k++) {
+            r[i + 2 * k] = _mm512_unpacklo_epi64(t[i + k], t[i + k + 2]);
+            r[i + 2 * k + 1] = _mm512_unpackhi_epi64(t[i + k], t[i + k + 2]);
+        }
+    for (int half = 0; half < SIDE; half += SIDE / 2)
+        for (int i = half; i < half + 4; i++) {
+            t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+            t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+        }
+    for (int i = 0; i < SIDE / 2; i++) {
+        _mm512_store_si512(out + DEEP * i, _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88));
+        _mm512_store_si512(out + DEEP * (i + 8), _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd));
+    }
+}
+
+/* y = x w' of x (M, K), w (N, K), y (M, N), rows `far` apart. The left side's tiles lie in `rows`, by 16 rows, part, depth; every
+   worker has room for one range's columns in `columns`, by 16 columns, part, depth. */
+typedef struct {
+    const float *x, *w;
+    float *y;
+    int64_t M, N, K, x_far, w_far, y_far, steps, ranges, widest;
+    uint16_t *rows, *columns;
+    int64_t next, workers;
+} job;
+
+TILED static void left_side(void *data) {
+    job *j = data;
+    const int64_t blocks = (j->M + 2 * SIDE - 1) / (2 * SIDE) * 2, plane = j->steps * TILE;
+    for (int64_t block; (block = taken(&j->next)) < blocks;)
+        for (int64_t r = 0; r < SIDE; r++) {
+            const float *x = j->x + (block * SIDE + r) % j->M * j->x_far; /* past the end any row: nobody asks for its sums */
+            uint16_t *o = j->rows + block * PARTS * plane + r * DEEP;
+            for (int64_t s = 0; s < j->steps; s++, o += TILE) {
+                numbers left = numbers_at(x + s * DEEP, j->K - s * DEEP);
+                _mm512_store_si512(o, first_part(&left));
+                _mm512_store_si512(o + plane, first_part(&left));
+                _mm512_store_si512(o + 2 * plane, last_part(left));
+            }
+        }
+}
+
+/* The tiles of sixteen columns; returns how many parts they need. */
+TILED static int right_side(const job *j, int64_t first, uint16_t *out) {
+    enum { AHEAD = 64 }; /* of a row little is read at a time: the processor would not see what comes next */
+    const int64_t plane = j->steps * TILE;
+    const __m512i none = _mm512_setzero_si512();
+    __m512i second = none, third = none;
+    const float *w[SIDE];
+    for (int c = 0; c < SIDE; c++) w[c] = j->w + (first + c) % j->N * j->w_far;
+    for (int64_t s = 0, left = j->K; s < j->steps; s++, left -= DEEP, out += TILE) {
+        __m512i one[SIDE], two[SIDE], rest = none;
+        for (int c = 0; c < SIDE; c++) {
+            _mm_prefetch((const char *)(w[c] + s * DEEP + AHEAD), _MM_HINT_T0);
+            _mm_prefetch((const char *)(w[c] + s * DEEP + AHEAD + SIDE), _MM_HINT_T0);
+            numbers x = numbers_at(w[c] + s * DEEP, left);
+            one[c] = first_part(&x), two[c] = last_part(x);
+            rest = _mm512_or_si512(rest, _mm512_or_si512(_mm512_castps_si512(x.low), _mm512_castps_si512(x.high)));
+            second = _mm512_or_si512(second, two[c]);
+        }
+        turned(one, out);
+        rest = _mm512_slli_epi32(rest, 16); /* bits that a second part has no room for */
+        if (!_mm512_test_epi32_mask(rest, rest)) {
+            turned(two, out + plane);
+            memset(out + 2 * plane, 0, TILE * sizeof *out);
+            continue;
+        }
+        third = _mm512_or_si512(third, rest);
+        for (int c = 0; c < SIDE; c++) {
+            numbers x = numbers_at(w[c] + s * DEEP, left);
+            first_part(&x), two[c] = first_part(&x), one[c] = last_part(x);
+        }
+        turned(two, out + plane), turned(one, out + 2 * plane);
+    }
+    return _mm512_test_epi32_mask(third, third) ? 3 : _mm512_test_epi32_mask(second, second) ? 2 : 1;
+}
+
+#define EACH(act0, act1, act2, act3) do { act0; act1; act2; act3; } while (0)
+#define LEFT(p) do { _tile_loadd(4, a + (p) * plane, 64); _tile_loadd(5, a + (PARTS + (p)) * plane, 64); } while (0)
+#define RIGHT(p) do { _tile_loadd(6, b + (p) * plane, 64); _tile_loadd(7, b + (PARTS + (p)) * plane, 64); } while (0)
+#define ADD EACH(_tile_dpbf16ps(0, 4, 6), _tile_dpbf16ps(1, 4, 7), _tile_dpbf16ps(2, 5, 6), _tile_dpbf16ps(3, 5, 7))
+#define STORE(y, below, far) EACH(_tile_stored(0, y, far), _tile_stored(1, y + SIDE, far), \
+    _tile_stored(2, y + below, far), _tile_stored(3, y + below + SIDE, far))
+
+/* 32 rows by 32 columns of an answer, of which `rows` and `columns` are there; the smallest products first. */
+TILED static void square(const uint16_t *a, const uint16_t *b, int64_t steps, int parts, float *y, int64_t far, int64_t rows, int64_t columns) {
+    const int64_t plane = steps * TILE;
+    EACH(_tile_zero(0), _tile_zero(1), _tile_zero(2), _tile_zero(3));
+    if (parts == 1)
+        for (int64_t s = 0; s < steps; s++, a += TILE, b += TILE) {
+            RIGHT(0); LEFT(2); ADD;
+            LEFT(1); ADD;
+            LEFT(0); ADD;
+        }
+    else if (parts == 2)
+        for (int64_t s = 0; s < steps; s++, a += TILE, b += TILE) {
+            RIGHT(0); LEFT(2); ADD;
+            LEFT(1); ADD;
+            RIGHT(1); ADD;
+            LEFT(0); ADD;
+            RIGHT(0); ADD;
+        }
+    else
+        for (int64_t s = 0; s < steps; s++, a += TILE, b += TILE) {
+            RIGHT(0); LEFT(2); ADD;
+            LEFT(1); ADD;
+            RIGHT(1); ADD;
+            LEFT(0); ADD;
+            RIGHT(2); ADD;
+            RIGHT(0); ADD;
+        }
+    if (rows >= 2 * SIDE && columns >= 2 * SIDE) {
+        STORE(y, SIDE * far, far * 4);
+        return;
+    }
+    float out[2 * SIDE][2 * SIDE];
+    STORE(out[0], 2 * SIDE * SIDE, 2 * SIDE * 4);
+    const size_t wide = 4 * (size_t)(columns < 2 * SIDE ? columns : 2 * SIDE);
+    for (int64_t r = 0; r < 2 * SIDE && r < rows; r++) memcpy(y + r * far, out[r], wide);
+}
+
+TILED static void products(void *data) {
+    job *j = data;
+    const struct { uint8_t palette, start, none[14]; uint16_t bytes[16]; uint8_t rows[16]; } tiles = {
+        1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {SIDE, SIDE, SIDE, SIDE, SIDE, SIDE, SIDE, SIDE}};
+    _tile_loadconfig(&tiles);
+    const int64_t side = PARTS * j->steps * TILE, squares = (j->N + 2 * SIDE - 1) / (2 * SIDE);
+    uint16_t *own = j->columns + taken(&j->workers) * j->widest * 2 * side;
+    for (int64_t range; (range = taken(&j->next)) < j->ranges;) {
+        const int64_t from = squares * range / j->ranges, to = squares * (range + 1) / j->ranges;
+        int parts[to - from];
+        for (int64_t q = from; q < to; q++) {
+            const int one = right_side(j, q * 2 * SIDE, own + (q - from) * 2 * side);
+            const int other = right_side(j, q * 2 * SIDE + SIDE, own + (q - from) * 2 * side + side);
+            parts[q - from] = one > other ? one : other;
+        }
+        for (int64_t m = 0; m < j->M; m += 2 * SIDE)
+            for (int64_t q = from; q < to; q++)
+                square(j->rows + m / SIDE * side, own + (q - from) * 2 * side, j->steps, parts[q - from],
+                       j->y + m * j->y_far + q * 2 * SIDE, j->y_far, j->M - m, j->N - q * 2 * SIDE);
+    }
+    _tile_release();
+}
+
+#endif
+
+/* y (M, N) = x (M, K) w (N, K)', rows `far` apart. The squares of 32 columns go in `ranges` ranges of `widest` at most to the
+   threads of `on`, or to the caller without one. Both rooms begin at a multiple of 64 bytes: `rows` of 3 K (rounded up to 32) numbers for
+   each of M (rounded up to 32) rows, `columns` of as many for each of `widest` squares' columns and each thread. */
+void multiply(const float *x, const float *w, float *y, int64_t M, int64_t N, int64_t K, int64_t x_far, int64_t w_far, int64_t y_far,
+              int64_t ranges, int64_t widest, uint16_t *rows, uint16_t *columns, team *on, int64_t threads) {
+#ifdef HAVE_TILES
+    job j = {x, w, y, M, N, K, x_far, w_far, y_far, (K + DEEP - 1) / DEEP, ranges, widest, rows, columns, 0, 0};
+    void (*const stages[])(void *) = {left_side, products};
+    for (int i = 0; i < 2; i++, j.next = 0) on_all(on, threads, stages[i], &j);
+#endif
+}
