@@ -271,6 +271,14 @@ def test_divergence(path, V):
                 torch.testing.assert_close(kernels.divergence(*given, p_sums, q_sums).double(), exact, rtol=1e-5, atol=2e-6 * float(exact.max()))
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("path", PATHS)
+def test_of_nothing_there_is_nothing(path, threads):
+    torch.set_num_threads(threads)
+    with kernels.using(path):
+        assert kernels.divergence(torch.zeros(0, 8), torch.zeros(0, 8)).shape == (0,)
+
+
 @pytest.mark.parametrize("path", PATHS[:2])
 def test_divergence_is_loud(path):
     """A token that p rules out makes no number, as in torch; shapes that do not fit are refused."""
@@ -297,7 +305,7 @@ def weights(kind: str, O: int, I: int, generator: torch.Generator) -> torch.Tens
 
 @needs_tiles
 @pytest.mark.parametrize("kind", ["bfloat16", "float16", "float32", "mixed"])
-@pytest.mark.parametrize("N, I, O", [(1, 1, 1), (33, 47, 18), (64, 64, 96), (70, 601, 333), (200, 256, 1031)])
+@pytest.mark.parametrize("N, I, O", [(1, 1, 1), (33, 47, 18), (64, 64, 96), (70, 601, 333), (50, 1031, 1031)])
 def test_products_on_tiles_are_as_exact_as_float32(kind, N, I, O):
     """Rows of any size, whose smallest numbers count as much as the largest; no answer hangs on what is multiplied beside it."""
     g = torch.Generator().manual_seed(N)
@@ -331,11 +339,63 @@ def test_products_on_tiles_take_numbers_where_they_lie():
         assert not found[:, 39].isfinite().any() and found[:, :39].isfinite().all()
 
 
+@needs_tiles
+@pytest.mark.parametrize("kind", ["bfloat16", "float32"])
+@pytest.mark.parametrize("I", [601, 2100, 9000])
+def test_products_of_many_numbers_of_one_sign_are_as_exact(kind, I):
+    """What a running sum loses grows with it; torch's sums are made in blocks, too."""
+    g = torch.Generator().manual_seed(I)
+    x_NI, w_OI = torch.randn(33, I, generator=g).abs(), weights(kind, 40, I, g).abs()
+    exact = x_NI.double() @ w_OI.double().T
+    assert float((native.product(x_NI, w_OI) - exact).norm()) <= 1.3 * float((x_NI @ w_OI.T - exact).norm())
+
+
+@needs_tiles
+@pytest.mark.parametrize("tiny", [3e-35, 3e-38, 1e-39, 4.6e-41, 1e-45])
+def test_tiny_numbers_count_as_none(tiny):
+    """Numbers whose parts a tile takes for 0, beside others in any place."""
+    g = torch.Generator().manual_seed(0)
+    x_NI, w_OI = torch.randn(40, 64, generator=g), torch.randn(50, 64, generator=g)
+    for at in range(0, 64, 5):
+        for other in (x_NI, w_OI):
+            changed = other.clone()
+            changed[:, at : at + 16] = tiny
+            pair = (changed, w_OI) if other is x_NI else (x_NI, changed)
+            torch.testing.assert_close(native.product(*pair), pair[0] @ pair[1].T, rtol=1e-5, atol=1e-5)
+
+
+@needs_tiles
+def test_products_are_float32_whatever_torch_makes_by_default():
+    x_NI, w_OI = torch.randn(60, 70), torch.randn(80, 70)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            found = native.product(x_NI, w_OI)
+    finally:
+        torch.set_default_dtype(before)
+    torch.testing.assert_close(found, x_NI @ w_OI.T, rtol=1e-5, atol=1e-5)
+
+
+class Wrapped(torch.Tensor):
+    """Says that it is float32 on the CPU, and holds nothing there."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, device=inner.device)
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        raise NotImplementedError
+
+
 def test_who_makes_a_product(monkeypatch):
     x_NI, w_OI = torch.zeros(native.FEW_ROWS, 512), torch.zeros(512, 512)
     monkeypatch.setattr(native, "on_tiles", lambda: True)
     served = [(x_NI, w_OI)] if HAVE_NATIVE else []
-    for given in ((x_NI[1:], w_OI), (x_NI, w_OI[1:]), (x_NI.double(), w_OI.double()), (x_NI.to("meta"), w_OI.to("meta"))):
+    wider = torch.zeros(native.FEW_ROWS, 513)
+    for given in ((x_NI[1:], w_OI), (x_NI, w_OI[1:]), (x_NI.double(), w_OI.double()), (x_NI.to("meta"), w_OI.to("meta")),
+                  (wider, w_OI), (wider[:, :0], w_OI[:, :0]), (Wrapped(x_NI), w_OI), (x_NI, Wrapped(w_OI))):  # fmt: skip
         assert not native.multiplies(*given) and kernels.product(*given) is None
     assert all(native.multiplies(*given) for given in served)
     monkeypatch.undo()
@@ -387,6 +447,24 @@ def test_a_step_is_far_cheaper_than_the_dense_one():
                 step(state, x, settings, Plan.of(spec, settings, 512))
                 seconds[path].append(time.perf_counter() - began)
     assert min(seconds["native"]) < 0.75 * min(seconds["dense"])
+
+
+@needs_native
+def test_threads_of_our_own_give_the_same(monkeypatch):
+    """Where torch's build has no team to be found."""
+    g = torch.Generator().manual_seed(0)
+    p, q, x_NI, w_OI = (torch.randn(n, 90, generator=g) for n in (50, 50, 60, 70))
+    torch.set_num_threads(3)
+
+    def all_of_it():
+        return [kernels.divergence(p, q), *([native.product(x_NI, w_OI)] if native.on_tiles() else [])]
+
+    before = all_of_it()
+    monkeypatch.setattr(native, "_team", lambda: None)
+    assert all(map(torch.equal, all_of_it(), before))
+    with pytest.raises(TypeError, match="arguments"):
+        monkeypatch.undo()
+        native._spread("kth", [0], [0, 1])
 
 
 @pytest.mark.parametrize("own", [True, False])

@@ -28,9 +28,9 @@ def maker(request, monkeypatch):
     """Who multiplies: torch, or what `kernels.product` would on another machine, at every size."""
     calls = []
 
-    def product(x_NI, w_OI):
-        calls.append(x_NI.shape)
-        return (x_NI.double() @ w_OI.double().T).float()
+    def product(x, w_OI):
+        calls.append(x.shape)
+        return (x.double() @ w_OI.double().T).float()
 
     monkeypatch.setattr(kernels, "product", (lambda x, w: None) if request.param == "torch" else product)
     return calls if request.param == "product" else None
@@ -41,7 +41,7 @@ def test_answers_are_torchs(maker, shape):
     plain, quick = network(), network()
     linears.quicken(quick)
     x = torch.randn(shape)
-    with torch.no_grad():
+    with torch.inference_mode():
         torch.testing.assert_close(quick(x), plain(x))
         apart = torch.randn(6, 80)[:, ::2]
         torch.testing.assert_close(quick(apart), plain(apart))
@@ -57,7 +57,26 @@ def test_gradients_are_torchs(maker):
         one(x).sum().backward()
     for p, q in zip(plain.parameters(), quick.parameters()):
         assert torch.equal(p.grad, q.grad)
+    with torch.no_grad():
+        assert torch.equal(plain(x), quick(x))
     assert not maker
+
+
+def test_precision_that_a_user_asks_for_is_his(maker):
+    plain, quick = network(), network()
+    linears.quicken(quick)
+    x = torch.randn(100, 40)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        assert quick(x).dtype == torch.bfloat16 and torch.equal(plain(x), quick(x))
+    assert not maker
+
+
+def test_shapes_that_do_not_fit_are_torchs_to_refuse():
+    big = nn.Sequential(nn.Linear(512, 512))
+    linears.quicken(big)
+    for width in (500, 528):
+        with torch.inference_mode(), pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            big(torch.randn(64, width))
 
 
 def test_nothing_else_changes():

@@ -9,21 +9,20 @@ from tunediff import kernels
 
 
 class Linear(nn.Linear):
-    """torch's layer; where no gradient is wanted its products are made by `kernels.product`, if that serves."""
+    """torch's layer; in inference mode, in which models are run here, its products are made by `kernels.product` if that serves."""
 
     def forward(self, input: Tensor) -> Tensor:
         """As `torch.nn.Linear`: (..., I) to (..., O)."""
-        found = None if torch.is_grad_enabled() else kernels.product(input.reshape(-1, input.shape[-1]), self.weight)
+        ours = torch.is_inference_mode_enabled() and not torch.is_autocast_enabled("cpu")
+        found = kernels.product(input, self.weight) if ours else None
         if found is None:
             return super().forward(input)
-        if self.bias is not None:
-            found += self.bias
-        return found.view(*input.shape[:-1], len(self.weight))
+        return found if self.bias is None else found.add_(self.bias)
 
 
 def quicken(network: nn.Module) -> None:
-    """Make every plain linear layer a `Linear`. Its parameters, its names and what is saved of it stay as they are, and so do
-    layers of a class of their own."""
+    """Make every plain linear layer a `Linear`. Its parameters, its names and its state stay as they are, and so do layers of a
+    class of their own; only who pickles a whole network or asks for a layer's very class sees another one."""
     for module in network.modules():
         if type(module) is nn.Linear:
             module.__class__ = Linear

@@ -78,10 +78,12 @@ def encode(x_NI: Tensor, encoder_FI: Tensor, bias_F: Tensor, gate: Gate | None) 
     return DenseCode.encode(x_NI, encoder_FI, bias_F, gate)
 
 
-def product(x_NI: Tensor, weight_OI: Tensor) -> Tensor | None:
-    """x @ weight.T (N, O) in float32, without gradients, as exact as torch's and faster; None where torch is to make it: other
-    machines, other kinds of numbers, few rows."""
-    return native.product(x_NI, weight_OI) if native.multiplies(x_NI, weight_OI) else None
+def product(x: Tensor, weight_OI: Tensor) -> Tensor | None:
+    """x (..., I) @ weight.T in float32, without gradients, as exact as torch's and faster; None where torch is to make it: on other
+    machines, of other kinds of numbers, of few rows."""
+    if not native.multiplies(x, weight_OI):
+        return None
+    return native.product(x.reshape(-1, x.shape[-1]), weight_OI).view(*x.shape[:-1], len(weight_OI))
 
 
 def products(device: torch.device | str = "cpu") -> str:

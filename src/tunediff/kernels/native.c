@@ -53,7 +53,7 @@ static inline __attribute__((always_inline)) float total(lanes x) {
 /* Goes up whenever a function here changes what it takes. */
 int interface(void) { return 6; }
 
-/* One bit a lane that is not 0, lane 0 the lowest. */
+/* One bit a lane, of lanes that are 0 or -1; lane 0 the lowest. */
 static inline __attribute__((always_inline)) uint32_t bits_of(marks on) {
     const bytes narrow = __builtin_convertvector(on, bytes);
 #ifdef __SSE2__
@@ -109,11 +109,16 @@ static void turn(void *data) {
     const whole *g = t->given;
     for (whole p; (p = taken(&t->next)) < t->parts;) {
         const whole from = t->edges[p], to = t->edges[p + 1];
-        if (t->count == 5) ((void (*)(whole, whole, whole, whole, whole, whole, whole))t->kernel)(g[0], g[1], g[2], g[3], g[4], from, to);
-        if (t->count == 7)
-            ((void (*)(whole, whole, whole, whole, whole, whole, whole, whole, whole))t->kernel)(g[0], g[1], g[2], g[3], g[4], g[5], g[6], from, to);
-        if (t->count == 9)
-            ((void (*)(whole, whole, whole, whole, whole, whole, whole, whole, whole, whole, whole))t->kernel)(g[0], g[1], g[2], g[3], g[4], g[5], g[6], g[7], g[8], from, to);
+        switch (t->count) {
+        case 5: ((void (*)(whole, whole, whole, whole, whole, whole, whole))t->kernel)(g[0], g[1], g[2], g[3], g[4], from, to); break;
+        case 7:
+            ((void (*)(whole, whole, whole, whole, whole, whole, whole, whole, whole))t->kernel)(
+                g[0], g[1], g[2], g[3], g[4], g[5], g[6], from, to);
+            break;
+        default:
+            ((void (*)(whole, whole, whole, whole, whole, whole, whole, whole, whole, whole, whole))t->kernel)(
+                g[0], g[1], g[2], g[3], g[4], g[5], g[6], g[7], g[8], from, to);
+        }
     }
 }
 
@@ -122,7 +127,7 @@ static void turn(void *data) {
 int spread(void (*kernel)(void), const whole *given, whole count, const whole *edges, whole parts, team *on, whole threads) {
     turns all = {kernel, given, edges, count, parts, 0};
     if (count != 5 && count != 7 && count != 9) return 0;
-    on_all(on, threads, turn, &all);
+    on_all(parts > 1 ? on : 0, threads, turn, &all);
     return 1;
 }
 

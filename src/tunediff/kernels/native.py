@@ -17,6 +17,7 @@ from typing import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from tunediff import gates
 from tunediff.kernels import paths
@@ -24,7 +25,8 @@ from tunediff.kernels import paths
 INTERFACE = 6
 """Which functions of which arguments are expected; `native.c` says the same, and goes up with every change of either file."""
 RANGES, FINE = 2, 16
-"""Ranges a thread, of what Python hands out and of what the file does: more even out rows of unequal cost, and each has its own."""
+"""Ranges a thread, where Python hands them out and where the compiled file does: more even out rows of unequal cost, and Python
+takes its time for each."""
 _Work = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 SAMPLE = 1 << 15
 """Codes of a group that its first cut is estimated from; a smaller group has no cut but 0."""
@@ -34,9 +36,11 @@ BLOCK = 1 << 18
 """Numbers whose squares one call adds up."""
 MARGIN = 4.0
 """By how many standard deviations of the estimate more candidates than codes are asked for; too few are noticed."""
-SIDE, DEEP, PARTS = 32, 32, 3
+SQUARE, DEEP, PARTS = 32, 32, 3
 """Of a product on tiles: rows and columns of an answer that are made at once, numbers that are added up at once, and parts of
 a number (`tiles.c`)."""
+HELD = 1 << 25
+"""Numbers of two bytes up to which a thread keeps the room for tiles."""
 FEW_ROWS, FEW_WEIGHTS, NARROW = 48, 1 << 18, 256
 """Rows, weights, and rows and columns of weights, from which on tiles are faster (measured): bringing numbers into tiles costs the
 same for few sums as for many."""
@@ -55,7 +59,7 @@ def library() -> ctypes.CDLL | None:
         out = ctypes.CDLL(found.origin)
         if out.interface() != INTERFACE:
             return None
-        out.tiles = bool(out.has_tiles())
+        out.tiles = bool(out.has_tiles())  # which asks the system to let this process use them
         for counts in (out.scan, out.scan_rounded, out.sample, out.keep):
             counts.restype = ctypes.c_int64
         out.kth.restype, out.square.restype = ctypes.c_float, ctypes.c_double
@@ -257,45 +261,52 @@ def divergence(p_PV: Tensor, q_QV: Tensor, p_sums: bool, q_sums: bool) -> Tensor
 
 def on_tiles() -> bool:
     """Whether float32 products may be made on tiles of bfloat16: the machine has them, and they are as exact."""
-    return paths.allows("native+bf16") and library() is not None and library().tiles and _tiles_are_exact()
+    return paths.allows("native+bf16") and library() is not None and _tiles_are_exact()
 
 
 @lru_cache(maxsize=1)
 def _tiles_are_exact() -> bool:
+    if not library().tiles:
+        return False
     generator = torch.Generator().manual_seed(0)
-    x_NI, w_OI = torch.randn(70, 300, generator=generator), torch.randn(50, 300, generator=generator)
+    x_NI, w_OI = (torch.randn(n, 300, generator=generator, dtype=torch.float32, device="cpu") for n in (70, 50))
     exact = x_NI.double() @ w_OI.double().T
     return float((product(x_NI, w_OI) - exact).norm() / exact.norm()) <= 1e-6
 
 
-def multiplies(x_NI: Tensor, w_OI: Tensor) -> bool:
-    """Whether `product` can be made and is faster than torch's."""
-    return len(x_NI) >= FEW_ROWS and w_OI.numel() >= FEW_WEIGHTS and min(w_OI.shape) >= NARROW and serves(x_NI, w_OI) and on_tiles()
+def multiplies(x: Tensor, w_OI: Tensor) -> bool:
+    """Whether `product` of x (..., I) can be made and is faster than torch's."""
+    (O, I), rows = w_OI.shape, x.numel() // max(1, x.shape[-1])
+    large = rows >= FEW_ROWS and O * I >= FEW_WEIGHTS and min(O, I) >= NARROW and x.shape[-1] == I
+    # Other classes may hold their numbers elsewhere, or not have any.
+    return large and type(x) is Tensor and type(w_OI) in (Tensor, Parameter) and serves(x, w_OI) and on_tiles()
 
 
 def product(x_NI: Tensor, w_OI: Tensor) -> Tensor:
-    """x @ w.T (N, O), as exact as in float32, on a processor's tiles of bfloat16."""
+    """x @ w.T (N, O), as exact as in float32, on a processor's tiles of bfloat16; N, O and I are at least 1."""
     x_NI, w_OI = (t if t.stride(1) == 1 else t.contiguous() for t in (x_NI, w_OI))
     (N, I), O, threads = x_NI.shape, len(w_OI), torch.get_num_threads()
-    depth, squares = -(-I // DEEP), -(-O // SIDE)
-    ranges = -(-squares * depth * DEEP * SIDE * 4 // NEAR)  # most weights need two parts of 2 bytes
+    depth, squares = -(-I // DEEP), -(-O // SQUARE)
+    ranges = -(-squares * depth * DEEP * SQUARE * 4 // NEAR)  # most weights need two parts of 2 bytes
     ranges = min(squares, -(-ranges // threads) * threads)
     widest = -(-squares // ranges)
-    line = SIDE * PARTS * depth * DEEP
-    out_NO, room = torch.empty(N, O), _rooms((-(-N // SIDE) + threads * widest) * line)
+    line, lines = SQUARE * PARTS * depth * DEEP, -(-N // SQUARE)
+    room = _rooms((lines + threads * widest) * line)
+    out_NO, at = torch.empty(N, O, dtype=torch.float32, device="cpu"), -(-room.data_ptr() // 64) * 64
     library().multiply(
-        _at(x_NI), _at(w_OI), _at(out_NO), *_i(N, O, I, x_NI.stride(0), w_OI.stride(0), O, ranges, widest), room,
-        ctypes.c_void_p(room.value + -(-N // SIDE) * line * 2), _team() if threads > 1 else None, *_i(threads),
+        _at(x_NI), _at(w_OI), _at(out_NO), *_i(N, O, I, x_NI.stride(0), w_OI.stride(0), O, ranges, widest, at, at + lines * line * 2),
+        _team() if threads > 1 else None, *_i(threads),
     )  # fmt: skip
     return out_NO
 
 
-def _rooms(numbers: int) -> ctypes.c_void_p:
-    """Where so many of two bytes may be put until this thread asks again, from a multiple of 64 bytes on."""
-    held = getattr(_room, "held", None)
-    if held is None or held.numel() < numbers + 32:
-        held = _room.held = torch.empty(numbers + 32, dtype=torch.bfloat16)
-    return ctypes.c_void_p(-(-held.data_ptr() // 64) * 64)
+def _rooms(numbers: int) -> Tensor:
+    """Where so many of two bytes may be put, from a multiple of 64 bytes on, until this thread asks again."""
+    room = getattr(_room, "held", None)
+    if room is None or room.numel() < numbers + 32:
+        room = torch.empty(numbers + 32, dtype=torch.bfloat16, device="cpu")
+        _room.held = room if len(room) <= HELD else None
+    return room
 
 
 # -- ranges and threads --------------------------------------------------------------------------------------
@@ -345,13 +356,15 @@ def _spread(kernel: str, given: Sequence[Tensor | int | None], edges: Sequence[i
     if threads > 1 and team is None:
         list(_threads(threads).map(lambda *part: getattr(lib, kernel)(*_i(*numbers, *part)), edges[:-1], edges[1:]))
     else:
-        lib.spread(getattr(lib, kernel), _array(numbers), *_i(len(numbers)), _array(edges), *_i(len(edges) - 1), team, *_i(threads))
+        ranges = _array(edges), *_i(len(edges) - 1)
+        if not lib.spread(getattr(lib, kernel), _array(numbers), *_i(len(numbers)), *ranges, team, *_i(threads)):
+            raise TypeError(f"{kernel} takes {len(numbers)} arguments, which `spread` does not know")
 
 
 def _even(rows: int, ranges: int) -> list[int]:
     """Where ranges of equally many rows begin and end, so many for each thread."""
     n = torch.get_num_threads()
-    n = min(rows, n * ranges) if n > 1 else 1
+    n = max(1, min(rows, n * ranges)) if n > 1 else 1
     return [rows * i // n for i in range(n + 1)]
 
 

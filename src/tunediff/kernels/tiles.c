@@ -5,7 +5,9 @@
    that a model was published with in bfloat16 are one part, in float16 or in 4 to 8 bits with a scale for a block, two. So a
    product takes 3, 5 or 6 of parts, as the weights of its columns need, at seven times float32's rate.
 
-   Every row and column of an answer is added up in the same order, whatever is multiplied beside it, by any number of threads. */
+   Tiles take numbers below 2^-126 for 0, so a number below 2^-102 has less than three parts; one beyond 5e33, or an infinite one,
+   becomes no number, and so do its products. Every row and column of an answer is added up in the same order, whatever is
+   multiplied beside it, by any number of threads. */
 
 #include <stdint.h>
 #include <string.h>
@@ -42,6 +44,8 @@ int has_tiles(void) {
    product do, so its sum is the same, and a pair is the upper halves of two float32 numbers. */
 enum { SIDE = 16, DEEP = 32, TILE = SIDE * DEEP, PARTS = 3 };
 
+enum { RUN = 32 }; /* steps of depth that are added up in tiles: more would lose more than torch does */
+
 typedef struct { __m512 low, high; } numbers;
 
 /* 32 numbers, of which `left` are there; others count as 0. */
@@ -51,25 +55,30 @@ TILED INLINE numbers numbers_at(const float *x, int64_t left) {
     return (numbers){_mm512_maskz_loadu_ps((__mmask16)there, x), _mm512_maskz_loadu_ps((__mmask16)(there >> SIDE), x + SIDE)};
 }
 
-/* The nearest bfloat16 numbers, as float32 (Dekker 1971). An infinite number becomes no number, and so does the product. */
+/* The nearest bfloat16 numbers, as float32 (Dekker 1971). */
 TILED INLINE __m512 rounded(__m512 x) {
     __m512 much = x * _mm512_set1_ps(65537.0f);
     __asm__("" : "+v"(much)); /* or the compiler makes one operation of it and the next, which rounds nothing */
     return much - (much - x);
 }
 
+/* The upper halves of two times sixteen numbers, as pairs. */
+TILED INLINE __m512i upper_halves(__m512i low, __m512i high) {
+    const __m512i upper = _mm512_set1_epi32((int)0xffff0000);
+    return _mm512_ternarylogic_epi32(_mm512_srli_epi32(low, 16), high, upper, 0xf8); /* a | (b & c) */
+}
+
 /* Numbers in bfloat16, and what that leaves of them. */
 TILED INLINE __m512i first_part(numbers *x) {
     const __m512 low = rounded(x->low), high = rounded(x->high);
     x->low -= low, x->high -= high;
-    return _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(low), 16), _mm512_castps_si512(high));
+    return upper_halves(_mm512_castps_si512(low), _mm512_castps_si512(high));
 }
 
 /* What a first part left, in bfloat16: of its 16 bits half are lost. */
 TILED INLINE __m512i last_part(numbers x) {
-    const __m512i half = _mm512_set1_epi32(0x8000), upper = _mm512_set1_epi32((int)0xffff0000);
-    const __m512i low = _mm512_add_epi32(_mm512_castps_si512(x.low), half), high = _mm512_add_epi32(_mm512_castps_si512(x.high), half);
-    return _mm512_ternarylogic_epi32(_mm512_srli_epi32(low, 16), high, upper, 0xf8); /* a | (b & c) */
+    const __m512i half = _mm512_set1_epi32(0x8000);
+    return upper_halves(_mm512_add_epi32(_mm512_castps_si512(x.low), half), _mm512_add_epi32(_mm512_castps_si512(x.high), half));
 }
 
 /* Sixteen rows of sixteen pairs into a tile of a product's right side: a row for each pair, a pair for each column. */
@@ -160,9 +169,11 @@ TILED static int right_side(const job *j, int64_t first, uint16_t *out) {
 #define STORE(y, below, far) EACH(_tile_stored(0, y, far), _tile_stored(1, y + SIDE, far), \
     _tile_stored(2, y + below, far), _tile_stored(3, y + below + SIDE, far))
 
-/* 32 rows by 32 columns of an answer, of which `rows` and `columns` are there; the smallest products first. */
-TILED static void square(const uint16_t *a, const uint16_t *b, int64_t steps, int parts, float *y, int64_t far, int64_t rows, int64_t columns) {
-    const int64_t plane = steps * TILE;
+/* 32 rows by 32 columns of an answer, of which `rows` and `columns` are there, over some steps of depth; of each the smallest
+   products first. They are put into y, or added to it if `more`. */
+TILED static void square(const uint16_t *a, const uint16_t *b, int64_t plane, int64_t steps, int parts, int more, float *y, int64_t far,
+                         int64_t rows, int64_t columns) {
+    __asm__ volatile("" ::: "memory"); /* loads of tiles do not say that they read memory */
     EACH(_tile_zero(0), _tile_zero(1), _tile_zero(2), _tile_zero(3));
     if (parts == 1)
         for (int64_t s = 0; s < steps; s++, a += TILE, b += TILE) {
@@ -187,19 +198,21 @@ TILED static void square(const uint16_t *a, const uint16_t *b, int64_t steps, in
             RIGHT(2); ADD;
             RIGHT(0); ADD;
         }
-    if (rows >= 2 * SIDE && columns >= 2 * SIDE) {
+    if (!more && rows >= 2 * SIDE && columns >= 2 * SIDE) {
         STORE(y, SIDE * far, far * 4);
         return;
     }
     float out[2 * SIDE][2 * SIDE];
     STORE(out[0], 2 * SIDE * SIDE, 2 * SIDE * 4);
-    const size_t wide = 4 * (size_t)(columns < 2 * SIDE ? columns : 2 * SIDE);
-    for (int64_t r = 0; r < 2 * SIDE && r < rows; r++) memcpy(y + r * far, out[r], wide);
+    __asm__ volatile("" ::: "memory");
+    const int64_t wide = columns < 2 * SIDE ? columns : 2 * SIDE;
+    for (int64_t r = 0; r < 2 * SIDE && r < rows; r++)
+        for (int64_t c = 0; c < wide; c++) y[r * far + c] = more ? y[r * far + c] + out[r][c] : out[r][c];
 }
 
 TILED static void products(void *data) {
     job *j = data;
-    const struct { uint8_t palette, start, none[14]; uint16_t bytes[16]; uint8_t rows[16]; } tiles = {
+    static const struct { uint8_t palette, start, none[14]; uint16_t bytes[16]; uint8_t rows[16]; } tiles = {
         1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {SIDE, SIDE, SIDE, SIDE, SIDE, SIDE, SIDE, SIDE}};
     _tile_loadconfig(&tiles);
     const int64_t side = PARTS * j->steps * TILE, squares = (j->N + 2 * SIDE - 1) / (2 * SIDE);
@@ -214,8 +227,10 @@ TILED static void products(void *data) {
         }
         for (int64_t m = 0; m < j->M; m += 2 * SIDE)
             for (int64_t q = from; q < to; q++)
-                square(j->rows + m / SIDE * side, own + (q - from) * 2 * side, j->steps, parts[q - from],
-                       j->y + m * j->y_far + q * 2 * SIDE, j->y_far, j->M - m, j->N - q * 2 * SIDE);
+                for (int64_t s = 0; s < j->steps; s += RUN)
+                    square(j->rows + m / SIDE * side + s * TILE, own + (q - from) * 2 * side + s * TILE, j->steps * TILE,
+                           j->steps - s < RUN ? j->steps - s : RUN, parts[q - from], s > 0, j->y + m * j->y_far + q * 2 * SIDE,
+                           j->y_far, j->M - m, j->N - q * 2 * SIDE);
     }
     _tile_release();
 }
