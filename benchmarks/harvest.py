@@ -19,12 +19,23 @@ import time
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from tunediff.axes import BASE, TUNED
 from tunediff.corpora import Corpus
+from tunediff.linears import Linear
 from tunediff.pairs import Pair
 from tunediff.sites import Site
 from tunediff.stages import DEMO
+
+
+def plain(network: nn.Module) -> nn.Module:
+    """The network without what tunediff put in."""
+    for module in network.modules():
+        if type(module) is Linear:
+            module.__class__ = nn.Linear
+    network.set_attn_implementation("sdpa")
+    return network
 
 
 def main() -> None:
@@ -38,8 +49,9 @@ def main() -> None:
         torch.set_num_threads(given.threads)
     site = Site.parse(given.site)
     pair = Pair.load("default", str(DEMO))
-    base = Pair.load("default", "default", allow_identical=True)  # two whole models of their own
-    merged = Pair.load("default", str(DEMO)).tuned.module.merge_and_unload()
+    # Two whole models of their own, as Hugging Face makes them.
+    base = plain(Pair.load("default", "default", allow_identical=True).base.network)
+    merged = plain(Pair.load("default", str(DEMO)).tuned.module.merge_and_unload())
     documents = tuple(d for d in Corpus.prompts().documents[:64] if d.is_open)
     tokens = Corpus("prompts", documents).tokens(pair.tokenizer, row_tokens=512)
     batches = list(tokens.batches(2048))
@@ -49,7 +61,7 @@ def main() -> None:
         with torch.inference_mode():
             for batch in batches:
                 both = [m(input_ids=batch.ids_BT, output_hidden_states=True, use_cache=False).hidden_states[site.layer + 1]
-                        for m in (base.base.network, merged)]
+                        for m in (base, merged)]
                 out.append(torch.stack(both, 2)[batch.mask_BT])
         return torch.cat(out)
 
@@ -69,7 +81,7 @@ def main() -> None:
     try:
         from nnsight import NNsight
 
-        traced = [NNsight(base.base.network), NNsight(merged)]
+        traced = [NNsight(base), NNsight(merged)]
     except ImportError:
         traced = []
 

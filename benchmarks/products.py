@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import tempfile
 import time
 from pathlib import Path
 
@@ -22,8 +23,9 @@ from tunediff import kernels, pages
 from tunediff.corpora import Corpus
 from tunediff.kernels import native
 from tunediff.matmuls import fast_matmul
-from tunediff.pairs import Pair
+from tunediff.plans import Plan
 from tunediff.sites import Site
+from tunediff.stages import Run
 
 SHAPES = (
     (64, 576, 1536), (256, 576, 1536), (1000, 576, 1536), (1000, 1536, 576), (1000, 576, 576), (256, 576, 49152),
@@ -63,7 +65,8 @@ def compare(tokens: int, inputs: int, outputs: int, kind: str, rounds: int) -> d
 
 def difference(base: str, tuned: str, tokens: int = 1024) -> dict:
     """How far both models' streams, and the difference, are off float64's, as a share of their length."""
-    pair = Pair.load(base, tuned)
+    with tempfile.TemporaryDirectory() as scratch:
+        pair = Run(Plan(base, tuned), Path(scratch)).pair
     batch = next(iter(Corpus.default().tokens(pair.tokenizer, row_tokens=64, limit_tokens=tokens).batches(tokens)))
     sites = [Site(pair.base.depth // 2), Site(pair.base.depth - 2)]
     counts_BT = batch.mask_BT.clone()
