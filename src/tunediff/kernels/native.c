@@ -51,7 +51,41 @@ static inline __attribute__((always_inline)) float total(lanes x) {
 }
 
 /* Goes up whenever a function here changes what it takes. */
-int interface(void) { return 6; }
+int interface(void) { return 7; }
+
+typedef int64_t whole;
+typedef struct {
+    void (*kernel)(void);
+    const whole *given, *edges;
+    whole count, parts, next;
+} turns;
+
+static void turn(void *data) {
+    turns *t = data;
+    const whole *g = t->given;
+    for (whole p; (p = taken(&t->next)) < t->parts;) {
+        const whole from = t->edges[p], to = t->edges[p + 1];
+        switch (t->count) {
+        case 5: ((void (*)(whole, whole, whole, whole, whole, whole, whole))t->kernel)(g[0], g[1], g[2], g[3], g[4], from, to); break;
+        case 7:
+            ((void (*)(whole, whole, whole, whole, whole, whole, whole, whole, whole))t->kernel)(
+                g[0], g[1], g[2], g[3], g[4], g[5], g[6], from, to);
+            break;
+        default:
+            ((void (*)(whole, whole, whole, whole, whole, whole, whole, whole, whole, whole, whole))t->kernel)(
+                g[0], g[1], g[2], g[3], g[4], g[5], g[6], g[7], g[8], from, to);
+        }
+    }
+}
+
+/* Calls a kernel for each of the ranges of rows [edges[p], edges[p + 1]), whichever thread is free. It takes 5, 7 or 9 arguments
+   before those two, all pointers or 64-bit integers, which machines that torch runs on pass alike. Returns 0 for another count. */
+int spread(void (*kernel)(void), const whole *given, whole count, const whole *edges, whole parts, team *on, whole threads) {
+    turns all = {kernel, given, edges, count, parts, 0};
+    if (count != 5 && count != 7 && count != 9) return 0;
+    on_all(parts > 1 ? on : 0, threads, turn, &all);
+    return 1;
+}
 
 /* One bit a lane, of lanes that are 0 or -1; lane 0 the lowest. */
 static inline __attribute__((always_inline)) uint32_t bits_of(marks on) {
@@ -95,40 +129,6 @@ KERNEL int64_t scan(const float *pre, const float *weight, int64_t F, const int6
         count[row] = n - before;
     }
     return n;
-}
-
-typedef int64_t whole;
-typedef struct {
-    void (*kernel)(void);
-    const whole *given, *edges;
-    whole count, parts, next;
-} turns;
-
-static void turn(void *data) {
-    turns *t = data;
-    const whole *g = t->given;
-    for (whole p; (p = taken(&t->next)) < t->parts;) {
-        const whole from = t->edges[p], to = t->edges[p + 1];
-        switch (t->count) {
-        case 5: ((void (*)(whole, whole, whole, whole, whole, whole, whole))t->kernel)(g[0], g[1], g[2], g[3], g[4], from, to); break;
-        case 7:
-            ((void (*)(whole, whole, whole, whole, whole, whole, whole, whole, whole))t->kernel)(
-                g[0], g[1], g[2], g[3], g[4], g[5], g[6], from, to);
-            break;
-        default:
-            ((void (*)(whole, whole, whole, whole, whole, whole, whole, whole, whole, whole, whole))t->kernel)(
-                g[0], g[1], g[2], g[3], g[4], g[5], g[6], g[7], g[8], from, to);
-        }
-    }
-}
-
-/* Calls a kernel for each of the ranges of rows [edges[p], edges[p + 1]), whichever thread is free. It takes 5, 7 or 9 arguments
-   before those two, all pointers or 64-bit integers, which machines that torch runs on pass alike. Returns 0 for another count. */
-int spread(void (*kernel)(void), const whole *given, whole count, const whole *edges, whole parts, team *on, whole threads) {
-    turns all = {kernel, given, edges, count, parts, 0};
-    if (count != 5 && count != 7 && count != 9) return 0;
-    on_all(parts > 1 ? on : 0, threads, turn, &all);
-    return 1;
 }
 
 /* Whether the machine multiplies bfloat16 in hardware. */

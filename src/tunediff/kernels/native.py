@@ -22,7 +22,7 @@ from torch.nn import Parameter
 from tunediff import gates
 from tunediff.kernels import paths
 
-INTERFACE = 6
+INTERFACE = 7
 """Which functions of which arguments are expected; `native.c` says the same, and goes up with every change of either file."""
 RANGES, FINE = 2, 16
 """Ranges a thread, where Python hands them out and where the compiled file does: more even out rows of unequal cost, and Python
@@ -36,17 +36,12 @@ BLOCK = 1 << 18
 """Numbers whose squares one call adds up."""
 MARGIN = 4.0
 """By how many standard deviations of the estimate more candidates than codes are asked for; too few are noticed."""
-SQUARE, DEEP, PARTS = 32, 32, 3
-"""Of a product on tiles: rows and columns of an answer that are made at once, numbers that are added up at once, and parts of
-a number (`tiles.c`)."""
-HELD = 1 << 25
-"""Numbers of two bytes up to which a thread keeps the room for tiles."""
+HELD = 1 << 26
+"""Bytes up to which a thread keeps the room for tiles."""
 FEW_ROWS, FEW_WEIGHTS, NARROW = 48, 1 << 18, 256
 """Rows, weights, and rows and columns of weights, from which on tiles are faster (measured): bringing numbers into tiles costs the
 same for few sums as for many."""
-NEAR = 1200 << 10
-"""Bytes of columns that a thread goes over again and again, so that they stay in a core's own cache (measured)."""
-_room = threading.local()
+_kept = threading.local()
 
 
 @lru_cache(maxsize=1)
@@ -60,6 +55,8 @@ def library() -> ctypes.CDLL | None:
         if out.interface() != INTERFACE:
             return None
         out.tiles = bool(out.has_tiles())  # which asks the system to let this process use them
+        if out.tiles:
+            out.room.restype = ctypes.c_int64
         for counts in (out.scan, out.scan_rounded, out.sample, out.keep):
             counts.restype = ctypes.c_int64
         out.kth.restype, out.square.restype = ctypes.c_float, ctypes.c_double
@@ -285,27 +282,19 @@ def multiplies(x: Tensor, w_OI: Tensor) -> bool:
 def product(x_NI: Tensor, w_OI: Tensor) -> Tensor:
     """x @ w.T (N, O), as exact as in float32, on a processor's tiles of bfloat16; N, O and I are at least 1."""
     x_NI, w_OI = (t if t.stride(1) == 1 else t.contiguous() for t in (x_NI, w_OI))
-    (N, I), O, threads = x_NI.shape, len(w_OI), torch.get_num_threads()
-    depth, squares = -(-I // DEEP), -(-O // SQUARE)
-    ranges = -(-squares * depth * DEEP * SQUARE * 4 // NEAR)  # most weights need two parts of 2 bytes
-    ranges = min(squares, -(-ranges // threads) * threads)
-    widest = -(-squares // ranges)
-    line, lines = SQUARE * PARTS * depth * DEEP, -(-N // SQUARE)
-    room = _rooms((lines + threads * widest) * line)
-    out_NO, at = torch.empty(N, O, dtype=torch.float32, device="cpu"), -(-room.data_ptr() // 64) * 64
-    library().multiply(
-        _at(x_NI), _at(w_OI), _at(out_NO), *_i(N, O, I, x_NI.stride(0), w_OI.stride(0), O, ranges, widest, at, at + lines * line * 2),
-        _team() if threads > 1 else None, *_i(threads),
-    )  # fmt: skip
+    lib, (N, I), O, threads = library(), x_NI.shape, len(w_OI), torch.get_num_threads()
+    out_NO, room = torch.empty(N, O, dtype=torch.float32, device="cpu"), _room(lib.room(*_i(N, O, I, threads)))
+    sizes = _i(N, O, I, x_NI.stride(0), w_OI.stride(0))
+    lib.multiply(_at(x_NI), _at(w_OI), _at(out_NO), *sizes, _at(room), _team(), *_i(threads))
     return out_NO
 
 
-def _rooms(numbers: int) -> Tensor:
-    """Where so many of two bytes may be put, from a multiple of 64 bytes on, until this thread asks again."""
-    room = getattr(_room, "held", None)
-    if room is None or room.numel() < numbers + 32:
-        room = torch.empty(numbers + 32, dtype=torch.bfloat16, device="cpu")
-        _room.held = room if len(room) <= HELD else None
+def _room(size: int) -> Tensor:
+    """So many bytes, nobody else's until this thread asks again."""
+    room = getattr(_kept, "room", None)
+    if room is None or len(room) < size:
+        room = torch.empty(size, dtype=torch.uint8, device="cpu")
+        _kept.room = room if size <= HELD else None
     return room
 
 

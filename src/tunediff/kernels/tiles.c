@@ -101,19 +101,35 @@ TILED INLINE void turned(__m512i r[SIDE], uint16_t *out) {
     }
 }
 
-/* y = x w' of x (M, K), w (N, K), y (M, N), rows `far` apart. The left side's tiles lie in `rows`, by 16 rows, part, depth; every
-   worker has room for one range's columns in `columns`, by 16 columns, part, depth. */
+/* y (M, N) = x (M, K) w (N, K)', rows of x and w `far` apart. Squares of 32 columns go in `ranges` of `widest` at most to the
+   threads. The left side's tiles lie in `rows`, by 16 rows, part, depth; every worker has room for one range's columns in
+   `columns`, by 16 columns, part, depth. */
 typedef struct {
+    int64_t M, N, K, steps, squares, ranges, widest, x_far, w_far;
     const float *x, *w;
     float *y;
-    int64_t M, N, K, x_far, w_far, y_far, steps, ranges, widest;
     uint16_t *rows, *columns;
     int64_t next, workers;
 } job;
 
+static int64_t whole_of(int64_t n, int64_t parts) { return (n + parts - 1) / parts; }
+
+static job dealt(int64_t M, int64_t N, int64_t K, int64_t threads) {
+    enum { NEAR = 1200 << 10 }; /* bytes of columns that stay in a core's own cache while all rows go by (measured) */
+    job j = {.M = M, .N = N, .K = K, .steps = whole_of(K, DEEP), .squares = whole_of(N, 2 * SIDE)};
+    const int64_t least = whole_of(j.squares * j.steps * 2 * TILE * 4, NEAR); /* most weights need two parts of 2 bytes */
+    j.ranges = whole_of(least, threads) * threads;
+    if (j.ranges > j.squares) j.ranges = j.squares;
+    j.widest = whole_of(j.squares, j.ranges);
+    return j;
+}
+
+/* Numbers in the tiles of 32 rows or columns. */
+static int64_t line(const job *j) { return 2 * PARTS * j->steps * TILE; }
+
 TILED static void left_side(void *data) {
     job *j = data;
-    const int64_t blocks = (j->M + 2 * SIDE - 1) / (2 * SIDE) * 2, plane = j->steps * TILE;
+    const int64_t blocks = whole_of(j->M, 2 * SIDE) * 2, plane = j->steps * TILE;
     for (int64_t block; (block = taken(&j->next)) < blocks;)
         for (int64_t r = 0; r < SIDE; r++) {
             const float *x = j->x + (block * SIDE + r) % j->M * j->x_far; /* past the end any row: nobody asks for its sums */
@@ -175,29 +191,14 @@ TILED static void square(const uint16_t *a, const uint16_t *b, int64_t plane, in
                          int64_t rows, int64_t columns) {
     __asm__ volatile("" ::: "memory"); /* loads of tiles do not say that they read memory */
     EACH(_tile_zero(0), _tile_zero(1), _tile_zero(2), _tile_zero(3));
-    if (parts == 1)
-        for (int64_t s = 0; s < steps; s++, a += TILE, b += TILE) {
-            RIGHT(0); LEFT(2); ADD;
-            LEFT(1); ADD;
-            LEFT(0); ADD;
-        }
-    else if (parts == 2)
-        for (int64_t s = 0; s < steps; s++, a += TILE, b += TILE) {
-            RIGHT(0); LEFT(2); ADD;
-            LEFT(1); ADD;
-            RIGHT(1); ADD;
-            LEFT(0); ADD;
-            RIGHT(0); ADD;
-        }
-    else
-        for (int64_t s = 0; s < steps; s++, a += TILE, b += TILE) {
-            RIGHT(0); LEFT(2); ADD;
-            LEFT(1); ADD;
-            RIGHT(1); ADD;
-            LEFT(0); ADD;
-            RIGHT(2); ADD;
-            RIGHT(0); ADD;
-        }
+    for (int64_t s = 0; s < steps; s++, a += TILE, b += TILE) {
+        RIGHT(0); LEFT(2); ADD;
+        LEFT(1); ADD;
+        if (parts > 1) { RIGHT(1); ADD; }
+        LEFT(0); ADD;
+        if (parts > 2) { RIGHT(2); ADD; }
+        if (parts > 1) { RIGHT(0); ADD; }
+    }
     if (!more && rows >= 2 * SIDE && columns >= 2 * SIDE) {
         STORE(y, SIDE * far, far * 4);
         return;
@@ -215,36 +216,41 @@ TILED static void products(void *data) {
     static const struct { uint8_t palette, start, none[14]; uint16_t bytes[16]; uint8_t rows[16]; } tiles = {
         1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {SIDE, SIDE, SIDE, SIDE, SIDE, SIDE, SIDE, SIDE}};
     _tile_loadconfig(&tiles);
-    const int64_t side = PARTS * j->steps * TILE, squares = (j->N + 2 * SIDE - 1) / (2 * SIDE);
-    uint16_t *own = j->columns + taken(&j->workers) * j->widest * 2 * side;
+    uint16_t *own = j->columns + taken(&j->workers) * j->widest * line(j);
     for (int64_t range; (range = taken(&j->next)) < j->ranges;) {
-        const int64_t from = squares * range / j->ranges, to = squares * (range + 1) / j->ranges;
+        const int64_t from = j->squares * range / j->ranges, to = j->squares * (range + 1) / j->ranges;
         int parts[to - from];
         for (int64_t q = from; q < to; q++) {
-            const int one = right_side(j, q * 2 * SIDE, own + (q - from) * 2 * side);
-            const int other = right_side(j, q * 2 * SIDE + SIDE, own + (q - from) * 2 * side + side);
+            uint16_t *tiles_of = own + (q - from) * line(j);
+            const int one = right_side(j, q * 2 * SIDE, tiles_of), other = right_side(j, q * 2 * SIDE + SIDE, tiles_of + line(j) / 2);
             parts[q - from] = one > other ? one : other;
         }
         for (int64_t m = 0; m < j->M; m += 2 * SIDE)
             for (int64_t q = from; q < to; q++)
                 for (int64_t s = 0; s < j->steps; s += RUN)
-                    square(j->rows + m / SIDE * side + s * TILE, own + (q - from) * 2 * side + s * TILE, j->steps * TILE,
-                           j->steps - s < RUN ? j->steps - s : RUN, parts[q - from], s > 0, j->y + m * j->y_far + q * 2 * SIDE,
-                           j->y_far, j->M - m, j->N - q * 2 * SIDE);
+                    square(j->rows + m / (2 * SIDE) * line(j) + s * TILE, own + (q - from) * line(j) + s * TILE, j->steps * TILE,
+                           j->steps - s < RUN ? j->steps - s : RUN, parts[q - from], s > 0, j->y + m * j->N + q * 2 * SIDE, j->N,
+                           j->M - m, j->N - q * 2 * SIDE);
     }
     _tile_release();
 }
 
-#endif
-
-/* y (M, N) = x (M, K) w (N, K)', rows `far` apart. The squares of 32 columns go in `ranges` ranges of `widest` at most to the
-   threads of `on`, or to the caller without one. Both rooms begin at a multiple of 64 bytes: `rows` of 3 K (rounded up to 32) numbers for
-   each of M (rounded up to 32) rows, `columns` of as many for each of `widest` squares' columns and each thread. */
-void multiply(const float *x, const float *w, float *y, int64_t M, int64_t N, int64_t K, int64_t x_far, int64_t w_far, int64_t y_far,
-              int64_t ranges, int64_t widest, uint16_t *rows, uint16_t *columns, team *on, int64_t threads) {
-#ifdef HAVE_TILES
-    job j = {x, w, y, M, N, K, x_far, w_far, y_far, (K + DEEP - 1) / DEEP, ranges, widest, rows, columns, 0, 0};
-    void (*const stages[])(void *) = {left_side, products};
-    for (int i = 0; i < 2; i++, j.next = 0) on_all(on, threads, stages[i], &j);
-#endif
+/* Bytes that `multiply` needs besides. */
+int64_t room(int64_t M, int64_t N, int64_t K, int64_t threads) {
+    const job j = dealt(M, N, K, threads);
+    return 64 + 2 * (whole_of(M, 2 * SIDE) + threads * j.widest) * line(&j);
 }
+
+/* y (M, N) = x (M, K) w (N, K)' by the threads of `on`, or by the caller without them; rows of x and w are `far` apart. */
+void multiply(const float *x, const float *w, float *y, int64_t M, int64_t N, int64_t K, int64_t x_far, int64_t w_far, char *space,
+              team *on, int64_t threads) {
+    job j = dealt(M, N, K, threads);
+    j.x = x, j.w = w, j.y = y, j.x_far = x_far, j.w_far = w_far;
+    j.rows = (uint16_t *)(space + (64 - (uintptr_t)space % 64) % 64);
+    j.columns = j.rows + whole_of(M, 2 * SIDE) * line(&j);
+    on_all(on, threads, left_side, &j);
+    j.next = 0;
+    on_all(on, threads, products, &j);
+}
+
+#endif
