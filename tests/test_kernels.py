@@ -146,7 +146,7 @@ def test_bits_do_not_depend_on_threads():
         sums, joined = (pairs.gather_latents(value, x), pairs.dot(x, W)), pairs.gather_and_dot(value, x, W)
         for apart, together in zip(sums, joined):
             torch.testing.assert_close(apart, together)
-        found.append([*at, value, starts, *pairs.by_latent, *sums, *joined, pairs.gather_tokens(value, W), *native._rounded(W)[1:]])
+        found.append([*at, value, starts, *pairs.by_latent, *sums, *joined, pairs.gather_tokens(value, W), *native._packed(W, False)[1:]])
     for other in found[1:]:
         assert all(map(torch.equal, found[0], other))
 

@@ -10,48 +10,11 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "lanes.h"
 #include "threads.h"
 
-#ifdef __SSE2__
-#include <emmintrin.h>
-#endif
-
-#if defined(__x86_64__) && defined(__linux__) && defined(__has_attribute)
-#if __has_attribute(target_clones)
-#define KERNEL __attribute__((target_clones("avx512f", "fma", "default")))
-#endif
-#endif
-#ifndef KERNEL
-#define KERNEL
-#endif
-
-#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
-#error "bits are taken from bytes in little-endian order"
-#endif
-
-#ifdef __GNUC__
-#pragma GCC diagnostic ignored "-Wpsabi" /* registers are passed to inlined functions only */
-#endif
-
-#define LANES 16
-typedef float lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-#define AT(p) (*(lanes *)(p))
-#define OF(p) (*(const lanes *)(p))
-#define SPREAD(x) ((lanes){} + (x))
-
-typedef int32_t marks __attribute__((vector_size(4 * LANES)));
-typedef uint32_t words __attribute__((vector_size(4 * LANES)));
-typedef uint16_t halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
-typedef int8_t bytes __attribute__((vector_size(LANES)));
-
-static inline __attribute__((always_inline)) float total(lanes x) {
-    float sum[8];
-    for (int i = 0; i < 8; i++) sum[i] = x[i] + x[i + 8];
-    return ((sum[0] + sum[4]) + (sum[2] + sum[6])) + ((sum[1] + sum[5]) + (sum[3] + sum[7]));
-}
-
 /* Goes up whenever a function here changes what it takes. */
-int interface(void) { return 7; }
+int interface(void) { return 8; }
 
 typedef int64_t whole;
 typedef struct {
@@ -87,21 +50,6 @@ int spread(void (*kernel)(void), const whole *given, whole count, const whole *e
     return 1;
 }
 
-/* One bit a lane, of lanes that are 0 or -1; lane 0 the lowest. */
-static inline __attribute__((always_inline)) uint32_t bits_of(marks on) {
-    const bytes narrow = __builtin_convertvector(on, bytes);
-#ifdef __SSE2__
-    return (uint32_t)_mm_movemask_epi8((__m128i)narrow);
-#else
-    uint64_t part[2];
-    memcpy(part, &narrow, sizeof part);
-    uint32_t out = 0;
-    for (int i = 0; i < 2; i++) /* the lowest bit of each byte, moved to the top one */
-        out |= (uint32_t)(((part[i] & 0x0101010101010101u) * 0x0102040810204080u) >> 56) << 8 * i;
-    return out;
-#endif
-}
-
 /* The scaled codes v = pre * weight of each row that exceed the cut of their group of columns
    [bounds[g], bounds[g + 1]), as column and pre-activation, ascending; `count` of each row. Returns how many, or -1
    if `room` does not hold them. */
@@ -131,88 +79,9 @@ KERNEL int64_t scan(const float *pre, const float *weight, int64_t F, const int6
     return n;
 }
 
-/* Whether the machine multiplies bfloat16 in hardware. */
-int has_bf16(void) {
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 9
-    __builtin_cpu_init();
-    return __builtin_cpu_supports("avx512bf16") != 0;
-#else
-    return 0;
-#endif
-}
-
-static inline __attribute__((always_inline)) float widen(uint16_t x) {
-    const uint32_t bits = (uint32_t)x << 16;
-    float out;
-    memcpy(&out, &bits, 4);
-    return out;
-}
-
-static inline __attribute__((always_inline)) lanes widened(const uint16_t *x) {
-    return (lanes)(__builtin_convertvector(*(const halves *)x, words) << 16);
-}
-
-/* Rows rounded to bfloat16, the length of each, and the length of what rounding took. */
-KERNEL void rounded(const float *a, int64_t I, uint16_t *out, float *length, float *lost, int64_t start, int64_t stop) {
-    for (int64_t r = start; r < stop; r++) {
-        const float *x = a + r * I;
-        uint16_t *o = out + r * I;
-        lanes squares = {}, rests = {};
-        for (int64_t i = 0; i < I; i += LANES) {
-            float last[LANES] = {0}; /* the end of a row, filled up with zeros */
-            uint16_t short_[LANES];
-            const int whole = i + LANES <= I;
-            if (!whole) memcpy(last, x + i, (size_t)(I - i) * sizeof *x);
-            const lanes v = OF(whole ? x + i : last);
-            const words bits = (words)v;
-            uint16_t *to = whole ? o + i : short_;
-            *(halves *)to = __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, halves);
-            const lanes rest = v - widened(to);
-            squares += v * v;
-            rests += rest * rest;
-            if (!whole) memcpy(o + i, short_, (size_t)(I - i) * sizeof *o);
-        }
-        length[r] = sqrtf(total(squares));
-        lost[r] = sqrtf(total(rests));
-    }
-}
-
-/* As `scan`, of products in bfloat16: the columns whose scaled code could exceed the cut, product + bias being off by
-   no more than product / 256 + reach[row] * margin[column]. `weight`, `bias` and `margin` are scaled already. */
-KERNEL int64_t scan_rounded(const uint16_t *product, const float *weight, const float *bias, const float *margin,
-                            const float *reach, int64_t F, const int64_t *bounds, const float *cuts, int64_t G, int64_t room,
-                            int64_t *column, int64_t *count, int64_t start, int64_t stop) {
-    int64_t n = 0;
-    for (int64_t row = start; row < stop; row++) {
-        const uint16_t *p = product + row * F;
-        const float far = reach[row];
-        int64_t before = n;
-        for (int64_t g = 0; g < G; g++) {
-            const float cut = cuts[g];
-            int64_t c = bounds[g];
-            for (; c + LANES <= bounds[g + 1]; c += LANES) {
-                const lanes code = widened(p + c) * OF(weight + c), off = (lanes)((words)code & 0x7fffffff) * (1.0f / 256);
-                uint32_t on = bits_of(code + off + (far * OF(margin + c) + OF(bias + c)) > SPREAD(cut));
-                if (!on) continue;
-                if (n + LANES > room) return -1;
-                for (; on; on &= on - 1) column[n++] = c + __builtin_ctz(on);
-            }
-            if (n + LANES > room) return -1;
-            for (; c < bounds[g + 1]; c++) {
-                const float code = widen(p[c]) * weight[c];
-                column[n] = c;
-                n += code + fabsf(code) * (1.0f / 256) + (far * margin[c] + bias[c]) > cut;
-            }
-        }
-        count[row] = n - before;
-    }
-    return n;
-}
-
 /* Of n scaled codes of columns [low, high) those above 0; the codes come in runs spread over all rows, the same ones for
-   the same shape, of pre-activations, or of bfloat16 products and scaled biases. Returns how many. */
-int64_t sample(const float *pre, const uint16_t *product, const float *weight, const float *bias, int64_t N, int64_t F,
-               int64_t low, int64_t high, int64_t n, float *out) {
+   the same shape. Returns how many. */
+int64_t sample(const float *pre, const float *weight, int64_t N, int64_t F, int64_t low, int64_t high, int64_t n, float *out) {
     const int64_t width = high - low, run = width < LANES ? width : LANES;
     uint64_t state = 1;
     int64_t m = 0;
@@ -222,7 +91,7 @@ int64_t sample(const float *pre, const uint16_t *product, const float *weight, c
         state = state * 6364136223846793005u + 1442695040888963407u;
         const int64_t c = low + (int64_t)((state >> 33) % (uint64_t)(width - run + 1));
         for (int64_t i = c; i < c + run; i++) {
-            out[m] = pre ? pre[row * F + i] * weight[i] : widen(product[row * F + i]) * weight[i] + bias[i];
+            out[m] = pre[row * F + i] * weight[i];
             m += out[m] > 0;
         }
     }
@@ -241,7 +110,8 @@ float kth(const float *value, int64_t n, int64_t k) {
         for (int64_t i = 0; i < n; i++) {
             uint32_t bits;
             memcpy(&bits, value + i, 4);
-            if (value[i] > 0 && (round == 0 || bits >> known == key)) histogram[bits >> shift & last]++;
+            if (round == 0) histogram[bits >> shift & last] += value[i] > 0; /* no branch: signs come in no order */
+            else if (value[i] > 0 && bits >> known == key) histogram[bits >> shift & last]++;
         }
         int64_t bin = last;
         for (; bin >= 0 && (int64_t)histogram[bin] < k; bin--) k -= histogram[bin];
@@ -253,23 +123,26 @@ float kth(const float *value, int64_t n, int64_t k) {
     return found;
 }
 
-/* Of the candidates of N rows the `keep[g]` largest of each group, of equal ones the first, in order: row, column and
-   pre-activation of each, and where each row begins (N + 1). `scratch` holds twice as many floats as there are
-   candidates. Returns how many are kept, or -1 if fewer than wanted exceed a group's cut, above which all are candidates. */
-int64_t keep(const int64_t *column, const float *value, const int64_t *count, int64_t N, const float *weight,
+/* Of the candidates of N rows, those of a row in [starts[row], ends[row]), the `wanted[g]` largest of each group, of equal ones the
+   first, in order: row, column and pre-activation of each, and where each row begins (N + 1). `scratch` holds twice as many
+   floats as there are candidates. Returns how many are kept, or -1 if fewer than wanted exceed a group's cut, above which
+   all are candidates. */
+int64_t keep(const int64_t *column, const float *value, const int64_t *starts, const int64_t *ends, int64_t N, const float *weight,
              const int64_t *bounds, const int64_t *wanted, const float *cuts, int64_t G, float *scratch, int64_t *token,
-             int64_t *latent, float *kept, int64_t *starts) {
+             int64_t *latent, float *kept, int64_t *begins) {
     int64_t all = 0, n = 0;
-    for (int64_t row = 0; row < N; row++) all += count[row];
-    float border[G], *scaled = scratch, *own = scratch + all;
+    for (int64_t row = 0; row < N; row++)
+        for (int64_t i = starts[row]; i < ends[row]; i++) scratch[all++] = value[i] * weight[column[i]];
+    float border[G], *scaled = scratch, *own = G > 1 ? scratch + all : scratch;
     int64_t equal[G];
-    for (int64_t i = 0; i < all; i++) scaled[i] = value[i] * weight[column[i]];
     for (int64_t g = 0; g < G; g++) {
         int64_t m = 0, above = 0;
-        for (int64_t i = 0; i < all; i++) {
-            own[m] = scaled[i];
-            m += column[i] >= bounds[g] && column[i] < bounds[g + 1];
-        }
+        for (int64_t row = 0, j = 0; G > 1 && row < N; row++)
+            for (int64_t i = starts[row]; i < ends[row]; i++, j++) {
+                own[m] = scaled[j];
+                m += column[i] >= bounds[g] && column[i] < bounds[g + 1];
+            }
+        if (G == 1) m = all;
         if (cuts[g] > 0) {
             for (int64_t i = 0; i < m; i++) above += own[i] > cuts[g];
             if (above < wanted[g]) return -1;
@@ -279,16 +152,16 @@ int64_t keep(const int64_t *column, const float *value, const int64_t *count, in
         for (int64_t i = 0; i < m; i++) above += own[i] > border[g];
         equal[g] = wanted[g] - above;
     }
-    for (int64_t row = 0, i = 0; row < N; row++) {
-        starts[row] = n;
-        for (int64_t end = i + count[row], g = 0; i < end; i++) {
+    for (int64_t row = 0; row < N; row++) {
+        begins[row] = n;
+        for (int64_t i = starts[row], g = 0; i < ends[row]; i++, scaled++) {
             while (column[i] >= bounds[g + 1]) g++;
-            const float v = scaled[i];
+            const float v = *scaled;
             token[n] = row, latent[n] = column[i], kept[n] = value[i]; /* no branch: half of them stay, in no order */
             n += v > border[g] || (v == border[g] && v > 0 && equal[g]-- > 0);
         }
     }
-    starts[N] = n;
+    begins[N] = n;
     return n;
 }
 

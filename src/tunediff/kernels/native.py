@@ -22,19 +22,23 @@ from torch.nn import Parameter
 from tunediff import gates
 from tunediff.kernels import paths
 
-INTERFACE = 7
+INTERFACE = 8
 """Which functions of which arguments are expected; `native.c` says the same, and goes up with every change of either file."""
 RANGES, FINE = 2, 16
 """Ranges a thread, where Python hands them out and where the compiled file does: more even out rows of unequal cost, and Python
 takes its time for each."""
 _Work = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-SAMPLE = 1 << 15
-"""Codes of a group that its first cut is estimated from; a smaller group has no cut but 0."""
+SAMPLE, SQUARES = 1 << 15, 1 << 7
+"""Codes of a group that its first cut is estimated from, a smaller group having no cut but 0; squares of products of which some are."""
 ROUNDED = 1 << 28
 """Products from which on it pays to look for codes in bfloat16 first (measured)."""
+BEST = 2
+"""What the compiled file calls its fastest way to multiply bfloat16 numbers, which it takes where the machine has it."""
+DEEP, GROUP, AHEAD = 32, 32, 16
+"""Numbers of depth and rows that bfloat16 numbers are packed by; groups of tokens that a thread takes at once."""
 BLOCK = 1 << 18
 """Numbers whose squares one call adds up."""
-MARGIN = 4.0
+MARGIN = 3.0
 """By how many standard deviations of the estimate more candidates than codes are asked for; too few are noticed."""
 HELD = 1 << 26
 """Bytes up to which a thread keeps the room for tiles."""
@@ -55,9 +59,10 @@ def library() -> ctypes.CDLL | None:
         if out.interface() != INTERFACE:
             return None
         out.tiles = bool(out.has_tiles())  # which asks the system to let this process use them
+        out.squares = out.squares_by(BEST)
         if out.tiles:
             out.room.restype = ctypes.c_int64
-        for counts in (out.scan, out.scan_rounded, out.sample, out.keep):
+        for counts in (out.scan, out.sample, out.keep):
             counts.restype = ctypes.c_int64
         out.kth.restype, out.square.restype = ctypes.c_float, ctypes.c_double
     except (OSError, AttributeError):  # built for another machine, or long ago
@@ -71,16 +76,8 @@ def serves(*tensors: Tensor) -> bool:
 
 
 def rounds() -> bool:
-    """Whether codes may be looked for in bfloat16 first: the machine multiplies it, and torch adds up in float32."""
-    return paths.allows("native+bf16") and library() is not None and library().has_bf16() and _bf16_is_exact()
-
-
-@lru_cache(maxsize=1)
-def _bf16_is_exact() -> bool:
-    generator = torch.Generator().manual_seed(0)
-    a, b = (torch.randn(64, 2048, generator=generator).bfloat16() for _ in range(2))
-    exact = a.double() @ b.double().T
-    return bool((((a @ b.T).double() - exact).abs() <= exact.abs() / 256 + 1e-3).all())
+    """Whether codes may be looked for in bfloat16 first: the machine multiplies it."""
+    return paths.allows("native+bf16") and library() is not None and library().squares > 0
 
 
 def encode(x_NI: Tensor, encoder_FI: Tensor, bias_F: Tensor, gate: gates.Gate) -> tuple[Tensor, ...]:
@@ -95,68 +92,87 @@ def encode(x_NI: Tensor, encoder_FI: Tensor, bias_F: Tensor, gate: gates.Gate) -
 
 def select(pre_NF: Tensor, weight_F: Tensor, parts: Sequence[gates.Part]) -> tuple[Tensor, ...]:
     """Of each part the largest positive codes relu(pre) * weight, of equal ones the first; as `eager.select`."""
-    lib, (N, F) = library(), pre_NF.shape
+    lib, (N, F), G = library(), pre_NF.shape, len(parts)
     weight_F = weight_F.contiguous()
+    edges, count_N, wanted = _even(N, RANGES), torch.empty(N, dtype=torch.long), sum(keep for *_, keep in parts)
 
-    def scan(cuts: ctypes.Array, room: int, a: int, b: int, count_N: Tensor) -> tuple[int, Tensor, Tensor]:
+    def sample(start: int, stop: int) -> tuple[Tensor, int]:
+        value_C = torch.empty(SAMPLE + 16)
+        return value_C[: lib.sample(_at(pre_NF), _at(weight_F), *_i(N, F, start, stop, SAMPLE), _at(value_C))], SAMPLE
+
+    def scan(cuts: ctypes.Array, a: int, b: int, room: int) -> tuple[int, Tensor, Tensor]:
         column_C, pre_C = torch.empty(room, dtype=torch.long), torch.empty(room)
         n = lib.scan(
-            _at(pre_NF), _at(weight_F), *_i(F), _bounds(parts), cuts, *_i(len(parts), room), _at(column_C), _at(pre_C),
-            _at(count_N), *_i(a, b),
-        )  # fmt: skip
+            _at(pre_NF), _at(weight_F), *_i(F), _bounds(parts), cuts, *_i(G, room), _at(column_C), _at(pre_C), _at(count_N), *_i(a, b)
+        )
         return n, column_C[:n], pre_C[:n]
 
-    def measured(found: list, count_N: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.cat([f[1] for f in found]), torch.cat([f[2] for f in found])
+    def above(cuts: ctypes.Array) -> tuple[Tensor, ...]:
+        room = 2
+        while True:
+            ranges = [(a, b, min((b - a) * F, room * wanted * (b - a) // N + SAMPLE) + 32) for a, b in zip(edges, edges[1:])]
+            found = _each(lambda part: scan(cuts, *part), ranges)
+            if min(n for n, *_ in found) >= 0:
+                starts_N = _starts(count_N)
+                return starts_N, starts_N[1:], torch.cat([f[1] for f in found]), torch.cat([f[2] for f in found])
+            room *= 8
 
-    look = (pre_NF, None, weight_F, None)
-    return _largest(N, F, weight_F, parts, look, scan, measured)
+    return _largest(N, weight_F, parts, sample, above)
 
 
 def _encode_rounded(x_NI: Tensor, encoder_FI: Tensor, bias_F: Tensor, gate: gates.Gate) -> tuple[Tensor, ...]:
-    """By Cauchy and Schwarz x.w and its rounded product differ by at most |x - x'| |w| + |x'| |w - w'|, to which come
-    the product's own rounding and that of float32 sums."""
-    lib, (N, I), F, parts = library(), x_NI.shape, len(encoder_FI), gate.parts
-    (x16_NI, x_N, lost_N), (w16_FI, w_F, lost_F) = _rounded(x_NI), _rounded(encoder_FI)
-    product_NF = torch.mm(x16_NI, w16_FI.T, out=_bf16(N, F))
-    weight_F = gate.weight_F.contiguous()
-    scaled_F = bias_F * weight_F
-    sums = 2 * I * 2.0**-24 + 1e-5
-    margin_F = (w_F * (float((lost_N / x_N.clamp_min(1e-30)).max()) + sums) + 1.01 * lost_F) * weight_F
-    reach_N = x_N * 1.01
+    """By Cauchy and Schwarz x.w and its rounded product differ by at most |x - x'| |w| + |x'| |w - w'|, to which comes what sums
+    in float32 lose. E is F and T is N, filled up to whole groups."""
+    lib, (N, I), parts = library(), x_NI.shape, gate.parts
+    weight_F, bias_F = gate.weight_F.contiguous(), bias_F.contiguous()
+    (x16_TI, x_T, x_lost_T), (w16_EI, w_E, w_lost_E) = _packed(x_NI, True), _packed(encoder_FI, False)
+    F, E, T, steps, scaled_F = len(encoder_FI), len(w_E), len(x_T), -(-I // DEEP), bias_F * weight_F
+    off = float((x_lost_T / x_T.clamp_min(1e-30)).max()) + 2 * I * 2.0**-24 + 1e-5
+    margin_E = w_E * off + 1.01 * w_lost_E
+    reach_T = 1.01 * x_T + 1e-32  # products below float32's range are lost
+    reach_T[N:] = -math.inf
+    bit_ET, count_T = paths.empty(E * T // GROUP), torch.empty(T, dtype=torch.int32)
+    edges = _ranges(T // GROUP, AHEAD)
 
-    def scan(cuts: ctypes.Array, room: int, a: int, b: int, count_N: Tensor) -> tuple[int, Tensor]:
-        column_C = torch.empty(room, dtype=torch.long)
-        n = lib.scan_rounded(
-            _at(product_NF), _at(weight_F), _at(scaled_F), _at(margin_F), _at(reach_N), *_i(F), _bounds(parts), cuts,
-            *_i(len(parts), room), _at(column_C), _at(count_N), *_i(a, b),
-        )  # fmt: skip
-        return n, column_C[:n]
+    def sample(start: int, stop: int) -> tuple[Tensor, int]:
+        value_C = torch.empty(SQUARES * 8 * GROUP)
+        _spread("sample_squares", [w16_EI, x16_TI, weight_F, scaled_F, N, steps, start, stop, value_C], _even(SQUARES, FINE))
+        return value_C, int((value_C >= 0).sum())
 
-    def measured(found: list, count_N: Tensor) -> tuple[Tensor, Tensor]:
-        column_C = torch.cat([f[1] for f in found])
-        starts_N = torch.cat([count_N.new_zeros(1), count_N.cumsum(0)])
-        return column_C, dot(starts_N, column_C, x_NI, encoder_FI) + bias_F[column_C]
+    def above(cuts: ctypes.Array) -> tuple[Tensor, ...]:
+        need_E, of_E = torch.full_like(w_E, math.inf), torch.zeros(3, E)
+        of_E[0, :F], of_E[1, :F] = bias_F, weight_F
+        for (start, stop, _), cut in zip(parts, cuts):
+            need, bias = cut / weight_F[start:stop], bias_F[start:stop]
+            need_E[start:stop] = torch.where(need < math.inf, need - bias - 1e-6 * (need + bias.abs()), math.inf)
+            of_E[2, start:stop] = cut
+        _spread("look", [w16_EI, x16_TI, steps, E, need_E, margin_E, reach_T, bit_ET, count_T], edges)
+        starts_N = _starts(count_T[:N])
+        column_C, pre_C, next_N = torch.empty(C := int(starts_N[-1]) + 1, dtype=torch.long), torch.empty(C), starts_N[:-1].clone()
+        _spread("measure", [bit_ET, x_NI, encoder_FI, of_E, I, E, next_N, column_C, pre_C], edges)
+        return starts_N, next_N, column_C, pre_C
 
-    look = (None, product_NF, weight_F, scaled_F)
-    return _largest(N, F, weight_F, parts, look, scan, measured)
+    return _largest(N, weight_F, parts, sample, above)
 
 
-def _largest(
-    N: int,
-    F: int,
-    weight_F: Tensor,
-    parts: Sequence[gates.Part],
-    look: tuple[Tensor | None, ...],
-    scan: Callable,
-    measured: Callable,
-) -> tuple[Tensor, ...]:
-    """Estimate a cut for each part from a sample, find all candidates above it with `scan`, tell their columns and
-    values with `measured`, and keep the largest. If too few exceed the cut, some might have been missed: anew, lower."""
-    lib, G = library(), len(parts)
-    edges, count_N, samples = _even(N, RANGES), torch.empty(N, dtype=torch.long), {}
-    ranges = list(zip(edges, edges[1:]))
-    margin, room = MARGIN, 2.0
+def _starts(count_R: Tensor) -> Tensor:
+    """Where each row's begin, and the last one's end."""
+    return torch.cat([count_R.new_zeros(1, dtype=torch.long), count_R.cumsum(0)])
+
+
+def _packed(a_RI: Tensor, turned: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows in bfloat16 as `look` takes them, filled up to whole groups; the length of each, and of what rounding took."""
+    R, I = a_RI.shape
+    groups, steps = -(-R // GROUP), -(-I // DEEP)
+    out, length, lost = paths.empty(groups * steps * GROUP * DEEP // 2), torch.empty(groups * GROUP), torch.empty(groups * GROUP)
+    _spread("pack", [a_RI, R, I, turned, out, length, lost], _even(2 * groups, FINE))
+    return out, length, lost
+
+
+def _largest(N: int, weight_F: Tensor, parts: Sequence[gates.Part], sample: Callable, above: Callable) -> tuple[Tensor, ...]:
+    """Estimate a cut for each part from a `sample` of its codes, have all candidates `above` it found, their number for each
+    token, columns and values, and keep the largest. If too few exceed the cut, some might have been missed: anew, lower."""
+    lib, G, samples, margin = library(), len(parts), {}, MARGIN
     while True:
         cuts = (ctypes.c_float * G)()
         for g, (start, stop, keep) in enumerate(parts):
@@ -164,42 +180,20 @@ def _largest(
             if codes <= SAMPLE:
                 continue
             if g not in samples:
-                value_C = torch.empty(SAMPLE + 16)
-                n = lib.sample(*map(_at, look), *_i(N, F, start, stop, SAMPLE), _at(value_C))
-                samples[g] = value_C, n
-            value_C, n = samples[g]
-            share = keep / codes * SAMPLE
-            rank = math.ceil(share + margin * (math.sqrt(share) + 1))
-            cuts[g] = lib.kth(_at(value_C), *_i(n, rank))
-        wanted = sum(keep for *_, keep in parts)
-        sizes = [min((b - a) * F, int(room * wanted * (b - a) / N) + SAMPLE) + 32 for a, b in ranges]
-        found = _each(lambda at: scan(cuts, sizes[at], *ranges[at], count_N), range(len(ranges)))
-        if min(f[0] for f in found) < 0:
-            room *= 8
-            continue
-        column_C, pre_C = measured(found, count_N)
-        token_P, latent_P = torch.empty_like(column_C), torch.empty_like(column_C)
-        pre_P, starts_N, scratch = torch.empty_like(pre_C), torch.empty(N + 1, dtype=torch.long), torch.empty(2, len(pre_C))
+                samples[g] = sample(start, stop)
+            value_C, seen = samples[g]
+            share = keep / codes * seen
+            cuts[g] = lib.kth(_at(value_C), *_i(len(value_C), math.ceil(share + margin * (math.sqrt(share) + 1))))
+        begin_N, end_N, column_C, pre_C = above(cuts)
+        token_P, latent_P, pre_P = torch.empty_like(column_C), torch.empty_like(column_C), torch.empty_like(pre_C)
+        starts_N, scratch = torch.empty(N + 1, dtype=torch.long), torch.empty(2, len(pre_C))
         n = lib.keep(
-            _at(column_C), _at(pre_C), _at(count_N), *_i(N), _at(weight_F), _bounds(parts), _wanted(parts), cuts, *_i(G),
+            _at(column_C), _at(pre_C), _at(begin_N), _at(end_N), *_i(N), _at(weight_F), _bounds(parts), _wanted(parts), cuts, *_i(G),
             _at(scratch), _at(token_P), _at(latent_P), _at(pre_P), _at(starts_N),
         )  # fmt: skip
         if n >= 0:
             return token_P[:n], latent_P[:n], pre_P[:n], starts_N
         margin *= 4
-
-
-def _rounded(a_RI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """In bfloat16, the length of each row, and of what rounding took."""
-    R, I = a_RI.shape
-    out_RI, length_R, lost_R = _bf16(R, I), torch.empty(R), torch.empty(R)
-    _spread("rounded", [a_RI, I, out_RI, length_R, lost_R], _even(R, FINE))
-    return out_RI, length_R, lost_R
-
-
-def _bf16(rows: int, columns: int) -> Tensor:
-    n = rows * columns
-    return paths.empty(n // 2 + n % 2).view(torch.bfloat16)[:n].view(rows, columns)
 
 
 def bucket(latent_P: Tensor, F: int) -> tuple[Tensor, Tensor]:
@@ -355,6 +349,13 @@ def _even(rows: int, ranges: int) -> list[int]:
     n = torch.get_num_threads()
     n = max(1, min(rows, n * ranges)) if n > 1 else 1
     return [rows * i // n for i in range(n + 1)]
+
+
+def _ranges(groups: int, most: int) -> list[int]:
+    """Where ranges of at most so many groups begin and end, as many for each thread."""
+    n = torch.get_num_threads()
+    n = min(groups, n * -(-groups // (n * most)))
+    return [groups * i // n for i in range(n + 1)]
 
 
 def _balanced(starts_R: Tensor) -> list[int]:

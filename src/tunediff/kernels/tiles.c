@@ -13,11 +13,10 @@
 #include <string.h>
 
 #include "threads.h"
+#include "tiles.h"
 
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 11
-#define HAVE_TILES
+#ifdef HAVE_TILES
 #include <cpuid.h>
-#include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -28,7 +27,6 @@ int has_tiles(void) { return 0; }
 
 #else
 
-/* Whether the processor has tiles of bfloat16 and the system lets this process use them. */
 int has_tiles(void) {
     enum { REQUEST = 0x1023, TILE_DATA = 18 }; /* ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA */
     unsigned a, b, c, d;
@@ -40,9 +38,9 @@ int has_tiles(void) {
 #define TILED __attribute__((target("amx-tile,amx-bf16,avx512f")))
 #define INLINE static inline __attribute__((always_inline))
 
-/* A tile has 16 rows of 32 bfloat16 numbers. 32 numbers come as 16 pairs, number i with number 16 + i: both sides of a
+/* 32 numbers come as 16 pairs, number i with number 16 + i: both sides of a
    product do, so its sum is the same, and a pair is the upper halves of two float32 numbers. */
-enum { SIDE = 16, DEEP = 32, TILE = SIDE * DEEP, PARTS = 3 };
+enum { PARTS = 3 };
 
 enum { RUN = 32 }; /* steps of depth that are added up in tiles: more would lose more than torch does */
 
@@ -211,11 +209,31 @@ TILED static void square(const uint16_t *a, const uint16_t *b, int64_t plane, in
         for (int64_t c = 0; c < wide; c++) y[r * far + c] = more ? y[r * far + c] + out[r][c] : out[r][c];
 }
 
-TILED static void products(void *data) {
-    job *j = data;
+TILED void tiles_begin(void) {
     static const struct { uint8_t palette, start, none[14]; uint16_t bytes[16]; uint8_t rows[16]; } tiles = {
         1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {SIDE, SIDE, SIDE, SIDE, SIDE, SIDE, SIDE, SIDE}};
     _tile_loadconfig(&tiles);
+}
+
+TILED void tiles_end(void) { _tile_release(); }
+
+TILED void square_on_tiles(const uint16_t *a, const uint16_t *b, int64_t far, int64_t steps, int more, float *out) {
+    enum { WIDE = 2 * SIDE };
+    __asm__ volatile("" ::: "memory");
+    if (more) EACH(_tile_loadd(0, out, WIDE * 4), _tile_loadd(1, out + SIDE, WIDE * 4), _tile_loadd(2, out + SIDE * WIDE, WIDE * 4),
+                   _tile_loadd(3, out + SIDE * WIDE + SIDE, WIDE * 4));
+    else EACH(_tile_zero(0), _tile_zero(1), _tile_zero(2), _tile_zero(3));
+    for (int64_t s = 0; s < steps; s++, a += TILE, b += TILE) {
+        EACH(_tile_loadd(6, b, 64), _tile_loadd(7, b + far, 64), _tile_loadd(4, a, 64), _tile_loadd(5, a + far, 64));
+        ADD;
+    }
+    STORE(out, SIDE * WIDE, WIDE * 4);
+    __asm__ volatile("" ::: "memory");
+}
+
+TILED static void products(void *data) {
+    job *j = data;
+    tiles_begin();
     uint16_t *own = j->columns + taken(&j->workers) * j->widest * line(j);
     for (int64_t range; (range = taken(&j->next)) < j->ranges;) {
         const int64_t from = j->squares * range / j->ranges, to = j->squares * (range + 1) / j->ranges;
@@ -232,7 +250,7 @@ TILED static void products(void *data) {
                            j->steps - s < RUN ? j->steps - s : RUN, parts[q - from], s > 0, j->y + m * j->N + q * 2 * SIDE, j->N,
                            j->M - m, j->N - q * 2 * SIDE);
     }
-    _tile_release();
+    tiles_end();
 }
 
 /* Bytes that `multiply` needs besides. */

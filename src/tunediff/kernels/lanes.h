@@ -1,0 +1,69 @@
+/* Registers of numbers, for any machine: `lanes` is what one AVX-512 register holds; on others the compiler splits it. Where it can,
+   one build holds a version of each KERNEL for AVX-512, for FMA and for any x86-64, and the loader of the library picks. */
+
+#include <stdint.h>
+#include <string.h>
+
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
+
+#if defined(__x86_64__) && defined(__linux__) && defined(__has_attribute)
+#if __has_attribute(target_clones)
+#define KERNEL __attribute__((target_clones("avx512f", "fma", "default")))
+#endif
+#endif
+#ifndef KERNEL
+#define KERNEL
+#endif
+
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "bits are taken from bytes in little-endian order"
+#endif
+
+#ifdef __GNUC__
+#pragma GCC diagnostic ignored "-Wpsabi" /* registers are passed to inlined functions only */
+#endif
+
+#define LANES 16
+typedef float lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+#define AT(p) (*(lanes *)(p))
+#define OF(p) (*(const lanes *)(p))
+#define SPREAD(x) ((lanes){} + (x))
+
+typedef int32_t marks __attribute__((vector_size(4 * LANES)));
+typedef uint32_t words __attribute__((vector_size(4 * LANES)));
+typedef uint16_t halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+typedef int8_t bytes __attribute__((vector_size(LANES)));
+
+static inline __attribute__((always_inline)) float total(lanes x) {
+    float sum[8];
+    for (int i = 0; i < 8; i++) sum[i] = x[i] + x[i + 8];
+    return ((sum[0] + sum[4]) + (sum[2] + sum[6])) + ((sum[1] + sum[5]) + (sum[3] + sum[7]));
+}
+
+/* One bit a lane, of lanes that are 0 or -1; lane 0 the lowest. */
+static inline __attribute__((always_inline)) uint32_t bits_of(marks on) {
+    const bytes narrow = __builtin_convertvector(on, bytes);
+#ifdef __SSE2__
+    return (uint32_t)_mm_movemask_epi8((__m128i)narrow);
+#else
+    uint64_t part[2];
+    memcpy(part, &narrow, sizeof part);
+    uint32_t out = 0;
+    for (int i = 0; i < 2; i++) /* the lowest bit of each byte, moved to the top one */
+        out |= (uint32_t)(((part[i] & 0x0101010101010101u) * 0x0102040810204080u) >> 56) << 8 * i;
+    return out;
+#endif
+}
+
+static inline __attribute__((always_inline)) float widen(uint16_t x) {
+    const uint32_t bits = (uint32_t)x << 16;
+    float out;
+    memcpy(&out, &bits, 4);
+    return out;
+}
+
+static inline __attribute__((always_inline)) lanes widened(const uint16_t *x) {
+    return (lanes)(__builtin_convertvector(*(const halves *)x, words) << 16);
+}
