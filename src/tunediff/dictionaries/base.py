@@ -356,7 +356,21 @@ def select(pre_NF: Tensor, weight_F: Tensor, groups: tuple[Group, ...]) -> Tenso
 def mean_squared_error(run: Pass) -> Tensor:
     """(MSE_base + MSE_tuned) / 2, or the one target's; the mean over tokens, sites and dimensions; 1 would be no
     better than the mean."""
-    return torch.nn.functional.mse_loss(run.xhat_NSMD, run.x_NSMD)
+    return _MeanSquare.apply(run.xhat_NSMD, run.error_NSMD.detach())
+
+
+class _MeanSquare(torch.autograd.Function):
+    """The mean square of an error that is there already; torch's own takes the difference again, twice."""
+
+    @staticmethod
+    def forward(ctx, xhat, error):  # noqa: D102
+        ctx.save_for_backward(error)
+        return kernels.norm([error]).square().to(error.dtype) / error.numel()
+
+    @staticmethod
+    def backward(ctx, grad):  # noqa: D102
+        (error,) = ctx.saved_tensors
+        return error * (grad * (-2 / error.numel())), None
 
 
 def weighted_norm(run: Pass, weight_F: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ static void turn(void *data) {
     for (whole p; (p = taken(&t->next)) < t->parts;) {
         const whole from = t->edges[p], to = t->edges[p + 1];
         switch (t->count) {
+        case 4: ((void (*)(whole, whole, whole, whole, whole, whole))t->kernel)(g[0], g[1], g[2], g[3], from, to); break;
         case 5: ((void (*)(whole, whole, whole, whole, whole, whole, whole))t->kernel)(g[0], g[1], g[2], g[3], g[4], from, to); break;
         case 7:
             ((void (*)(whole, whole, whole, whole, whole, whole, whole, whole, whole))t->kernel)(
@@ -41,11 +42,11 @@ static void turn(void *data) {
     }
 }
 
-/* Calls a kernel for each of the ranges of rows [edges[p], edges[p + 1]), whichever thread is free. It takes 5, 7 or 9 arguments
+/* Calls a kernel for each of the ranges of rows [edges[p], edges[p + 1]), whichever thread is free. It takes 4, 5, 7 or 9 arguments
    before those two, all pointers or 64-bit integers, which machines that torch runs on pass alike. Returns 0 for another count. */
 int spread(void (*kernel)(void), const whole *given, whole count, const whole *edges, whole parts, team *on, whole threads) {
     turns all = {kernel, given, edges, count, parts, 0};
-    if (count != 5 && count != 7 && count != 9) return 0;
+    if (count != 4 && count != 5 && count != 7 && count != 9) return 0;
     on_all(parts > 1 ? on : 0, threads, turn, &all);
     return 1;
 }
@@ -165,20 +166,23 @@ int64_t keep(const int64_t *column, const float *value, const int64_t *starts, c
     return n;
 }
 
-/* The sum of squares. */
-KERNEL double square(const float *a, int64_t n) {
+/* out[b] = the sum of squares of block b of `wide` numbers of n, for the blocks [start, stop). */
+KERNEL void squares_of(const float *a, int64_t n, int64_t wide, double *out, int64_t start, int64_t stop) {
     enum { BLOCK = 64 * LANES }; /* few enough to add in float32 */
-    double sum = 0;
-    for (int64_t at = 0; at < n; at += BLOCK) {
-        const int64_t end = at + BLOCK < n ? at + BLOCK : n;
-        lanes part[4] = {{0}, {0}, {0}, {0}};
-        int64_t i = at;
-        for (; i + 4 * LANES <= end; i += 4 * LANES)
-            for (int k = 0; k < 4; k++) part[k] += OF(a + i + k * LANES) * OF(a + i + k * LANES);
-        for (; i < end; i++) sum += (double)a[i] * a[i];
-        sum += total((part[0] + part[1]) + (part[2] + part[3]));
+    for (int64_t b = start; b < stop; b++) {
+        const int64_t last = (b + 1) * wide < n ? (b + 1) * wide : n;
+        double sum = 0;
+        for (int64_t at = b * wide; at < last; at += BLOCK) {
+            const int64_t end = at + BLOCK < last ? at + BLOCK : last;
+            lanes part[4] = {{0}, {0}, {0}, {0}};
+            int64_t i = at;
+            for (; i + 4 * LANES <= end; i += 4 * LANES)
+                for (int k = 0; k < 4; k++) part[k] += OF(a + i + k * LANES) * OF(a + i + k * LANES);
+            for (; i < end; i++) sum += (double)a[i] * a[i];
+            sum += total((part[0] + part[1]) + (part[2] + part[3]));
+        }
+        out[b] = sum;
     }
-    return sum;
 }
 
 /* The pairs ordered by latent, then as they come; `starts` (F + 1) says where each latent begins. */

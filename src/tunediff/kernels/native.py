@@ -36,8 +36,8 @@ BEST = 2
 """What the compiled file calls its fastest way to multiply bfloat16 numbers, which it takes where the machine has it."""
 DEEP, GROUP, AHEAD = 32, 32, 16
 """Numbers of depth and rows that bfloat16 numbers are packed by; groups of tokens that a thread takes at once."""
-BLOCK = 1 << 18
-"""Numbers whose squares one call adds up."""
+BLOCK = 1 << 16
+"""Numbers whose squares are added up together."""
 MARGIN = 3.0
 """By how many standard deviations of the estimate more candidates than codes are asked for; too few are noticed."""
 HELD = 1 << 26
@@ -64,7 +64,7 @@ def library() -> ctypes.CDLL | None:
             out.room.restype = ctypes.c_int64
         for counts in (out.scan, out.sample, out.keep):
             counts.restype = ctypes.c_int64
-        out.kth.restype, out.square.restype = ctypes.c_float, ctypes.c_double
+        out.kth.restype = ctypes.c_float
     except (OSError, AttributeError):  # built for another machine, or long ago
         return None
     return out
@@ -236,8 +236,12 @@ def bag_and_dot(
 
 def norm(tensors: Sequence[Tensor]) -> Tensor:
     """The length of all of them together."""
-    blocks = [part for tensor in tensors for part in tensor.contiguous().view(-1).split(BLOCK)]
-    return torch.tensor(math.sqrt(sum(_each(lambda part: library().square(_at(part), *_i(len(part))), blocks))))
+    sums = []
+    for a in (tensor.contiguous() for tensor in tensors):
+        blocks = -(-a.numel() // BLOCK)
+        sums.append(torch.empty(blocks, dtype=torch.double))
+        _spread("squares_of", [a, a.numel(), BLOCK, sums[-1]], _even(blocks, FINE))
+    return torch.cat(sums).sum().sqrt()
 
 
 def divergence(p_PV: Tensor, q_QV: Tensor, p_sums: bool, q_sums: bool) -> Tensor:
