@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import mmap
 import os
 import typing
@@ -75,7 +76,7 @@ def kept_memory() -> Iterator[None]:
 
 def empty(*shape: int) -> Tensor:
     """An uninitialized float32 tensor on the CPU."""
-    count = int(np.prod(shape))
+    count = math.prod(shape)
     if _free is None or count * 4 < LARGE:
         return torch.empty(shape)
     size = -(-count * 4 // LARGE) * LARGE
