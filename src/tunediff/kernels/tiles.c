@@ -146,7 +146,8 @@ TILED static int right_side(const job *j, int64_t first, uint16_t *out) {
     enum { AHEAD = 64 }; /* of a row little is read at a time: the processor would not see what comes next */
     const int64_t plane = j->steps * TILE;
     const __m512i none = _mm512_setzero_si512();
-    __m512i second = none, third = none;
+    __m512i second = none;
+    int third = 0;
     const float *w[SIDE];
     for (int c = 0; c < SIDE; c++) w[c] = j->w + (first + c) % j->N * j->w_far;
     for (int64_t s = 0, left = j->K; s < j->steps; s++, left -= DEEP, out += TILE) {
@@ -163,17 +164,17 @@ TILED static int right_side(const job *j, int64_t first, uint16_t *out) {
         rest = _mm512_slli_epi32(rest, 16); /* bits that a second part has no room for */
         if (!_mm512_test_epi32_mask(rest, rest)) {
             turned(two, out + plane);
-            memset(out + 2 * plane, 0, TILE * sizeof *out);
             continue;
         }
-        third = _mm512_or_si512(third, rest);
+        if (!third) memset(out + 2 * plane - s * TILE, 0, (size_t)plane * sizeof *out);
+        third = 1;
         for (int c = 0; c < SIDE; c++) {
             numbers x = numbers_at(w[c] + s * DEEP, left);
             first_part(&x), two[c] = first_part(&x), one[c] = last_part(x);
         }
         turned(two, out + plane), turned(one, out + 2 * plane);
     }
-    return _mm512_test_epi32_mask(third, third) ? 3 : _mm512_test_epi32_mask(second, second) ? 2 : 1;
+    return third ? 3 : _mm512_test_epi32_mask(second, second) ? 2 : 1;
 }
 
 #define EACH(act0, act1, act2, act3) do { act0; act1; act2; act3; } while (0)
@@ -242,6 +243,8 @@ TILED static void products(void *data) {
             uint16_t *tiles_of = own + (q - from) * line(j);
             const int one = right_side(j, q * 2 * SIDE, tiles_of), other = right_side(j, q * 2 * SIDE + SIDE, tiles_of + line(j) / 2);
             parts[q - from] = one > other ? one : other;
+            if (one != other && parts[q - from] == 3)
+                memset(tiles_of + (one < other ? 0 : line(j) / 2) + 2 * j->steps * TILE, 0, (size_t)(j->steps * TILE) * sizeof *own);
         }
         for (int64_t m = 0; m < j->M; m += 2 * SIDE)
             for (int64_t q = from; q < to; q++)
