@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from tunediff import variants
 from tunediff.attention import lighten
-from tunediff.decoding import amplified
+from tunediff.chance import generator
+from tunediff.decoding import amplified, sampler
 from tunediff.errors import FamilyError, NumericsError
 from tunediff.families.base import Family
 from tunediff.folds import Fold
@@ -409,9 +410,9 @@ class LanguageModel:
         except Exception:  # of whatever kind a network's own cache raises; whole rows are always right
             return False
 
-    def _amplifying(self, amplification: float, mask_BT: Tensor, prefix_P: Tensor) -> Any:
+    def _amplifying(self, amplification: float, mask_BT: Tensor, prefix_P: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
         """A processor of another model's scores while it completes rows with this mask: away from what this one says."""
-        from transformers import DynamicCache, LogitsProcessorList
+        from transformers import DynamicCache
 
         with self._running():
             cache = self._prefix(prefix_P, len(mask_BT), final=True)[1] if len(prefix_P) else DynamicCache(config=self.network.config)
@@ -428,7 +429,7 @@ class LanguageModel:
             read = ids_BT.shape[1]
             return amplified(score_BV.float(), logit_BV.to(score_BV.device).float(), amplification)
 
-        return LogitsProcessorList([away])
+        return away
 
     def complete(
         self,
@@ -444,22 +445,23 @@ class LanguageModel:
     ) -> list[list[int]]:
         """Completions of token-id prompts, up to `tokens` new tokens each, without the end-of-turn token.
 
-        temperature 0 is greedy; above, sampled from the stream `seed`. Prompts are batched by length; what all begin with
-        is run once, and padding stands between it and the rest. The answers come back in the prompts' order.
+        temperature 0 is greedy; above, each is sampled from a stream of its own, which `seed` and its place among the prompts
+        say. Prompts are batched by length; what all begin with is run once, and padding stands between it and the rest. The
+        answers come back in the prompts' order.
 
         against, amplification   another model p' on the same token ids: what is sampled then is log p + a (log p - log p'),
                                  over tokens that this model finds plausible
         """
+        from transformers import LogitsProcessorList
+
         ends = self.network.generation_config.eos_token_id
         ends = set(ends if isinstance(ends, list) else [ends]) | {self.tokenizer.eos_token_id}
         ends.discard(None)
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else min(ends, default=0)
         order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
         answers: list[list[int]] = [[] for _ in prompts]
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {
-            "do_sample": False, "temperature": None, "top_k": None, "top_p": None}
-        with self._running() as stack, torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        greedy = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
+        with self._running() as stack:
             # The last position of each prompt lies scattered, and torch would multiply each by a copy of the unembedding.
             whole = self.family.unembedding(self.network).register_forward_pre_hook(lambda module, given: (given[0].contiguous(),))
             stack.callback(whole.remove)
@@ -478,11 +480,14 @@ class LanguageModel:
                 prefix_P = ids[0, : shared if len(chosen) > 1 else 0]
                 if len(prefix_P):
                     known["past_key_values"] = self._prefix(prefix_P, len(chosen), final=True)[1]
+                known["logits_processor"] = processors = LogitsProcessorList()
                 if against is not None:
-                    known["logits_processor"] = against._amplifying(amplification, mask, prefix_P)
+                    processors.append(against._amplifying(amplification, mask, prefix_P))
+                if temperature:
+                    processors.append(sampler(temperature, [generator(seed, "answers", i) for i in chosen], tokens))
                 out = self.module.generate(
                     input_ids=ids, attention_mask=mask, max_new_tokens=tokens, pad_token_id=pad, repetition_penalty=1.0,
-                    **known, **sampling,
+                    **known, **greedy,
                 )[:, longest:]
                 for row, i in enumerate(chosen):
                     for token in out[row].tolist():
