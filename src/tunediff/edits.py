@@ -142,18 +142,18 @@ def _cells(weight_CN: Tensor) -> list[tuple[list[int], Tensor]]:
 def revert_map(moments: Moments, settings: EditSettings) -> Callable[[Tensor], Tensor]:
     """What takes a map D (O, I) to D M in float64; see the module's first lines. Both kinds of text are brought to equal
     mass first. M itself is never formed: one factorization, and as many solutions as D has rows (for a LoRA, its rank)."""
-    on, off = moments.on_II.double(), moments.off_II.double()
-    mass_on, mass_off = on.diagonal().sum(), off.diagonal().sum()
+    mass_on, mass_off = (m.diagonal().double().sum() for m in (moments.on_II, moments.off_II))
     if not mass_on > 0:
         return lambda map_OI: map_OI.double()
-    on, off = on / mass_on, off / mass_off.clamp_min(1e-30)
-    ridge = max(settings.ridge, 1e-9) / len(on) * torch.eye(len(on), dtype=torch.float64)
+    # In place where it can be: these are as large as a map's inputs are wide, squared.
+    on, kept = moments.on_II.double().div_(mass_on), moments.off_II.double().div_(mass_off.clamp_min(1e-30))
+    ridge, added = max(settings.ridge, 1e-9) / len(on), 0.0
     for _ in range(12):  # where changes are on nearly everywhere, what is left of two float32 sums need not be definite
-        kept = off + ridge
-        factor, failed = torch.linalg.cholesky_ex(kept + settings.strength * on)
+        kept.diagonal().add_(ridge - added)
+        factor, failed = torch.linalg.cholesky_ex(torch.add(kept, on, alpha=settings.strength))
         if not failed:
             break
-        ridge = 10 * ridge
+        ridge, added = 10 * ridge, ridge
     else:
         raise NumericsError("the inputs of a map have no usable second moments", expected="finite activations",
                             remedy="--set pair.dtype=float32")
