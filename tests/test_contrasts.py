@@ -7,6 +7,7 @@ import tiny_models
 import torch
 
 from tunediff.contrasts import ContrastSettings, contrast, first_word_divergence, screen
+from tunediff.decoding import drawn
 from tunediff.corpora import Corpus, Document
 from tunediff.errors import CorpusError
 from tunediff.models import LanguageModel
@@ -168,3 +169,15 @@ def test_some_prompts_are_answered_once_more_amplified(pair):
         assert amplified.group == base.group and amplified.messages[:-1] == base.messages[:-1]
     none = ContrastSettings(prompts=8, tokens=6, temperature=0.8, batch=4, amplification=0.0)
     assert contrast(pair, prompts(), none, seed=0) == contrast(pair, prompts(), QUICK, seed=0)
+
+
+def test_tokens_are_drawn_as_they_are_likely():
+    """Evenly spaced numbers draw each token as often as softmax says; one of probability 0 never, at either end of [0, 1)."""
+    score = torch.tensor([-torch.inf, 1.0, -torch.inf, 2.5, 0.0, -1.0, -torch.inf])
+    evenly = (torch.arange(20_000) + 0.5) / 20_000
+    for temperature in (0.5, 1.0, 3.0):
+        got = torch.bincount(drawn(score.expand(len(evenly), -1), evenly, temperature), minlength=7) / len(evenly)
+        torch.testing.assert_close(got, (score / temperature).softmax(0), atol=1e-4, rtol=0)
+    rows = torch.randn(500, 300, generator=torch.Generator().manual_seed(0)).masked_fill(torch.arange(300) % 3 != 1, -torch.inf)
+    for number in (0.0, 1 - 2.0**-24):
+        assert (drawn(rows, torch.full((500,), number), 1.0) % 3 == 1).all()

@@ -16,7 +16,7 @@ import torch
 
 from tunediff import dictionaries, gates, variants
 from tunediff.axes import BASE, TUNED
-from tunediff.dictionaries.base import Pass, delta_of
+from tunediff.dictionaries.base import Pass, delta_of, mean_squared_error
 from tunediff.errors import ArtifactError, SettingError, VariantError
 from tunediff.fitting import (
     FitSettings, Fitted, Normalization, Plan, State, TensorSource, apart, build, fit, step,
@@ -673,3 +673,15 @@ def test_killed_and_resumed_ends_with_the_same_bytes(name, tmp_path):
     for path in whole.iterdir():
         assert path.read_bytes() == (broken / path.name).read_bytes(), path.name
     assert not list(broken.glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_mean_square_is_torchs(dtype):
+    """Value and gradient, with the loss in a sum and scaled."""
+    x, xhat = (activations(70, seed, dtype) for seed in (0, 1))
+    leaves = [xhat.clone().requires_grad_() for _ in range(2)]
+    losses = [mean_squared_error(Pass(x, leaves[0] + 0, (), None, 0.0)), torch.nn.functional.mse_loss(leaves[1], x)]
+    torch.testing.assert_close(*losses)
+    for loss in losses:
+        (3 * loss + 1).backward()
+    torch.testing.assert_close(leaves[0].grad, leaves[1].grad)

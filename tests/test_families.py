@@ -210,6 +210,8 @@ def test_completion_is_deterministic_and_padding_does_not_change_it(model):
     assert together == model.complete(prompts, 6)
     sampled = model.complete(prompts, 6, temperature=1.0, seed=3)
     assert sampled == model.complete(prompts, 6, temperature=1.0, seed=3)
+    assert sampled[:1] == model.complete(prompts[:1], 6, temperature=1.0, seed=3)
+    assert sampled == model.complete(prompts, 6, temperature=1.0, seed=3, batch=2)
 
 
 def test_amplified_completions_are_those_of_the_two_distributions(model):

@@ -114,10 +114,18 @@ def test_selection_is_exact(values, parts):
         assert torch.equal(one, other)
 
 
-@needs_native
+@pytest.fixture(params=[0, 1, 2], ids=["anywhere", "pairs", "tiles"])
+def way(request):
+    """Every way to multiply bfloat16 numbers that this machine has."""
+    if not HAVE_NATIVE or native.library().squares_by(request.param) != request.param:
+        pytest.skip("a way that this machine does not have")
+    yield request.param
+    native.library().squares_by(native.BEST)
+
+
 @pytest.mark.parametrize("scale", [1, 40, 3000])
-@pytest.mark.parametrize("parts", [((0, 900, 7000),), ((0, 200, 100), (200, 900, 5000))])
-def test_bfloat16_only_says_what_cannot_be_kept(scale, parts):
+@pytest.mark.parametrize("parts", [((0, 900, 7000),), ((0, 200, 100), (200, 900, 5000)), ((3, 11, 5), (11, 890, 20_000))])
+def test_bfloat16_only_says_what_cannot_be_kept(way, scale, parts):
     """Integers that bfloat16 rounds badly and float32 not at all, so that every sum is exact: the pairs, their values
     and the order of ties are those of a product in float32."""
     g = torch.Generator().manual_seed(0)
@@ -134,21 +142,46 @@ def test_bfloat16_only_says_what_cannot_be_kept(scale, parts):
         assert torch.equal(one, other)
 
 
-@needs_native
-def test_bits_do_not_depend_on_threads():
+def test_bits_do_not_depend_on_threads(way):
     x, W, b, decoder, weight = problem(700, 900, 83)
     found = []
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
         pre = torch.linspace(-1, 1, 700 * 900).view(700, 900)[torch.randperm(700, generator=torch.Generator().manual_seed(0))]
         *at, value, starts = native.select(pre, weight, ((0, 300, 5000), (300, 900, 9000)))
+        encoded = native.encode(x, W, b, Gate(weight, ((0, 300, 5000), (300, 900, 9000))))
         pairs = Pairs(*at, starts, 700, 900)
         sums, joined = (pairs.gather_latents(value, x), pairs.dot(x, W)), pairs.gather_and_dot(value, x, W)
         for apart, together in zip(sums, joined):
             torch.testing.assert_close(apart, together)
-        found.append([*at, value, starts, *pairs.by_latent, *sums, *joined, pairs.gather_tokens(value, W), *native._packed(W, False)[1:]])
+        found.append([*at, value, starts, *pairs.by_latent, *sums, *joined, pairs.gather_tokens(value, W), *encoded, kernels.norm([x, W])])
     for other in found[1:]:
         assert all(map(torch.equal, found[0], other))
+
+
+@pytest.mark.parametrize("N, F, I", [(1, 1, 1), (33, 31, 2000), (500, 700, 33), (257, 1025, 64)])
+def test_bfloat16_misses_nothing(way, N, F, I):
+    """Rows and columns of every size, long sums, some codes far larger than others and some close together: the pairs of float32's
+    own values, computed one by one."""
+    g = torch.Generator().manual_seed(N)
+    x = torch.randn(N, I, generator=g) * torch.logspace(-12, 6, N)[torch.randperm(N, generator=g)][:, None]
+    W, b = torch.randn(F, I, generator=g), torch.randn(F, generator=g) / 100
+    W[F // 2 :] = W[F // 2] + W[F // 2 :] / 1000
+    weight = torch.rand(F, generator=g) + 0.5
+    token, latent, value, starts = native.encode(x, W, b, Gate(weight, ((0, F, N * F // 20 + 1),)))
+    of_N, of_F = torch.arange(N).repeat_interleave(F), torch.arange(F).repeat(N)
+    every = native.dot(torch.arange(N + 1) * F, of_F, x, W) + b[of_F]
+    want = native.select(every.view(N, F), weight, ((0, F, N * F // 20 + 1),))
+    for one, other in zip((token, latent, value, starts), want):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("path", PATHS[:2])
+@pytest.mark.parametrize("sizes", [(1,), (70_000, 3), (65_536, 0, 131_073)])
+def test_norm(path, sizes):
+    parts = [torch.randn(n, generator=torch.Generator().manual_seed(n)) for n in sizes]
+    with kernels.using(path):
+        assert abs(float(kernels.norm(parts)) - float(torch.cat(parts).double().norm())) <= 1e-6 * float(torch.cat(parts).norm())
 
 
 @pytest.mark.parametrize("path", PATHS)
