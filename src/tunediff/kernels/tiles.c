@@ -40,7 +40,7 @@ int has_tiles(void) {
 
 /* 32 numbers come as 16 pairs, number i with number 16 + i: both sides of a
    product do, so its sum is the same, and a pair is the upper halves of two float32 numbers. */
-enum { PARTS = 3 };
+enum { PARTS = 3, NEXT = 2 * TILE, STEP = PARTS * NEXT }; /* numbers from a part to the next one, and from a step of depth */
 
 enum { RUN = 32 }; /* steps of depth that are added up in tiles: more would lose more than torch does */
 
@@ -123,20 +123,20 @@ static job dealt(int64_t M, int64_t N, int64_t K, int64_t threads) {
 }
 
 /* Numbers in the tiles of 32 rows or columns. */
-static int64_t line(const job *j) { return 2 * PARTS * j->steps * TILE; }
+static int64_t line(const job *j) { return j->steps * STEP; }
 
 TILED static void left_side(void *data) {
     job *j = data;
-    const int64_t blocks = whole_of(j->M, 2 * SIDE) * 2, plane = j->steps * TILE;
+    const int64_t blocks = whole_of(j->M, 2 * SIDE) * 2;
     for (int64_t block; (block = taken(&j->next)) < blocks;)
         for (int64_t r = 0; r < SIDE; r++) {
             const float *x = j->x + (block * SIDE + r) % j->M * j->x_far; /* past the end any row: nobody asks for its sums */
-            uint16_t *o = j->rows + block * PARTS * plane + r * DEEP;
-            for (int64_t s = 0; s < j->steps; s++, o += TILE) {
+            uint16_t *o = j->rows + block / 2 * line(j) + block % 2 * TILE + r * DEEP;
+            for (int64_t s = 0; s < j->steps; s++, o += STEP) {
                 numbers left = numbers_at(x + s * DEEP, j->K - s * DEEP);
                 _mm512_store_si512(o, first_part(&left));
-                _mm512_store_si512(o + plane, first_part(&left));
-                _mm512_store_si512(o + 2 * plane, last_part(left));
+                _mm512_store_si512(o + NEXT, first_part(&left));
+                _mm512_store_si512(o + 2 * NEXT, last_part(left));
             }
         }
 }
@@ -144,13 +144,12 @@ TILED static void left_side(void *data) {
 /* The tiles of sixteen columns; returns how many parts they need. */
 TILED static int right_side(const job *j, int64_t first, uint16_t *out) {
     enum { AHEAD = 64 }; /* of a row little is read at a time: the processor would not see what comes next */
-    const int64_t plane = j->steps * TILE;
     const __m512i none = _mm512_setzero_si512();
     __m512i second = none;
     int third = 0;
     const float *w[SIDE];
     for (int c = 0; c < SIDE; c++) w[c] = j->w + (first + c) % j->N * j->w_far;
-    for (int64_t s = 0, left = j->K; s < j->steps; s++, left -= DEEP, out += TILE) {
+    for (int64_t s = 0, left = j->K; s < j->steps; s++, left -= DEEP, out += STEP) {
         __m512i one[SIDE], two[SIDE], rest = none;
         for (int c = 0; c < SIDE; c++) {
             _mm_prefetch((const char *)(w[c] + s * DEEP + AHEAD), _MM_HINT_T0);
@@ -163,34 +162,34 @@ TILED static int right_side(const job *j, int64_t first, uint16_t *out) {
         turned(one, out);
         rest = _mm512_slli_epi32(rest, 16); /* bits that a second part has no room for */
         if (!_mm512_test_epi32_mask(rest, rest)) {
-            turned(two, out + plane);
+            turned(two, out + NEXT);
             continue;
         }
-        if (!third) memset(out + 2 * plane - s * TILE, 0, (size_t)plane * sizeof *out);
+        for (int64_t r = 0; !third && r < j->steps; r++) memset(out + (r - s) * STEP + 2 * NEXT, 0, TILE * sizeof *out);
         third = 1;
         for (int c = 0; c < SIDE; c++) {
             numbers x = numbers_at(w[c] + s * DEEP, left);
             first_part(&x), two[c] = first_part(&x), one[c] = last_part(x);
         }
-        turned(two, out + plane), turned(one, out + 2 * plane);
+        turned(two, out + NEXT), turned(one, out + 2 * NEXT);
     }
     return third ? 3 : _mm512_test_epi32_mask(second, second) ? 2 : 1;
 }
 
 #define EACH(act0, act1, act2, act3) do { act0; act1; act2; act3; } while (0)
-#define LEFT(p) do { _tile_loadd(4, a + (p) * plane, 64); _tile_loadd(5, a + (PARTS + (p)) * plane, 64); } while (0)
-#define RIGHT(p) do { _tile_loadd(6, b + (p) * plane, 64); _tile_loadd(7, b + (PARTS + (p)) * plane, 64); } while (0)
+#define LEFT(p) do { _tile_loadd(4, a + (p) * NEXT, 64); _tile_loadd(5, a + (p) * NEXT + TILE, 64); } while (0)
+#define RIGHT(p) do { _tile_loadd(6, b + (p) * NEXT, 64); _tile_loadd(7, b + (p) * NEXT + TILE, 64); } while (0)
 #define ADD EACH(_tile_dpbf16ps(0, 4, 6), _tile_dpbf16ps(1, 4, 7), _tile_dpbf16ps(2, 5, 6), _tile_dpbf16ps(3, 5, 7))
 #define STORE(y, below, far) EACH(_tile_stored(0, y, far), _tile_stored(1, y + SIDE, far), \
     _tile_stored(2, y + below, far), _tile_stored(3, y + below + SIDE, far))
 
 /* 32 rows by 32 columns of an answer, of which `rows` and `columns` are there, over some steps of depth; of each the smallest
    products first. They are put into y, or added to it if `more`. */
-TILED static void square(const uint16_t *a, const uint16_t *b, int64_t plane, int64_t steps, int parts, int more, float *y, int64_t far,
+TILED static void square(const uint16_t *a, const uint16_t *b, int64_t steps, int parts, int more, float *y, int64_t far,
                          int64_t rows, int64_t columns) {
     __asm__ volatile("" ::: "memory"); /* loads of tiles do not say that they read memory */
     EACH(_tile_zero(0), _tile_zero(1), _tile_zero(2), _tile_zero(3));
-    for (int64_t s = 0; s < steps; s++, a += TILE, b += TILE) {
+    for (int64_t s = 0; s < steps; s++, a += STEP, b += STEP) {
         RIGHT(0); LEFT(2); ADD;
         LEFT(1); ADD;
         if (parts > 1) { RIGHT(1); ADD; }
@@ -241,15 +240,15 @@ TILED static void products(void *data) {
         int parts[to - from];
         for (int64_t q = from; q < to; q++) {
             uint16_t *tiles_of = own + (q - from) * line(j);
-            const int one = right_side(j, q * 2 * SIDE, tiles_of), other = right_side(j, q * 2 * SIDE + SIDE, tiles_of + line(j) / 2);
+            const int one = right_side(j, q * 2 * SIDE, tiles_of), other = right_side(j, q * 2 * SIDE + SIDE, tiles_of + TILE);
             parts[q - from] = one > other ? one : other;
-            if (one != other && parts[q - from] == 3)
-                memset(tiles_of + (one < other ? 0 : line(j) / 2) + 2 * j->steps * TILE, 0, (size_t)(j->steps * TILE) * sizeof *own);
+            for (int64_t t = 0; one != other && parts[q - from] == 3 && t < j->steps; t++)
+                memset(tiles_of + (one < other ? 0 : TILE) + t * STEP + 2 * NEXT, 0, TILE * sizeof *own);
         }
         for (int64_t m = 0; m < j->M; m += 2 * SIDE)
             for (int64_t q = from; q < to; q++)
                 for (int64_t s = 0; s < j->steps; s += RUN)
-                    square(j->rows + m / (2 * SIDE) * line(j) + s * TILE, own + (q - from) * line(j) + s * TILE, j->steps * TILE,
+                    square(j->rows + m / (2 * SIDE) * line(j) + s * STEP, own + (q - from) * line(j) + s * STEP,
                            j->steps - s < RUN ? j->steps - s : RUN, parts[q - from], s > 0, j->y + m * j->N + q * 2 * SIDE, j->N,
                            j->M - m, j->N - q * 2 * SIDE);
     }
