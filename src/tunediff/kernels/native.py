@@ -42,7 +42,7 @@ MARGIN = 3.0
 """By how many standard deviations of the estimate more candidates than codes are asked for; too few are noticed."""
 HELD = 1 << 26
 """Bytes up to which a thread keeps the room for tiles."""
-FEW_ROWS, FEW_WEIGHTS, NARROW = 32, 1 << 18, 256
+FEW_ROWS, FEW_WEIGHTS, NARROW = 32, 1 << 16, 192
 """Rows, weights, and rows and columns of weights, from which on tiles are faster (measured): bringing numbers into tiles costs the
 same for few sums as for many."""
 _kept = threading.local()

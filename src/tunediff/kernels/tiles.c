@@ -100,10 +100,10 @@ TILED INLINE void turned(__m512i r[SIDE], uint16_t *out) {
 }
 
 /* y (M, N) = x (M, K) w (N, K)', rows of x and w `far` apart. Squares of 32 columns go in `ranges` of `widest` at most to the
-   threads. The left side's tiles lie in `rows`, by 16 rows, part, depth; every worker has room for one range's columns in
-   `columns`, by 16 columns, part, depth. */
+   threads. Tiles lie by 32 rows or columns, depth, part, 16 of them: the left side's of all rows in `rows`, or, where ranges are
+   `few`, each worker's of the 32 rows that it is at; every worker has room for one range's columns in `columns`. */
 typedef struct {
-    int64_t M, N, K, steps, squares, ranges, widest, x_far, w_far;
+    int64_t M, N, K, steps, squares, ranges, widest, few, x_far, w_far;
     const float *x, *w;
     float *y;
     uint16_t *rows, *columns;
@@ -113,25 +113,26 @@ typedef struct {
 static int64_t whole_of(int64_t n, int64_t parts) { return (n + parts - 1) / parts; }
 
 static job dealt(int64_t M, int64_t N, int64_t K, int64_t threads) {
-    enum { NEAR = 1200 << 10 }; /* bytes of columns that stay in a core's own cache while all rows go by (measured) */
+    enum { NEAR = 1200 << 10, /* bytes of columns that stay in a core's own cache while all rows go by (measured) */
+           FITS = 320 << 10 }; /* bytes of rows that do beside them: to bring those into tiles twice costs less than to fetch them (measured) */
     job j = {.M = M, .N = N, .K = K, .steps = whole_of(K, DEEP), .squares = whole_of(N, 2 * SIDE)};
     const int64_t least = whole_of(j.squares * j.steps * 2 * TILE * 4, NEAR); /* most weights need two parts of 2 bytes */
     j.ranges = whole_of(least, threads) * threads;
     if (j.ranges > j.squares) j.ranges = j.squares;
     j.widest = whole_of(j.squares, j.ranges);
+    j.few = j.ranges <= 2 * threads && j.steps * STEP * 2 <= FITS;
     return j;
 }
 
 /* Numbers in the tiles of 32 rows or columns. */
 static int64_t line(const job *j) { return j->steps * STEP; }
 
-TILED static void left_side(void *data) {
-    job *j = data;
-    const int64_t blocks = whole_of(j->M, 2 * SIDE) * 2;
-    for (int64_t block; (block = taken(&j->next)) < blocks;)
+/* Tiles [first, stop) of sixteen rows. */
+TILED static void left_side(const job *j, int64_t first, int64_t stop, uint16_t *out) {
+    for (int64_t block = first; block < stop; block++)
         for (int64_t r = 0; r < SIDE; r++) {
             const float *x = j->x + (block * SIDE + r) % j->M * j->x_far; /* past the end any row: nobody asks for its sums */
-            uint16_t *o = j->rows + block / 2 * line(j) + block % 2 * TILE + r * DEEP;
+            uint16_t *o = out + (block / 2 - first / 2) * line(j) + block % 2 * TILE + r * DEEP;
             for (int64_t s = 0; s < j->steps; s++, o += STEP) {
                 numbers left = numbers_at(x + s * DEEP, j->K - s * DEEP);
                 _mm512_store_si512(o, first_part(&left));
@@ -139,6 +140,11 @@ TILED static void left_side(void *data) {
                 _mm512_store_si512(o + 2 * NEXT, last_part(left));
             }
         }
+}
+
+TILED static void left_sides(void *data) {
+    job *j = data;
+    for (int64_t two; (two = taken(&j->next)) < whole_of(j->M, 2 * SIDE);) left_side(j, 2 * two, 2 * two + 2, j->rows + two * line(j));
 }
 
 /* The tiles of sixteen columns; returns how many parts they need. */
@@ -234,7 +240,8 @@ TILED void square_on_tiles(const uint16_t *a, const uint16_t *b, int64_t far, in
 TILED static void products(void *data) {
     job *j = data;
     tiles_begin();
-    uint16_t *own = j->columns + taken(&j->workers) * j->widest * line(j);
+    const int64_t worker = taken(&j->workers);
+    uint16_t *own = j->columns + worker * j->widest * line(j);
     for (int64_t range; (range = taken(&j->next)) < j->ranges;) {
         const int64_t from = j->squares * range / j->ranges, to = j->squares * (range + 1) / j->ranges;
         int parts[to - from];
@@ -245,20 +252,25 @@ TILED static void products(void *data) {
             for (int64_t t = 0; one != other && parts[q - from] == 3 && t < j->steps; t++)
                 memset(tiles_of + (one < other ? 0 : TILE) + t * STEP + 2 * NEXT, 0, TILE * sizeof *own);
         }
-        for (int64_t m = 0; m < j->M; m += 2 * SIDE)
+        for (int64_t m = 0; m < j->M; m += 2 * SIDE) {
+            uint16_t *rows = j->rows + (j->few ? worker : m / (2 * SIDE)) * line(j);
+            if (j->few) left_side(j, m / SIDE, m / SIDE + 2, rows);
             for (int64_t q = from; q < to; q++)
                 for (int64_t s = 0; s < j->steps; s += RUN)
-                    square(j->rows + m / (2 * SIDE) * line(j) + s * STEP, own + (q - from) * line(j) + s * STEP,
+                    square(rows + s * STEP, own + (q - from) * line(j) + s * STEP,
                            j->steps - s < RUN ? j->steps - s : RUN, parts[q - from], s > 0, j->y + m * j->N + q * 2 * SIDE, j->N,
                            j->M - m, j->N - q * 2 * SIDE);
+        }
     }
     tiles_end();
 }
 
+static int64_t lines_of_rows(const job *j, int64_t threads) { return j->few ? threads : whole_of(j->M, 2 * SIDE); }
+
 /* Bytes that `multiply` needs besides. */
 int64_t room(int64_t M, int64_t N, int64_t K, int64_t threads) {
     const job j = dealt(M, N, K, threads);
-    return 64 + 2 * (whole_of(M, 2 * SIDE) + threads * j.widest) * line(&j);
+    return 64 + 2 * (lines_of_rows(&j, threads) + threads * j.widest) * line(&j);
 }
 
 /* y (M, N) = x (M, K) w (N, K)' by the threads of `on`, or by the caller without them; rows of x and w are `far` apart. */
@@ -267,8 +279,8 @@ void multiply(const float *x, const float *w, float *y, int64_t M, int64_t N, in
     job j = dealt(M, N, K, threads);
     j.x = x, j.w = w, j.y = y, j.x_far = x_far, j.w_far = w_far;
     j.rows = (uint16_t *)(space + (64 - (uintptr_t)space % 64) % 64);
-    j.columns = j.rows + whole_of(M, 2 * SIDE) * line(&j);
-    on_all(on, threads, left_side, &j);
+    j.columns = j.rows + lines_of_rows(&j, threads) * line(&j);
+    if (!j.few) on_all(on, threads, left_sides, &j);
     j.next = 0;
     on_all(on, threads, products, &j);
 }
