@@ -9,7 +9,7 @@ import torch
 from tunediff.contrasts import ContrastSettings, contrast, first_word_divergence, screen
 from tunediff.decoding import drawn
 from tunediff.corpora import Corpus, Document
-from tunediff.errors import CorpusError
+from tunediff.errors import CorpusError, NumericsError
 from tunediff.models import LanguageModel
 from tunediff.pairs import Pair
 
@@ -181,3 +181,6 @@ def test_tokens_are_drawn_as_they_are_likely():
     rows = torch.randn(500, 300, generator=torch.Generator().manual_seed(0)).masked_fill(torch.arange(300) % 3 != 1, -torch.inf)
     for number in (0.0, 1 - 2.0**-24):
         assert (drawn(rows, torch.full((500,), number), 1.0) % 3 == 1).all()
+    for bad in (torch.full((1, 5), -torch.inf), torch.tensor([[0.0, torch.nan]]), torch.tensor([[0.0, torch.inf]])):
+        with pytest.raises(NumericsError, match="no probabilities"):
+            drawn(bad, torch.tensor([0.5]), 1.0)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
+import shutil
 import threading
 import time
 
@@ -159,6 +161,12 @@ def test_bits_do_not_depend_on_threads(way):
         assert all(map(torch.equal, found[0], other))
 
 
+def one_by_one(x: torch.Tensor, W: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Pre-activations (N, F), each added up as those of candidates are."""
+    (N, F), latent = (len(x), len(W)), torch.arange(len(W)).repeat(len(x))
+    return (native.dot(torch.arange(N + 1) * F, latent, x, W) + b[latent]).view(N, F)
+
+
 @pytest.mark.parametrize("N, F, I", [(1, 1, 1), (33, 31, 2000), (500, 700, 33), (257, 1025, 64)])
 def test_bfloat16_misses_nothing(way, N, F, I):
     """Rows and columns of every size, long sums, some codes far larger than others and some close together: the pairs of float32's
@@ -169,11 +177,59 @@ def test_bfloat16_misses_nothing(way, N, F, I):
     W[F // 2 :] = W[F // 2] + W[F // 2 :] / 1000
     weight = torch.rand(F, generator=g) + 0.5
     token, latent, value, starts = native.encode(x, W, b, Gate(weight, ((0, F, N * F // 20 + 1),)))
-    of_N, of_F = torch.arange(N).repeat_interleave(F), torch.arange(F).repeat(N)
-    every = native.dot(torch.arange(N + 1) * F, of_F, x, W) + b[of_F]
-    want = native.select(every.view(N, F), weight, ((0, F, N * F // 20 + 1),))
+    want = native.select(one_by_one(x, W, b), weight, ((0, F, N * F // 20 + 1),))
     for one, other in zip((token, latent, value, starts), want):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan, 3e38, 1e22])
+def test_one_bad_number_is_nobody_elses(way, bad):
+    """A token or a column that holds one loses no code, its own as little as another's."""
+    x, W, b, _, weight = problem(300, 900, 64)
+    parts = ((0, 900, 7000),)
+    for spoiled in ((x.index_put((torch.tensor(200), torch.tensor(3)), torch.tensor(bad)), W),
+                    (x, W.index_put((torch.tensor(5), torch.tensor(5)), torch.tensor(bad)))):
+        got = native.encode(*spoiled, b, Gate(weight, parts))
+        for one, other in zip(got, native.select(one_by_one(*spoiled, b), weight, parts)):
+            assert torch.equal(one, other)
+        assert len(got[0]) == 7000
+
+
+@pytest.mark.parametrize("of_x, of_W", [(1e-22, 1e-22), (1e-30, 1), (1, 1e-30), (1e-8, 1e-15), (1, 1e-38), (1e15, 1e-20)])
+def test_tiny_numbers_count_as_others_do(way, of_x, of_W):
+    """Squares that float32 does not hold are in no bound."""
+    g = torch.Generator().manual_seed(0)
+    x, W = (torch.randint(-300, 301, s, generator=g).float() for s in ((300, 64), (900, 64)))
+    gate = Gate(torch.ones(900), ((0, 900, 7000),))
+    want = native.select(x @ W.T, gate.weight_F, gate.parts)
+    scale = 2.0 ** round(math.log2(of_x)), 2.0 ** round(math.log2(of_W))
+    got = native.encode(x * scale[0], W * scale[1], torch.zeros(900), gate)
+    if scale[0] * scale[1] * 64 * 9e4 > 1e-30:  # where every product of two numbers is still exact
+        assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+    assert len(got[0]) == 7000
+
+
+@needs_native
+def test_kernels_are_float32_whatever_the_default(way):
+    x, W, b, _, weight = problem(300, 900, 64)
+    want = native.encode(x, W, b, Gate(weight, ((0, 900, 7000),)))
+    torch.set_default_dtype(torch.float64)
+    try:
+        got = native.encode(x, W, b, Gate(weight, ((0, 900, 7000),)))
+        length = kernels.norm([x])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(map(torch.equal, want, got)) and abs(float(length) - float(x.norm())) < 1e-3
+
+
+@needs_native
+def test_nothing_wanted_of_much_ends():
+    parts = tuple((i * 300, min(1600, i * 300 + 300), 0) for i in range(6))
+    assert not len(native.select(torch.rand(100, 1600), torch.ones(1600), parts)[0])
+
+
+def test_a_machine_with_a_compiler_has_compiled():
+    assert HAVE_NATIVE or shutil.which("gcc") is None
 
 
 @pytest.mark.parametrize("path", PATHS[:2])
@@ -427,7 +483,7 @@ def test_who_makes_a_product(monkeypatch):
     monkeypatch.setattr(native, "on_tiles", lambda: True)
     served = [(x_NI, w_OI)] if HAVE_NATIVE else []
     wider = torch.zeros(native.FEW_ROWS, 513)
-    for given in ((x_NI[1:], w_OI), (x_NI, w_OI[1:]), (x_NI.double(), w_OI.double()), (x_NI.to("meta"), w_OI.to("meta")),
+    for given in ((x_NI[1:], w_OI), (x_NI, w_OI[: native.NARROW - 1]), (x_NI.double(), w_OI.double()), (x_NI.to("meta"), w_OI.to("meta")),
                   (wider, w_OI), (wider[:, :0], w_OI[:, :0]), (Wrapped(x_NI), w_OI), (x_NI, Wrapped(w_OI))):  # fmt: skip
         assert not native.multiplies(*given) and kernels.product(*given) is None
     assert all(native.multiplies(*given) for given in served)

@@ -10,6 +10,7 @@ from typing import ClassVar, Literal, final
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from tunediff import gates, kernels
 from tunediff.axes import BASE, TUNED, check
@@ -365,9 +366,10 @@ class _MeanSquare(torch.autograd.Function):
     @staticmethod
     def forward(ctx, xhat, error):  # noqa: D102
         ctx.save_for_backward(error)
-        return kernels.norm([error]).square().to(error.dtype) / error.numel()
+        return (kernels.norm([error]).double().square() / error.numel()).to(error.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):  # noqa: D102
         (error,) = ctx.saved_tensors
         return error * (grad * (-2 / error.numel())), None

@@ -34,7 +34,7 @@ KERNEL void square_anywhere(const uint16_t *a, const uint16_t *b, int64_t far, i
         }
 }
 
-#ifdef HAVE_PAIRS
+#ifdef HAVE_TILES
 /* The same by registers of pairs (AVX-512's bfloat16). */
 __attribute__((target("avx512f,avx512bw,avx512bf16"))) static void square_by_pairs(const uint16_t *a, const uint16_t *b, int64_t far,
                                                                                  int64_t steps, int more, float *out) {
@@ -67,9 +67,9 @@ static int by = ANYWHERE;
 /* Lets squares be made by no more than this (0 on any machine, 1 by pairs in registers, 2 on tiles); returns by what. */
 int squares_by(int most) {
     by = ANYWHERE;
-#ifdef HAVE_PAIRS
+#ifdef HAVE_TILES
     __builtin_cpu_init();
-    if (most >= PAIRS && __builtin_cpu_supports("avx512bf16")) by = PAIRS;
+    if (most >= PAIRS && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw")) by = PAIRS;
 #endif
     if (most >= TILES && has_tiles()) by = TILES;
     return by;
@@ -78,8 +78,6 @@ int squares_by(int most) {
 static squares *squares_begin(void) {
 #ifdef HAVE_TILES
     if (by == TILES) return tiles_begin(), square_on_tiles;
-#endif
-#ifdef HAVE_PAIRS
     if (by == PAIRS) return square_by_pairs;
 #endif
     return square_anywhere;
@@ -142,7 +140,7 @@ KERNEL void pack(const float *a, int64_t R, int64_t I, int64_t turned, uint16_t 
 /* -- what they are asked ------------------------------------------------------------------------------------------------ */
 
 /* Scaled codes of columns [low, high), from one square of products in each turn [start, stop), anywhere among all tokens, the same ones for
-   the same shape: up to 8 columns of 32 tokens. What is below 0 counts as 0, and -1 stands where there is no code. */
+   the same shape: 8 columns of 32 tokens. What is below 0 counts as 0, and -1 stands where there is no code. */
 void sample_squares(const uint16_t *encoder, const uint16_t *tokens, const float *weight, const float *bias, int64_t N, int64_t steps,
                     int64_t low, int64_t high, float *out, int64_t start, int64_t stop) {
     enum { COLUMNS = 8 };
@@ -153,13 +151,14 @@ void sample_squares(const uint16_t *encoder, const uint16_t *tokens, const float
         state ^= state >> 29, state *= 6364136223846793005u; /* Knuth's MMIX generator, from another place each turn */
         const int64_t group = (int64_t)((state >> 33) % (uint64_t)((N + GROUP - 1) / GROUP));
         state = state * 6364136223846793005u + 1442695040888963407u;
-        const int64_t first = low + (int64_t)((state >> 33) % (uint64_t)(high - low)), at = first / GROUP;
+        const int64_t first = (low + (int64_t)((state >> 33) % (uint64_t)(high - low))) / COLUMNS * COLUMNS, at = first / GROUP;
         of(encoder + at * GROUP * steps * DEEP, tokens + group * GROUP * steps * DEEP, SIDE * steps * DEEP, steps, 0, square);
         float *o = out + turn * COLUMNS * GROUP;
         for (int64_t f = first; f < first + COLUMNS; f++)
             for (int64_t j = 0; j < GROUP; j++, o++) {
-                const float code = square[f % GROUP * GROUP + j] * weight[f < high ? f : low] + bias[f < high ? f : low];
-                *o = f >= high || f / GROUP != at || group * GROUP + j >= N ? -1 : code > 0 ? code : 0;
+                const int there = f >= low && f < high && group * GROUP + j < N;
+                const float code = there ? square[f % GROUP * GROUP + j] * weight[f] + bias[f] : -1;
+                *o = !there || code > 0 ? code : 0;
             }
     }
     squares_end();
@@ -198,16 +197,18 @@ KERNEL void look(const uint16_t *encoder, const uint16_t *tokens, int64_t steps,
 }
 
 /* Of tokens of the groups [start, stop) the codes that have a bit and exceed the cut, each token's in the order of columns from
-   next[token] on, which goes up: the column and x . w + bias. `of` has F biases, then F scales, then F cuts of scaled codes. */
+   next[token] on, which goes up: the column and x . w + bias. `of` has F biases, then F scales, then F cuts of scaled codes; bits have
+   room for whole groups of columns. */
 KERNEL void measure(const uint32_t *bit, const float *x, const float *w, const float *of, int64_t I, int64_t F, int64_t *next,
                     int64_t *column, float *value, int64_t start, int64_t stop) {
+    const int64_t columns = (F + GROUP - 1) / GROUP * GROUP;
     for (int64_t from = start; from < stop; from += AHEAD) {
         const int64_t to = from + AHEAD < stop ? from + AHEAD : stop;
         for (int64_t f = 0; f < F; f++) {
             int64_t token[AHEAD * GROUP];
             int all = 0;
             for (int64_t g = from; g < to; g++)
-                for (uint32_t on = bit[g * F + f]; on; on &= on - 1) token[all++] = g * GROUP + __builtin_ctz(on);
+                for (uint32_t on = bit[g * columns + f]; on; on &= on - 1) token[all++] = g * GROUP + __builtin_ctz(on);
             const float *own = w + f * I;
             for (int q = 0; q < all; q += 4) {
                 const float *other[4];

@@ -8,7 +8,7 @@
 #include <emmintrin.h>
 #endif
 
-#if defined(__x86_64__) && defined(__linux__) && defined(__has_attribute)
+#if defined(__x86_64__) && defined(__linux__) && defined(__has_attribute) && !defined(__clang__) /* which calls registers of one an error */
 #if __has_attribute(target_clones)
 #define KERNEL __attribute__((target_clones("avx512f", "fma", "default")))
 #endif

@@ -94,14 +94,14 @@ def select(pre_NF: Tensor, weight_F: Tensor, parts: Sequence[gates.Part]) -> tup
     """Of each part the largest positive codes relu(pre) * weight, of equal ones the first; as `eager.select`."""
     lib, (N, F), G = library(), pre_NF.shape, len(parts)
     weight_F = weight_F.contiguous()
-    edges, count_N, wanted = _even(N, RANGES), torch.empty(N, dtype=torch.long), sum(keep for *_, keep in parts)
+    edges, count_N, wanted = _even(N, RANGES), _longs(N), max(1, sum(keep for *_, keep in parts))
 
     def sample(start: int, stop: int) -> tuple[Tensor, int]:
-        value_C = torch.empty(SAMPLE + 16)
+        value_C = paths.empty(SAMPLE + 16)
         return value_C[: lib.sample(_at(pre_NF), _at(weight_F), *_i(N, F, start, stop, SAMPLE), _at(value_C))], SAMPLE
 
     def scan(cuts: ctypes.Array, a: int, b: int, room: int) -> tuple[int, Tensor, Tensor]:
-        column_C, pre_C = torch.empty(room, dtype=torch.long), torch.empty(room)
+        column_C, pre_C = _longs(room), paths.empty(room)
         n = lib.scan(
             _at(pre_NF), _at(weight_F), *_i(F), _bounds(parts), cuts, *_i(G, room), _at(column_C), _at(pre_C), _at(count_N), *_i(a, b)
         )
@@ -110,7 +110,7 @@ def select(pre_NF: Tensor, weight_F: Tensor, parts: Sequence[gates.Part]) -> tup
     def above(cuts: ctypes.Array) -> tuple[Tensor, ...]:
         room = 2
         while True:
-            ranges = [(a, b, min((b - a) * F, room * wanted * (b - a) // N + SAMPLE) + 32) for a, b in zip(edges, edges[1:])]
+            ranges = [(a, b, min((b - a) * F, room * wanted * (b - a) // max(1, N) + SAMPLE) + 32) for a, b in zip(edges, edges[1:])]
             found = _each(lambda part: scan(cuts, *part), ranges)
             if min(n for n, *_ in found) >= 0:
                 starts_N = _starts(count_N)
@@ -127,29 +127,31 @@ def _encode_rounded(x_NI: Tensor, encoder_FI: Tensor, bias_F: Tensor, gate: gate
     weight_F, bias_F = gate.weight_F.contiguous(), bias_F.contiguous()
     (x16_TI, x_T, x_lost_T), (w16_EI, w_E, w_lost_E) = _packed(x_NI, True), _packed(encoder_FI, False)
     F, E, T, steps, scaled_F = len(encoder_FI), len(w_E), len(x_T), -(-I // DEEP), bias_F * weight_F
-    off = float((x_lost_T / x_T.clamp_min(1e-30)).max()) + 2 * I * 2.0**-24 + 1e-5
-    margin_E = w_E * off + 1.01 * w_lost_E
-    reach_T = 1.01 * x_T + 1e-32  # products below float32's range are lost
+    # Of tiny numbers squares are lost, and what is left of them by rounding, so both sides get some more; of infinite lengths, as
+    # of numbers whose squares are, all codes are candidates.
+    ratio_T = torch.where(x_T > 1e-15, x_lost_T / x_T, 0.0).nan_to_num(0.0)
+    off = float(ratio_T.max()) + 2 * I * 2.0**-24 + 1e-5
+    margin_E = (w_E * off + 1.01 * w_lost_E + 1e-16).nan_to_num(math.inf, math.inf)
+    reach_T = (1.01 * x_T + 1e-12).nan_to_num(math.inf, math.inf)
     reach_T[N:] = -math.inf
-    bit_ET, count_T = paths.empty(E * T // GROUP), torch.empty(T, dtype=torch.int32)
+    bit_ET, count_T = paths.empty(E * T // GROUP), torch.empty(T, dtype=torch.int32, device="cpu")
     edges = _ranges(T // GROUP, AHEAD)
 
     def sample(start: int, stop: int) -> tuple[Tensor, int]:
-        value_C = torch.empty(SQUARES * 8 * GROUP)
-        _spread("sample_squares", [w16_EI, x16_TI, weight_F, scaled_F, N, steps, start, stop, value_C], _even(SQUARES, FINE))
-        return value_C, int((value_C >= 0).sum())
+        value_SC = paths.empty(SQUARES, 8 * GROUP)
+        _spread("sample_squares", [w16_EI, x16_TI, weight_F, scaled_F, N, steps, start, stop, value_SC], _even(SQUARES, FINE))
+        return value_SC, int((value_SC >= 0).sum())
 
     def above(cuts: ctypes.Array) -> tuple[Tensor, ...]:
-        need_E, of_E = torch.full_like(w_E, math.inf), torch.zeros(3, E)
-        of_E[0, :F], of_E[1, :F] = bias_F, weight_F
+        need_E, of_F = torch.full_like(w_E, math.inf), torch.stack([bias_F, weight_F, torch.zeros_like(bias_F)])
         for (start, stop, _), cut in zip(parts, cuts):
             need, bias = cut / weight_F[start:stop], bias_F[start:stop]
             need_E[start:stop] = torch.where(need < math.inf, need - bias - 1e-6 * (need + bias.abs()), math.inf)
-            of_E[2, start:stop] = cut
+            of_F[2, start:stop] = cut
         _spread("look", [w16_EI, x16_TI, steps, E, need_E, margin_E, reach_T, bit_ET, count_T], edges)
         starts_N = _starts(count_T[:N])
-        column_C, pre_C, next_N = torch.empty(C := int(starts_N[-1]) + 1, dtype=torch.long), torch.empty(C), starts_N[:-1].clone()
-        _spread("measure", [bit_ET, x_NI, encoder_FI, of_E, I, E, next_N, column_C, pre_C], edges)
+        column_C, pre_C, next_N = _longs(C := int(starts_N[-1])), paths.empty(C), starts_N[:-1].clone()
+        _spread("measure", [bit_ET, x_NI, encoder_FI, of_F, I, F, next_N, column_C, pre_C], edges)
         return starts_N, next_N, column_C, pre_C
 
     return _largest(N, weight_F, parts, sample, above)
@@ -164,7 +166,7 @@ def _packed(a_RI: Tensor, turned: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Rows in bfloat16 as `look` takes them, filled up to whole groups; the length of each, and of what rounding took."""
     R, I = a_RI.shape
     groups, steps = -(-R // GROUP), -(-I // DEEP)
-    out, length, lost = paths.empty(groups * steps * GROUP * DEEP // 2), torch.empty(groups * GROUP), torch.empty(groups * GROUP)
+    out, length, lost = paths.empty(groups * steps * GROUP * DEEP // 2), paths.empty(groups * GROUP), paths.empty(groups * GROUP)
     _spread("pack", [a_RI, R, I, turned, out, length, lost], _even(2 * groups, FINE))
     return out, length, lost
 
@@ -181,12 +183,16 @@ def _largest(N: int, weight_F: Tensor, parts: Sequence[gates.Part], sample: Call
                 continue
             if g not in samples:
                 samples[g] = sample(start, stop)
-            value_C, seen = samples[g]
-            share = keep / codes * seen
-            cuts[g] = lib.kth(_at(value_C), *_i(len(value_C), math.ceil(share + margin * (math.sqrt(share) + 1))))
+            value, seen = samples[g]
+            share, together = keep / codes * seen, 1.0
+            if value.dim() == 2:  # codes of one square come together: the variance of their number over its mean (Kish 1965)
+                at_S = (value > lib.kth(_at(value), *_i(value.numel(), math.ceil(share) + 1))).sum(1).double()
+                together = max(1.0, float(at_S.var() / at_S.mean().clamp_min(1e-9)))
+            rank = share + margin * (math.sqrt(share * together) + 1)
+            cuts[g] = lib.kth(_at(value), *_i(value.numel(), math.ceil(rank)))
         begin_N, end_N, column_C, pre_C = above(cuts)
         token_P, latent_P, pre_P = torch.empty_like(column_C), torch.empty_like(column_C), torch.empty_like(pre_C)
-        starts_N, scratch = torch.empty(N + 1, dtype=torch.long), torch.empty(2, len(pre_C))
+        starts_N, scratch = _longs(N + 1), paths.empty(2, len(pre_C))
         n = lib.keep(
             _at(column_C), _at(pre_C), _at(begin_N), _at(end_N), *_i(N), _at(weight_F), _bounds(parts), _wanted(parts), cuts, *_i(G),
             _at(scratch), _at(token_P), _at(latent_P), _at(pre_P), _at(starts_N),
@@ -198,7 +204,7 @@ def _largest(N: int, weight_F: Tensor, parts: Sequence[gates.Part], sample: Call
 
 def bucket(latent_P: Tensor, F: int) -> tuple[Tensor, Tensor]:
     """The pairs in the order of their latents, and where each latent's begin (F + 1)."""
-    order_P, starts_F = torch.empty_like(latent_P), torch.empty(F + 1, dtype=torch.long)
+    order_P, starts_F = torch.empty_like(latent_P), _longs(F + 1)
     library().bucket(_at(latent_P), *_i(len(latent_P), F), _at(order_P), _at(starts_F))
     return order_P, starts_F
 
@@ -214,7 +220,7 @@ def bag(starts_R: Tensor, order_P: Tensor | None, index_P: Tensor, value_P: Tens
 
 def dot(starts_N: Tensor, latent_P: Tensor, a_NI: Tensor, b_FI: Tensor) -> Tensor:
     """For each pair the product of its token's row of a and its latent's row of b, (P,)."""
-    out_P, a_NI, b_FI = torch.empty(len(latent_P)), a_NI.contiguous(), b_FI.contiguous()
+    out_P, a_NI, b_FI = paths.empty(len(latent_P)), a_NI.contiguous(), b_FI.contiguous()
     starts_R, order_P, index_P, own, other = starts_N, None, latent_P, a_NI, b_FI
     if len(b_FI) > 2 * len(a_NI):  # one by one through the larger matrix, here and there in the smaller one
         order_P, starts_R = bucket(latent_P, len(b_FI))
@@ -228,18 +234,18 @@ def bag_and_dot(
     starts_R: Tensor, order_P: Tensor, index_P: Tensor, value_P: Tensor, rows: Tensor, own_RI: Tensor
 ) -> tuple[Tensor, Tensor]:
     """`bag` of rows (R, I), and for each pair the product of its r's row of own and its row of rows (P,)."""
-    (R, I), out_P = own_RI.shape, torch.empty(len(index_P))
+    (R, I), out_P = own_RI.shape, paths.empty(len(index_P))
     out_RI, rows, own_RI, value_P = paths.empty(R, I), rows.contiguous(), own_RI.contiguous(), value_P.contiguous()
     _spread("bag_and_dot", [starts_R, order_P, index_P, value_P, rows, own_RI, I, out_RI, out_P], _balanced(starts_R))
     return out_RI, out_P
 
 
 def norm(tensors: Sequence[Tensor]) -> Tensor:
-    """The length of all of them together."""
-    sums = []
+    """The length of all of them together, of numbers whose squares float32 holds."""
+    sums = [torch.zeros(1, dtype=torch.double, device="cpu")]
     for a in (tensor.contiguous() for tensor in tensors):
         blocks = -(-a.numel() // BLOCK)
-        sums.append(torch.empty(blocks, dtype=torch.double))
+        sums.append(torch.empty(blocks, dtype=torch.double, device="cpu"))
         _spread("squares_of", [a, a.numel(), BLOCK, sums[-1]], _even(blocks, FINE))
     return torch.cat(sums).sum().sqrt()
 
@@ -248,7 +254,7 @@ def divergence(p_PV: Tensor, q_QV: Tensor, p_sums: bool, q_sums: bool) -> Tensor
     """As `kernels.divergence`."""
     p_PV, q_QV = (t if t.stride(1) == 1 else t.contiguous() for t in (p_PV, q_QV))
     (P, V), Q = p_PV.shape, len(q_QV)
-    out_R = torch.empty(max(P, Q))
+    out_R = paths.empty(max(P, Q))
     given = [p_PV, q_QV, V, P, Q, p_PV.stride(0), q_QV.stride(0), p_sums + 2 * q_sums, out_R]
     _spread("divergence", given, _even(len(out_R), FINE))
     return out_R
@@ -370,6 +376,10 @@ def _balanced(starts_R: Tensor) -> list[int]:
     cost_R = starts_R + torch.arange(rows + 1)
     at = torch.searchsorted(cost_R, torch.linspace(0, float(cost_R[-1]), n * FINE + 1)[1:-1].long()).tolist()
     return sorted({0, *at, rows})
+
+
+def _longs(n: int) -> Tensor:
+    return torch.empty(n, dtype=torch.long, device="cpu")
 
 
 def _array(numbers: Sequence[int]) -> ctypes.Array:

@@ -78,7 +78,7 @@ def empty(*shape: int) -> Tensor:
     """An uninitialized float32 tensor on the CPU."""
     count = math.prod(shape)
     if _free is None or count * 4 < LARGE:
-        return torch.empty(shape)
+        return torch.empty(shape, dtype=torch.float32, device="cpu")
     size = -(-count * 4 // LARGE) * LARGE
     places = _free.setdefault(size, [])
     place = places.pop() if places else mmap.mmap(-1, size)

@@ -2,14 +2,9 @@
 
 #include <stdint.h>
 
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
-#if __GNUC__ >= 10
-#define HAVE_PAIRS
-#include <immintrin.h>
-#endif
-#if __GNUC__ >= 11
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 11
 #define HAVE_TILES
-#endif
+#include <immintrin.h>
 #endif
 
 enum { SIDE = 16, DEEP = 32, TILE = SIDE * DEEP };
