@@ -23,8 +23,8 @@ STAGES = {
 SYSTEM = "You answer short."
 QUESTIONS = ("why", "when", "who", "how", "what", "which")
 AT_MOST = {
-    "contrast": (5100, 265), "scan": (1110, 500), "harvest": (3840, 0), "find": (1030, 700), "rank": (1520, 165),
-    "lens": (390, 0), "verify": (19900, 8500), "signals": (555, 1855), "bill": (4390, 5560),
+    "contrast": (5100, 265), "scan": (1135, 508), "harvest": (4040, 0), "find": (1110, 730), "rank": (1700, 154),
+    "lens": (430, 0), "verify": (19400, 8450), "signals": (563, 1830), "bill": (4660, 5490),
 }
 """Token-blocks and token-logits of each stage: 5 % above what they were when this was written."""
 

@@ -46,7 +46,7 @@ class ContrastSettings:
     amplification: float = 3.0
     """How far: log p(tuned) + a (log p(tuned) - log p(base)) is sampled. Too much makes noise of both."""
     batch: int = 80
-    """Prompts a batch; part of the key, as sampling depends on it."""
+    """Prompts a batch; part of the key, as sums of floats may hang on it by a last bit."""
 
     def __post_init__(self) -> None:
         within("contrast", self, prompts=0, pool=0, screened=(0, 1), tokens=1, temperature=0, amplified=(0, 1), amplification=0,

@@ -1,4 +1,4 @@
-"""The compiled kernels of `native.c` and `tiles.c`, called on as many threads as torch has: float32 on the CPU.
+"""The compiled kernels of `native.c`, `codes.c` and `tiles.c`, called on as many threads as torch has: float32 on the CPU.
 
 The library knows nothing of Python or torch, so one build serves every version of both. A call gives up the
 interpreter's lock; each thread takes ranges of rows that no other writes, so results have the same bits for any number
@@ -23,7 +23,7 @@ from tunediff import gates
 from tunediff.kernels import paths
 
 INTERFACE = 8
-"""Which functions of which arguments are expected; `native.c` says the same, and goes up with every change of either file."""
+"""Which functions of which arguments are expected; `native.c` says the same, and goes up with every change of any file."""
 RANGES, FINE = 2, 16
 """Ranges a thread, where Python hands them out and where the compiled file does: more even out rows of unequal cost, and Python
 takes its time for each."""
@@ -123,7 +123,7 @@ def select(pre_NF: Tensor, weight_F: Tensor, parts: Sequence[gates.Part]) -> tup
 def _encode_rounded(x_NI: Tensor, encoder_FI: Tensor, bias_F: Tensor, gate: gates.Gate) -> tuple[Tensor, ...]:
     """By Cauchy and Schwarz x.w and its rounded product differ by at most |x - x'| |w| + |x'| |w - w'|, to which comes what sums
     in float32 lose. E is F and T is N, filled up to whole groups."""
-    lib, (N, I), parts = library(), x_NI.shape, gate.parts
+    (N, I), parts = x_NI.shape, gate.parts
     weight_F, bias_F = gate.weight_F.contiguous(), bias_F.contiguous()
     (x16_TI, x_T, x_lost_T), (w16_EI, w_E, w_lost_E) = _packed(x_NI, True), _packed(encoder_FI, False)
     F, E, T, steps, scaled_F = len(encoder_FI), len(w_E), len(x_T), -(-I // DEEP), bias_F * weight_F

@@ -37,9 +37,9 @@ def allows(path: Path) -> bool:
 
 @contextlib.contextmanager
 def using(path: Path) -> Iterator[None]:
-    """Take no faster path than this one inside. "native" is compiled, "native+bf16" also looks for codes with bfloat16
-    products first and makes a model's float32 products of bfloat16 parts, "triton" is a GPU's, "torch" needs no compiled file, "dense" is the reference. `TUNEDIFF_KERNELS` in
-    the environment does so for a whole process."""
+    """Take no faster path than this one inside. "native" is compiled, "native+bf16" also looks for codes with bfloat16 products first
+    and makes a model's float32 products of bfloat16 parts, "triton" is a GPU's, "torch" needs no compiled file, "dense" is the
+    reference. `TUNEDIFF_KERNELS` in the environment does so for a whole process."""
     global _path
     before, _path = _path, path
     try:
