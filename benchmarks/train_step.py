@@ -198,7 +198,7 @@ def timed_phases() -> Iterator[dict[str, float]]:
         wrap(module, "encode", lambda *a: "select")
         wrap(module, "bag", lambda starts, order, *a: "decode" if order is None else "encoder gradient")
         wrap(module, "bucket", lambda *a: "bucket")
-        wrap(module, "dot", lambda *a: "values anew" if within[-1] == "select" else "code gradients")
+        wrap(module, "dot", lambda *a: "code gradients")
     wrap(torch, "mm", lambda *a: "product")
     wrap(torch, "addmm", lambda *a: "product")
     wrap(torch.optim.Adam, "step", lambda *a: "adam")

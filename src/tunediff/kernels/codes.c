@@ -212,18 +212,12 @@ KERNEL void measure(const uint32_t *bit, const float *x, const float *w, const f
             const float *own = w + f * I;
             for (int q = 0; q < all; q += 4) {
                 const float *other[4];
-                lanes sum[4] = {{0}, {0}, {0}, {0}};
+                float product[4];
                 const int wide = all - q < 4 ? all - q : 4;
                 for (int k = 0; k < 4; k++) other[k] = x + token[q + (k < wide ? k : 0)] * I;
-                int64_t i = 0;
-                for (; i + LANES <= I; i += LANES) {
-                    const lanes t = OF(own + i);
-                    for (int k = 0; k < 4; k++) sum[k] += t * OF(other[k] + i);
-                }
+                dots(own, other, I, wide, product);
                 for (int k = 0; k < wide; k++) {
-                    float rest = 0;
-                    for (int64_t j = i; j < I; j++) rest += own[j] * other[k][j];
-                    const float code = total(sum[k]) + rest + of[f];
+                    const float code = product[k] + of[f];
                     int64_t *at = next + token[q + k];
                     column[*at] = f, value[*at] = code;
                     *at += code * of[F + f] > of[2 * F + f];

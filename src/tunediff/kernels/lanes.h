@@ -42,6 +42,21 @@ static inline __attribute__((always_inline)) float total(lanes x) {
     return ((sum[0] + sum[4]) + (sum[2] + sum[6])) + ((sum[1] + sum[5]) + (sum[3] + sum[7]));
 }
 
+/* The products of x with the first `wide` of four rows of I numbers; always added up in the same order. */
+static inline __attribute__((always_inline)) void dots(const float *x, const float *const rows[4], int64_t I, int wide, float *out) {
+    lanes sum[4] = {{0}, {0}, {0}, {0}};
+    int64_t i = 0;
+    for (; i + LANES <= I; i += LANES) {
+        const lanes t = OF(x + i);
+        for (int k = 0; k < 4; k++) sum[k] += t * OF(rows[k] + i);
+    }
+    for (int k = 0; k < wide; k++) {
+        float rest = 0;
+        for (int64_t j = i; j < I; j++) rest += x[j] * rows[k][j];
+        out[k] = total(sum[k]) + rest;
+    }
+}
+
 /* One bit a lane, of lanes that are 0 or -1; lane 0 the lowest. */
 static inline __attribute__((always_inline)) uint32_t bits_of(marks on) {
     const bytes narrow = __builtin_convertvector(on, bytes);

@@ -226,23 +226,15 @@ KERNEL void dot(const int64_t *starts, const int64_t *order, const int64_t *inde
         const float *x = a + r * I;
         for (int64_t q = starts[r]; q < starts[r + 1]; q += 4) {
             const float *to[4];
+            float product[4];
             int64_t pair[4];
-            lanes sum[4] = {{0}, {0}, {0}, {0}};
             const int width = starts[r + 1] - q < 4 ? (int)(starts[r + 1] - q) : 4;
             for (int k = 0; k < 4; k++) {
                 pair[k] = order ? order[q + (k < width ? k : 0)] : q + (k < width ? k : 0);
                 to[k] = b + index[pair[k]] * I;
             }
-            int64_t i = 0;
-            for (; i + LANES <= I; i += LANES) {
-                const lanes t = OF(x + i);
-                for (int k = 0; k < 4; k++) sum[k] += t * OF(to[k] + i);
-            }
-            for (int k = 0; k < width; k++) {
-                float rest = 0;
-                for (int64_t j = i; j < I; j++) rest += x[j] * to[k][j];
-                out[pair[k]] = total(sum[k]) + rest;
-            }
+            dots(x, to, I, width, product);
+            for (int k = 0; k < width; k++) out[pair[k]] = product[k];
         }
     }
 }
