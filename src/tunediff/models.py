@@ -17,7 +17,7 @@ from tunediff.decoding import amplified, sampler
 from tunediff.errors import FamilyError, NumericsError
 from tunediff.families.base import Family
 from tunediff.folds import Fold
-from tunediff.linears import quicken
+from tunediff.linears import forget, frozen, quicken
 from tunediff.matmuls import fast_matmul
 from tunediff.sites import Site
 
@@ -56,6 +56,7 @@ def swapped(tensors: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
             parameter.data = value.to(parameter.device)
         yield
     finally:
+        forget(parameter.data for parameter in kept)
         for parameter, value in kept.items():
             parameter.data = value
 
@@ -461,7 +462,7 @@ class LanguageModel:
         order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
         answers: list[list[int]] = [[] for _ in prompts]
         greedy = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
-        with self._running() as stack:
+        with frozen(), self._running() as stack:
             # The last position of each prompt lies scattered, and torch would multiply each by a copy of the unembedding.
             whole = self.family.unembedding(self.network).register_forward_pre_hook(lambda module, given: (given[0].contiguous(),))
             stack.callback(whole.remove)

@@ -29,6 +29,7 @@ from tunediff.fitting import Fitted
 from tunediff.harvests import Harvest, harvest
 from tunediff.latent_scaling import latent_scaling
 from tunediff.lenses import Lens, fit_lens
+from tunediff.linears import frozen
 from tunediff.pairs import Pair
 from tunediff.plans import Plan, to_record
 from tunediff.rankings import Ranked, Ranking, rank
@@ -54,6 +55,14 @@ DEMO = ORGANISMS / "two-objectives"
 
 def quiet(stage: str, done: int, total: int) -> None:
     """A progress that says nothing."""
+
+
+class stage(cached_property):
+    """A stage: run once, and nobody writes to the networks' weights meanwhile."""
+
+    def __get__(self, run: "Run | None", owner: type | None = None) -> Any:
+        with frozen():
+            return super().__get__(run, owner)
 
 
 @dataclass(eq=False)
@@ -136,7 +145,7 @@ class Run:
 
     # -- stages ------------------------------------------------------------------------------------------------
 
-    @cached_property
+    @stage
     def contrast(self) -> list[Document]:
         """Contrastive text, kept as JSON."""
         plan, c = self.plan, self.plan.corpus
@@ -174,7 +183,7 @@ class Run:
         whole = dataclasses.replace(self.corpus, documents=tuple(used)).plus(self.contrast)
         return whole.tokens(tokenizer, row_tokens=c.row_tokens)
 
-    @cached_property
+    @stage
     def scan(self) -> list[SiteScan]:
         """The scan over depth; the chosen sites are marked."""
         plan = self.plan
@@ -204,7 +213,7 @@ class Run:
         """The sites in use."""
         return [Site.parse(r.site) for r in self.scan if r.chosen]
 
-    @cached_property
+    @stage
     def harvest(self) -> Harvest:
         """Both models' streams at the sites, on disk."""
         key, folder = self._at("harvest", self._models, self.tokens.fingerprint, list(map(str, self.sites)),
@@ -217,7 +226,7 @@ class Run:
                    f"{m['set_apart']} set apart as abnormal ({m['set_apart_first_position']} in first position)")
         return done
 
-    @cached_property
+    @stage
     def found(self) -> tuple[list[Change], dict[str, Fitted]]:
         """The changes of every finder, and the dictionaries fitted on the way."""
         plan = self.plan
@@ -245,7 +254,7 @@ class Run:
             self._done("find", key, began, f"{name}: {len(mine)} candidates")
         return changes, fits
 
-    @cached_property
+    @stage
     def _shifts(self) -> Shift:
         """How the output moves at every token of the text that the models wrote (of all if they wrote none).
 
@@ -273,7 +282,7 @@ class Run:
         """Training rows of the text that the models wrote (of all if they wrote none)."""
         return Sample.take(self.harvest, self.tokens, split="train", limit=10**9, seed=self.plan.seed, kinds=self._written)
 
-    @cached_property
+    @stage
     def ranking(self) -> Ranking:
         """All candidates, ranked."""
         changes = self.found[0]
@@ -304,7 +313,7 @@ class Run:
         p = self.plan
         return [list(p.find.finders), p.find.dictionary, p.find.candidates, p.dictionary, p.fit, p.seed]
 
-    @cached_property
+    @stage
     def lens(self) -> Lens:
         """A tuned lens of base at the sites."""
         key, folder = self._at("lens", self.harvest.fingerprint)
@@ -315,7 +324,7 @@ class Run:
         self._done("lens", key, began, "R² " + ", ".join(f"{v:.2f}" for v in lens.r2_S.tolist()))
         return lens
 
-    @cached_property
+    @stage
     def verdicts(self) -> list[ChangeRecord]:
         """Every ranked change as a record; the first few put on trial."""
         plan, ranking = self.plan, self.ranking
@@ -482,14 +491,15 @@ class Run:
         if not is_finished(folder):
             edit, controls = self.edit(ids)
             changes = [self.change(i) for i in ids]
-            result = bills.bill(self.pair, edit, controls, changes, self.sample, self.neutral, plan.edit, plan.seed)
+            with frozen():
+                result = bills.bill(self.pair, edit, controls, changes, self.sample, self.neutral, plan.edit, plan.seed)
             folder.mkdir(parents=True, exist_ok=True)
             write_json(folder / "bill.json", result)
             finish(folder, "tunediff.revert/1", {}, ["bill.json"])
         self._done("revert", key, began, "without " + ", ".join(ids))
         return typed(Bill, read_json(folder / "bill.json"), "bill.json")
 
-    @cached_property
+    @stage
     def signals(self) -> list[SignalTable]:
         """Evidence tables, read on the held-out sample's rows and as much neutral text."""
         plan = self.plan

@@ -21,9 +21,10 @@ from tunediff.kernels.dense import DenseCode
 from tunediff.kernels.gpu import GpuCode
 from tunediff.kernels.pairs import PairCode
 from tunediff.kernels.paths import kept_memory, using
+from tunediff.kernels.native import Tiles, tiles
 from tunediff.matmuls import fast_matmul
 
-__all__ = ["Code", "divergence", "encode", "fast_matmul", "kept_memory", "norm", "path", "product", "products", "using"]
+__all__ = ["Code", "Tiles", "divergence", "encode", "fast_matmul", "kept_memory", "norm", "path", "product", "products", "tiles", "using"]
 
 
 class Code(Protocol):
@@ -78,12 +79,12 @@ def encode(x_NI: Tensor, encoder_FI: Tensor, bias_F: Tensor, gate: Gate | None) 
     return DenseCode.encode(x_NI, encoder_FI, bias_F, gate)
 
 
-def product(x: Tensor, weight_OI: Tensor) -> Tensor | None:
+def product(x: Tensor, weight_OI: Tensor | Tiles) -> Tensor | None:
     """x (..., I) @ weight.T in float32, without gradients, as exact as torch's and faster; None where torch is to make it: on other
-    machines, of other kinds of numbers, of few rows."""
+    machines, of other kinds of numbers, of few rows. `tiles` of a weight serve many products, of any number of rows."""
     if not native.multiplies(x, weight_OI):
         return None
-    return native.product(x.reshape(-1, x.shape[-1]), weight_OI).view(*x.shape[:-1], len(weight_OI))
+    return native.product(x.reshape(-1, x.shape[-1]), weight_OI).view(*x.shape[:-1], weight_OI.shape[0])
 
 
 def products(device: torch.device | str = "cpu") -> str:

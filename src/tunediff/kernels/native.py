@@ -22,7 +22,7 @@ from torch.nn import Parameter
 from tunediff import gates
 from tunediff.kernels import paths
 
-INTERFACE = 8
+INTERFACE = 9
 """Which functions of which arguments are expected; `native.c` says the same, and goes up with every change of any file."""
 RANGES, FINE = 2, 16
 """Ranges a thread, where Python hands them out and where the compiled file does: more even out rows of unequal cost, and Python
@@ -61,7 +61,7 @@ def library() -> ctypes.CDLL | None:
         out.tiles = bool(out.has_tiles())  # which asks the system to let this process use them
         out.squares = out.squares_by(BEST)
         if out.tiles:
-            out.room.restype = ctypes.c_int64
+            out.room.restype = out.kept_room.restype = out.bring.restype = ctypes.c_int64
         for counts in (out.scan, out.sample, out.keep):
             counts.restype = ctypes.c_int64
         out.kth.restype = ctypes.c_float
@@ -275,22 +275,65 @@ def _tiles_are_exact() -> bool:
     return float((product(x_NI, w_OI) - exact).norm() / exact.norm()) <= 1e-6
 
 
-def multiplies(x: Tensor, w_OI: Tensor) -> bool:
+class Tiles:
+    """A product's right side (O, I) in bfloat16 tiles, to be multiplied by again and again: half as many bytes as in float32 where one
+    part holds its numbers, as many where two do, half as many more where all three are needed."""
+
+    def __init__(self, w_OI: Tensor, parts: int = 1):
+        self.shape, w_OI = w_OI.shape, _rows(w_OI)
+        self.space = torch.empty(bytes_of_tiles(w_OI, parts), dtype=torch.uint8, device="cpu")
+        sizes, threads = _i(*w_OI.shape, w_OI.stride(0), parts), torch.get_num_threads()
+        self.parts, self.needed = parts, library().bring(_at(w_OI), *sizes, _at(self.space), _team(), *_i(threads))
+
+    @property
+    def nbytes(self) -> int:
+        return self.space.nbytes
+
+
+def bytes_of_tiles(w_OI: Tensor, parts: int) -> int:
+    return library().kept_room(*_i(*w_OI.shape, parts))
+
+
+def tiles(w_OI: Tensor, room: int) -> Tiles | None:
+    """Weights in tiles, where `product` by them can be made and is faster than torch's; None where they take more bytes than that."""
+    large = w_OI.numel() >= FEW_WEIGHTS and min(w_OI.shape) >= NARROW
+    # Other classes may hold their numbers elsewhere, or not have any.
+    if not large or type(w_OI) not in (Tensor, Parameter) or not serves(w_OI) or not on_tiles():
+        return None
+    parts = 1  # which is what published weights mostly need, and what it takes to see it
+    while bytes_of_tiles(w_OI, parts) <= room:
+        made = Tiles(w_OI, parts)
+        if made.needed <= parts:
+            return made
+        parts = made.needed
+    return None
+
+
+def multiplies(x: Tensor, w_OI: Tensor | Tiles) -> bool:
     """Whether `product` of x (..., I) can be made and is faster than torch's."""
     (O, I), rows = w_OI.shape, x.numel() // max(1, x.shape[-1])
-    large = rows >= FEW_ROWS and O * I >= FEW_WEIGHTS and min(O, I) >= NARROW and x.shape[-1] == I
-    # Other classes may hold their numbers elsewhere, or not have any.
-    return large and type(x) is Tensor and type(w_OI) in (Tensor, Parameter) and serves(x, w_OI) and on_tiles()
+    if type(x) is not Tensor or x.shape[-1] != I or not serves(x):
+        return False
+    if isinstance(w_OI, Tiles):
+        return rows > 0
+    large = rows >= FEW_ROWS and O * I >= FEW_WEIGHTS and min(O, I) >= NARROW
+    return large and type(w_OI) in (Tensor, Parameter) and serves(w_OI) and on_tiles()
 
 
-def product(x_NI: Tensor, w_OI: Tensor) -> Tensor:
+def product(x_NI: Tensor, w_OI: Tensor | Tiles) -> Tensor:
     """x @ w.T (N, O), as exact as in float32, on a processor's tiles of bfloat16; N, O and I are at least 1."""
-    x_NI, w_OI = (t if t.stride(1) == 1 else t.contiguous() for t in (x_NI, w_OI))
-    lib, (N, I), O, threads = library(), x_NI.shape, len(w_OI), torch.get_num_threads()
-    out_NO, room = torch.empty(N, O, dtype=torch.float32, device="cpu"), _room(lib.room(*_i(N, O, I, threads)))
-    sizes = _i(N, O, I, x_NI.stride(0), w_OI.stride(0))
-    lib.multiply(_at(x_NI), _at(w_OI), _at(out_NO), *sizes, _at(room), _team(), *_i(threads))
+    kept = w_OI if isinstance(w_OI, Tiles) else None
+    x_NI, w_OI = _rows(x_NI), None if kept else _rows(w_OI)
+    lib, (N, I), O, threads = library(), x_NI.shape, (kept or w_OI).shape[0], torch.get_num_threads()
+    out_NO, room = torch.empty(N, O, dtype=torch.float32, device="cpu"), _room(lib.room(*_i(N, O, I, bool(kept), threads)))
+    given = (None, _at(kept.space), *_i(kept.parts)) if kept else (_at(w_OI), None, *_i(0))
+    lib.multiply(_at(x_NI), *given, _at(out_NO), *_i(N, O, I, x_NI.stride(0), 0 if kept else w_OI.stride(0)), _at(room), _team(), *_i(threads))
     return out_NO
+
+
+def _rows(x_NI: Tensor) -> Tensor:
+    """A matrix whose rows' numbers lie side by side."""
+    return x_NI if x_NI.stride(1) == 1 else x_NI.contiguous()
 
 
 def _room(size: int) -> Tensor:

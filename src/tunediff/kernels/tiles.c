@@ -99,120 +99,154 @@ TILED INLINE void turned(__m512i r[SIDE], uint16_t *out) {
     }
 }
 
-/* y (M, N) = x (M, K) w (N, K)', rows of x and w `far` apart. Squares of 32 columns go in `ranges` of `widest` at most to the
-   threads. Tiles lie by 32 rows or columns, depth, part, 16 of them: the left side's of all rows in `rows`, or, where ranges are
-   `few`, each worker's of the 32 rows that it is at; every worker has room for one range's columns in `columns`. */
+/* A side of a product, `far` numbers from one row to the next. In tiles it lies by 32 rows, depth, part (of which there is room for
+   `room`), 16 rows; `parts` says how many parts each 32 rows need. */
 typedef struct {
-    int64_t M, N, K, steps, squares, ranges, widest, few, x_far, w_far;
-    const float *x, *w;
-    float *y;
-    uint16_t *rows, *columns;
-    int64_t next, workers;
-} job;
+    const float *from;
+    int64_t rows, deep, far, steps, squares, room;
+    uint16_t *tiles;
+    int32_t *parts;
+} side;
 
 static int64_t whole_of(int64_t n, int64_t parts) { return (n + parts - 1) / parts; }
 
-static job dealt(int64_t M, int64_t N, int64_t K, int64_t threads) {
-    enum { NEAR = 1200 << 10, /* bytes of columns that stay in a core's own cache while all rows go by (measured) */
-           FITS = 320 << 10 }; /* bytes of rows that do beside them: to bring those into tiles twice costs less than to fetch them (measured) */
-    job j = {.M = M, .N = N, .K = K, .steps = whole_of(K, DEEP), .squares = whole_of(N, 2 * SIDE)};
-    const int64_t least = whole_of(j.squares * j.steps * 2 * TILE * 4, NEAR); /* most weights need two parts of 2 bytes */
-    j.ranges = whole_of(least, threads) * threads;
-    if (j.ranges > j.squares) j.ranges = j.squares;
-    j.widest = whole_of(j.squares, j.ranges);
-    j.few = j.ranges <= 2 * threads && j.steps * STEP * 2 <= FITS;
-    return j;
+static side side_of(const float *from, int64_t rows, int64_t deep, int64_t far, int64_t room) {
+    return (side){.from = from, .rows = rows, .deep = deep, .far = far, .steps = whole_of(deep, DEEP), .squares = whole_of(rows, 2 * SIDE), .room = room};
 }
 
-/* Numbers in the tiles of 32 rows or columns. */
-static int64_t line(const job *j) { return j->steps * STEP; }
+/* Numbers in the tiles of 32 rows. */
+static int64_t line(const side *x) { return x->steps * x->room * NEXT; }
 
-/* Tiles [first, stop) of sixteen rows. */
-TILED static void left_side(const job *j, int64_t first, int64_t stop, uint16_t *out) {
-    for (int64_t block = first; block < stop; block++)
-        for (int64_t r = 0; r < SIDE; r++) {
-            const float *x = j->x + (block * SIDE + r) % j->M * j->x_far; /* past the end any row: nobody asks for its sums */
-            uint16_t *o = out + (block / 2 - first / 2) * line(j) + block % 2 * TILE + r * DEEP;
-            for (int64_t s = 0; s < j->steps; s++, o += STEP) {
-                numbers left = numbers_at(x + s * DEEP, j->K - s * DEEP);
-                _mm512_store_si512(o, first_part(&left));
-                _mm512_store_si512(o + NEXT, first_part(&left));
-                _mm512_store_si512(o + 2 * NEXT, last_part(left));
-            }
+static int64_t header(const side *x) { return whole_of(x->squares * (int64_t)sizeof *x->parts, 64) * 64; }
+
+/* Bytes of so many times 32 rows in tiles. */
+static int64_t bytes(const side *x, int64_t squares) { return 64 + header(x) + squares * line(x) * (int64_t)sizeof *x->tiles; }
+
+static void put(side *x, char *space) {
+    space += (64 - (uintptr_t)space % 64) % 64; /* lines of a cache, which tiles are read by */
+    x->parts = (int32_t *)space, x->tiles = (uint16_t *)(space + header(x));
+}
+
+/* 32 rows of a left side, which always are three parts; past the end come any rows: nobody asks for their sums. */
+TILED static void left_side(const side *x, int64_t square, int64_t at) {
+    uint16_t *out = x->tiles + at * line(x);
+    for (int64_t r = 0; r < 2 * SIDE; r++) {
+        const float *row = x->from + (square * 2 * SIDE + r) % x->rows * x->far;
+        uint16_t *o = out + r / SIDE * TILE + r % SIDE * DEEP;
+        for (int64_t s = 0; s < x->steps; s++, o += STEP) {
+            numbers left = numbers_at(row + s * DEEP, x->deep - s * DEEP);
+            _mm512_store_si512(o, first_part(&left));
+            _mm512_store_si512(o + NEXT, first_part(&left));
+            _mm512_store_si512(o + 2 * NEXT, last_part(left));
         }
+    }
 }
 
-TILED static void left_sides(void *data) {
-    job *j = data;
-    for (int64_t two; (two = taken(&j->next)) < whole_of(j->M, 2 * SIDE);) left_side(j, 2 * two, 2 * two + 2, j->rows + two * line(j));
-}
-
-/* The tiles of sixteen columns; returns how many parts they need. */
-TILED static int right_side(const job *j, int64_t first, uint16_t *out) {
+/* Sixteen rows of a right side; returns how many parts they need. Those that there is no room for are not brought. */
+TILED static int sixteen(const side *x, int64_t first, uint16_t *out) {
     enum { AHEAD = 64 }; /* of a row little is read at a time: the processor would not see what comes next */
+    const int64_t step = x->room * NEXT;
     const __m512i none = _mm512_setzero_si512();
     __m512i second = none;
     int third = 0;
-    const float *w[SIDE];
-    for (int c = 0; c < SIDE; c++) w[c] = j->w + (first + c) % j->N * j->w_far;
-    for (int64_t s = 0, left = j->K; s < j->steps; s++, left -= DEEP, out += STEP) {
+    const float *row[SIDE];
+    for (int c = 0; c < SIDE; c++) row[c] = x->from + (first + c) % x->rows * x->far;
+    for (int64_t s = 0, left = x->deep; s < x->steps; s++, left -= DEEP, out += step) {
         __m512i one[SIDE], two[SIDE], rest = none;
         for (int c = 0; c < SIDE; c++) {
-            _mm_prefetch((const char *)(w[c] + s * DEEP + AHEAD), _MM_HINT_T0);
-            _mm_prefetch((const char *)(w[c] + s * DEEP + AHEAD + SIDE), _MM_HINT_T0);
-            numbers x = numbers_at(w[c] + s * DEEP, left);
-            one[c] = first_part(&x), two[c] = last_part(x);
-            rest = _mm512_or_si512(rest, _mm512_or_si512(_mm512_castps_si512(x.low), _mm512_castps_si512(x.high)));
+            _mm_prefetch((const char *)(row[c] + s * DEEP + AHEAD), _MM_HINT_T0);
+            _mm_prefetch((const char *)(row[c] + s * DEEP + AHEAD + SIDE), _MM_HINT_T0);
+            numbers n = numbers_at(row[c] + s * DEEP, left);
+            one[c] = first_part(&n), two[c] = last_part(n);
+            rest = _mm512_or_si512(rest, _mm512_or_si512(_mm512_castps_si512(n.low), _mm512_castps_si512(n.high)));
             second = _mm512_or_si512(second, two[c]);
         }
         turned(one, out);
         rest = _mm512_slli_epi32(rest, 16); /* bits that a second part has no room for */
-        if (!_mm512_test_epi32_mask(rest, rest)) {
-            turned(two, out + NEXT);
-            continue;
-        }
-        for (int64_t r = 0; !third && r < j->steps; r++) memset(out + (r - s) * STEP + 2 * NEXT, 0, TILE * sizeof *out);
+        const int more = _mm512_test_epi32_mask(rest, rest) != 0;
+        if (!more && x->room > 1) turned(two, out + NEXT);
+        if (!more) continue;
+        if (x->room < PARTS) return PARTS;
+        for (int64_t r = 0; !third && r < x->steps; r++) memset(out + (r - s) * step + 2 * NEXT, 0, TILE * sizeof *out);
         third = 1;
         for (int c = 0; c < SIDE; c++) {
-            numbers x = numbers_at(w[c] + s * DEEP, left);
-            first_part(&x), two[c] = first_part(&x), one[c] = last_part(x);
+            numbers n = numbers_at(row[c] + s * DEEP, left);
+            first_part(&n), two[c] = first_part(&n), one[c] = last_part(n);
         }
         turned(two, out + NEXT), turned(one, out + 2 * NEXT);
     }
-    return third ? 3 : _mm512_test_epi32_mask(second, second) ? 2 : 1;
+    return third ? PARTS : _mm512_test_epi32_mask(second, second) ? 2 : 1;
+}
+
+TILED static void right_side(const side *x, int64_t square, int64_t at) {
+    uint16_t *out = x->tiles + at * line(x);
+    const int one = sixteen(x, square * 2 * SIDE, out), other = sixteen(x, square * 2 * SIDE + SIDE, out + TILE);
+    x->parts[at] = one > other ? one : other;
+    for (int64_t s = 0; one != other && x->parts[at] == PARTS && x->room == PARTS && s < x->steps; s++)
+        memset(out + (one < other ? 0 : TILE) + s * STEP + 2 * NEXT, 0, TILE * sizeof *out);
 }
 
 #define EACH(act0, act1, act2, act3) do { act0; act1; act2; act3; } while (0)
-#define LEFT(p) do { _tile_loadd(4, a + (p) * NEXT, 64); _tile_loadd(5, a + (p) * NEXT + TILE, 64); } while (0)
-#define RIGHT(p) do { _tile_loadd(6, b + (p) * NEXT, 64); _tile_loadd(7, b + (p) * NEXT + TILE, 64); } while (0)
 #define ADD EACH(_tile_dpbf16ps(0, 4, 6), _tile_dpbf16ps(1, 4, 7), _tile_dpbf16ps(2, 5, 6), _tile_dpbf16ps(3, 5, 7))
 #define STORE(y, below, far) EACH(_tile_stored(0, y, far), _tile_stored(1, y + SIDE, far), \
     _tile_stored(2, y + below, far), _tile_stored(3, y + below + SIDE, far))
 
-/* 32 rows by 32 columns of an answer, of which `rows` and `columns` are there, over some steps of depth; of each the smallest
-   products first. They are put into y, or added to it if `more`. */
-TILED static void square(const uint16_t *a, const uint16_t *b, int64_t steps, int parts, int more, float *y, int64_t far,
-                         int64_t rows, int64_t columns) {
+/* What stores tiles falls asleep after half a microsecond without work, and takes a fifth of one to wake: a sixth of a square of
+   576 deep (measured). So it is given some now and then: a tile into one line that nobody reads. */
+#define AWAKE(line) _tile_stored(0, line, 0)
+enum { NAP = 4 }; /* steps of depth */
+
+/* 32 rows by 32 columns of an answer over some steps of depth, into y, or into `out` where not all are there or sums stand in y
+   already; of each step the smallest products first. Of what comes `next` some lines are called for with `each` step. */
+typedef struct { const uint16_t *a, *b, *next; int64_t each, steps; float *y, *out; int64_t b_step, far; } square;
+
+#define LEFT(p) do { _tile_loadd(4, a + (p) * NEXT, 64); if (tall) _tile_loadd(5, a + (p) * NEXT + TILE, 64); } while (0)
+#define RIGHT(p) do { _tile_loadd(6, b + (p) * NEXT, 64); _tile_loadd(7, b + (p) * NEXT + TILE, 64); } while (0)
+#define SUM do { if (tall) ADD; else { _tile_dpbf16ps(0, 4, 6); _tile_dpbf16ps(1, 4, 7); } } while (0)
+
+TILED INLINE void add_up(const square *q, const int parts, const int tall) {
+    static _Thread_local float nobodys[SIDE] __attribute__((aligned(64)));
+    const uint16_t *a = q->a, *b = q->b, *next = q->next;
+    float *const spare = nobodys;
     __asm__ volatile("" ::: "memory"); /* loads of tiles do not say that they read memory */
     EACH(_tile_zero(0), _tile_zero(1), _tile_zero(2), _tile_zero(3));
-    for (int64_t s = 0; s < steps; s++, a += STEP, b += STEP) {
-        RIGHT(0); LEFT(2); ADD;
-        LEFT(1); ADD;
-        if (parts > 1) { RIGHT(1); ADD; }
-        LEFT(0); ADD;
-        if (parts > 2) { RIGHT(2); ADD; }
-        if (parts > 1) { RIGHT(0); ADD; }
+    for (int64_t s = 0; s < q->steps; s++, a += STEP, b += q->b_step) {
+        if (s % NAP == 0) AWAKE(spare);
+        for (int64_t i = 0; i < q->each; i++, next += DEEP) _mm_prefetch((const char *)next, _MM_HINT_T1);
+        for (int i = 0; s < SIDE && i < 4; i++) __builtin_prefetch(q->y + (2 * s + i / 2) * q->far + i % 2 * SIDE, 1, 3);
+        RIGHT(0); LEFT(2); SUM;
+        LEFT(1); SUM;
+        if (parts > 1) { RIGHT(1); SUM; }
+        LEFT(0); SUM;
+        if (parts > 2) { RIGHT(2); SUM; }
+        if (parts > 1) { RIGHT(0); SUM; }
     }
-    if (!more && rows >= 2 * SIDE && columns >= 2 * SIDE) {
-        STORE(y, SIDE * far, far * 4);
-        return;
-    }
-    float out[2 * SIDE][2 * SIDE];
-    STORE(out[0], 2 * SIDE * SIDE, 2 * SIDE * 4);
+    if (!q->out) STORE(q->y, SIDE * q->far, q->far * 4);
+    else STORE(q->out, 2 * SIDE * SIDE, 2 * SIDE * 4);
     __asm__ volatile("" ::: "memory");
-    const int64_t wide = columns < 2 * SIDE ? columns : 2 * SIDE;
-    for (int64_t r = 0; r < 2 * SIDE && r < rows; r++)
-        for (int64_t c = 0; c < wide; c++) y[r * far + c] = more ? y[r * far + c] + out[r][c] : out[r][c];
+}
+
+TILED static void added_up(const square *q, int parts, int tall) {
+    switch (parts * 2 + tall) {
+    case 2: add_up(q, 1, 0); break;
+    case 3: add_up(q, 1, 1); break;
+    case 4: add_up(q, 2, 0); break;
+    case 5: add_up(q, 2, 1); break;
+    case 6: add_up(q, 3, 0); break;
+    case 7: add_up(q, 3, 1); break;
+    }
+}
+
+/* `out` into y, or added to it if `more`, as far as rows and columns go. */
+TILED static void put_down(const float *out, float *y, int64_t far, int64_t rows, int64_t columns, int more) {
+    const uint32_t there = columns < 2 * SIDE ? (1u << columns) - 1 : 0xffffffff;
+    for (int64_t r = 0; r < 2 * SIDE && r < rows; r++, y += far, out += 2 * SIDE)
+        for (int half = 0; half < 2; half++) {
+            const __mmask16 mask = (__mmask16)(there >> half * SIDE);
+            __m512 sum = _mm512_load_ps(out + half * SIDE);
+            if (more) sum += _mm512_maskz_loadu_ps(mask, y + half * SIDE);
+            _mm512_mask_storeu_ps(y + half * SIDE, mask, sum);
+        }
 }
 
 TILED void tiles_begin(void) {
@@ -237,52 +271,130 @@ TILED void square_on_tiles(const uint16_t *a, const uint16_t *b, int64_t far, in
     __asm__ volatile("" ::: "memory");
 }
 
-TILED static void products(void *data) {
-    job *j = data;
-    tiles_begin();
-    const int64_t worker = taken(&j->workers);
-    uint16_t *own = j->columns + worker * j->widest * line(j);
-    for (int64_t range; (range = taken(&j->next)) < j->ranges;) {
-        const int64_t from = j->squares * range / j->ranges, to = j->squares * (range + 1) / j->ranges;
-        int parts[to - from];
-        for (int64_t q = from; q < to; q++) {
-            uint16_t *tiles_of = own + (q - from) * line(j);
-            const int one = right_side(j, q * 2 * SIDE, tiles_of), other = right_side(j, q * 2 * SIDE + SIDE, tiles_of + TILE);
-            parts[q - from] = one > other ? one : other;
-            for (int64_t t = 0; one != other && parts[q - from] == 3 && t < j->steps; t++)
-                memset(tiles_of + (one < other ? 0 : TILE) + t * STEP + 2 * NEXT, 0, TILE * sizeof *own);
+/* y (M, N) = x (M, K) w (N, K)'. Of w `strip` squares from the `first` on are brought into tiles, unless they are `kept`. Rows of x
+   go in `chunks` that stay in a core's own cache: who works on one brings it for itself, which costs less than to fetch it, and makes
+   `groups` of squares, or some of them where others have come to help. Depth is added up in `runs`. */
+typedef struct {
+    side x, w;
+    float *y;
+    int64_t first, strip, runs, chunks, chunk, groups, threads, far;
+    int bring;
+    int64_t next, brought, workers, turns[]; /* what threads share */
+} job;
+
+TILED static void squares_of(const job *j, const side *x, int64_t top, int64_t rows, int64_t from, int64_t to) {
+    float out[2 * SIDE * 2 * SIDE] __attribute__((aligned(64)));
+    const int64_t M = j->x.rows, N = j->w.rows, b_step = j->w.room * NEXT;
+    for (int64_t run = 0; run < j->runs; run++) {
+        const int64_t shallow = x->steps * run / j->runs, deep = x->steps * (run + 1) / j->runs;
+        const int64_t each = whole_of(b_step / DEEP, rows);
+        for (int64_t c = from; c < to; c++) {
+            const uint16_t *b = j->w.tiles + c * line(&j->w) + shallow * b_step;
+            const int64_t column = (j->first + c) * 2 * SIDE;
+            for (int64_t r = 0; r < rows; r++) {
+                const int64_t row = (top + r) * 2 * SIDE;
+                const int all = run == 0 && row + 2 * SIDE <= M && column + 2 * SIDE <= N;
+                float *y = j->y + row * N + column;
+                added_up(&(square){x->tiles + r * line(x) + shallow * STEP, b, b + line(&j->w) + r * each * (deep - shallow) * DEEP,
+                                   c + 1 < to ? each : 0, deep - shallow, y, all ? NULL : out, b_step, N}, j->w.parts[c], row + SIDE < M);
+                if (!all) put_down(out, y, N, M - row, N - column, run > 0);
+            }
         }
-        for (int64_t m = 0; m < j->M; m += 2 * SIDE) {
-            uint16_t *rows = j->rows + (j->few ? worker : m / (2 * SIDE)) * line(j);
-            if (j->few) left_side(j, m / SIDE, m / SIDE + 2, rows);
-            for (int64_t q = from; q < to; q++)
-                for (int64_t s = 0; s < j->steps; s += RUN)
-                    square(rows + s * STEP, own + (q - from) * line(j) + s * STEP,
-                           j->steps - s < RUN ? j->steps - s : RUN, parts[q - from], s > 0, j->y + m * j->N + q * 2 * SIDE, j->N,
-                           j->M - m, j->N - q * 2 * SIDE);
+    }
+}
+
+/* Whether all threads work on the same rows: to bring those costs each less than to fetch all of w. */
+static int together(const side *w, int64_t threads) {
+    enum { MANY = 256 }; /* squares a thread (measured) */
+    return w->squares >= MANY * threads;
+}
+
+TILED static void work(void *data) {
+    job *j = data;
+    const int64_t all = j->bring && j->chunks > 1 ? j->strip : 0, me = taken(&j->workers) % j->threads;
+    for (int64_t i; (i = taken(&j->next)) < all; __atomic_fetch_add(&j->brought, 1, __ATOMIC_RELEASE)) right_side(&j->w, j->first + i, i);
+    while (__atomic_load_n(&j->brought, __ATOMIC_ACQUIRE) < all) _mm_pause(); /* others are at their last */
+    tiles_begin();
+    side own = j->x;
+    own.tiles += me * j->chunk * line(&own);
+    for (int64_t i = 0; i < j->chunks; i++) {
+        const int64_t chunk = (i + (together(&j->w, j->threads) ? 0 : j->chunks * me / j->threads)) % j->chunks;
+        const int64_t top = j->x.squares * chunk / j->chunks, rows = j->x.squares * (chunk + 1) / j->chunks - top;
+        int here = 0;
+        for (int64_t group; (group = taken(&j->turns[chunk])) < j->groups; here = 1) {
+            for (int64_t r = 0; !here && r < rows; r++) left_side(&own, top + r, r);
+            const int64_t from = j->strip * group / j->groups, to = j->strip * (group + 1) / j->groups;
+            for (int64_t c = from; j->bring && j->chunks == 1 && c < to; c++) right_side(&j->w, j->first + c, c);
+            squares_of(j, &own, top, rows, from, to);
         }
     }
     tiles_end();
 }
 
-static int64_t lines_of_rows(const job *j, int64_t threads) { return j->few ? threads : whole_of(j->M, 2 * SIDE); }
-
-/* Bytes that `multiply` needs besides. */
-int64_t room(int64_t M, int64_t N, int64_t K, int64_t threads) {
-    const job j = dealt(M, N, K, threads);
-    return 64 + 2 * (lines_of_rows(&j, threads) + threads * j.widest) * line(&j);
+/* Squares of w that are brought at a time where they are not kept. */
+static int64_t strip_of(const side *w) {
+    enum { STRIP = 8 << 20 }; /* bytes; all threads go by them again and again */
+    const int64_t some = STRIP / (line(w) * (int64_t)sizeof *w->tiles);
+    return some < 1 ? 1 : some < w->squares ? some : w->squares;
 }
 
-/* y (M, N) = x (M, K) w (N, K)' by the threads of `on`, or by the caller without them; rows of x and w are `far` apart. */
-void multiply(const float *x, const float *w, float *y, int64_t M, int64_t N, int64_t K, int64_t x_far, int64_t w_far, char *space,
-              team *on, int64_t threads) {
-    job j = dealt(M, N, K, threads);
-    j.x = x, j.w = w, j.y = y, j.x_far = x_far, j.w_far = w_far;
-    j.rows = (uint16_t *)(space + (64 - (uintptr_t)space % 64) % 64);
-    j.columns = j.rows + lines_of_rows(&j, threads) * line(&j);
-    if (!j.few) on_all(on, threads, left_sides, &j);
-    j.next = 0;
-    on_all(on, threads, products, &j);
+/* Bytes that `bring` needs for a right side (N, K) that has no more parts. */
+int64_t kept_room(int64_t N, int64_t K, int64_t parts) {
+    const side w = side_of(NULL, N, K, 0, parts);
+    return bytes(&w, w.squares);
+}
+
+typedef struct { side w; int64_t next, parts; } bringing;
+
+static void bring_all(void *data) {
+    bringing *j = data;
+    for (int64_t i; (i = taken(&j->next)) < j->w.squares;) right_side(&j->w, i, i);
+}
+
+/* A right side to keep; returns how many parts it needs, and where those are more than there is room for it is not there. */
+int64_t bring(const float *w, int64_t N, int64_t K, int64_t far, int64_t parts, char *space, team *on, int64_t threads) {
+    bringing j = {.w = side_of(w, N, K, far, parts)};
+    put(&j.w, space);
+    on_all(on, threads, bring_all, &j);
+    int64_t most = 1;
+    for (int64_t i = 0; i < j.w.squares; i++) most = j.w.parts[i] > most ? j.w.parts[i] : most;
+    return most;
+}
+
+/* Squares of rows that are worked on at once. */
+static int64_t chunk_of(const side *x, const side *w, int64_t threads) {
+    enum { NEAR = 900 << 10, FEW = 2 }; /* bytes that stay in a core's own cache; squares that are worth fetching w for (measured) */
+    int64_t some = NEAR / (line(x) * (int64_t)sizeof *x->tiles);
+    if (some > x->squares) some = x->squares;
+    if (!together(w, threads) && x->squares >= FEW * threads && some > whole_of(x->squares, threads)) some = whole_of(x->squares, threads);
+    return some < FEW ? FEW : some;
+}
+
+/* Bytes that `multiply` needs besides. */
+int64_t room(int64_t M, int64_t N, int64_t K, int64_t kept, int64_t threads) {
+    const side x = side_of(NULL, M, K, 0, PARTS), w = side_of(NULL, N, K, 0, PARTS);
+    return bytes(&x, threads * chunk_of(&x, &w, threads)) + (kept ? 0 : bytes(&w, strip_of(&w))) + (int64_t)sizeof(job) + 8 * x.squares;
+}
+
+/* y (M, N) = x (M, K) w (N, K)' by the threads of `on`, or by the caller without them; rows of x and w are `far` apart. Or of w what
+   `bring` made of it with room for so many parts. */
+void multiply(const float *x, const float *w, char *kept, int64_t parts, float *y, int64_t M, int64_t N, int64_t K, int64_t x_far,
+              int64_t w_far, char *space, team *on, int64_t threads) {
+    job *j = (job *)space;
+    *j = (job){.x = side_of(x, M, K, x_far, PARTS), .w = side_of(w, N, K, w_far, kept ? parts : PARTS), .y = y, .bring = !kept, .threads = threads};
+    space += sizeof *j + 8 * j->x.squares;
+    put(&j->x, space);
+    j->chunk = chunk_of(&j->x, &j->w, threads), j->chunks = whole_of(j->x.squares, j->chunk);
+    put(&j->w, kept ? kept : space + bytes(&j->x, threads * j->chunk));
+    const int64_t strip = kept ? j->w.squares : strip_of(&j->w);
+    j->runs = whole_of(j->x.steps, RUN);
+    for (j->first = 0; j->first < j->w.squares; j->first += strip) {
+        j->strip = j->w.squares - j->first < strip ? j->w.squares - j->first : strip;
+        j->groups = threads == 1 ? 1 : j->strip < 8 * threads ? j->strip : 8 * threads;
+        j->next = j->brought = j->workers = 0;
+        memset(j->turns, 0, 8 * j->chunks);
+        on_all(on, threads, work, j);
+    }
 }
 
 #endif
