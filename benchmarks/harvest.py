@@ -23,7 +23,7 @@ from torch import nn
 
 from tunediff.axes import BASE, TUNED
 from tunediff.corpora import Corpus
-from tunediff.linears import Linear
+from tunediff.layers import Linear
 from tunediff.pairs import Pair
 from tunediff.sites import Site
 from tunediff.stages import DEMO

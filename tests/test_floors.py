@@ -17,7 +17,7 @@ PACKAGE = "tunediff"
 FLOORS = [
     ("ground", "errors axes chance artifacts matmuls pages variants gates kernels"),
     ("waist", "sites changes results"),
-    ("models", "corpora families folds attention linears decoding models accounts pairs embedded"),
+    ("models", "corpora families folds attention layers caches decoding models accounts pairs embedded"),
     ("harvest", "measures harvests contrasts lenses samples"),
     ("dicts", "dictionaries fitting"),
     ("finders", "finders signals attributions rankings latent_scaling scans calibrations"),
@@ -26,7 +26,7 @@ FLOORS = [
     ("doors", "plans stages cli organisms planted detection nulls scores bench demo progress"),
 ]
 FLOOR_OF = {name: number for number, (_, names) in enumerate(FLOORS) for name in names.split()}
-KNOWS_HUGGING_FACE = {"families", "attention", "models", "pairs", "embedded", "corpora", "organisms"}
+KNOWS_HUGGING_FACE = {"families", "attention", "caches", "models", "pairs", "embedded", "corpora", "organisms"}
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 
 

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from tunediff import variants
-from tunediff.attention import lighten
+from tunediff.attention import lighten, rotating
 from tunediff.chance import generator
 from tunediff.decoding import amplified, sampler
 from tunediff.errors import FamilyError, NumericsError
 from tunediff.families.base import Family
 from tunediff.folds import Fold
-from tunediff.linears import forget, frozen, quicken
+from tunediff.layers import forget, frozen, quicken
 from tunediff.matmuls import fast_matmul
 from tunediff.sites import Site
 
@@ -151,7 +151,7 @@ class LanguageModel:
 
     @contextmanager
     def _running(self) -> Iterator[ExitStack]:
-        with torch.inference_mode(), fast_matmul(self.device), self.switch(), ExitStack() as stack:
+        with torch.inference_mode(), fast_matmul(self.device), rotating(self.network), self.switch(), ExitStack() as stack:
             yield stack
 
     def _forward(self, ids_BT: Tensor, cache: Any = None, **named: Tensor) -> None:
@@ -281,9 +281,9 @@ class LanguageModel:
     def _prefix(self, ids_P: Tensor, rows: int, sites: Sequence[Site] = (), final: bool = False,
                 start: "Start | None" = None, watch: Watch | None = None) -> tuple[tuple, Any]:
         """What a run gives on a beginning that `rows` rows share, and the keys and values to go on from in each."""
-        from transformers import DynamicCache
+        from tunediff.caches import cache_of
 
-        cache = DynamicCache(config=self.network.config)
+        cache = cache_of(self.network)
         head = self._pass(ids_P[None], sites, final, start and start.part(slice(0, 1), slice(0, len(ids_P))), cache, watch=watch)
         for layer in range(start.site.layer + 1 if start else 0):  # masks and positions are made from every layer's length
             nothing = torch.zeros(1, 1, len(ids_P), 1, dtype=next(self.module.parameters()).dtype, device=self.device)
@@ -413,10 +413,10 @@ class LanguageModel:
 
     def _amplifying(self, amplification: float, mask_BT: Tensor, prefix_P: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
         """A processor of another model's scores while it completes rows with this mask: away from what this one says."""
-        from transformers import DynamicCache
+        from tunediff.caches import cache_of
 
         with self._running():
-            cache = self._prefix(prefix_P, len(mask_BT), final=True)[1] if len(prefix_P) else DynamicCache(config=self.network.config)
+            cache = self._prefix(prefix_P, len(mask_BT), final=True)[1] if len(prefix_P) else cache_of(self.network)
         read = len(prefix_P)
 
         def away(ids_BT: Tensor, score_BV: Tensor) -> Tensor:
@@ -455,6 +455,8 @@ class LanguageModel:
         """
         from transformers import LogitsProcessorList
 
+        from tunediff.caches import cache_of
+
         ends = self.network.generation_config.eos_token_id
         ends = set(ends if isinstance(ends, list) else [ends]) | {self.tokenizer.eos_token_id}
         ends.discard(None)
@@ -481,6 +483,8 @@ class LanguageModel:
                 prefix_P = ids[0, : shared if len(chosen) > 1 else 0]
                 if len(prefix_P):
                     known["past_key_values"] = self._prefix(prefix_P, len(chosen), final=True)[1]
+                elif self.shares_prefixes:  # whose caches are known to be of that kind
+                    known["past_key_values"] = cache_of(self.network)
                 known["logits_processor"] = processors = LogitsProcessorList()
                 if against is not None:
                     processors.append(against._amplifying(amplification, mask, prefix_P))

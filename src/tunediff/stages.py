@@ -29,7 +29,7 @@ from tunediff.fitting import Fitted
 from tunediff.harvests import Harvest, harvest
 from tunediff.latent_scaling import latent_scaling
 from tunediff.lenses import Lens, fit_lens
-from tunediff.linears import frozen
+from tunediff.layers import frozen
 from tunediff.pairs import Pair
 from tunediff.plans import Plan, to_record
 from tunediff.rankings import Ranked, Ranking, rank

@@ -24,7 +24,7 @@ from tunediff.kernels.paths import kept_memory, using
 from tunediff.kernels.native import Tiles, tiles
 from tunediff.matmuls import fast_matmul
 
-__all__ = ["Code", "Tiles", "divergence", "encode", "fast_matmul", "kept_memory", "norm", "path", "product", "products", "tiles", "using"]
+__all__ = ["Code", "Tiles", "divergence", "encode", "fast_matmul", "gated", "kept_memory", "norm", "path", "product", "products", "rms_norm", "rotated", "tiles", "using"]
 
 
 class Code(Protocol):
@@ -90,6 +90,28 @@ def product(x: Tensor, weight_OI: Tensor | Tiles) -> Tensor | None:
 def products(device: torch.device | str = "cpu") -> str:
     """Who makes a model's large float32 products on this device: "tiles" (`product`) or "torch"."""
     return "tiles" if native.serves(torch.empty(0, device=device)) and native.on_tiles() else "torch"
+
+
+def rms_norm(x: Tensor, weight_I: Tensor, epsilon: float) -> Tensor | None:
+    """weight * x / sqrt(mean of x * x + epsilon) of each row of x (..., I), without gradients, in one pass; None where that does not
+    serve."""
+    if not native.passes(x, weight_I) or x.shape[-1:] != weight_I.shape:
+        return None
+    return native.rms_norm(x.reshape(-1, len(weight_I)), weight_I, epsilon).view(x.shape)
+
+
+def gated(gate: Tensor, up: Tensor) -> Tensor | None:
+    """gate * sigmoid(gate) * up, without gradients, in one pass; None where that does not serve."""
+    return native.gated(gate, up) if native.passes(gate, up) and gate.shape == up.shape else None
+
+
+def rotated(x_BHTE: Tensor, cos_BTE: Tensor, sin_BTE: Tensor) -> Tensor | None:
+    """x * cos + (the second half of x negated, then the first) * sin, without gradients, in one pass; the angles are those of one batch
+    or of each. None where that does not serve."""
+    (B, _, T, E), angles = x_BHTE.shape, cos_BTE.shape
+    if not native.passes(x_BHTE, cos_BTE) or not native.serves(sin_BTE) or E % 2 or angles not in ((1, T, E), (B, T, E)) or sin_BTE.shape != angles:
+        return None
+    return native.rotated(x_BHTE, cos_BTE, sin_BTE)
 
 
 def norm(tensors: Sequence[Tensor]) -> Tensor:

@@ -82,3 +82,25 @@ static inline __attribute__((always_inline)) float widen(uint16_t x) {
 static inline __attribute__((always_inline)) lanes widened(const uint16_t *x) {
     return (lanes)(__builtin_convertvector(*(const halves *)x, words) << 16);
 }
+
+static inline __attribute__((always_inline)) lanes larger(lanes a, lanes b) {
+    const marks above = a > b;
+    return (lanes)(((marks)a & above) | ((marks)b & ~above));
+}
+
+/* e^x for x <= 0 to 2 units in the last place; 0 from -87 down, so that a logit of -inf is as loud as in torch (0 * inf). */
+static inline __attribute__((always_inline)) lanes power(lanes x) {
+    const marks some = x > SPREAD(-87.0f);
+    x = larger(x, SPREAD(-87.0f));
+    const lanes magic = SPREAD(0x1.8p23f), shifted = x * 1.44269504f + magic, n = shifted - magic;
+    const lanes r = x - n * 0.693359375f + n * 2.12194440e-4f; /* ln 2 in two parts, the first exact */
+    lanes sum = SPREAD(1.0f / 5040);
+    sum = sum * r + 1.0f / 720;
+    sum = sum * r + 1.0f / 120;
+    sum = sum * r + 1.0f / 24;
+    sum = sum * r + 1.0f / 6;
+    sum = sum * r + 0.5f;
+    sum = sum * r + 1;
+    sum = sum * r + 1;
+    return (lanes)(((words)sum + ((words)shifted << 23)) & (words)some);
+}

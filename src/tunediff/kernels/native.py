@@ -1,4 +1,4 @@
-"""The compiled kernels of `native.c`, `codes.c` and `tiles.c`, called on as many threads as torch has: float32 on the CPU.
+"""The compiled kernels of `native.c`, `codes.c`, `tiles.c` and `streams.c`, called on as many threads as torch has: float32 on the CPU.
 
 The library knows nothing of Python or torch, so one build serves every version of both. A call gives up the
 interpreter's lock; each thread takes ranges of rows that no other writes, so results have the same bits for any number
@@ -22,7 +22,7 @@ from torch.nn import Parameter
 from tunediff import gates
 from tunediff.kernels import paths
 
-INTERFACE = 9
+INTERFACE = 11
 """Which functions of which arguments are expected; `native.c` says the same, and goes up with every change of any file."""
 RANGES, FINE = 2, 16
 """Ranges a thread, where Python hands them out and where the compiled file does: more even out rows of unequal cost, and Python
@@ -38,6 +38,8 @@ DEEP, GROUP, AHEAD = 32, 32, 16
 """Numbers of depth and rows that bfloat16 numbers are packed by; groups of tokens that a thread takes at once."""
 BLOCK = 1 << 16
 """Numbers whose squares are added up together."""
+SMALL_BLOCK = 1 << 12
+"""Numbers that are gated in one turn."""
 MARGIN = 3.0
 """By how many standard deviations of the estimate more candidates than codes are asked for; too few are noticed."""
 HELD = 1 << 26
@@ -45,6 +47,8 @@ HELD = 1 << 26
 FEW_ROWS, FEW_WEIGHTS, NARROW = 32, 1 << 16, 192
 """Rows, weights, and rows and columns of weights, from which on tiles are faster (measured): bringing numbers into tiles costs the
 same for few sums as for many."""
+FEW_NUMBERS = 1 << 14
+"""Numbers from which on one pass over them is faster than torch's few (measured)."""
 _kept = threading.local()
 
 
@@ -248,6 +252,39 @@ def norm(tensors: Sequence[Tensor]) -> Tensor:
         sums.append(torch.empty(blocks, dtype=torch.double, device="cpu"))
         _spread("squares_of", [a, a.numel(), BLOCK, sums[-1]], _even(blocks, FINE))
     return torch.cat(sums).sum().sqrt()
+
+
+def passes(x: Tensor, other: Tensor) -> bool:
+    """Whether `rms_norm`, `gated` or `rotated` of these serves and pays: torch's operations take as long over a few numbers."""
+    return x.numel() >= FEW_NUMBERS and type(x) is Tensor and type(other) in (Tensor, Parameter) and serves(x, other)
+
+
+def rms_norm(x_NI: Tensor, weight_I: Tensor, epsilon: float) -> Tensor:
+    """weight * x / sqrt(mean of x * x + epsilon) of each row."""
+    x_NI, weight_I = x_NI.contiguous(), weight_I.contiguous()
+    out_NI, epsilon_ = torch.empty_like(x_NI), ctypes.c_double(epsilon)
+    N, I = x_NI.shape
+    _spread("rms_norm", [x_NI, weight_I, ctypes.addressof(epsilon_), I, out_NI], _even(N, FINE))
+    return out_NI
+
+
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    """gate * sigmoid(gate) * up."""
+    gate, up = gate.contiguous(), up.contiguous()
+    out, blocks = torch.empty_like(gate), -(-gate.numel() // SMALL_BLOCK)
+    _spread("gated", [gate, up, gate.numel(), SMALL_BLOCK, out], _even(blocks, FINE))
+    return out
+
+
+def rotated(x_BHTE: Tensor, cos_BTE: Tensor, sin_BTE: Tensor) -> Tensor:
+    """x * cos + (the second half of x negated, then the first) * sin; the angles are those of one batch or of each."""
+    if x_BHTE.stride(3) != 1:
+        x_BHTE = x_BHTE.contiguous()
+    cos_BTE, sin_BTE, (B, H, T, E) = cos_BTE.contiguous(), sin_BTE.contiguous(), x_BHTE.shape
+    out_BHTE = torch.empty(B, H, T, E, dtype=torch.float32, device="cpu")
+    sizes = _array([H, T, E, *x_BHTE.stride()[:3], T * E * (len(cos_BTE) > 1)])
+    _spread("rotated", [x_BHTE, cos_BTE, sin_BTE, ctypes.addressof(sizes), out_BHTE], _even(B * H * T, FINE))
+    return out_BHTE
 
 
 def divergence(p_PV: Tensor, q_QV: Tensor, p_sums: bool, q_sums: bool) -> Tensor:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from tunediff import kernels, linears
+from tunediff import kernels, layers
 
 
 class Own(nn.Linear):
@@ -39,7 +39,7 @@ def maker(request, monkeypatch):
 @pytest.mark.parametrize("shape", [(40,), (3, 40), (2, 3, 40), (0, 40)])
 def test_answers_are_torchs(maker, shape):
     plain, quick = network(), network()
-    linears.quicken(quick)
+    layers.quicken(quick)
     x = torch.randn(shape)
     with torch.inference_mode():
         torch.testing.assert_close(quick(x), plain(x))
@@ -51,7 +51,7 @@ def test_answers_are_torchs(maker, shape):
 
 def test_gradients_are_torchs(maker):
     plain, quick = network(), network()
-    linears.quicken(quick)
+    layers.quicken(quick)
     x = torch.randn(3, 40)
     for one in (plain, quick):
         one(x).sum().backward()
@@ -64,7 +64,7 @@ def test_gradients_are_torchs(maker):
 
 def test_precision_that_a_user_asks_for_is_his(maker):
     plain, quick = network(), network()
-    linears.quicken(quick)
+    layers.quicken(quick)
     x = torch.randn(100, 40)
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         assert quick(x).dtype == torch.bfloat16 and torch.equal(plain(x), quick(x))
@@ -73,7 +73,7 @@ def test_precision_that_a_user_asks_for_is_his(maker):
 
 def test_shapes_that_do_not_fit_are_torchs_to_refuse():
     big = nn.Sequential(nn.Linear(512, 512))
-    linears.quicken(big)
+    layers.quicken(big)
     for width in (500, 528):
         with torch.inference_mode(), pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
             big(torch.randn(64, width))
@@ -81,8 +81,8 @@ def test_shapes_that_do_not_fit_are_torchs_to_refuse():
 
 def test_nothing_else_changes():
     plain, quick = network(), network()
-    linears.quicken(quick)
-    linears.quicken(quick)
+    layers.quicken(quick)
+    layers.quicken(quick)
     assert all(isinstance(m, nn.Linear) for m in quick[:3]) and type(quick[2]) is Own
     assert {n: t.data_ptr() for n, t in quick.state_dict().items()} == {n: t.data_ptr() for n, t in quick.named_parameters()}
     plain.load_state_dict(quick.state_dict())

@@ -1,0 +1,45 @@
+"""Keys and values of positions that were run already, in memory that grows ahead of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+AHEAD = 64
+"""Positions that there is room for besides, once they come one by one: transformers' own layer copies all that it holds for each."""
+
+
+class GrowingLayer(DynamicLayer):
+    """transformers' layer of keys and values, with room for what comes next; what it gives out is a view of what is there."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *rest: Any, **named: Any) -> tuple[Tensor, Tensor]:
+        """All keys and values (B, H, S, E), these new ones included."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self._rooms: dict[str, Tensor] = {}
+        self.keys, self.values = self._put("keys", self.keys, key_states), self._put("values", self.values, value_states)
+        return self.keys, self.values
+
+    def _put(self, name: str, old_BHSE: Tensor, new_BHTE: Tensor) -> Tensor:
+        B, H, T, E = new_BHTE.shape
+        before = old_BHSE.shape[-2] if old_BHSE.numel() else 0
+        room_BHSE, after = self._rooms.get(name), before + T
+        # Whoever cropped it from the right, picked from it or repeated it left another tensor here, or a shorter view of the same.
+        if room_BHSE is None or room_BHSE.shape[:2] != (B, H) or room_BHSE.shape[2] < after or old_BHSE.data_ptr() != room_BHSE.data_ptr():
+            room_BHSE = self._rooms[name] = new_BHTE.new_empty(B, H, after + AHEAD * (T == 1), E)
+            if before:
+                room_BHSE[:, :, :before] = old_BHSE
+        room_BHSE[:, :, before:after] = new_BHTE
+        return room_BHSE[:, :, :after]
+
+
+def cache_of(network: nn.Module) -> DynamicCache:
+    """An empty cache for a network, every plain layer of which grows."""
+    cache = DynamicCache(config=network.config)
+    for layer in cache.layers:
+        if type(layer) is DynamicLayer:
+            layer.__class__ = GrowingLayer
+    return cache
