@@ -54,20 +54,21 @@ def quicken(network: nn.Module) -> None:
     layer's very class sees another one."""
     gated: dict[tuple[type, type], bool] = {}
     for module in network.modules():
-        if type(module) is nn.Linear:
+        kind = type(module)
+        if kind is nn.Linear:
             module.__class__ = Linear
-        elif isinstance(module, (Norm, Gated)) or any(p.device.type != "cpu" for p in module.parameters()):
+        elif issubclass(kind, (Norm, Gated)) or next(module.parameters(), torch.empty(0, device="meta")).device.type != "cpu":
             continue
-        elif {name for name, _ in module.named_parameters()} == {"weight"} and _epsilon(module) is not None:
+        elif list(module._parameters) == ["weight"] and not module._modules and _epsilon(module) is not None:
             if _agree(module, len(module.weight), lambda x: nn.functional.rms_norm(x, x.shape[-1:], module.weight, _epsilon(module))):
-                module.__class__ = _before(Norm, type(module))
-        elif {name for name, _ in module.named_children()} == {"gate_proj", "up_proj", "down_proj", "act_fn"}:
-            kind = type(module), type(module.act_fn)
-            if kind not in gated:
-                gated[kind] = _agree(module, module.config.hidden_size, lambda x: module.down_proj(
+                module.__class__ = _before(Norm, kind)
+        elif set(module._modules) == {"gate_proj", "up_proj", "down_proj", "act_fn"}:
+            known = kind, type(module.act_fn)
+            if known not in gated:
+                gated[known] = _agree(module, module.config.hidden_size, lambda x: module.down_proj(
                     nn.functional.silu(module.gate_proj(x)) * module.up_proj(x)))
-            if gated[kind]:
-                module.__class__ = _before(Gated, type(module))
+            if gated[known]:
+                module.__class__ = _before(Gated, kind)
 
 
 def _agree(module: nn.Module, width: int, other: Callable[[Tensor], Tensor]) -> bool:

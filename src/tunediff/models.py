@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any, Callable, Iterator, Mapping, Sequence
 
@@ -139,8 +140,8 @@ class LanguageModel:
             with self.switch(), swapped(tensors):
                 yield
 
-        variant = LanguageModel(self.module, self.tokenizer, name, switch)
-        variant.shares_prefixes = self.shares_prefixes
+        variant = copy(self)
+        variant.name, variant.switch = name, switch
         return variant
 
     def _module_at(self, site: Site) -> nn.Module:
