@@ -392,6 +392,10 @@ def weights(kind: str, O: int, I: int, generator: torch.Generator) -> torch.Tens
     return torch.where(torch.rand(O, I, generator=generator) < 0.002, w_OI, few_OI) if kind == "mixed" else few_OI
 
 
+def kept(w_OI: torch.Tensor) -> native.Tiles:
+    return native.Tiles(w_OI, native.Tiles(w_OI, 1).needed)
+
+
 @needs_tiles
 @pytest.mark.parametrize("kind", ["bfloat16", "float16", "float32", "mixed"])
 @pytest.mark.parametrize("N, I, O", [(1, 1, 1), (33, 47, 18), (64, 64, 96), (70, 601, 333), (50, 1031, 1031)])
@@ -404,11 +408,85 @@ def test_products_on_tiles_are_as_exact_as_float32(kind, N, I, O):
     size = x_NI.double().norm(dim=1)[:, None] * w_OI.double().norm(dim=1)
     assert float(((found - exact).abs() / size).max()) <= 5e-7
     assert float(((found - exact) / size).norm()) <= 1.3 * float(((x_NI @ w_OI.T - exact) / size).norm()) + 1e-9
+    tiles = kept(w_OI)
+    assert tiles.parts == {"bfloat16": 1, "float16": 2}.get(kind, 3) or I * O < 1000
     for threads in (2, 3):
         torch.set_num_threads(threads)
-        assert torch.equal(native.product(x_NI, w_OI), found)
+        assert torch.equal(native.product(x_NI, w_OI), found) and torch.equal(native.product(x_NI, tiles), found)
     assert torch.equal(native.product(x_NI[N // 2 :], w_OI), found[N // 2 :])
+    assert torch.equal(native.product(x_NI[: N // 2 + 1], tiles), found[: N // 2 + 1])
     assert torch.equal(native.product(x_NI, w_OI[O // 3 :]), found[:, O // 3 :])
+
+
+@needs_tiles
+@pytest.mark.parametrize("N, I, O, kind", [(700, 600, 500, "float16"), (90, 64, 50_000, "bfloat16"), (400, 40, 20_000, "mixed"),
+                                           (150, 9000, 100, "float32")])  # fmt: skip
+def test_large_products_are_made_piece_by_piece(N, I, O, kind):
+    """More rows than a core's cache holds, more columns than are brought at a time, more depth than is added up at once; threads
+    that help each other, and one alone."""
+    g = torch.Generator().manual_seed(N)
+    x_NI, w_OI = torch.randn(N, I, generator=g), weights(kind, O, I, g)
+    exact, tiles = x_NI.double() @ w_OI.double().T, kept(w_OI)
+    torch.set_num_threads(1)
+    found = native.product(x_NI, w_OI)
+    assert float((found - exact).norm() / exact.norm()) <= 4e-7
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        assert torch.equal(native.product(x_NI, tiles), found) and torch.equal(native.product(x_NI, w_OI), found)
+
+
+@needs_tiles
+def test_weights_in_tiles_take_no_more_than_is_left():
+    w_OI = weights("float16", 300, 400, torch.Generator().manual_seed(0))
+    one, two = native.bytes_of_tiles(w_OI, 1), native.bytes_of_tiles(w_OI, 2)
+    assert native.tiles(w_OI, one - 1) is native.tiles(w_OI, two - 1) is None
+    found = native.tiles(w_OI, two)
+    assert (found.parts, found.nbytes) == (2, two) and two < 1.3 * w_OI.nbytes
+    for refused in (w_OI.double(), w_OI[:100], Wrapped(w_OI)):
+        assert native.tiles(refused, 1 << 30) is None
+
+
+needs_native = pytest.mark.skipif(not HAVE_NATIVE, reason="no compiled file")
+
+
+@needs_native
+@pytest.mark.parametrize("N, I", [(1, 1), (3, 64), (40, 100), (7, 576), (301, 33)])
+def test_norms_gates_and_rotations_are_as_exact_as_torchs(N, I):
+    g = torch.Generator().manual_seed(I)
+    x_NI, up_NI, weight_I = torch.randn(N, I, generator=g), torch.randn(N, I, generator=g), torch.randn(I, generator=g)
+    x_NI *= torch.logspace(-4, 3, N)[:, None]
+    for found, make in (
+        (native.rms_norm(x_NI, weight_I, 1e-5), lambda x, _, w: torch.nn.functional.rms_norm(x, w.shape, w, 1e-5)),
+        (native.gated(x_NI, up_NI), lambda x, up, _: torch.nn.functional.silu(x) * up),
+    ):
+        exact = make(*(t.double() for t in (x_NI, up_NI, weight_I)))
+        torch.testing.assert_close(found.double(), exact, rtol=1e-6, atol=1e-30)
+        assert float((found - exact).norm()) <= 2 * float((make(x_NI, up_NI, weight_I) - exact).norm()) + 1e-12
+    odd = torch.tensor([[-torch.inf, torch.inf, torch.nan, 0.0, -200.0, 200.0]])
+    torch.testing.assert_close(native.gated(odd, torch.ones_like(odd)), torch.nn.functional.silu(odd), equal_nan=True)
+    x_BHTE = torch.randn(2, N, 3, 2 * I, generator=g).transpose(1, 2)  # heads inside positions, as networks make them
+    for B in (1, 2):
+        cos_BTE, sin_BTE = torch.randn(2, B, N, 2 * I, generator=g)
+        crossed = torch.cat([-x_BHTE[..., I:], x_BHTE[..., :I]], -1)
+        torch.testing.assert_close(native.rotated(x_BHTE, cos_BTE, sin_BTE), x_BHTE * cos_BTE[:, None] + crossed * sin_BTE[:, None])
+
+
+@needs_native
+def test_who_is_given_a_pass(monkeypatch):
+    """Few numbers, other kinds of numbers and shapes that do not fit are torch's."""
+    x, w = torch.ones(300, 100), torch.ones(100)
+    assert kernels.rms_norm(x, w, 1e-5) is not None and kernels.gated(x, x) is not None
+    for a, b in ((x[:10], w), (x.double(), w), (x, w.double()), (x, w[:99]), (Wrapped(x), w), (x.to("meta"), w.to("meta"))):
+        assert kernels.rms_norm(a, b, 1e-5) is None
+    for a, b in ((x[:10], x[:10]), (x.double(), x.double()), (x, x[:, :99]), (x, Wrapped(x))):
+        assert kernels.gated(a, b) is None
+    x, angle = torch.ones(2, 3, 100, 40), torch.ones(2, 100, 40)
+    assert kernels.rotated(x, angle, angle) is not None
+    for a, b, c in ((x[..., :39], angle[..., :39], angle[..., :39]), (x, angle[:, :99], angle[:, :99]), (x, angle, angle[:1]),
+                    (x.double(), angle, angle), (x, angle, angle.double())):  # fmt: skip
+        assert kernels.rotated(a, b, c) is None
+    with kernels.using("torch"):
+        assert kernels.gated(x, x) is None
 
 
 @needs_tiles

@@ -1,14 +1,18 @@
-"""Linear layers answer as torch's do, whoever multiplies, and stay what they were to everybody else."""
+"""A network's layers answer as their own do, whoever multiplies, and stay what they were to everybody else."""
 
 from __future__ import annotations
 
 import copy
+import sys
 
 import pytest
+import tiny_models
 import torch
 from torch import nn
 
-from tunediff import kernels, layers
+from tunediff import attention, kernels, layers
+from tunediff.kernels import native
+from tunediff.models import swapped
 
 
 class Own(nn.Linear):
@@ -90,3 +94,134 @@ def test_nothing_else_changes():
     with torch.no_grad():
         other[0].weight.zero_()
         assert quick[0].weight.any() and not (other[0](torch.randn(60, 40)) - other[0].bias).any()
+
+
+def wide() -> nn.Sequential:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(400, 300), nn.Linear(300, 400, bias=False)).requires_grad_(False)
+    layers.quicken(net)
+    return net
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """Which weights were brought into tiles, on any machine; products by them are torch's."""
+    brought = []
+
+    class Tiles:
+        nbytes = 1 << 20
+
+        def __init__(self, weight):
+            self.copy, self.shape = weight.clone(), weight.shape
+            brought.append(tuple(weight.shape))
+
+    monkeypatch.setattr(kernels, "tiles", lambda weight, room: Tiles(weight) if room >= Tiles.nbytes else None)
+    monkeypatch.setattr(kernels, "product", lambda x, w: x @ (w.copy if isinstance(w, Tiles) else w).T)
+    return brought
+
+
+def test_weights_are_brought_once_while_nobody_writes(made):
+    net, x = wide(), torch.randn(5, 400)
+    with torch.inference_mode():
+        plain = net(x)
+        assert made == []  # for one product it does not pay
+        with layers.frozen():
+            with layers.frozen():
+                assert torch.equal(net(x), plain)
+            assert torch.equal(net(x), plain) and len(made) == 2, "kept until the outermost ends"
+        with layers.frozen():
+            net(x)
+        assert len(made) == 4
+
+
+def test_what_torch_counts_as_a_write_is_seen(made):
+    net, x = wide(), torch.randn(5, 400)
+    with layers.frozen():
+        with torch.inference_mode():
+            net(x)
+        with torch.no_grad():
+            net[0].weight.mul_(2)
+        with torch.inference_mode():
+            assert torch.equal(net(x), nn.functional.linear(net[0](x), net[1].weight)) and len(made) == 3
+
+
+def test_other_values_in_a_parameter_are_other_weights(made):
+    """As long as they are there; and what lies where they lay is not taken for them."""
+    net, x = wide(), torch.randn(5, 400)
+    with layers.frozen():
+        with torch.inference_mode():
+            plain = net(x)
+        for seed in range(20):
+            values = torch.randn(300, 400, generator=torch.Generator().manual_seed(seed))
+            with torch.inference_mode(), swapped({net[0].weight: values}):
+                for _ in range(2):
+                    assert torch.equal(net(x), (x @ values.T + net[0].bias) @ net[1].weight.T)
+            del values
+            with torch.inference_mode():
+                assert torch.equal(net(x), plain)
+        assert len(made) == 22
+
+
+def test_no_more_is_kept_than_there_is_room_for(made, monkeypatch):
+    monkeypatch.setattr(layers, "KEPT", 3 << 19)
+    net, x = wide(), torch.randn(5, 400)
+    for _ in range(2):
+        with torch.inference_mode(), layers.frozen():
+            assert torch.equal(net(x), net(x))
+    assert made == [(300, 400)] * 2, "one of two weights, and the room for it is given back"
+
+
+@pytest.mark.parametrize("family", sorted(tiny_models.configs()))
+def test_networks_answer_as_they_did_before(family, monkeypatch):
+    """With every pass at every size, rows of all zeros, and a tune in the way."""
+    monkeypatch.setattr(native, "FEW_NUMBERS", 1)
+    network = tiny_models.module(family)
+    x, own = torch.randint(3, 259, (3, 17), generator=torch.Generator().manual_seed(0)), None
+    with torch.inference_mode():
+        own = network(x).logits
+    classes = {name: str(module) for name, module in network.named_modules()}
+    layers.quicken(network)
+    assert classes == {name: str(module) for name, module in network.named_modules()}
+    with torch.inference_mode(), attention.rotating(network):
+        torch.testing.assert_close(network(x).logits, own, rtol=1e-4, atol=1e-4)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        assert network(x).logits.dtype == torch.bfloat16
+    network(x).logits.sum().backward()
+    assert all(p.grad is not None for p in network.parameters() if p.requires_grad and p.numel() > 1000)
+
+
+class Halving(nn.Module):
+    """Looks like a norm, and does more."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.weight, self.variance_epsilon = nn.Parameter(torch.ones(size)), 1e-6
+
+    def forward(self, x):
+        return nn.functional.rms_norm(x, x.shape[-1:], self.weight, self.variance_epsilon) / 2
+
+
+class Named(Halving):
+    """Takes something else."""
+
+    def forward(self, x, *, scale):
+        return x * scale
+
+
+def test_what_only_looks_like_a_norm_stays_what_it_is():
+    network = nn.Sequential(Halving(10), Named(10), nn.LayerNorm(10, bias=False), nn.RMSNorm(10), nn.RMSNorm(10, eps=1e-6))
+    kinds = [type(m) for m in network]
+    layers.quicken(network)
+    assert [type(m) for m in network][:4] == kinds[:4] and isinstance(network[4], layers.Norm) and isinstance(network[4], nn.RMSNorm)
+
+
+def test_a_network_is_turned_by_ours_only_while_it_runs():
+    network = tiny_models.module("llama")
+    home = sys.modules[type(network).__module__]
+    own = home.apply_rotary_pos_emb
+    with pytest.raises(KeyError), attention.rotating(network):
+        assert home.apply_rotary_pos_emb is not own
+        raise KeyError
+    assert home.apply_rotary_pos_emb is own
+    with attention.rotating(tiny_models.module("gpt2")):
+        pass  # which has no such function

@@ -100,7 +100,7 @@ class _Frozen(threading.local):
     could come to lie where it lay; a write that torch counts is seen all the same."""
 
     def __init__(self) -> None:
-        self.depth, self.room, self.kept = 0, KEPT, {}
+        self.depth, self.room, self.kept = 0, 0, {}
 
     def tiles(self, weight: nn.Parameter) -> kernels.Tiles | None:
         if not self.depth or weight.is_inference():
@@ -134,10 +134,12 @@ def _key(weight: Tensor) -> tuple:
 def frozen() -> Iterator[None]:
     """While inside nobody writes to weights (a parameter may be given others, as `models.swapped` does): what products need of them
     is made once."""
+    if not _frozen.depth:
+        _frozen.room = KEPT
     _frozen.depth += 1
     try:
         yield
     finally:
         _frozen.depth -= 1
         if not _frozen.depth:
-            _frozen.room, _frozen.kept = KEPT, {}
+            _frozen.kept = {}
