@@ -12,6 +12,7 @@ import torch
 from tunediff import attention
 from tunediff.decoding import PLAUSIBLE
 from tunediff.errors import FamilyError
+from tunediff.layers import frozen
 from tunediff.matmuls import fast_matmul
 from tunediff.models import LanguageModel, Start
 from tunediff.sites import Site
@@ -23,6 +24,39 @@ IDS = torch.randint(3, 259, (3, 17), generator=torch.Generator().manual_seed(0))
 @pytest.fixture(scope="module", params=FAMILIES)
 def model(request) -> LanguageModel:
     return LanguageModel(tiny_models.module(request.param), tiny_models.tokenizer(), request.param)
+
+
+def test_a_beginning_is_run_once_while_weights_are_frozen(model, monkeypatch):
+    """The same bits as without, from tokens and from streams; other weights, other streams and whoever hooks in have their own."""
+    model.check_reading(IDS)
+    ids = torch.cat([IDS[:1, :9].expand(len(IDS), -1), IDS], 1)
+    more = torch.cat([ids[:2, :9], ids[:2, 9:].flip(1)], 1)
+    site, runs = Site(1), []
+    streams = [model.streams(rows, [Site(0), site]) for rows in (ids, more)]
+    other = streams[1][:, :, 1].clone()
+    other[:, 3] += 0.1
+    changed = model.variant("other", {p: p * 1.1 for p in list(model.network.parameters())[-4:]})
+    asked = [(model, ids, None), (model, more, None), (model, ids, Start(site, streams[0][:, :, 1])), (model, more, Start(site, streams[1][:, :, 1])),
+             (model, more, Start(site, other)), (changed, ids, None), (changed, more, None)]  # fmt: skip
+    plain = [side.states(rows, start) for side, rows, start in asked]
+    forward = LanguageModel._forward
+    monkeypatch.setattr(LanguageModel, "_forward", lambda self, ids_BT, *rest, **named: (runs.append(len(ids_BT)), forward(self, ids_BT, *rest, **named)))
+    with frozen():
+        assert all(torch.equal(side.states(rows, start), found) for (side, rows, start), found in zip(asked, plain))
+        assert runs == [1, 3, 2, 1, 3, 2, 1, 2, 1, 3, 2]
+        with model.writing(Site(0), lambda stream: stream * 2):
+            assert not torch.allclose(model.states(ids), plain[0])
+    runs.clear()
+    assert torch.equal(model.states(ids), plain[0]) and runs == [1, 3], "afterwards somebody may have written"
+
+
+def test_answers_are_the_same_while_weights_are_frozen(model):
+    model.check_reading(IDS)
+    prompts = [[3, 9, 27, 81, 243, 5, 6, 7, 8, *row] for row in IDS.tolist()]
+    plain = [model.complete(prompts[:n], 6, temperature=1.0, seed=n) for n in (3, 2)]
+    with frozen():
+        for _ in range(2):
+            assert [model.complete(prompts[:n], 6, temperature=1.0, seed=n) for n in (3, 2)] == plain
 
 
 def own(model: LanguageModel):

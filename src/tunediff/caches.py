@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Any
 
 from torch import Tensor, nn
@@ -34,6 +35,22 @@ class GrowingLayer(DynamicLayer):
                 room_BHSE[:, :, :before] = old_BHSE
         room_BHSE[:, :, before:after] = new_BHTE
         return room_BHSE[:, :, :after]
+
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row so many times; of one row nothing is copied before more comes."""
+        if self.get_seq_length() == 0 or len(self.keys) > 1:
+            return super().batch_repeat_interleave(repeats)
+        self.keys, self.values = self.keys.expand(repeats, -1, -1, -1), self.values.expand(repeats, -1, -1, -1)
+        self._rooms = {}
+
+
+def repeated(cache: DynamicCache, rows: int) -> DynamicCache:
+    """A cache of one row for many, to be added to; the one stays as it is."""
+    other = copy(cache)
+    other.layers = [copy(layer) for layer in cache.layers]
+    other.batch_repeat_interleave(rows)
+    return other
 
 
 def cache_of(network: nn.Module) -> DynamicCache:

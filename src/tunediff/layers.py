@@ -57,7 +57,7 @@ def quicken(network: nn.Module) -> None:
         kind = type(module)
         if kind is nn.Linear:
             module.__class__ = Linear
-        elif issubclass(kind, (Norm, Gated)) or next(module.parameters(), torch.empty(0, device="meta")).device.type != "cpu":
+        elif issubclass(kind, (Norm, Gated)) or not _serves(module):
             continue
         elif list(module._parameters) == ["weight"] and not module._modules and _epsilon(module) is not None:
             if _agree(module, len(module.weight), lambda x: nn.functional.rms_norm(x, x.shape[-1:], module.weight, _epsilon(module))):
@@ -69,6 +69,11 @@ def quicken(network: nn.Module) -> None:
                     nn.functional.silu(module.gate_proj(x)) * module.up_proj(x)))
             if gated[known]:
                 module.__class__ = _before(Gated, kind)
+
+
+def _serves(module: nn.Module) -> bool:
+    first = next(module.parameters(), None)
+    return first is not None and first.device.type == "cpu" and first.dtype == torch.float32
 
 
 def _agree(module: nn.Module, width: int, other: Callable[[Tensor], Tensor]) -> bool:
@@ -100,7 +105,7 @@ class _Frozen(threading.local):
     could come to lie where it lay; a write that torch counts is seen all the same."""
 
     def __init__(self) -> None:
-        self.depth, self.room, self.kept = 0, 0, {}
+        self.depth, self.room, self.kept, self.others = 0, 0, {}, {}
 
     def tiles(self, weight: nn.Parameter) -> kernels.Tiles | None:
         if not self.depth or weight.is_inference():
@@ -142,4 +147,9 @@ def frozen() -> Iterator[None]:
     finally:
         _frozen.depth -= 1
         if not _frozen.depth:
-            _frozen.kept = {}
+            _frozen.kept, _frozen.others = {}, {}
+
+
+def kept_meanwhile() -> dict | None:
+    """Where others keep what hangs on weights, for as long as nobody writes to them; None where somebody may."""
+    return _frozen.others if _frozen.depth else None

@@ -18,7 +18,7 @@ from tunediff.decoding import amplified, sampler
 from tunediff.errors import FamilyError, NumericsError
 from tunediff.families.base import Family
 from tunediff.folds import Fold
-from tunediff.layers import forget, frozen, quicken
+from tunediff.layers import forget, frozen, kept_meanwhile, quicken
 from tunediff.matmuls import fast_matmul
 from tunediff.sites import Site
 
@@ -89,6 +89,8 @@ class Watch:
 
 SHORTEST_PREFIX = 8
 """Positions that all rows of a batch begin with, from which on it pays to run them once."""
+PREFIXES = 16
+"""Beginnings that are kept at once, the latest; of each its keys and values, and what was asked for."""
 
 
 class LanguageModel:
@@ -280,16 +282,36 @@ class LanguageModel:
         return all(getattr(hook, "__module__", "").startswith("transformers.") for hook in hooks)
 
     def _prefix(self, ids_P: Tensor, rows: int, sites: Sequence[Site] = (), final: bool = False,
-                start: "Start | None" = None, watch: Watch | None = None) -> tuple[tuple, Any]:
-        """What a run gives on a beginning that `rows` rows share, and the keys and values to go on from in each."""
+                start: "Start | None" = None, watch: Watch | None = None, keep: bool = True) -> tuple[tuple, Any]:
+        """What a run gives on a beginning that `rows` rows share, and the keys and values to go on from in each.
+
+        Batch after batch begins alike (with a chat's system prompt), so while weights are frozen the latest are kept, unless
+        somebody watches or, as without `keep`, may hook into the run.
+        """
+        from tunediff.caches import repeated
+
+        kept = kept_meanwhile() if keep and watch is None else None
+        key = self.network, self.switch, tuple(ids_P.tolist()), tuple(sites), final, start and start.site
+        start = start and start.part(slice(0, 1), slice(0, len(ids_P)))
+        head, cache, begun = (kept or {}).get(key, (None, None, None))
+        if cache is None or start and not torch.equal(begun, start.stream_BTD):
+            head, cache = self._begin(ids_P, sites, final, start, watch)
+        if kept is not None:
+            kept.pop(key, None)
+            kept[key] = head, cache, start and start.stream_BTD.clone()
+            for old in list(kept)[:-PREFIXES]:
+                del kept[old]
+        return head, repeated(cache, rows)
+
+    def _begin(self, ids_P: Tensor, sites: Sequence[Site], final: bool, start: "Start | None", watch: Watch | None) -> tuple[tuple, Any]:
+        """What a run gives on a beginning, and its keys and values."""
         from tunediff.caches import cache_of
 
         cache = cache_of(self.network)
-        head = self._pass(ids_P[None], sites, final, start and start.part(slice(0, 1), slice(0, len(ids_P))), cache, watch=watch)
+        head = self._pass(ids_P[None], sites, final, start, cache, watch=watch)
         for layer in range(start.site.layer + 1 if start else 0):  # masks and positions are made from every layer's length
             nothing = torch.zeros(1, 1, len(ids_P), 1, dtype=next(self.module.parameters()).dtype, device=self.device)
             cache.update(nothing, nothing, layer)
-        cache.batch_repeat_interleave(rows)
         return head, cache
 
     def _common_prefix(self, ids_BT: Tensor, start: "Start | None") -> int:
@@ -412,12 +434,12 @@ class LanguageModel:
         except Exception:  # of whatever kind a network's own cache raises; whole rows are always right
             return False
 
-    def _amplifying(self, amplification: float, mask_BT: Tensor, prefix_P: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    def _amplifying(self, amplification: float, mask_BT: Tensor, prefix_P: Tensor, keep: bool) -> Callable[[Tensor, Tensor], Tensor]:
         """A processor of another model's scores while it completes rows with this mask: away from what this one says."""
         from tunediff.caches import cache_of
 
         with self._running():
-            cache = self._prefix(prefix_P, len(mask_BT), final=True)[1] if len(prefix_P) else cache_of(self.network)
+            cache = self._prefix(prefix_P, len(mask_BT), final=True, keep=keep)[1] if len(prefix_P) else cache_of(self.network)
         read = len(prefix_P)
 
         def away(ids_BT: Tensor, score_BV: Tensor) -> Tensor:
@@ -465,6 +487,7 @@ class LanguageModel:
         order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
         answers: list[list[int]] = [[] for _ in prompts]
         greedy = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
+        keep = self._may_share() and (against is None or against._may_share())
         with frozen(), self._running() as stack:
             # The last position of each prompt lies scattered, and torch would multiply each by a copy of the unembedding.
             whole = self.family.unembedding(self.network).register_forward_pre_hook(lambda module, given: (given[0].contiguous(),))
@@ -483,12 +506,12 @@ class LanguageModel:
                 known: dict[str, Any] = {}
                 prefix_P = ids[0, : shared if len(chosen) > 1 else 0]
                 if len(prefix_P):
-                    known["past_key_values"] = self._prefix(prefix_P, len(chosen), final=True)[1]
+                    known["past_key_values"] = self._prefix(prefix_P, len(chosen), final=True, keep=keep)[1]
                 elif self.shares_prefixes:  # whose caches are known to be of that kind
                     known["past_key_values"] = cache_of(self.network)
                 known["logits_processor"] = processors = LogitsProcessorList()
                 if against is not None:
-                    processors.append(against._amplifying(amplification, mask, prefix_P))
+                    processors.append(against._amplifying(amplification, mask, prefix_P, keep))
                 if temperature:
                     processors.append(sampler(temperature, [generator(seed, "answers", i) for i in chosen], tokens))
                 out = self.module.generate(
