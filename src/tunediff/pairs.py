@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -120,7 +121,6 @@ class Pair:
         _check_runtime(dtype, device)
         module, tokenizer = _read(base, dtype)
         module.to(device).eval().requires_grad_(False)
-        base_print = fingerprint(module)
         _check_finite(base, module)
         adapter = _adapter_folder(tuned)
         if adapter:
@@ -149,7 +149,7 @@ class Pair:
 
             pair = cls(
                 LanguageModel(wrapped, tokenizer, base, off), LanguageModel(wrapped, tokenizer, tuned), True,
-                0, base_print, fingerprint(wrapped),
+                0, *_fingerprints((module, False), (wrapped, True)),
             )
             after = pair.base.logits(pair.base.states(ids_BT))
             if not torch.equal(before, after):
@@ -169,7 +169,7 @@ class Pair:
     @classmethod
     def of(cls, base: LanguageModel, tuned: LanguageModel, allow_identical: bool = False) -> "Pair":
         """Compare two models that are loaded already, each with a network of its own; raises as `load` does."""
-        pair = cls(base, tuned, False, 0, fingerprint(base.module), fingerprint(tuned.module))
+        pair = cls(base, tuned, False, 0, *_fingerprints((base.module, True), (tuned.module, True)))
         pair._compare(allow_identical)
         return pair
 
@@ -307,6 +307,12 @@ def fingerprint(module: nn.Module, adapters: bool = True) -> str:
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def _fingerprints(*of: tuple[nn.Module, bool]) -> list[str]:
+    """Those of several networks at once: hashing gives up the interpreter's lock."""
+    with ThreadPoolExecutor(len(of)) as pool:
+        return list(pool.map(lambda given: fingerprint(*given), of))
 
 
 def counterparts(pair: Pair) -> Iterator[tuple[nn.Parameter, Tensor]]:
