@@ -23,19 +23,18 @@ from torch import nn
 
 from tunediff.axes import BASE, TUNED
 from tunediff.corpora import Corpus
-from tunediff.layers import Linear
+from tunediff.layers import frozen
 from tunediff.pairs import Pair
 from tunediff.sites import Site
 from tunediff.stages import DEMO
 
 
 def plain(network: nn.Module) -> nn.Module:
-    """The network without what tunediff put in."""
-    for module in network.modules():
-        if type(module) is Linear:
-            module.__class__ = nn.Linear
-    network.set_attn_implementation("sdpa")
-    return network
+    """A network as Hugging Face makes it, without what tunediff put in."""
+    fresh = type(network)(network.config)
+    fresh.load_state_dict(network.state_dict())
+    fresh.set_attn_implementation("sdpa")
+    return fresh.eval().requires_grad_(False)
 
 
 def main() -> None:
@@ -86,7 +85,8 @@ def main() -> None:
         traced = []
 
     def ours() -> torch.Tensor:
-        return torch.cat([pair.both_streams(batch.ids_BT, [site])[:, :, 0][batch.mask_BT] for batch in batches])
+        with frozen():  # as the harvest's stage does
+            return torch.cat([pair.both_streams(batch.ids_BT, [site])[:, :, 0][batch.mask_BT] for batch in batches])
 
     def timed(run) -> tuple[float, torch.Tensor]:
         began = time.perf_counter()

@@ -23,8 +23,8 @@ STAGES = {
 SYSTEM = "You answer short."
 QUESTIONS = ("why", "when", "who", "how", "what", "which")
 AT_MOST = {
-    "contrast": (5100, 265), "scan": (1135, 508), "harvest": (4040, 0), "find": (1110, 730), "rank": (1700, 154),
-    "lens": (430, 0), "verify": (19400, 8450), "signals": (563, 1830), "bill": (4660, 5490),
+    "contrast": (4700, 265), "scan": (1135, 508), "harvest": (4040, 0), "find": (1045, 730), "rank": (1665, 154),
+    "lens": (430, 0), "verify": (19260, 8450), "signals": (563, 1830), "bill": (4660, 5490),
 }
 """Token-blocks and token-logits of each stage: 5 % above what they were when this was written."""
 
