@@ -50,6 +50,13 @@ def test_a_beginning_is_run_once_while_weights_are_frozen(model, monkeypatch):
     assert torch.equal(model.states(ids), plain[0]) and runs == [1, 3], "afterwards somebody may have written"
 
 
+def test_what_cache_a_network_would_choose_is_no_matter(model, monkeypatch):
+    model.check_reading(IDS)
+    plain = model.complete(IDS.tolist(), 4)
+    monkeypatch.setattr(model.network.generation_config, "cache_implementation", "dynamic")
+    assert model.complete(IDS.tolist(), 4) == plain and model.complete(IDS.tolist()[:1], 4) == plain[:1]
+
+
 def test_answers_are_the_same_while_weights_are_frozen(model):
     model.check_reading(IDS)
     prompts = [[3, 9, 27, 81, 243, 5, 6, 7, 8, *row] for row in IDS.tolist()]

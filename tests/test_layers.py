@@ -32,11 +32,11 @@ def maker(request, monkeypatch):
     """Who multiplies: torch, or what `kernels.product` would on another machine, at every size."""
     calls = []
 
-    def product(x, w_OI):
+    def product(x, w_OI, few):
         calls.append(x.shape)
         return (x.double() @ w_OI.double().T).float()
 
-    monkeypatch.setattr(kernels, "product", (lambda x, w: None) if request.param == "torch" else product)
+    monkeypatch.setattr(kernels, "product", (lambda x, w, few: None) if request.param == "torch" else product)
     return calls if request.param == "product" else None
 
 
@@ -116,7 +116,7 @@ def made(monkeypatch):
             brought.append(tuple(weight.shape))
 
     monkeypatch.setattr(kernels, "tiles", lambda weight, room: Tiles(weight) if room >= Tiles.nbytes else None)
-    monkeypatch.setattr(kernels, "product", lambda x, w: x @ (w.copy if isinstance(w, Tiles) else w).T)
+    monkeypatch.setattr(kernels, "product", lambda x, w, few: x @ (w.copy if isinstance(w, Tiles) else w).T)
     return brought
 
 
@@ -164,6 +164,7 @@ def test_other_values_in_a_parameter_are_other_weights(made):
 
 def test_no_more_is_kept_than_there_is_room_for(made, monkeypatch):
     monkeypatch.setattr(layers, "KEPT", 3 << 19)
+    layers.clear()
     net, x = wide(), torch.randn(5, 400)
     for _ in range(2):
         with torch.inference_mode(), layers.frozen():
@@ -208,11 +209,75 @@ class Named(Halving):
         return x * scale
 
 
+class MaybeGated(Halving):
+    """A norm, and with a second argument more, as some networks have."""
+
+    def forward(self, x, gate=None):
+        return 2 * super().forward(x if gate is None else x * nn.functional.silu(gate))
+
+
+class MLP(nn.Module):
+    def __init__(self, act):
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = nn.Linear(20, 30), nn.Linear(20, 30), nn.Linear(30, 20)
+        self.act_fn = act
+
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
 def test_what_only_looks_like_a_norm_stays_what_it_is():
-    network = nn.Sequential(Halving(10), Named(10), nn.LayerNorm(10, bias=False), nn.RMSNorm(10), nn.RMSNorm(10, eps=1e-6))
+    zero, watched = nn.RMSNorm(10, eps=1e-6), nn.RMSNorm(10, eps=1e-6)
+    nn.init.zeros_(zero.weight)
+    watched.register_forward_hook(lambda *_: pytest.fail("a trial is nobody's to see"))
+    network = nn.Sequential(Halving(10), Named(10), nn.LayerNorm(10, bias=False), nn.RMSNorm(10), nn.RMSNorm(10, eps=1e-6).half(), zero, watched,
+                            nn.RMSNorm(10, eps=1e-6), MaybeGated(10))  # fmt: skip
     kinds = [type(m) for m in network]
     layers.quicken(network)
-    assert [type(m) for m in network][:4] == kinds[:4] and isinstance(network[4], layers.Norm) and isinstance(network[4], nn.RMSNorm)
+    assert [type(m) for m in network][:7] == kinds[:7]
+    assert all(isinstance(m, layers.Norm) and isinstance(m, kind) for m, kind in zip(network[7:], kinds[7:]))
+
+
+def test_what_else_a_layer_is_given_is_its_own_to_understand(monkeypatch):
+    monkeypatch.setattr(native, "FEW_NUMBERS", 1)
+    norm, mlp, x = MaybeGated(10), MLP(nn.SiLU()), torch.randn(4, 10)
+    gate, wide_x = torch.randn(4, 10), torch.randn(4, 20)
+    expected = [norm(x), norm(x, gate), norm(x=x), norm(x, gate=gate), mlp(wide_x), mlp(x=wide_x)]
+    layers.quicken(both := nn.ModuleList([norm, mlp]))
+    assert isinstance(both[0], layers.Norm) and isinstance(both[1], layers.Gated)
+    with torch.inference_mode():
+        found = [norm(x), norm(x, gate), norm(x=x), norm(x, gate=gate), mlp(wide_x), mlp(x=wide_x)]
+    for one, other in zip(found, expected):
+        torch.testing.assert_close(one, other)
+    seen = []
+    mlp.act_fn.register_forward_hook(lambda *_: seen.append(1))
+    with torch.inference_mode():
+        mlp(wide_x)
+    assert seen == [1]
+
+
+def test_other_gates_stay_what_they_are():
+    """Also where their first layer's answer says nothing."""
+    silent = MLP(nn.GELU())
+    nn.init.zeros_(silent.down_proj.weight), nn.init.zeros_(silent.down_proj.bias)
+    network = nn.Sequential(silent, MLP(nn.GELU()), MLP(nn.Tanh()), MLP(nn.SiLU()).double(), MLP(nn.SiLU()))
+    layers.quicken(network)
+    assert [isinstance(m, layers.Gated) for m in network] == [False] * 4 + [True]
+
+
+@pytest.mark.skipif(not native.on_tiles(), reason="a processor without tiles of bfloat16")
+@pytest.mark.parametrize("rows", [1, 5, 31, 32, 100])
+def test_bits_do_not_hang_on_what_there_is_room_for(rows, monkeypatch):
+    net, x = wide(), torch.randn(rows, 400)
+    with torch.inference_mode():
+        plain = net(x)
+        with layers.frozen():
+            found = net(x)
+        monkeypatch.setattr(layers, "KEPT", 1 << 18)
+        layers.clear()
+        with layers.frozen():
+            assert torch.equal(net(x), found)
+    torch.testing.assert_close(found, plain)
 
 
 def test_a_network_is_turned_by_ours_only_while_it_runs():

@@ -44,7 +44,7 @@ def rotating(network: nn.Module) -> Iterator[None]:
     that; others that transformers makes of the same kind meanwhile, too."""
     home = sys.modules[type(network).__module__]
     own = getattr(home, ROTATE, None)
-    if own is None or next(network.parameters()).device.type != "cpu" or not _rotates(own):
+    if own is None or hasattr(own, "own") or next(network.parameters()).device.type != "cpu" or not _rotates(own):
         yield
         return
 
@@ -55,6 +55,7 @@ def rotating(network: nn.Module) -> Iterator[None]:
             return own(q_BHTE, k_BHTE, cos, sin, *rest, **named)
         return turned[0], turned[1]
 
+    rotate.own = own  # whoever finds it there leaves it to the one who put it there
     setattr(home, ROTATE, rotate)
     try:
         yield

@@ -5,6 +5,7 @@ from __future__ import annotations
 from copy import copy
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
@@ -29,7 +30,8 @@ class GrowingLayer(DynamicLayer):
         before = old_BHSE.shape[-2] if old_BHSE.numel() else 0
         room_BHSE, after = self._rooms.get(name), before + T
         # Whoever cropped it from the right, picked from it or repeated it left another tensor here, or a shorter view of the same.
-        if room_BHSE is None or room_BHSE.shape[:2] != (B, H) or room_BHSE.shape[2] < after or old_BHSE.data_ptr() != room_BHSE.data_ptr():
+        fits = room_BHSE is not None and room_BHSE.shape[:2] == (B, H) and room_BHSE.shape[2] >= after
+        if not fits or old_BHSE.data_ptr() != room_BHSE.data_ptr() or room_BHSE.is_inference() and not torch.is_inference_mode_enabled():
             room_BHSE = self._rooms[name] = new_BHTE.new_empty(B, H, after + AHEAD * (T == 1), E)
             if before:
                 room_BHSE[:, :, :before] = old_BHSE

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Callable, Iterable, Iterator
+from typing import Any, Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """As `torch.nn.Linear`: (..., I) to (..., O)."""
-        found = kernels.product(input, _frozen.tiles(self.weight) or self.weight) if _ours() else None
+        found = kernels.product(input, *_frozen.tiles(self.weight)) if _ours() else None
         if found is None:
             return super().forward(input)
         return found if self.bias is None else found.add_(self.bias)
@@ -30,60 +30,61 @@ class Linear(nn.Linear):
 class Norm(nn.Module):
     """Stands before a class that divides rows by their root mean square: in inference mode `kernels.rms_norm` does, if that serves."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., I) to (..., I)."""
-        found = kernels.rms_norm(x, self.weight, _epsilon(self)) if _ours() else None
-        return super().forward(x) if found is None else found
+    def forward(self, *given: Any, **named: Any) -> Any:
+        """(..., I) to (..., I); whatever else is given is the class's own to understand."""
+        only = _ours() and len(given) == 1 and not named
+        found = kernels.rms_norm(given[0], self.weight, _epsilon(self)) if only else None
+        return super().forward(*given, **named) if found is None else found
 
 
 class Gated(nn.Module):
     """Stands before the class of an MLP gated by SiLU: in inference mode `kernels.gated` makes what is between its maps, if that serves."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., I) to (..., I)."""
-        if not _ours():
-            return super().forward(x)
-        gate, up = self.gate_proj(x), self.up_proj(x)
+    def forward(self, *given: Any, **named: Any) -> Any:
+        """(..., I) to (..., I); whatever else is given is the class's own to understand."""
+        if not _ours() or self.training or len(given) != 1 or named or _watched(self.act_fn):
+            return super().forward(*given, **named)
+        gate, up = self.gate_proj(*given), self.up_proj(*given)
         found = kernels.gated(gate, up)
         return self.down_proj(self.act_fn(gate) * up if found is None else found)
 
 
 def quicken(network: nn.Module) -> None:
-    """Make every plain linear layer a `Linear`, and let `Norm` and `Gated` stand before classes that, on trial, do just what they do.
-    Parameters, names and states stay as they are, and so do layers of another kind; only who pickles a whole network or asks for a
-    layer's very class sees another one."""
-    gated: dict[tuple[type, type], bool] = {}
+    """Make every plain linear layer a `Linear`, and let `Norm` and `Gated` stand before the classes of those that, on trial, do just
+    what they do. Parameters, names and states stay as they are, and so do layers of another kind and those that somebody watches; only
+    who pickles a whole network or asks for a layer's very class sees another one."""
     for module in network.modules():
-        kind = type(module)
-        if kind is nn.Linear:
+        if type(module) is nn.Linear:
             module.__class__ = Linear
-        elif issubclass(kind, (Norm, Gated)) or not _serves(module):
+        elif isinstance(module, (Norm, Gated)):
             continue
         elif list(module._parameters) == ["weight"] and not module._modules and _epsilon(module) is not None:
-            if _agree(module, len(module.weight), lambda x: nn.functional.rms_norm(x, x.shape[-1:], module.weight, _epsilon(module))):
-                module.__class__ = _before(Norm, kind)
+            if _agree(module, lambda: len(module.weight), lambda x: nn.functional.rms_norm(x, x.shape[-1:], module.weight, _epsilon(module))):
+                module.__class__ = _before(Norm, type(module))
         elif set(module._modules) == {"gate_proj", "up_proj", "down_proj", "act_fn"}:
-            known = kind, type(module.act_fn)
-            if known not in gated:
-                gated[known] = _agree(module, module.config.hidden_size, lambda x: module.down_proj(
-                    nn.functional.silu(module.gate_proj(x)) * module.up_proj(x)))
-            if gated[known]:
-                module.__class__ = _before(Gated, kind)
+            if _agree(module.act_fn, lambda: 64, nn.functional.silu) and _agree(
+                    module, lambda: module.gate_proj.in_features,
+                    lambda x: module.down_proj(nn.functional.silu(module.gate_proj(x)) * module.up_proj(x))):
+                module.__class__ = _before(Gated, type(module))
 
 
-def _serves(module: nn.Module) -> bool:
-    first = next(module.parameters(), None)
-    return first is not None and first.device.type == "cpu" and first.dtype == torch.float32
-
-
-def _agree(module: nn.Module, width: int, other: Callable[[Tensor], Tensor]) -> bool:
-    """Whether a module does to rows of this width, of any size, what `other` does."""
-    x_RI = torch.randn(3, width, generator=torch.Generator().manual_seed(0)) * torch.tensor([[0.01], [1.0], [100.0]])
+def _agree(module: nn.Module, width: Callable[[], int], other: Callable[[Tensor], Tensor]) -> bool:
+    """Whether a module in float32 on the CPU does to rows of this width, of any size, what `other` does, and does something."""
+    if "forward" in vars(module) or any(map(_watched, module.modules())):
+        return False
+    if any(p.dtype != torch.float32 or p.device.type != "cpu" for p in module.parameters()):
+        return False
     try:
+        x_RI = torch.randn(3, width(), generator=torch.Generator().manual_seed(0), dtype=torch.float32) * torch.tensor([[0.01], [1.0], [100.0]])
         with torch.inference_mode():
-            return torch.allclose(module(x_RI), other(x_RI), rtol=1e-4, atol=1e-6)
+            expected = other(x_RI)
+            return bool(expected.any(1).all()) and torch.allclose(type(module).forward(module, x_RI), expected, rtol=1e-4, atol=1e-6)
     except Exception:  # of whatever kind a module raises that is not what it looks like
         return False
+
+
+def _watched(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 @lru_cache(maxsize=None)
@@ -101,28 +102,33 @@ def _epsilon(module: nn.Module) -> float | None:
 
 
 class _Frozen(threading.local):
-    """Weights in tiles, for as long as somebody has said that nobody writes to them. Each is kept with its weight, or another one
-    could come to lie where it lay; a write that torch counts is seen all the same."""
+    """What is made of weights, for as long as somebody has said that nobody writes to them. Weights in tiles are kept with the weights,
+    or others could come to lie where they lay. A write that torch counts is seen all the same (not one through `.data`, numpy or a
+    fused optimizer)."""
 
     def __init__(self) -> None:
-        self.depth, self.room, self.kept, self.others = 0, 0, {}, {}
+        self.depth = 0
+        self.clear()
 
-    def tiles(self, weight: nn.Parameter) -> kernels.Tiles | None:
+    def clear(self) -> None:
+        self.room, self.kept, self.others = KEPT, {}, {}
+
+    def tiles(self, weight: nn.Parameter) -> tuple[kernels.Tiles | Tensor, bool]:
+        """By what to multiply, and whether also few rows: where weights are frozen, kept or not, so that bits do not hang on room."""
         if not self.depth or weight.is_inference():
-            return None
-        key = _key(weight)
+            return weight, False
+        key = weight.data_ptr(), weight.shape, weight.stride()
         found, _, version = self.kept.get(key, (None, None, None))
-        if version == weight._version:
-            return found
-        self.forget([weight])
-        made = kernels.tiles(weight.detach(), self.room)
-        self.room -= made.nbytes if made else 0
-        self.kept[key] = made, weight.detach(), weight._version
-        return made
+        if version != weight._version:
+            self.forget([weight])
+            found = kernels.tiles(weight.detach(), self.room)
+            self.room -= found.nbytes if found else 0
+            self.kept[key] = found, weight.detach() if found else None, weight._version
+        return found or weight, True
 
     def forget(self, weights: Iterable[Tensor]) -> None:
         for weight in weights:
-            made = self.kept.pop(_key(weight), (None,))[0]
+            made = self.kept.pop((weight.data_ptr(), weight.shape, weight.stride()), (None,))[0]
             self.room += made.nbytes if made else 0
 
 
@@ -131,23 +137,21 @@ forget = _frozen.forget
 """What is kept of some weights is given up, as of those that are about to be freed."""
 
 
-def _key(weight: Tensor) -> tuple:
-    return weight.data_ptr(), weight.shape, weight.stride()
+clear = _frozen.clear
+"""All that is kept is given up."""
 
 
 @contextmanager
 def frozen() -> Iterator[None]:
     """While inside nobody writes to weights (a parameter may be given others, as `models.swapped` does): what products need of them
     is made once."""
-    if not _frozen.depth:
-        _frozen.room = KEPT
     _frozen.depth += 1
     try:
         yield
     finally:
         _frozen.depth -= 1
         if not _frozen.depth:
-            _frozen.kept, _frozen.others = {}, {}
+            clear()
 
 
 def kept_meanwhile() -> dict | None:

@@ -486,7 +486,7 @@ class LanguageModel:
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else min(ends, default=0)
         order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
         answers: list[list[int]] = [[] for _ in prompts]
-        greedy = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
+        greedy = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None, "cache_implementation": None}
         keep = self._may_share() and (against is None or against._may_share())
         with frozen(), self._running() as stack:
             # The last position of each prompt lies scattered, and torch would multiply each by a copy of the unembedding.

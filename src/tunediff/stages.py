@@ -29,7 +29,7 @@ from tunediff.fitting import Fitted
 from tunediff.harvests import Harvest, harvest
 from tunediff.latent_scaling import latent_scaling
 from tunediff.lenses import Lens, fit_lens
-from tunediff.layers import frozen
+from tunediff.layers import clear, frozen
 from tunediff.pairs import Pair
 from tunediff.plans import Plan, to_record
 from tunediff.rankings import Ranked, Ranking, rank
@@ -58,11 +58,14 @@ def quiet(stage: str, done: int, total: int) -> None:
 
 
 class stage(cached_property):
-    """A stage: run once, and nobody writes to the networks' weights meanwhile."""
+    """A stage: run once, and nobody writes to the networks' weights meanwhile. What is kept of them makes room for the next stage, which
+    begins the same whether this one ran or was found done."""
 
     def __get__(self, run: "Run | None", owner: type | None = None) -> Any:
         with frozen():
-            return super().__get__(run, owner)
+            got = super().__get__(run, owner)
+            clear()
+            return got
 
 
 @dataclass(eq=False)

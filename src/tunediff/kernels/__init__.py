@@ -79,10 +79,10 @@ def encode(x_NI: Tensor, encoder_FI: Tensor, bias_F: Tensor, gate: Gate | None) 
     return DenseCode.encode(x_NI, encoder_FI, bias_F, gate)
 
 
-def product(x: Tensor, weight_OI: Tensor | Tiles) -> Tensor | None:
+def product(x: Tensor, weight_OI: Tensor | Tiles, few: bool = False) -> Tensor | None:
     """x (..., I) @ weight.T in float32, without gradients, as exact as torch's and faster; None where torch is to make it: on other
-    machines, of other kinds of numbers, of few rows. `tiles` of a weight serve many products, of any number of rows."""
-    if not native.multiplies(x, weight_OI):
+    machines, of other kinds of numbers, of few rows unless asked for. `tiles` of a weight serve many products, with the same bits."""
+    if not native.multiplies(x, weight_OI, few):
         return None
     return native.product(x.reshape(-1, x.shape[-1]), weight_OI).view(*x.shape[:-1], weight_OI.shape[0])
 

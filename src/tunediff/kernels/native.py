@@ -333,9 +333,7 @@ def bytes_of_tiles(w_OI: Tensor, parts: int) -> int:
 
 def tiles(w_OI: Tensor, room: int) -> Tiles | None:
     """Weights in tiles, where `product` by them can be made and is faster than torch's; None where they take more bytes than that."""
-    large = w_OI.numel() >= FEW_WEIGHTS and min(w_OI.shape) >= NARROW
-    # Other classes may hold their numbers elsewhere, or not have any.
-    if not large or type(w_OI) not in (Tensor, Parameter) or not serves(w_OI) or not on_tiles():
+    if not _fits(w_OI):
         return None
     parts = 1  # which is what published weights mostly need, and what it takes to see it
     while bytes_of_tiles(w_OI, parts) <= room:
@@ -346,14 +344,17 @@ def tiles(w_OI: Tensor, room: int) -> Tiles | None:
     return None
 
 
-def multiplies(x: Tensor, w_OI: Tensor | Tiles) -> bool:
-    """Whether `product` of x (..., I) can be made and is faster than torch's."""
-    (O, I), rows = w_OI.shape, x.numel() // max(1, x.shape[-1])
-    if type(x) is not Tensor or x.shape[-1] != I or not serves(x):
+def multiplies(x: Tensor, w_OI: Tensor | Tiles, few: bool = False) -> bool:
+    """Whether `product` of x (..., I) can be made and is faster than torch's, or, for `few` rows, is asked for."""
+    rows = x.numel() // max(1, x.shape[-1])
+    if type(x) is not Tensor or x.shape[-1] != w_OI.shape[1] or rows < (1 if few else FEW_ROWS) or not serves(x):
         return False
-    if isinstance(w_OI, Tiles):
-        return rows > 0
-    large = rows >= FEW_ROWS and O * I >= FEW_WEIGHTS and min(O, I) >= NARROW
+    return isinstance(w_OI, Tiles) or _fits(w_OI)
+
+
+def _fits(w_OI: Tensor) -> bool:
+    """Whether products by these weights are made on tiles; other classes may hold their numbers elsewhere, or not have any."""
+    large = w_OI.numel() >= FEW_WEIGHTS and min(w_OI.shape) >= NARROW
     return large and type(w_OI) in (Tensor, Parameter) and serves(w_OI) and on_tiles()
 
 

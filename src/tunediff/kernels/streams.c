@@ -22,18 +22,23 @@ KERNEL void rms_norm(const float *x, const float *weight, const double *epsilon,
     }
 }
 
+/* x * sigmoid(x). */
+static inline __attribute__((always_inline)) lanes gate_of(lanes x) {
+    const marks below = x < SPREAD(0);
+    const lanes small = power((lanes)((words)x | 0x80000000u)), one = SPREAD(1);
+    return x * ((lanes)(((marks)small & below) | ((marks)one & ~below)) / (one + small));
+}
+
 /* out = gate * sigmoid(gate) * up (Shazeer 2020, 2002.05202), of n numbers in blocks. */
 KERNEL void gated(const float *gate, const float *up, int64_t n, int64_t block, float *out, int64_t start, int64_t stop) {
     const int64_t end = stop * block < n ? stop * block : n;
     int64_t i = start * block;
-    for (; i + LANES <= end; i += LANES) {
-        const lanes x = OF(gate + i);
-        const marks below = x < SPREAD(0);
-        const lanes small = power((lanes)((words)x | 0x80000000u)), one = SPREAD(1);
-        const lanes share = (lanes)(((marks)small & below) | ((marks)one & ~below)) / (one + small);
-        AT(out + i) = x * share * OF(up + i);
-    }
-    for (; i < end; i++) out[i] = gate[i] / (1 + expf(-gate[i])) * up[i];
+    for (; i + LANES <= end; i += LANES) AT(out + i) = gate_of(OF(gate + i)) * OF(up + i);
+    if (i == end) return;
+    float last[LANES] = {0}; /* by the same operations, or bits would hang on what stands beside them */
+    memcpy(last, gate + i, (size_t)(end - i) * sizeof *last);
+    AT(last) = gate_of(OF(last));
+    for (int64_t k = 0; i < end; i++, k++) out[i] = last[k] * up[i];
 }
 
 /* What heads of E numbers turn into by the angles of their positions (Su et al. 2021, 2104.09864), numbers i and i + E / 2 together.
