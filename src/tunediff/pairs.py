@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from tunediff import embedded
 from tunediff.chance import generator
 from tunediff.errors import MissingExtraError, NumericsError, PairError, SettingError, SourceError
+from tunediff.layers import frozen
 from tunediff.models import LanguageModel, Start, swapped
 from tunediff.sites import Site
 
@@ -200,8 +201,9 @@ class Pair:
                 f"vocabularies of {base.vocabulary} and {tuned.vocabulary} tokens: compared on the shared {self.vocabulary}"
             )
         ids_BT = probe_ids(self.tokenizer, self.vocabulary)
-        base.check_reading(ids_BT)
-        tuned.check_reading(ids_BT)
+        with frozen():
+            base.check_reading(ids_BT)
+            tuned.check_reading(ids_BT)
         same = self.base_fingerprint == self.tuned_fingerprint
         if not same:
             gap = (base.logits(base.states(ids_BT))[..., : self.vocabulary]
