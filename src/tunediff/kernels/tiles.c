@@ -277,7 +277,7 @@ TILED void square_on_tiles(const uint16_t *a, const uint16_t *b, int64_t far, in
 typedef struct {
     side x, w;
     float *y;
-    int64_t first, strip, runs, chunks, chunk, groups, threads, far;
+    int64_t first, strip, runs, chunks, chunk, groups, threads;
     int bring;
     int64_t next, brought, workers, turns[]; /* what threads share */
 } job;
@@ -344,7 +344,7 @@ int64_t kept_room(int64_t N, int64_t K, int64_t parts) {
     return bytes(&w, w.squares);
 }
 
-typedef struct { side w; int64_t next, parts; } bringing;
+typedef struct { side w; int64_t next; } bringing;
 
 static void bring_all(void *data) {
     bringing *j = data;
