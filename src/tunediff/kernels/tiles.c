@@ -271,7 +271,7 @@ TILED void square_on_tiles(const uint16_t *a, const uint16_t *b, int64_t far, in
     __asm__ volatile("" ::: "memory");
 }
 
-/* y (M, N) = x (M, K) w (N, K)'. Of w `strip` squares from the `first` on are brought into tiles, unless they are `kept`. Rows of x
+/* y (M, N) = x (M, K) w (N, K)', for `strip` squares of w from the `first` on, which are brought into tiles or are kept there. Rows of x
    go in `chunks` that stay in a core's own cache: who works on one brings it for itself, which costs less than to fetch it, and makes
    `groups` of squares, or some of them where others have come to help. Depth is added up in `runs`. */
 typedef struct {
@@ -289,14 +289,14 @@ TILED static void squares_of(const job *j, const side *x, int64_t top, int64_t r
         const int64_t shallow = x->steps * run / j->runs, deep = x->steps * (run + 1) / j->runs;
         const int64_t each = whole_of(b_step / DEEP, rows);
         for (int64_t c = from; c < to; c++) {
-            const uint16_t *b = j->w.tiles + c * line(&j->w) + shallow * b_step;
-            const int64_t column = (j->first + c) * 2 * SIDE;
+            const int64_t at = j->bring ? c : j->first + c, column = (j->first + c) * 2 * SIDE;
+            const uint16_t *b = j->w.tiles + at * line(&j->w) + shallow * b_step;
             for (int64_t r = 0; r < rows; r++) {
                 const int64_t row = (top + r) * 2 * SIDE;
                 const int all = run == 0 && row + 2 * SIDE <= M && column + 2 * SIDE <= N;
                 float *y = j->y + row * N + column;
                 added_up(&(square){x->tiles + r * line(x) + shallow * STEP, b, b + line(&j->w) + r * each * (deep - shallow) * DEEP,
-                                   c + 1 < to ? each : 0, deep - shallow, y, all ? NULL : out, b_step, N}, j->w.parts[c], row + SIDE < M);
+                                   c + 1 < to ? each : 0, deep - shallow, y, all ? NULL : out, b_step, N}, j->w.parts[at], row + SIDE < M);
                 if (!all) put_down(out, y, N, M - row, N - column, run > 0);
             }
         }
@@ -331,9 +331,9 @@ TILED static void work(void *data) {
     tiles_end();
 }
 
-/* Squares of w that are brought at a time where they are not kept. */
+/* Squares of w that all rows go by before the next ones come. */
 static int64_t strip_of(const side *w) {
-    enum { STRIP = 8 << 20 }; /* bytes; all threads go by them again and again */
+    enum { STRIP = 8 << 20 }; /* bytes that stay in the cache that cores share (measured) */
     const int64_t some = STRIP / (line(w) * (int64_t)sizeof *w->tiles);
     return some < 1 ? 1 : some < w->squares ? some : w->squares;
 }
@@ -363,10 +363,10 @@ int64_t bring(const float *w, int64_t N, int64_t K, int64_t far, int64_t parts, 
 
 /* Squares of rows that are worked on at once. */
 static int64_t chunk_of(const side *x, const side *w, int64_t threads) {
-    enum { NEAR = 900 << 10, FEW = 2 }; /* bytes that stay in a core's own cache; squares that are worth fetching w for (measured) */
+    enum { NEAR = 900 << 10, FEW = 4 }; /* bytes that stay in a core's own cache; squares that are worth fetching w for (measured) */
     int64_t some = NEAR / (line(x) * (int64_t)sizeof *x->tiles);
     if (some > x->squares) some = x->squares;
-    if (!together(w, threads) && x->squares >= FEW * threads && some > whole_of(x->squares, threads)) some = whole_of(x->squares, threads);
+    if (!together(w, threads) && x->squares >= 2 * threads && some > whole_of(x->squares, threads)) some = whole_of(x->squares, threads);
     return some < FEW ? FEW : some;
 }
 
@@ -386,7 +386,7 @@ void multiply(const float *x, const float *w, char *kept, int64_t parts, float *
     put(&j->x, space);
     j->chunk = chunk_of(&j->x, &j->w, threads), j->chunks = whole_of(j->x.squares, j->chunk);
     put(&j->w, kept ? kept : space + bytes(&j->x, threads * j->chunk));
-    const int64_t strip = kept ? j->w.squares : strip_of(&j->w);
+    const int64_t strip = kept && j->chunks == 1 ? j->w.squares : strip_of(&j->w);
     j->runs = whole_of(j->x.steps, RUN);
     for (j->first = 0; j->first < j->w.squares; j->first += strip) {
         j->strip = j->w.squares - j->first < strip ? j->w.squares - j->first : strip;
