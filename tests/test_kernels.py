@@ -420,7 +420,7 @@ def test_products_on_tiles_are_as_exact_as_float32(kind, N, I, O):
 
 @needs_tiles
 @pytest.mark.parametrize("N, I, O, kind", [(700, 600, 500, "float16"), (90, 64, 50_000, "bfloat16"), (400, 40, 20_000, "mixed"),
-                                           (150, 9000, 100, "float32")])  # fmt: skip
+                                           (500, 700, 5000, "float16"), (150, 9000, 100, "float32")])  # fmt: skip
 def test_large_products_are_made_piece_by_piece(N, I, O, kind):
     """More rows than a core's cache holds, more columns than are brought at a time, more depth than is added up at once; threads
     that help each other, and one alone."""
