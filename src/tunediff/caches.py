@@ -38,7 +38,6 @@ class GrowingLayer(DynamicLayer):
         room_BHSE[:, :, before:after] = new_BHTE
         return room_BHSE[:, :, :after]
 
-
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row so many times; of one row nothing is copied before more comes."""
         if self.get_seq_length() == 0 or len(self.keys) > 1:

@@ -293,12 +293,12 @@ class LanguageModel:
         kept = kept_meanwhile() if keep and watch is None else None
         key = self.network, self.switch, tuple(ids_P.tolist()), tuple(sites), final, start and start.site
         start = start and start.part(slice(0, 1), slice(0, len(ids_P)))
-        head, cache, begun = (kept or {}).get(key, (None, None, None))
+        head, cache, begun = found = kept.pop(key, (None, None, None)) if kept else (None, None, None)
         if cache is None or start and not torch.equal(begun, start.stream_BTD):
             head, cache = self._begin(ids_P, sites, final, start, watch)
+            found = head, cache, start and start.stream_BTD.clone()
         if kept is not None:
-            kept.pop(key, None)
-            kept[key] = head, cache, start and start.stream_BTD.clone()
+            kept[key] = found  # the last of them
             for old in list(kept)[:-PREFIXES]:
                 del kept[old]
         return head, repeated(cache, rows)

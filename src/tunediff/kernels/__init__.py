@@ -19,12 +19,13 @@ from tunediff.gates import Gate
 from tunediff.kernels import native, paths
 from tunediff.kernels.dense import DenseCode
 from tunediff.kernels.gpu import GpuCode
+from tunediff.kernels.native import Tiles, tiles
 from tunediff.kernels.pairs import PairCode
 from tunediff.kernels.paths import kept_memory, using
-from tunediff.kernels.native import Tiles, tiles
 from tunediff.matmuls import fast_matmul
 
-__all__ = ["Code", "Tiles", "divergence", "encode", "fast_matmul", "gated", "kept_memory", "norm", "path", "product", "products", "rms_norm", "rotated", "tiles", "using"]
+__all__ = ["Code", "Tiles", "divergence", "encode", "fast_matmul", "gated", "kept_memory", "norm", "path", "product", "products", "rms_norm",
+           "rotated", "tiles", "using"]
 
 
 class Code(Protocol):
