@@ -200,6 +200,10 @@ enum { NAP = 4 }; /* steps of depth */
    already; of each step the smallest products first. Of what comes `next` some lines are called for with `each` step. */
 typedef struct { const uint16_t *a, *b, *next; int64_t each, steps; float *y, *out; int64_t b_step, far; } square;
 
+/* The next step's tiles of a part are called for while this one's are multiplied: loads of tiles from the second-level cache and
+   products go on one after the other (measured). */
+#define CALL(line) do { \
+    _Pragma("GCC unroll 32") for (int i = 0; i < 2 * SIDE; i++) _mm_prefetch((const char *)((line) + DEEP * i), _MM_HINT_T0); } while (0)
 #define LEFT(p) do { _tile_loadd(4, a + (p) * NEXT, 64); if (tall) _tile_loadd(5, a + (p) * NEXT + TILE, 64); } while (0)
 #define RIGHT(p) do { _tile_loadd(6, b + (p) * NEXT, 64); _tile_loadd(7, b + (p) * NEXT + TILE, 64); } while (0)
 #define SUM do { if (tall) ADD; else { _tile_dpbf16ps(0, 4, 6); _tile_dpbf16ps(1, 4, 7); } } while (0)
@@ -214,11 +218,12 @@ TILED INLINE void add_up(const square *q, const int parts, const int tall) {
         if (s % NAP == 0) AWAKE(spare);
         for (int64_t i = 0; i < q->each; i++, next += DEEP) _mm_prefetch((const char *)next, _MM_HINT_T1);
         for (int i = 0; s < SIDE && i < 4; i++) __builtin_prefetch(q->y + (2 * s + i / 2) * q->far + i % 2 * SIDE, 1, 3);
-        RIGHT(0); LEFT(2); SUM;
-        LEFT(1); SUM;
-        if (parts > 1) { RIGHT(1); SUM; }
-        LEFT(0); SUM;
-        if (parts > 2) { RIGHT(2); SUM; }
+        const uint16_t *a_next = a + STEP, *b_next = b + q->b_step;
+        RIGHT(0); LEFT(2); SUM; CALL(a_next + 2 * NEXT); CALL(b_next);
+        LEFT(1); SUM; CALL(a_next + NEXT);
+        if (parts > 1) { RIGHT(1); SUM; CALL(b_next + NEXT); }
+        LEFT(0); SUM; CALL(a_next);
+        if (parts > 2) { RIGHT(2); SUM; CALL(b_next + 2 * NEXT); }
         if (parts > 1) { RIGHT(0); SUM; }
     }
     if (!q->out) STORE(q->y, SIDE * q->far, q->far * 4);
@@ -279,26 +284,36 @@ typedef struct {
     float *y;
     int64_t first, strip, runs, chunks, chunk, groups, threads;
     int bring;
-    int64_t next, brought, workers, turns[]; /* what threads share */
+    int64_t next, brought, workers; /* what threads share, as `chunks` are */
+    struct { int64_t turns, done; } of[];
 } job;
 
-TILED static void squares_of(const job *j, const side *x, int64_t top, int64_t rows, int64_t from, int64_t to) {
+static int64_t begin_of(const job *j, int64_t run) { return j->w.steps * run / j->runs; }
+
+/* The left side over one run of depth. */
+static side run_of(const job *j, int64_t run) {
+    const int64_t begin = begin_of(j, run);
+    side x = j->x;
+    x.from += begin * DEEP, x.deep -= begin * DEEP, x.steps = begin_of(j, run + 1) - begin;
+    return x;
+}
+
+/* Rows from the square `top` on, brought as `x` over one run of depth, by squares [from, to) of w. */
+TILED static void squares_of(const job *j, const side *x, int64_t run, int64_t top, int64_t rows, int64_t from, int64_t to) {
+    enum { FEW = 3 }; /* squares of rows; calling for much in a short time is in the way of what is loaded now (measured) */
     float out[2 * SIDE * 2 * SIDE] __attribute__((aligned(64)));
-    const int64_t M = j->x.rows, N = j->w.rows, b_step = j->w.room * NEXT;
-    for (int64_t run = 0; run < j->runs; run++) {
-        const int64_t shallow = x->steps * run / j->runs, deep = x->steps * (run + 1) / j->runs;
-        const int64_t each = whole_of(b_step / DEEP, rows);
-        for (int64_t c = from; c < to; c++) {
-            const int64_t at = j->bring ? c : j->first + c, column = (j->first + c) * 2 * SIDE;
-            const uint16_t *b = j->w.tiles + at * line(&j->w) + shallow * b_step;
-            for (int64_t r = 0; r < rows; r++) {
-                const int64_t row = (top + r) * 2 * SIDE;
-                const int all = run == 0 && row + 2 * SIDE <= M && column + 2 * SIDE <= N;
-                float *y = j->y + row * N + column;
-                added_up(&(square){x->tiles + r * line(x) + shallow * STEP, b, b + line(&j->w) + r * each * (deep - shallow) * DEEP,
-                                   c + 1 < to ? each : 0, deep - shallow, y, all ? NULL : out, b_step, N}, j->w.parts[at], row + SIDE < M);
-                if (!all) put_down(out, y, N, M - row, N - column, run > 0);
-            }
+    const int64_t M = j->x.rows, N = j->w.rows, b_step = j->w.room * NEXT, begin = begin_of(j, run);
+    const int64_t each = rows < FEW ? 0 : whole_of(b_step / DEEP, rows);
+    for (int64_t c = from; c < to; c++) {
+        const int64_t at = j->bring ? c : j->first + c, column = (j->first + c) * 2 * SIDE;
+        const uint16_t *b = j->w.tiles + at * line(&j->w) + begin * b_step;
+        for (int64_t r = 0; r < rows; r++) {
+            const int64_t row = (top + r) * 2 * SIDE;
+            const int all = run == 0 && row + 2 * SIDE <= M && column + 2 * SIDE <= N;
+            float *y = j->y + row * N + column;
+            added_up(&(square){x->tiles + r * line(x), b, b + line(&j->w) + r * each * x->steps * DEEP, c + 1 < to ? each : 0, x->steps, y,
+                               all ? NULL : out, b_step, N}, j->w.parts[at], row + SIDE < M);
+            if (!all) put_down(out, y, N, M - row, N - column, run > 0);
         }
     }
 }
@@ -315,17 +330,23 @@ TILED static void work(void *data) {
     for (int64_t i; (i = taken(&j->next)) < all; __atomic_fetch_add(&j->brought, 1, __ATOMIC_RELEASE)) right_side(&j->w, j->first + i, i);
     while (__atomic_load_n(&j->brought, __ATOMIC_ACQUIRE) < all) _mm_pause(); /* others are at their last */
     tiles_begin();
-    side own = j->x;
-    own.tiles += me * j->chunk * line(&own);
     for (int64_t i = 0; i < j->chunks; i++) {
         const int64_t chunk = (i + (together(&j->w, j->threads) ? 0 : j->chunks * me / j->threads)) % j->chunks;
         const int64_t top = j->x.squares * chunk / j->chunks, rows = j->x.squares * (chunk + 1) / j->chunks - top;
-        int here = 0;
-        for (int64_t group; (group = taken(&j->turns[chunk])) < j->groups; here = 1) {
-            for (int64_t r = 0; !here && r < rows; r++) left_side(&own, top + r, r);
+        int64_t *done = &j->of[chunk].done, here = -1;
+        side own = j->x;
+        for (int64_t turn; (turn = taken(&j->of[chunk].turns)) < j->groups * j->runs; __atomic_fetch_add(done, 1, __ATOMIC_RELEASE)) {
+            const int64_t run = turn / j->groups, group = turn % j->groups;
+            if (run != here) {
+                own = run_of(j, run);
+                own.tiles += me * j->chunk * line(&j->x);
+                for (int64_t r = 0; r < rows; r++) left_side(&own, top + r, r);
+                here = run;
+            }
             const int64_t from = j->strip * group / j->groups, to = j->strip * (group + 1) / j->groups;
-            for (int64_t c = from; j->bring && j->chunks == 1 && c < to; c++) right_side(&j->w, j->first + c, c);
-            squares_of(j, &own, top, rows, from, to);
+            for (int64_t c = from; j->bring && j->chunks == 1 && run == 0 && c < to; c++) right_side(&j->w, j->first + c, c);
+            while (__atomic_load_n(done, __ATOMIC_ACQUIRE) < run * j->groups) _mm_pause(); /* sums of the run before stand in y */
+            squares_of(j, &own, run, top, rows, from, to);
         }
     }
     tiles_end();
@@ -361,6 +382,15 @@ int64_t bring(const float *w, int64_t N, int64_t K, int64_t far, int64_t parts, 
     return most;
 }
 
+static int64_t runs_of(int64_t steps) { return whole_of(steps, RUN); }
+
+/* A left side, with room for the deepest run. */
+static side left_of(const float *from, int64_t rows, int64_t deep, int64_t far) {
+    side x = side_of(from, rows, deep, far, PARTS);
+    x.steps = whole_of(x.steps, runs_of(x.steps));
+    return x;
+}
+
 /* Squares of rows that are worked on at once. */
 static int64_t chunk_of(const side *x, const side *w, int64_t threads) {
     enum { NEAR = 900 << 10, FEW = 4 }; /* bytes that stay in a core's own cache; squares that are worth fetching w for (measured) */
@@ -370,10 +400,12 @@ static int64_t chunk_of(const side *x, const side *w, int64_t threads) {
     return some < FEW ? FEW : some;
 }
 
+static int64_t room_of_job(const side *x) { return (int64_t)(sizeof(job) + x->squares * sizeof *((job *)0)->of); }
+
 /* Bytes that `multiply` needs besides. */
 int64_t room(int64_t M, int64_t N, int64_t K, int64_t kept, int64_t threads) {
-    const side x = side_of(NULL, M, K, 0, PARTS), w = side_of(NULL, N, K, 0, PARTS);
-    return bytes(&x, threads * chunk_of(&x, &w, threads)) + (kept ? 0 : bytes(&w, strip_of(&w))) + (int64_t)sizeof(job) + 8 * x.squares;
+    const side x = left_of(NULL, M, K, 0), w = side_of(NULL, N, K, 0, PARTS);
+    return bytes(&x, threads * chunk_of(&x, &w, threads)) + (kept ? 0 : bytes(&w, strip_of(&w))) + room_of_job(&x);
 }
 
 /* y (M, N) = x (M, K) w (N, K)' by the threads of `on`, or by the caller without them; rows of x and w are `far` apart. Or of w what
@@ -381,18 +413,18 @@ int64_t room(int64_t M, int64_t N, int64_t K, int64_t kept, int64_t threads) {
 void multiply(const float *x, const float *w, char *kept, int64_t parts, float *y, int64_t M, int64_t N, int64_t K, int64_t x_far,
               int64_t w_far, char *space, team *on, int64_t threads) {
     job *j = (job *)space;
-    *j = (job){.x = side_of(x, M, K, x_far, PARTS), .w = side_of(w, N, K, w_far, kept ? parts : PARTS), .y = y, .bring = !kept, .threads = threads};
-    space += sizeof *j + 8 * j->x.squares;
+    *j = (job){.x = left_of(x, M, K, x_far), .w = side_of(w, N, K, w_far, kept ? parts : PARTS), .y = y, .bring = !kept, .threads = threads};
+    space += room_of_job(&j->x);
     put(&j->x, space);
     j->chunk = chunk_of(&j->x, &j->w, threads), j->chunks = whole_of(j->x.squares, j->chunk);
     put(&j->w, kept ? kept : space + bytes(&j->x, threads * j->chunk));
     const int64_t strip = kept && j->chunks == 1 ? j->w.squares : strip_of(&j->w);
-    j->runs = whole_of(j->x.steps, RUN);
+    j->runs = runs_of(j->w.steps);
     for (j->first = 0; j->first < j->w.squares; j->first += strip) {
         j->strip = j->w.squares - j->first < strip ? j->w.squares - j->first : strip;
         j->groups = threads == 1 ? 1 : j->strip < 8 * threads ? j->strip : 8 * threads;
         j->next = j->brought = j->workers = 0;
-        memset(j->turns, 0, 8 * j->chunks);
+        memset(j->of, 0, j->chunks * sizeof *j->of);
         on_all(on, threads, work, j);
     }
 }
