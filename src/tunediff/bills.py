@@ -11,7 +11,7 @@ from torch import Tensor
 from tunediff.chance import bootstrap_ratio, numpy_generator
 from tunediff.changes import Change
 from tunediff.edits import Edit, EditSettings, Moments, input_moments, random_directions, reverting, scaling
-from tunediff.measures import Said, blocks, by_document, kl_divergence
+from tunediff.measures import Said, by_document, kl_divergence, parts
 from tunediff.models import LanguageModel, Start
 from tunediff.pairs import Pair
 from tunediff.samples import Sample, batches_of
@@ -183,10 +183,11 @@ def _divergences(pair: Pair, sides: dict[str, LanguageModel], sample: Sample, ma
         base, tuned = said(pair.base, base_start or start), said(pair.tuned, tuned_start or start)
         edited = [said(model) for model in sides.values()]
         whole_N, kl_N = torch.zeros(len(document_N)), {side: torch.zeros(len(document_N)) for side in sides}
-        for part, q, p, *others in blocks(base, tuned, *edited):
+        for part in parts(base):
+            q, p = base.part(part).logp(), tuned.part(part).logp()
             whole_N[part] = kl_divergence(p, q)
-            for side, logp in zip(sides, others):
-                kl_N[side][part] = kl_divergence(logp, q) if name == "removed" else kl_divergence(p, logp)
+            for side, other in zip(sides, edited):
+                kl_N[side][part] = kl_divergence(other.part(part), q) if name == "removed" else kl_divergence(p, other.part(part))
         whole = by_document(whole_N, document_N, documents)
         for place, document in enumerate(documents):
             bottom[document] = bottom.get(document, 0.0) + (whole.tokens[place] if name == "cost" else whole.nats[place])

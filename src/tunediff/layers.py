@@ -101,6 +101,13 @@ def _epsilon(module: nn.Module) -> float | None:
     return getattr(module, "variance_epsilon", getattr(module, "eps", None))
 
 
+def divergence_of(linear: nn.Module, x_RD: Tensor, logp_QV: Tensor, theirs: bool) -> Tensor | None:
+    """`kernels.divergence_of` the logits that a layer makes; None where that does not serve, as where its weights are not frozen."""
+    plain = type(linear) is Linear and linear.bias is None and "forward" not in vars(linear) and not _watched(linear)
+    kept = _frozen.tiles(linear.weight)[0] if plain and _ours() else None
+    return kernels.divergence_of(x_RD, linear.weight, kept, logp_QV, theirs) if isinstance(kept, kernels.Tiles) else None
+
+
 class _Frozen(threading.local):
     """What is made of weights, for as long as somebody has said that nobody writes to them. Weights in tiles are kept with the weights,
     or others could come to lie where they lay. A write that torch counts is seen all the same (not one through `.data`, numpy or a

@@ -57,19 +57,20 @@ class Lens:
 
 def fit_lens(
     model: LanguageModel, tokens: "Tokens", sites: Sequence[Site], folder: Path, *, ridge: float = 0.01,
-    batch_tokens: int = 2048, abnormal: float = 6.0, sample: "Sample | None" = None,
+    batch_tokens: int = 2048, abnormal: float = 6.0, sample: "Sample | None" = None, model_fingerprint: str = "",
 ) -> Lens:
     """Ridge regression from the stream at each site to the final normed state, on `tokens`' training documents.
 
     ridge      added to the diagonal, as a share of its mean: more blurs the read-out, less overfits
     abnormal   tokens with a stream norm above this multiple of the median are left out
     sample     these tokens' streams from a harvest, if there is one: runs then go on from them
+    model_fingerprint   base's, where it is known; hashing a model takes a while
 
     Every eighth batch, from the second on, is kept for the R^2. Skips what is finished in `folder`; raises
     `ArtifactError` if that is a lens of another model, text or setting, `NumericsError` on non-finite streams.
     """
     sites = tuple(sorted(set(sites)))
-    key = key_of(SCHEMA, fingerprint(model.network, adapters=False), tokens.fingerprint, list(map(str, sites)),
+    key = key_of(SCHEMA, model_fingerprint or fingerprint(model.network, adapters=False), tokens.fingerprint, list(map(str, sites)),
                  ridge, batch_tokens, abnormal, sample is not None)
     if is_finished(folder):
         manifest = open_folder(folder, SCHEMA)

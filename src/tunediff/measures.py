@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Iterator, Sequence
 
 import torch
@@ -37,26 +37,27 @@ class Said:
         """(..., N, V)."""
         return *self.states_ND.shape[:-1], self.vocabulary
 
+    def part(self, part: slice) -> "Said":
+        """The same at some of the N tokens."""
+        return replace(self, states_ND=self.states_ND[..., part, :])
+
+    def logits(self) -> Tensor:
+        """Logits of all tokens (..., N, V)."""
+        # Contiguous, or torch multiplies row by row.
+        return self.model.logits(self.states_ND.contiguous())[..., : self.vocabulary]
+
     def logp(self) -> Tensor:
         """Log-probabilities of all tokens (..., N, V)."""
-        return self._logits(slice(None)).log_softmax(-1)
-
-    def _logits(self, part: slice) -> Tensor:
-        # Contiguous, or torch multiplies row by row.
-        return self.model.logits(self.states_ND[..., part, :].contiguous())[..., : self.vocabulary]
-
-    def blocks(self, part: slice, size: int) -> Iterator[Tensor]:
-        """Log-probabilities (..., size, V) of some of the N tokens, `size` at a time."""
-        return (logits.log_softmax(-1) for logits in self._logits(part).split(size, -2))
+        return self.logits().log_softmax(-1)
 
 
-def blocks(*says: Tensor | Said) -> Iterator[tuple]:
-    """The N tokens in small parts: each a slice, and log-probabilities (..., n, V) there from tables or from what makes them."""
+def blocks(*says: Said) -> Iterator[tuple]:
+    """The N tokens in small parts: each a slice, and log-probabilities (..., n, V) there."""
     block = _share(kernels.BLOCK, says)
-    for part in _parts(says, block):
-        found = [s.blocks(part, block) if isinstance(s, Said) else iter(s[..., part, :].split(block, -2)) for s in says]
-        for at, parts in zip(range(part.start, part.stop, block), zip(*found)):
-            yield slice(at, min(at + block, part.stop)), *parts
+    for part in parts(*says, block=block):
+        found = [said.part(part).logits().split(block, -2) for said in says]
+        for at, logits in zip(range(part.start, part.stop, block), zip(*found)):
+            yield slice(at, min(at + block, part.stop)), *(rows.log_softmax(-1) for rows in logits)
 
 
 def _share(rows: int, says: Sequence[Tensor | Said]) -> int:
@@ -64,7 +65,7 @@ def _share(rows: int, says: Sequence[Tensor | Said]) -> int:
     return max(1, rows * says[0].shape[-2] // max(1, *(math.prod(s.shape[:-1]) for s in says)))
 
 
-def _parts(says: Sequence[Tensor | Said], block: int = 1) -> Iterator[slice]:
+def parts(*says: Tensor | Said, block: int = 1) -> Iterator[slice]:
     """The N tokens in parts of a tile, each of whole blocks but the last."""
     N, tile = says[0].shape[-2], _share(TILE, says)
     tile -= tile % block
@@ -74,12 +75,17 @@ def _parts(says: Sequence[Tensor | Said], block: int = 1) -> Iterator[slice]:
 def kl_divergence(p: Tensor | Said, q: Tensor | Said) -> Tensor:
     """KL(p || q) in nat for each of N tokens (..., N), from log-probabilities (..., N, V) or from what makes them; float32, never
     below 0. Leading axes are those of both, or of one alone."""
-    shape, sums, parts = torch.broadcast_shapes(p.shape[:-1], q.shape[:-1]), (isinstance(p, Said), isinstance(q, Said)), []
-    for part in _parts((p, q)):
-        rows = (s._logits(part) if isinstance(s, Said) else s[..., part, :] for s in (p, q))
+    for said, table, theirs in ((p, q, False), (q, p, True)):
+        if isinstance(said, Said) and isinstance(table, Tensor) and table.shape[:-1] == said.shape[-table.dim() : -1]:
+            kl_R = said.model.divergence(said.states_ND.flatten(0, -2), table.flatten(0, -2), theirs)
+            if kl_R is not None:
+                return kl_R.view(said.shape[:-1]).clamp_min(0)
+    shape, sums, found = torch.broadcast_shapes(p.shape[:-1], q.shape[:-1]), (isinstance(p, Said), isinstance(q, Said)), []
+    for part in parts(p, q):
+        rows = (s.part(part).logits() if isinstance(s, Said) else s[..., part, :] for s in (p, q))
         kl_R = kernels.divergence(*(r.flatten(0, -2).float() for r in rows), *sums)
-        parts.append(kl_R.view(*shape[:-1], -1).clamp_min(0))
-    return torch.cat(parts, -1) if parts else torch.zeros(shape)
+        found.append(kl_R.view(*shape[:-1], -1).clamp_min(0))
+    return torch.cat(found, -1) if found else torch.zeros(shape)
 
 
 def log_probabilities(

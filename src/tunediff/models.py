@@ -18,7 +18,7 @@ from tunediff.decoding import amplified, sampler
 from tunediff.errors import FamilyError, NumericsError
 from tunediff.families.base import Family
 from tunediff.folds import Fold
-from tunediff.layers import forget, frozen, kept_meanwhile, quicken
+from tunediff.layers import divergence_of, forget, frozen, kept_meanwhile, quicken
 from tunediff.matmuls import fast_matmul
 from tunediff.sites import Site
 
@@ -378,6 +378,15 @@ class LanguageModel:
         with self._running():
             raw = self.family.unembedding(self.network)(states_ND.to(self.device))
             return self.family.scaled_logits(self.network, raw.float())
+
+    def divergence(self, states_RD: Tensor, logp_QV: Tensor, theirs: bool) -> Tensor | None:
+        """KL in nat (R,) of what it says at final normed states from log-probabilities whose rows begin anew, or of those from it if
+        `theirs`; None where no more is made than `logits`."""
+        with self._running():
+            raw = torch.zeros(1, 1, device=self.device)
+            if self.family.scaled_logits(self.network, raw) is not raw:
+                return None
+            return divergence_of(self.family.unembedding(self.network), states_RD.to(self.device), logp_QV, theirs)
 
     @contextmanager
     def writing(self, site: Site, write: Callable[[Tensor], Tensor]) -> Iterator[None]:

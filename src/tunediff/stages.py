@@ -323,7 +323,7 @@ class Run:
         began = time.monotonic()
         few = Sample.of(self.harvest, self.tokens, _some(self.tokens, LENS_TOKENS))
         lens = fit_lens(self.pair.base, self.tokens.only(few.rows), self.sites, folder, abnormal=self.plan.harvest.abnormal,
-                        sample=few)
+                        sample=few, model_fingerprint=self.pair.base_fingerprint)
         self._done("lens", key, began, "R² " + ", ".join(f"{v:.2f}" for v in lens.r2_S.tolist()))
         return lens
 

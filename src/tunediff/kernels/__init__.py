@@ -24,7 +24,7 @@ from tunediff.kernels.pairs import PairCode
 from tunediff.kernels.paths import kept_memory, using
 from tunediff.matmuls import fast_matmul
 
-__all__ = ["Code", "Tiles", "divergence", "encode", "fast_matmul", "gated", "kept_memory", "norm", "path", "product", "products", "rms_norm",
+__all__ = ["Code", "Tiles", "divergence", "divergence_of", "encode", "fast_matmul", "gated", "kept_memory", "norm", "path", "product", "products", "rms_norm",
            "rotated", "tiles", "using"]
 
 
@@ -133,3 +133,23 @@ def divergence(p_PV: Tensor, q_QV: Tensor, p_sums: bool = True, q_sums: bool = T
         logp_RV, logq_RV = (p_RV.log_softmax(1) if p_sums else p_RV), (q_RV.log_softmax(1) if q_sums else q_RV)
         parts.append((logp_RV - logq_RV).mul_(logp_RV.exp()).sum(1))
     return torch.cat(parts) if parts else p_PV.new_zeros(0)
+
+
+STARTS, LEAST = 16, 1e-26
+"""Columns by which `divergence_of` puts rows to about the length of the table's, and what is left of a row's sum where that was no
+use."""
+
+
+def divergence_of(x_RD: Tensor, weight_VD: Tensor, kept: Tiles, logp_QV: Tensor, theirs: bool) -> Tensor | None:
+    """KL(softmax of x @ weight.T || p), or KL(p || softmax) if `theirs`, in nat for each row (R,), where p are log-probabilities whose
+    rows begin anew; the logits are never in memory. `kept` is the weight in tiles. None where that does not serve: on other
+    machines, of weights of more than 1,024 columns, and where a row differs beyond float32's range."""
+    if not native.tells(x_RD, kept, logp_QV):
+        return None
+    # With l' = l - start, KL(softmax || p) = E[l' - logp] - log(sum of exp(l')): any start will do that is near the logarithm of the
+    # sum of exp(l), as then small numbers are added up and nothing is lost to rounding.
+    some_QS = logp_QV[:, :STARTS]
+    start_R = ((x_RD @ weight_VD[:STARTS].T).unflatten(0, (-1, len(some_QS))) - some_QS).mean(2).flatten()
+    mass_R, apart_R = native.told(x_RD, kept, logp_QV, start_R, theirs).unbind(1)
+    kl_R = mass_R.log() - apart_R if theirs else apart_R / mass_R - mass_R.log()
+    return kl_R.float() if bool((kl_R.isfinite() & (mass_R > LEAST)).all()) else None

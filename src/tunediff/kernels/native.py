@@ -22,7 +22,7 @@ from torch.nn import Parameter
 from tunediff import gates
 from tunediff.kernels import paths
 
-INTERFACE = 11
+INTERFACE = 12
 """Which functions of which arguments are expected; `native.c` says the same, and goes up with every change of any file."""
 RANGES, FINE = 2, 16
 """Ranges a thread, where Python hands them out and where the compiled file does: more even out rows of unequal cost, and Python
@@ -65,7 +65,8 @@ def library() -> ctypes.CDLL | None:
         out.tiles = bool(out.has_tiles())  # which asks the system to let this process use them
         out.squares = out.squares_by(BEST)
         if out.tiles:
-            out.room.restype = out.kept_room.restype = out.bring.restype = ctypes.c_int64
+            for size in (out.room, out.kept_room, out.bring, out.deepest, out.together_told):
+                size.restype = ctypes.c_int64
         for counts in (out.scan, out.sample, out.keep):
             counts.restype = ctypes.c_int64
         out.kth.restype = ctypes.c_float
@@ -363,10 +364,30 @@ def product(x_NI: Tensor, w_OI: Tensor | Tiles) -> Tensor:
     kept = w_OI if isinstance(w_OI, Tiles) else None
     x_NI, w_OI = _rows(x_NI), None if kept else _rows(w_OI)
     lib, (N, I), O, threads = library(), x_NI.shape, (kept or w_OI).shape[0], torch.get_num_threads()
-    out_NO, room = torch.empty(N, O, dtype=torch.float32, device="cpu"), _room(lib.room(*_i(N, O, I, bool(kept), threads)))
+    out_NO, room = torch.empty(N, O, dtype=torch.float32, device="cpu"), _room(lib.room(*_i(N, O, I, bool(kept), False, threads)))
     given = (None, _at(kept.space), *_i(kept.parts)) if kept else (_at(w_OI), None, *_i(0))
     lib.multiply(_at(x_NI), *given, _at(out_NO), *_i(N, O, I, x_NI.stride(0), 0 if kept else w_OI.stride(0)), _at(room), _team(), *_i(threads))
     return out_NO
+
+
+def tells(x_RD: Tensor, kept: Tiles, logp_QV: Tensor) -> bool:
+    """Whether `told` of these serves."""
+    fits = type(logp_QV) is Tensor and serves(logp_QV) and logp_QV.shape[1] == kept.shape[0] and kept.shape[1] <= library().deepest()
+    return fits and len(logp_QV) > 0 and len(x_RD) % len(logp_QV) == 0 and multiplies(x_RD, kept, few=True)
+
+
+def told(x_RD: Tensor, kept: Tiles, logp_QV: Tensor, start_R: Tensor, theirs: bool) -> Tensor:
+    """Of logits l = x @ w.T, which are never in memory, and p = exp(l - start): the sums (R, 2) over all columns of p, and of
+    p * (l - start - logp), or of exp(logp) * (l - start - logp) if `theirs`; in float64 over 256 columns each. Rows of logp begin
+    anew; what exceeds e^88 counts as infinite."""
+    x_RD, logp_QV = _rows(x_RD), _rows(logp_QV)
+    lib, (R, D), V, threads = library(), x_RD.shape, kept.shape[0], torch.get_num_threads()
+    sums, room = paths.empty(-(-V // lib.together_told()), R, 2), _room(lib.room(*_i(R, V, D, True, True, threads)))
+    lib.tell(
+        _at(x_RD), _at(kept.space), *_i(kept.parts), _at(logp_QV), *_i(len(logp_QV), logp_QV.stride(0)), _at(start_R), *_i(theirs), _at(sums),
+        *_i(R, V, D, x_RD.stride(0)), _at(room), _team(), *_i(threads),
+    )  # fmt: skip
+    return sums.double().sum(0)
 
 
 def _rows(x_NI: Tensor) -> Tensor:
