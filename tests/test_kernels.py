@@ -446,6 +446,54 @@ def test_weights_in_tiles_take_no_more_than_is_left():
         assert native.tiles(refused, 1 << 30) is None
 
 
+@needs_tiles
+@pytest.mark.parametrize("theirs", [False, True])
+@pytest.mark.parametrize("kind", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("R, Q, V, D", [(1, 1, 300, 64), (70, 35, 1013, 600), (600, 40, 20_000, 40), (90, 90, 50_000, 300)])
+def test_divergence_without_logits(kind, theirs, R, Q, V, D):
+    """Against float64; by any number of threads, and of any rows, the same bits."""
+    g = torch.Generator().manual_seed(V)
+    w_VD = weights(kind, V, D, g) / D**0.5
+    few_QD = 3 * torch.randn(Q, D, generator=g)
+    x_RD = few_QD.repeat(R // Q, 1) + torch.logspace(-4, 0, R)[:, None] * torch.randn(R, D, generator=g)
+    logp_QV, tiles = (few_QD @ w_VD.T).log_softmax(1), kept(w_VD)
+    logl_RV, logp_RV = (x_RD.double() @ w_VD.double().T).log_softmax(1), logp_QV.double().repeat(R // Q, 1)
+    exact_R = (logp_RV.exp() * (logp_RV - logl_RV) if theirs else logl_RV.exp() * (logl_RV - logp_RV)).sum(1)
+    found_R = kernels.divergence_of(x_RD, w_VD, tiles, logp_QV, theirs)
+    torch.testing.assert_close(found_R.double(), exact_R, rtol=1e-5, atol=3e-6)
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        start_R = torch.zeros(R)
+        sums = native.told(x_RD, tiles, logp_QV, start_R, theirs)
+        if Q == R:
+            assert torch.equal(native.told(x_RD[R // 3 :], tiles, logp_QV[R // 3 :], start_R[R // 3 :], theirs), sums[R // 3 :])
+        assert threads == 1 or torch.equal(sums, before)
+        before = sums
+
+
+@needs_tiles
+def test_divergence_without_logits_is_refused_where_it_would_be_wrong():
+    """Other shapes, other numbers, deep rows, and rows that differ beyond float32's range."""
+    g = torch.Generator().manual_seed(0)
+    w_VD, x_RD = torch.randn(400, 500, generator=g), torch.randn(6, 500, generator=g)
+    logp_QV, tiles = (x_RD[:3] @ w_VD.T).log_softmax(1), kept(w_VD)
+
+    def found(x=x_RD, w=w_VD, t=tiles, logp=logp_QV):
+        return [kernels.divergence_of(x, w, t, logp, theirs) for theirs in (False, True)]
+
+    assert all(kl is not None and kl.shape == (6,) for kl in found())
+    deep = torch.randn(200, 1100, generator=g)
+    for refused in (found(logp=logp_QV[:, :399]), found(logp=logp_QV.double()), found(x=x_RD[:5]), found(x=x_RD[:0]), found(x=x_RD.double()),
+                    found(logp=logp_QV[:0]), found(x=deep[:6], w=deep, t=kept(deep), logp=deep[:3, :200].log_softmax(1))):  # fmt: skip
+        assert refused == [None, None]
+    for bad in (torch.nan, torch.inf):
+        assert found(x=torch.where(torch.arange(500) == 7, bad, x_RD)) == [None, None]
+    assert found(x=1000 * x_RD) == [None, None]
+    ruled_out = logp_QV.clone()
+    ruled_out[0, 399] = -torch.inf
+    assert found(logp=ruled_out) == [None, None]
+
+
 needs_native = pytest.mark.skipif(not HAVE_NATIVE, reason="no compiled file")
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from tunediff import attention, kernels, layers
 from tunediff.kernels import native
+from tunediff.measures import Said, kl_divergence
 from tunediff.models import swapped
 
 
@@ -164,7 +165,6 @@ def test_other_values_in_a_parameter_are_other_weights(made):
 
 def test_no_more_is_kept_than_there_is_room_for(made, monkeypatch):
     monkeypatch.setattr(layers, "KEPT", 3 << 19)
-    layers.clear()
     net, x = wide(), torch.randn(5, 400)
     for _ in range(2):
         with torch.inference_mode(), layers.frozen():
@@ -274,10 +274,52 @@ def test_bits_do_not_hang_on_what_there_is_room_for(rows, monkeypatch):
         with layers.frozen():
             found = net(x)
         monkeypatch.setattr(layers, "KEPT", 1 << 18)
-        layers.clear()
         with layers.frozen():
             assert torch.equal(net(x), found)
     torch.testing.assert_close(found, plain)
+
+
+@pytest.mark.skipif(not native.on_tiles(), reason="a processor without tiles of bfloat16")
+def test_divergences_need_no_logits_while_weights_are_frozen():
+    """Whatever shape they are asked in; who counts runs of the layer sees them, and who watches it gets logits."""
+    net = nn.Sequential(nn.Linear(200, 700, bias=False))
+    layers.quicken(net)
+
+    class Model:
+        plain = 0
+
+        def divergence(self, states_RD, logp_QV, theirs):
+            return layers.divergence_of(net[0], states_RD, logp_QV, theirs)
+
+        def logits(self, states_ND):
+            self.plain += 1
+            return net(states_ND)
+
+    model, states_END = Model(), torch.randn(4, 5, 200)
+    table_NV = Said(model, states_END[0] + 0.1, 700).logp()
+    asked = [(Said(model, states, 700), table_NV.expand(*states.shape[:-2], -1, -1)) for states in (states_END[0], states_END[1:2])]
+    asked += [(Said(model, states_END, 700), table_NV), (table_NV, Said(model, states_END, 700))]
+    with torch.inference_mode():
+        for p, q in asked:
+            model.plain = 0
+            expected = kl_divergence(p, q)
+            assert model.plain
+            model.plain, calls = 0, []
+            handle = nn.modules.module.register_module_forward_hook(lambda module, given, out: calls.append(given[0].shape))
+            with layers.frozen():
+                found = kl_divergence(p, q)
+            handle.remove()
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+            assert calls == [(found.numel(), 200)] and not model.plain, "not even once"
+        said = Said(model, states_END[1], 700)
+        with layers.frozen():
+            handle = net[0].register_forward_hook(lambda module, given, out: out * 2)
+            assert model.divergence(said.states_ND, table_NV, False) is None
+            assert float((kl_divergence(said, table_NV) - expected[1]).abs().max()) > 0.1
+            handle.remove()
+            biased = nn.Sequential(nn.Linear(200, 700))
+            layers.quicken(biased)
+            assert layers.divergence_of(biased[0], said.states_ND, table_NV, False) is None
 
 
 def test_a_network_is_turned_by_ours_only_while_it_runs():

@@ -19,8 +19,11 @@ KEPT = 2 << 30
 class Linear(nn.Linear):
     """torch's layer; in inference mode, in which models are run here, its products are made by `kernels.product` if that serves."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        """As `torch.nn.Linear`: (..., I) to (..., O)."""
+    def forward(self, input: Tensor, told: tuple[Tensor, bool] | None = None) -> Tensor | None:
+        """As `torch.nn.Linear`: (..., I) to (..., O). Or see `divergence_of`: called like any other, so that who counts sees it."""
+        if told is not None:
+            kept = _frozen.tiles(self.weight)[0] if _ours() else None
+            return kernels.divergence_of(input, self.weight, kept, *told) if isinstance(kept, kernels.Tiles) else None
         found = kernels.product(input, *_frozen.tiles(self.weight)) if _ours() else None
         if found is None:
             return super().forward(input)
@@ -104,8 +107,7 @@ def _epsilon(module: nn.Module) -> float | None:
 def divergence_of(linear: nn.Module, x_RD: Tensor, logp_QV: Tensor, theirs: bool) -> Tensor | None:
     """`kernels.divergence_of` the logits that a layer makes; None where that does not serve, as where its weights are not frozen."""
     plain = type(linear) is Linear and linear.bias is None and "forward" not in vars(linear) and not _watched(linear)
-    kept = _frozen.tiles(linear.weight)[0] if plain and _ours() else None
-    return kernels.divergence_of(x_RD, linear.weight, kept, logp_QV, theirs) if isinstance(kept, kernels.Tiles) else None
+    return linear(x_RD, (logp_QV, theirs)) if plain and _frozen.depth else None
 
 
 class _Frozen(threading.local):
@@ -118,7 +120,7 @@ class _Frozen(threading.local):
         self.clear()
 
     def clear(self) -> None:
-        self.room, self.kept, self.others = KEPT, {}, {}
+        self.bytes, self.kept, self.others = 0, {}, {}
 
     def tiles(self, weight: nn.Parameter) -> tuple[kernels.Tiles | Tensor, bool]:
         """By what to multiply, and whether also few rows: where weights are frozen, kept or not, so that bits do not hang on room."""
@@ -128,15 +130,15 @@ class _Frozen(threading.local):
         found, _, version = self.kept.get(key, (None, None, None))
         if version != weight._version:
             self.forget([weight])
-            found = kernels.tiles(weight.detach(), self.room)
-            self.room -= found.nbytes if found else 0
+            found = kernels.tiles(weight.detach(), KEPT - self.bytes)
+            self.bytes += found.nbytes if found else 0
             self.kept[key] = found, weight.detach() if found else None, weight._version
         return found or weight, True
 
     def forget(self, weights: Iterable[Tensor]) -> None:
         for weight in weights:
             made = self.kept.pop((weight.data_ptr(), weight.shape, weight.stride()), (None,))[0]
-            self.room += made.nbytes if made else 0
+            self.bytes -= made.nbytes if made else 0
 
 
 _frozen = _Frozen()
