@@ -7,6 +7,7 @@ from typing import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 Part = tuple[int, int, int]
 """Latents [start, stop), and how many codes among them a batch keeps."""
@@ -93,21 +94,33 @@ def calibrate(values: list[Tensor], keep: int) -> float:
     return middle if float(both[1]) < middle else float(both[1])
 
 
-class _Rows(torch.autograd.Function):
-    """Rows of a parameter, flat. Their gradient is added to the parameter's own at those rows alone, where autograd would
-    write and add a tensor of the parameter's size."""
+class _AuxK(torch.autograd.Function):
+    """`auxk` and its gradient, over rows of the dead alone. That is added to the parameters' own at those rows, where autograd would
+    write and add tensors of the parameters' size."""
 
     @staticmethod
-    def forward(ctx, whole, at):  # noqa: D102
-        ctx.whole, ctx.at = whole, at
-        return whole.detach().view(len(whole), -1)[at]
+    def forward(ctx, x_NI, error_NI, encoder, bias_F, decoder, norm_F, dead_D, k):  # noqa: D102
+        read_DI, write_DI = (whole.view(len(whole), -1)[dead_D] for whole in (encoder, decoder))
+        f_ND = torch.addmm(bias_F[dead_D], x_NI, read_DI.T).relu_()
+        if k < len(dead_D):
+            top = torch.topk(f_ND * norm_F[dead_D], k, dim=1).indices
+            f_ND = torch.zeros_like(f_ND).scatter_(1, top, f_ND.gather(1, top))
+        left_NI, variance = torch.addmm(error_NI, f_ND, write_DI, alpha=-1), variance_of(error_NI)
+        ctx.save_for_backward(x_NI, f_ND, write_DI, left_NI, variance)
+        ctx.parameters, ctx.dead_D = (encoder, bias_F, decoder), dead_D
+        return torch.nan_to_num(left_NI.square().mean() / variance, nan=0.0, posinf=0.0, neginf=0.0)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):  # noqa: D102
-        if ctx.whole.grad is None:
-            ctx.whole.grad = torch.zeros_like(ctx.whole)
-        ctx.whole.grad.view(len(ctx.whole), -1).index_add_(0, ctx.at, grad)
-        return None, None
+        x_NI, f_ND, write_DI, left_NI, variance = ctx.saved_tensors
+        of_explained_NI = left_NI * (grad * -2 / (variance * left_NI.numel()))
+        of_f_ND = (of_explained_NI @ write_DI.T).masked_fill_(f_ND == 0, 0.0)
+        for whole, part in zip(ctx.parameters, (of_f_ND.T @ x_NI, of_f_ND.sum(0)[:, None], f_ND.T @ of_explained_NI)):
+            if whole.grad is None:
+                whole.grad = torch.zeros_like(whole)
+            whole.grad.view(len(whole), -1).index_add_(0, ctx.dead_D, part)
+        return (None,) * 8
 
 
 def auxk(
@@ -129,21 +142,21 @@ def auxk(
     crosscoder. `encoder` and `decoder` are parameters, latents first: `backward` adds to their gradients, and
     `torch.autograd.grad` does not see them.
     """
-    dead = dead_F.nonzero().squeeze(1)
-    if not len(dead):
+    dead_D = dead_F.nonzero().squeeze(1)
+    if not len(dead_D):
         return x_NI.new_zeros(())
-    f = torch.relu(x_NI @ _Rows.apply(encoder, dead).T + bias_F[dead])
-    if k < len(dead):
-        top = torch.topk((f * norm_F[dead]).detach(), k, dim=1).indices
-        f = torch.zeros_like(f).scatter(1, top, f.gather(1, top))
-    return unexplained(error_NI, f @ _Rows.apply(decoder, dead))
+    return _AuxK.apply(x_NI, error_NI.detach(), encoder, bias_F, decoder, norm_F, dead_D, k)
 
 
 def unexplained(error_NI: Tensor, explained_NI: Tensor) -> Tensor:
     """Mean square of what is left of the error, in units of its variance over the batch; see `auxk`."""
     target = error_NI.detach()
-    variance = (target - target.mean(0)).square().mean()
-    variance = variance.masked_fill(~(variance > 0), torch.inf)  # before dividing: a 0/0 would reach the gradient
     return torch.nan_to_num(
-        (target - explained_NI).square().mean() / variance, nan=0.0, posinf=0.0, neginf=0.0
+        (target - explained_NI).square().mean() / variance_of(target), nan=0.0, posinf=0.0, neginf=0.0
     )
+
+
+def variance_of(error_NI: Tensor) -> Tensor:
+    """The variance over the batch; infinite where there is none, before anybody divides: a 0/0 would reach the gradient."""
+    variance = (error_NI - error_NI.mean(0)).square_().mean()
+    return variance.masked_fill(~(variance > 0), torch.inf)
