@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from tunediff import attention, kernels, layers
+from tunediff.errors import NumericsError
 from tunediff.kernels import native
 from tunediff.measures import Said, kl_divergence
 from tunediff.models import swapped
@@ -311,6 +312,9 @@ def test_divergences_need_no_logits_while_weights_are_frozen():
             handle.remove()
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
             assert calls == [(found.numel(), 200)] and not model.plain, "not even once"
+        for table in (table_NV[:, :600], states_END[:2, :, :1].expand(-1, -1, 700)):  # other tokens, other axes
+            with layers.frozen(), pytest.raises(NumericsError):
+                kl_divergence(Said(model, states_END, 700), table)
         said = Said(model, states_END[1], 700)
         with layers.frozen():
             handle = net[0].register_forward_hook(lambda module, given, out: out * 2)

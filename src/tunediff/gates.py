@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Sequence
 
@@ -22,58 +23,79 @@ class Gate:
     parts: tuple[Part, ...]
 
 
-_STRIDE = 61  # a prime, so that the sample below never lines up with a latent
+SAMPLE = 1 << 18
+"""Codes of a sample by which a cut is proposed; of an eighth as many altogether none is."""
 
 
 def keep(pre_NF: Tensor, weight_F: Tensor, parts: Sequence[Part]) -> Tensor:
-    """Flat ascending indices of the codes that a `Gate` keeps; see `largest`."""
-    value_NF = torch.relu(pre_NF).mul_(weight_F)
-    if len(parts) == 1:
-        return largest(value_NF, parts[0][2])
-    F, kept = weight_F.numel(), []
+    """Flat ascending indices of the codes that a `Gate` keeps: of each part the largest positive scaled codes v = relu(pre) * w.
+
+    Fewer are kept only if fewer are positive. Of equal values at the border the earlier in flat order is kept, so the answer does
+    not depend on how it was computed. A sample proposes a cut, everything above it is a candidate, and the exact cut is made
+    among the candidates; if the proposal was too high it falls back to all positive values.
+    """
+    F, kept = pre_NF.shape[1], []
     for start, stop, count in parts:
-        at, size = largest(value_NF[:, start:stop], count), stop - start
-        kept.append(at.div(size, rounding_mode="floor") * F + at % size + start)
-    return torch.cat(kept).sort().values
+        token_P, latent_P = _largest(pre_NF.detach()[:, start:stop], weight_F[start:stop], count)
+        kept.append(token_P * F + latent_P + start)
+    return kept[0] if len(kept) == 1 else torch.cat(kept).sort().values
 
 
 def batch_topk(value_NF: Tensor, k: float) -> Tensor:
     """Flat indices, ascending, of the round(N*k) largest positive values of the whole batch (Bussmann et al.
-    2024); `k`, the mean kept a token, may be fractional. See `largest`."""
-    return largest(value_NF, round(value_NF.shape[0] * k))
+    2024); `k`, the mean kept a token, may be fractional. See `keep`."""
+    N, F = value_NF.shape
+    return keep(value_NF, value_NF.new_ones(F), ((0, F, round(N * k)),))
 
 
-def largest(value_NF: Tensor, keep: int) -> Tensor:
-    """Flat indices, ascending, of the `keep` largest positive values.
+def _largest(pre_NF: Tensor, weight_F: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    cut, count = proposed(pre_NF, weight_F, count), min(count, pre_NF.numel())
+    while True:
+        # A code is compared once, before it is scaled; what rounding lets in is out below.
+        need_F = torch.where(weight_F > 0, cut / weight_F * (1 - 1e-6), torch.inf)
+        flat_P = (pre_NF > need_F).view(-1).nonzero()[:, 0]
+        token_P, latent_P = places(flat_P, pre_NF.shape[1])
+        value_P = pre_NF[token_P, latent_P] * weight_F[latent_P]
+        kept_P = best(value_P, cut, count)
+        if kept_P is not None:
+            return token_P[kept_P], latent_P[kept_P]
+        cut = 0.0
 
-    `value_NF`: the scaled codes v = f*w (>= 0). Fewer are returned only if fewer are positive. Of equal values
-    at the border the earlier in flat order is kept, so the answer does not depend on how it was computed. A
-    strided sample proposes a cut, everything above it
-    is a candidate, and the exact cut is made among the candidates; if the proposal was too high it falls
-    back to all positive values.
-    """
-    flat_P = value_NF.detach().reshape(-1)
-    keep = min(keep, flat_P.numel())
-    if keep <= 0:
-        return flat_P.new_zeros(0, dtype=torch.long)
-    at_P = None
-    if flat_P.numel() > 1 << 15:
-        sample = flat_P[::_STRIDE]
-        rank = int(sample.numel() * keep / flat_P.numel() * 1.25) + 16
-        if rank < sample.numel() // 2:
-            cut = torch.topk(sample, rank, sorted=True).values[-1].clamp_min(0)
-            at_P = (flat_P > cut).nonzero().squeeze(1)
-            if at_P.numel() < keep and cut > 0:
-                at_P = None
-    if at_P is None:
-        at_P = (flat_P > 0).nonzero().squeeze(1)
-    if at_P.numel() <= keep:
-        return at_P
-    found_P = flat_P[at_P]
-    border = torch.topk(found_P, keep, sorted=True).values[-1]
-    above, equal = found_P > border, found_P == border
-    wanted = keep - int(above.sum())
-    return at_P[above | (equal & (equal.cumsum(0) <= wanted))]
+
+def proposed(pre_NF: Tensor, weight_F: Tensor, count: int) -> float:
+    """A cut of scaled codes that some more than `count` most likely exceed, by a sample; 0 where there are few, or most are wanted."""
+    total = pre_NF.numel()
+    stride = max(61, total // SAMPLE)  # 61 is a prime; what divides the columns would line up with some of them
+    while math.gcd(stride, pre_NF.shape[1]) > 1:
+        stride += 1
+    share = -(-total // stride) * count / max(1, total)
+    rank = int(share + 5 * math.sqrt(share)) + 16
+    if total <= SAMPLE // 8 or rank >= total // stride // 2:
+        return 0.0
+    token_S, latent_S = places(torch.arange(0, total, stride, device=pre_NF.device), pre_NF.shape[1])
+    value_S = pre_NF[token_S, latent_S].to(weight_F) * weight_F[latent_S]
+    return max(0.0, float(torch.topk(value_S, rank, sorted=True).values[-1]))
+
+
+def places(flat_P: Tensor, F: int) -> tuple[Tensor, Tensor]:
+    """Rows and columns of flat indices."""
+    row_P = flat_P.div(F, rounding_mode="floor")
+    return row_P, flat_P - row_P * F
+
+
+def best(value_P: Tensor, cut: float, count: int) -> Tensor | None:
+    """Which of these values are the `count` largest above the cut, of equal ones the first, ascending; all that are positive if there
+    are fewer and the cut is 0; None if there are fewer and it is not."""
+    above_P = (value_P > cut).nonzero()[:, 0]
+    if len(above_P) <= count:
+        return above_P if len(above_P) == count or cut == 0 else None
+    if count <= 0:
+        return above_P[:0]
+    value_P = value_P[above_P]
+    border = torch.topk(value_P, count, sorted=False).values.min()
+    above, equal = value_P > border, value_P == border
+    wanted = count - int(above.sum())
+    return above_P[above | (equal & (equal.cumsum(0) <= wanted))]
 
 
 def threshold_gate(pre_NF: Tensor, threshold_F: Tensor) -> Tensor:

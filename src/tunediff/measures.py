@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tunediff import kernels
+from tunediff.errors import NumericsError
 from tunediff.models import LanguageModel, Start
 
 
@@ -75,12 +76,15 @@ def parts(*says: Tensor | Said, block: int = 1) -> Iterator[slice]:
 def kl_divergence(p: Tensor | Said, q: Tensor | Said) -> Tensor:
     """KL(p || q) in nat for each of N tokens (..., N), from log-probabilities (..., N, V) or from what makes them; float32, never
     below 0. Leading axes are those of both, or of one alone."""
+    few, many = sorted((p.shape, q.shape), key=len)
+    if few[:-1] != many[-len(few) : -1]:
+        raise NumericsError("a divergence of other tokens", expected=f"leading axes {tuple(many[:-1])}, or the last of them", got=str(tuple(few[:-1])))
     for said, table, theirs in ((p, q, False), (q, p, True)):
-        if isinstance(said, Said) and isinstance(table, Tensor) and table.shape[:-1] == said.shape[-table.dim() : -1]:
+        if isinstance(said, Said) and isinstance(table, Tensor) and table.shape == said.shape[-table.dim() :]:
             kl_R = said.model.divergence(said.states_ND.flatten(0, -2), table.flatten(0, -2), theirs)
             if kl_R is not None:
                 return kl_R.view(said.shape[:-1]).clamp_min(0)
-    shape, sums, found = torch.broadcast_shapes(p.shape[:-1], q.shape[:-1]), (isinstance(p, Said), isinstance(q, Said)), []
+    shape, sums, found = many[:-1], (isinstance(p, Said), isinstance(q, Said)), []
     for part in parts(p, q):
         rows = (s.part(part).logits() if isinstance(s, Said) else s[..., part, :] for s in (p, q))
         kl_R = kernels.divergence(*(r.flatten(0, -2).float() for r in rows), *sums)

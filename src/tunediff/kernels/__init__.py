@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tunediff.axes import check
 from tunediff.gates import Gate
-from tunediff.kernels import native, paths
+from tunediff.kernels import eager, native, paths
 from tunediff.kernels.dense import DenseCode
 from tunediff.kernels.gpu import GpuCode
 from tunediff.kernels.native import Tiles, tiles
@@ -58,13 +58,15 @@ PAIRS_LATENTS, PAIRS_SHARE = 256, 0.1
 
 
 def path(device: torch.device | str = "cpu") -> str:
-    """Which kernels add up float32 codes on this device: "native+bf16", "native", "triton", "torch" or "dense"; see
+    """Which kernels add up float32 codes on this device: "native+bf16", "native", "triton", "torch+bf16", "torch" or "dense"; see
     `using`."""
     probe = torch.empty(0, device=device)
     if native.serves(probe):
         return "native+bf16" if native.rounds() else "native"
     if paths.on_gpu(probe) is not None:
         return "triton"
+    if probe.device.type == "cpu" and eager.rounds():
+        return "torch+bf16"
     return "torch" if paths.allows("torch") else "dense"
 
 
@@ -147,9 +149,9 @@ def divergence_of(x_RD: Tensor, weight_VD: Tensor, kept: Tiles, logp_QV: Tensor,
     if not native.tells(x_RD, kept, logp_QV):
         return None
     # With l' = l - start, KL(softmax || p) = E[l' - logp] - log(sum of exp(l')): any start will do that is near the logarithm of the
-    # sum of exp(l), as then small numbers are added up and nothing is lost to rounding.
+    # sum of exp(l), as then small numbers are added up and little is lost to rounding. It has the same bits for any threads, too.
     some_QS = logp_QV[:, :STARTS]
-    start_R = ((x_RD @ weight_VD[:STARTS].T).unflatten(0, (-1, len(some_QS))) - some_QS).mean(2).flatten()
-    mass_R, apart_R = native.told(x_RD, kept, logp_QV, start_R, theirs).unbind(1)
-    kl_R = mass_R.log() - apart_R if theirs else apart_R / mass_R - mass_R.log()
+    start_R = (native.product(x_RD, weight_VD[:STARTS]).unflatten(0, (-1, len(some_QS))) - some_QS).mean(2).flatten()
+    mass_R, apart_R, whole_R = native.told(x_RD, kept, logp_QV, start_R, theirs).unbind(1)
+    kl_R = whole_R * mass_R.log() - apart_R if theirs else apart_R / mass_R - mass_R.log()
     return kl_R.float() if bool((kl_R.isfinite() & (mass_R > LEAST)).all()) else None

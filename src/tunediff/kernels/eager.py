@@ -10,20 +10,69 @@ import torch
 from torch import Tensor
 
 from tunediff import gates
+from tunediff.kernels import paths
+
+
+ROUNDED, ROWS, MANY, FEW = 1 << 24, 32, 4, 0.02
+"""Operations of a product from which on one in bfloat16 goes before it, and rows whose longest one is taken for all; candidates for
+each code that is wanted, and as a share of all codes, beyond which ruling out was no use."""
+
+
+def rounds() -> bool:
+    """Whether codes may be looked for in bfloat16 first: the machine multiplies it, by tiles or by pairs in registers."""
+    return paths.allows("torch+bf16") and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
 
 
 def encode(x_NI: Tensor, encoder_FI: Tensor, bias_F: Tensor, gate: gates.Gate) -> tuple[Tensor, ...]:
     """The codes of relu(x @ encoder.T + bias) that the gate keeps, as `select` tells them."""
+    if {t.dtype for t in (x_NI, encoder_FI)} == {torch.float32} and x_NI.device.type == "cpu" and x_NI.numel() * len(encoder_FI) >= ROUNDED and rounds():
+        found = _encode_rounded(x_NI, encoder_FI, bias_F, gate)
+        if found is not None:
+            return found
     return select(torch.addmm(bias_F, x_NI, encoder_FI.T), gate.weight_F, gate.parts)
+
+
+def _encode_rounded(x_NI: Tensor, encoder_FI: Tensor, bias_F: Tensor, gate: gates.Gate) -> tuple[Tensor, ...] | None:
+    """As `native._encode_rounded`, by a looser bound: rounding takes 2^-9 of each number at most. None where that rules out too little
+    or too much."""
+    (N, I), F = x_NI.shape, len(encoder_FI)
+    product_NF = x_NI.bfloat16() @ encoder_FI.bfloat16().T
+    off = 1.01 * (2.0**-8 + 2.0**-17 + 2 * I * 2.0**-24)
+    reach_N, margin_F = x_NI.norm(dim=1) + 1e-12, off * encoder_FI.norm(dim=1) + 1e-16  # squares of tiny numbers are lost
+    if not (torch.isfinite(reach_N).all() and torch.isfinite(margin_F).all()):
+        return None
+    kept = []
+    for start, stop, count in gate.parts:
+        weight_F, bias, size = gate.weight_F[start:stop], bias_F[start:stop], stop - start
+        cut = gates.proposed(product_NF[:, start:stop], weight_F, count)
+        need_F = torch.where(weight_F > 0, cut / weight_F * (1 - 1e-6), torch.inf) - bias - 1e-6 * bias.abs()
+        found = []
+        for first in range(0, N, ROWS):
+            least_F = need_F - reach_N[first : first + ROWS].max() * margin_F[start:stop]
+            above_NF = product_NF[first : first + ROWS, start:stop] > (least_F - least_F.abs() / 128).bfloat16()
+            found.append(above_NF.view(-1).nonzero()[:, 0] + first * size)
+        token_P, latent_P = gates.places(torch.cat(found), size)
+        if len(token_P) > max(MANY * count, FEW * N * F):
+            return None
+        pre_P = dot(edges(token_P, N), latent_P + start, x_NI, encoder_FI) + bias[latent_P]
+        best_P = gates.best(pre_P * weight_F[latent_P], cut, count)
+        if best_P is None:
+            return None
+        kept.append((token_P[best_P] * F + latent_P[best_P] + start, pre_P[best_P]))
+    flat_P, pre_P = kept[0]
+    if len(kept) > 1:
+        flat_P, order_P = torch.cat([flat_P for flat_P, _ in kept]).sort()
+        pre_P = torch.cat([pre_P for _, pre_P in kept])[order_P]
+    token_P, latent_P = gates.places(flat_P, F)
+    return token_P, latent_P, pre_P, edges(token_P, N)
 
 
 def select(pre_NF: Tensor, weight_F: Tensor, parts: Sequence[gates.Part]) -> tuple[Tensor, ...]:
     """The codes that a gate keeps: token_P, latent_P and pre_P, ordered by token and then latent, and where each
     token's begin (N + 1). See `gates.keep`."""
-    N, F = pre_NF.shape
     flat_P = gates.keep(pre_NF, weight_F, parts)
-    token_P = flat_P.div(F, rounding_mode="floor")
-    return token_P, flat_P - token_P * F, pre_NF.view(-1)[flat_P], edges(token_P, N)
+    token_P, latent_P = gates.places(flat_P, pre_NF.shape[1])
+    return token_P, latent_P, pre_NF.view(-1)[flat_P], edges(token_P, len(pre_NF))
 
 
 def edges(row_P: Tensor, R: int) -> Tensor:

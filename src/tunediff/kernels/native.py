@@ -377,12 +377,12 @@ def tells(x_RD: Tensor, kept: Tiles, logp_QV: Tensor) -> bool:
 
 
 def told(x_RD: Tensor, kept: Tiles, logp_QV: Tensor, start_R: Tensor, theirs: bool) -> Tensor:
-    """Of logits l = x @ w.T, which are never in memory, and p = exp(l - start): the sums (R, 2) over all columns of p, and of
-    p * (l - start - logp), or of exp(logp) * (l - start - logp) if `theirs`; in float64 over 256 columns each. Rows of logp begin
-    anew; what exceeds e^88 counts as infinite."""
+    """Of logits l = x @ w.T, which are never in memory, and p = exp(l - start): the sums (R, 3) over all columns of p, of
+    p * (l - start - logp) and of p, or of q * (l - start - logp) and of q = exp(logp) if `theirs`; in float64 over 256 columns each.
+    Rows of logp begin anew; what exceeds e^88 counts as infinite."""
     x_RD, logp_QV = _rows(x_RD), _rows(logp_QV)
     lib, (R, D), V, threads = library(), x_RD.shape, kept.shape[0], torch.get_num_threads()
-    sums, room = paths.empty(-(-V // lib.together_told()), R, 2), _room(lib.room(*_i(R, V, D, True, True, threads)))
+    sums, room = paths.empty(-(-V // lib.together_told()), R, 3), _room(lib.room(*_i(R, V, D, True, True, threads)))
     lib.tell(
         _at(x_RD), _at(kept.space), *_i(kept.parts), _at(logp_QV), *_i(len(logp_QV), logp_QV.stride(0)), _at(start_R), *_i(theirs), _at(sums),
         *_i(R, V, D, x_RD.stride(0)), _at(room), _team(), *_i(threads),

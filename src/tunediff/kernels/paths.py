@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tunediff.errors import SettingError
 
-Path = Literal["native+bf16", "native", "triton", "torch", "dense"]
+Path = Literal["native+bf16", "native", "triton", "torch+bf16", "torch", "dense"]
 """From fast to slow; whoever allows one allows those after it."""
 LARGE = 1 << 20
 """Bytes from which on memory is kept for the next step: the system hands out fresh pages at 2 GB/s."""
@@ -38,8 +38,8 @@ def allows(path: Path) -> bool:
 @contextlib.contextmanager
 def using(path: Path) -> Iterator[None]:
     """Take no faster path than this one inside. "native" is compiled, "native+bf16" also looks for codes with bfloat16 products first
-    and makes a model's float32 products of bfloat16 parts, "triton" is a GPU's, "torch" needs no compiled file, "dense" is the
-    reference. `TUNEDIFF_KERNELS` in the environment does so for a whole process."""
+    and makes a model's float32 products of bfloat16 parts, "triton" is a GPU's, "torch" needs no compiled file, "torch+bf16" also looks
+    for codes in bfloat16, "dense" is the reference. `TUNEDIFF_KERNELS` in the environment does so for a whole process."""
     global _path
     before, _path = _path, path
     try:

@@ -198,14 +198,14 @@ TILED static void right_side(const side *x, int64_t square, int64_t at) {
 enum { NAP = 4 }; /* steps of depth */
 
 /* What is asked of an answer's rows as logits l, instead of the answer: with p = exp(l - start) and q = exp(other), where `other` is a
-   table of log-probabilities whose Q rows begin anew, the sums of p and of p (l - start - other), or of q (...) if `theirs`, over
-   every `TOLD` squares of columns. */
+   table of log-probabilities whose Q rows begin anew, the sums of p, of p (l - start - other) and of p again, or of q (...) and of q
+   if `theirs`, over every `TOLD` squares of columns. */
 typedef struct {
     const float *other, *start;
     int64_t Q, far, theirs;
-    float *sums; /* (columns / TOLD squares, rows, 2) */
+    float *sums; /* (columns / TOLD squares, rows, SUMS) */
 } telling;
-enum { TOLD = 8 };
+enum { TOLD = 8, SUMS = 3 };
 
 /* A square of logits, of which `columns` are there, and the sums that are told of its rows so far. */
 typedef struct { const telling *tell; const float *out; int64_t row, column, rows, columns; lanes *now; } heard;
@@ -215,7 +215,7 @@ TILED static void hear(const heard *h, int64_t r) {
     const telling *t = h->tell;
     const uint32_t there = h->columns < 2 * SIDE ? (1u << h->columns) - 1 : 0xffffffff;
     const float *l = h->out + r * 2 * SIDE, *other = t->other + (h->row + r) % t->Q * t->far + h->column;
-    lanes *now = h->now + r * 2;
+    lanes *now = h->now + r * SUMS;
     for (int half = 0; r < h->rows && half < 2; half++) {
         const __mmask16 mask = (__mmask16)(there >> half * SIDE);
         const lanes q = (lanes)_mm512_maskz_loadu_ps(mask, other + half * SIDE);
@@ -225,6 +225,7 @@ TILED static void hear(const heard *h, int64_t r) {
         const lanes by = t->theirs ? power(q) : (lanes)p;
         now[0] = (lanes)_mm512_mask_add_ps((__m512)now[0], mask, (__m512)now[0], p);
         now[1] = (lanes)_mm512_mask_add_ps((__m512)now[1], mask, (__m512)now[1], (__m512)(by * (own - q)));
+        now[2] = (lanes)_mm512_mask_add_ps((__m512)now[2], mask, (__m512)now[2], (__m512)by);
     }
 }
 
@@ -317,7 +318,7 @@ typedef struct {
     side x, w;
     float *y;
     const telling *tell;
-    lanes *now; /* sums of what threads are at, 2 for each row */
+    lanes *now; /* sums of what threads are at, of each row */
     int64_t first, strip, runs, chunks, chunk, groups, threads;
     int bring;
     int64_t next, brought, workers; /* what threads share, as `chunks` are */
@@ -352,15 +353,15 @@ TILED static void squares_of(const job *j, const side *x, int64_t run, int64_t t
             added_up(&(square){x->tiles + r * line(x), b, b + line(&j->w) + r * each * x->steps * DEEP, c + 1 < to ? each : 0, x->steps, y,
                                all ? NULL : out[turn], b_step, j->tell ? j->tell->far : N, last.tell ? &last : NULL}, j->w.parts[at], row + SIDE < M);
             for (int64_t i = 2 * x->steps; last.tell && i < 2 * SIDE; i++) hear(&last, i);
-            if (j->tell) last = (heard){j->tell, out[turn], row, column, M - row, N - column, now + r * 2 * SIDE * 2};
+            if (j->tell) last = (heard){j->tell, out[turn], row, column, M - row, N - column, now + r * 2 * SIDE * SUMS};
             else if (!all) put_down(out[turn], y, N, M - row, N - column, run > 0);
         }
     }
     for (int64_t i = 0; last.tell && i < 2 * SIDE; i++) hear(&last, i);
-    for (int64_t r = 0; j->tell && r < rows * 2 * SIDE; r++, now += 2) {
-        float *sums = j->tell->sums + ((j->first + from) / TOLD * M + top * 2 * SIDE + r) * 2;
-        for (int i = 0; i < 2 && top * 2 * SIDE + r < M; i++) sums[i] = total(now[i]);
-        now[0] = now[1] = SPREAD(0);
+    for (int64_t r = 0; j->tell && r < rows * 2 * SIDE; r++, now += SUMS) {
+        float *sums = j->tell->sums + ((j->first + from) / TOLD * M + top * 2 * SIDE + r) * SUMS;
+        for (int i = 0; i < SUMS && top * 2 * SIDE + r < M; i++) sums[i] = total(now[i]);
+        memset(now, 0, SUMS * sizeof *now);
     }
 }
 
@@ -386,7 +387,7 @@ TILED static void work(void *data) {
         const int64_t chunk = (i + (together(&j->w, j->threads) ? 0 : j->chunks * me / j->threads)) % j->chunks;
         const int64_t top = j->x.squares * chunk / j->chunks, rows = j->x.squares * (chunk + 1) / j->chunks - top;
         int64_t *done = &j->of[chunk].done, here = -1;
-        lanes *now = j->tell ? j->now + me * j->chunk * 2 * SIDE * 2 : NULL;
+        lanes *now = j->tell ? j->now + me * j->chunk * 2 * SIDE * SUMS : NULL;
         side own = j->x;
         for (int64_t turn; (turn = taken(&j->of[chunk].turns)) < j->groups * j->runs; __atomic_fetch_add(done, 1, __ATOMIC_RELEASE)) {
             const int64_t run = turn / j->groups, group = turn % j->groups;
@@ -453,7 +454,7 @@ static int64_t chunk_of(const side *x, const side *w, int64_t threads) {
     return some < FEW ? FEW : some;
 }
 
-static int64_t room_of_told(int64_t squares) { return squares * 2 * SIDE * 2 * (int64_t)sizeof(lanes); }
+static int64_t room_of_told(int64_t squares) { return squares * 2 * SIDE * SUMS * (int64_t)sizeof(lanes); }
 
 static int64_t room_of_job(const side *x) { return (int64_t)(sizeof(job) + x->squares * sizeof *((job *)0)->of); }
 
