@@ -12,6 +12,7 @@ from tunediff.artifacts import finish, is_finished, read_json, write_json
 from tunediff.bills import ELSEWHERE, RANDOM
 from tunediff.chance import proportion
 from tunediff.corpora import Corpus, Document
+from tunediff.layers import frozen
 from tunediff.models import LanguageModel
 from tunediff.organisms.base import Behavior
 from tunediff.results import Bill, ChangeRecord, Measure, typed
@@ -85,11 +86,12 @@ def count(run: Run, ids: list[str], behaviors: Sequence[Behavior], tokens: int) 
         sides |= {c.name: c.applied(run.pair.tuned) for c in controls if c.name.endswith(" 0")}
         measures = []
         shows: dict[str, dict[str, list[float]]] = {b.name: {} for b in behaviors}
-        for side, model in sides.items():
-            prompts = [p for b in behaviors for p in b.prompts[:PROMPTS]]
-            answers = complete(model, prompts, tokens)
+        prompts = [p for b in behaviors for p in b.prompts[:PROMPTS]]
+        with frozen():
+            answers = {side: complete(model, prompts, tokens) for side, model in sides.items()}
+        for side, said in answers.items():
             for i, b in enumerate(behaviors):
-                shows[b.name][side] = [float(b.shows(a)) for a in answers[i * PROMPTS : (i + 1) * PROMPTS]]
+                shows[b.name][side] = [float(b.shows(a)) for a in said[i * PROMPTS : (i + 1) * PROMPTS]]
         for b in behaviors:
             before, after = (proportion(int(sum(shows[b.name][s])), len(shows[b.name][s])) for s in ("before", "after"))
             control = {s[:-2]: sum(v) / len(v) for s, v in shows[b.name].items() if s.endswith(" 0")}

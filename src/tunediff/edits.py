@@ -174,7 +174,8 @@ def reverting(
     for delta in pair.deltas():
         found = moments[delta.name]
         if id(found) not in maps:
-            maps = {id(found): revert_map(found, settings)}
+            maps.clear()  # before the next ones are made, which are as large
+            maps[id(found)] = revert_map(found, settings)
         mine = delta.with_inputs(maps[id(found)])
         if energy_of is not None:
             mine = _of_energy(delta, mine, energy_of, found.on_II + found.off_II)
@@ -190,10 +191,11 @@ def random_directions(pair: Pair, name: str, moments: Mapping[str, Moments], ene
     for delta in pair.deltas():
         found = moments[delta.name]
         if id(found) not in roots:
+            roots.clear()
             total_II = found.on_II + found.off_II
             # Of the trace, which no eigenvalue exceeds: sums of float32 products are only so definite.
             ridge = 1e-5 * total_II.diagonal().sum() * torch.eye(len(total_II))
-            roots = {id(found): (total_II, torch.linalg.cholesky(total_II.double() + ridge).T.float())}
+            roots[id(found)] = total_II, torch.linalg.cholesky(total_II.double() + ridge).T.float()
         total_II, root_II = roots[id(found)]
         rng = generator(seed, "random directions", name, delta.name)
         noise = torch.randn(*delta.down.shape, generator=rng) @ root_II

@@ -452,7 +452,8 @@ class Run:
             train = Sample.take(self.harvest, self.tokens, split="train", limit=10**9, seed=seed)
         elif self._written and self._plain:
             neutral = Sample.take(self.harvest, self.tokens, split="train", limit=self.plan.edit.tokens // 3, seed=seed, kinds=self._plain)
-        return bills.inputs(self.pair, changes, train, neutral, self.plan.edit, seed)
+        with frozen():
+            return bills.inputs(self.pair, changes, train, neutral, self.plan.edit, seed)
 
     def edit(self, ids: Sequence[str]) -> tuple[edits.Edit, list[edits.Edit]]:
         """The edit that takes these changes out, and its controls; computed once a run in memory."""
