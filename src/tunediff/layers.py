@@ -19,11 +19,11 @@ KEPT = 2 << 30
 class Linear(nn.Linear):
     """torch's layer; in inference mode, in which models are run here, its products are made by `kernels.product` if that serves."""
 
-    def forward(self, input: Tensor, told: tuple[Tensor, bool] | None = None) -> Tensor | None:
+    def forward(self, input: Tensor, against: tuple[Tensor, bool] | None = None) -> Tensor | None:
         """As `torch.nn.Linear`: (..., I) to (..., O). Or see `divergence_of`: called like any other, so that who counts sees it."""
-        if told is not None:
+        if against is not None:
             kept = _frozen.tiles(self.weight)[0] if _ours() else None
-            return kernels.divergence_of(input, self.weight, kept, *told) if isinstance(kept, kernels.Tiles) else None
+            return kernels.divergence_of(input, self.weight, kept, *against) if isinstance(kept, kernels.Tiles) else None
         found = kernels.product(input, *_frozen.tiles(self.weight)) if _ours() else None
         if found is None:
             return super().forward(input)

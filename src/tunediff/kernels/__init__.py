@@ -146,12 +146,12 @@ def divergence_of(x_RD: Tensor, weight_VD: Tensor, kept: Tiles, logp_QV: Tensor,
     """KL(softmax of x @ weight.T || p), or KL(p || softmax) if `theirs`, in nat for each row (R,), where p are log-probabilities whose
     rows begin anew; the logits are never in memory. `kept` is the weight in tiles. None where that does not serve: on other
     machines, of weights of more than 1,024 columns, and where a row differs beyond float32's range."""
-    if not native.tells(x_RD, kept, logp_QV):
+    if not native.sums_softmax(x_RD, kept, logp_QV):
         return None
     # With l' = l - start, KL(softmax || p) = E[l' - logp] - log(sum of exp(l')): any start will do that is near the logarithm of the
     # sum of exp(l), as then small numbers are added up and little is lost to rounding. It has the same bits for any threads, too.
     some_QS = logp_QV[:, :STARTS]
     start_R = (native.product(x_RD, weight_VD[:STARTS]).unflatten(0, (-1, len(some_QS))) - some_QS).mean(2).flatten()
-    mass_R, apart_R, whole_R = native.told(x_RD, kept, logp_QV, start_R, theirs).unbind(1)
+    mass_R, apart_R, whole_R = native.softmax_sums(x_RD, kept, logp_QV, start_R, theirs).unbind(1)
     kl_R = whole_R * mass_R.log() - apart_R if theirs else apart_R / mass_R - mass_R.log()
     return kl_R.float() if bool((kl_R.isfinite() & (mass_R > LEAST)).all()) else None

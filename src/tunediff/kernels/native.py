@@ -65,7 +65,7 @@ def library() -> ctypes.CDLL | None:
         out.tiles = bool(out.has_tiles())  # which asks the system to let this process use them
         out.squares = out.squares_by(BEST)
         if out.tiles:
-            for size in (out.room, out.kept_room, out.bring, out.deepest, out.together_told):
+            for size in (out.room, out.kept_room, out.bring, out.deepest, out.summed_columns):
                 size.restype = ctypes.c_int64
         for counts in (out.scan, out.sample, out.keep):
             counts.restype = ctypes.c_int64
@@ -370,20 +370,20 @@ def product(x_NI: Tensor, w_OI: Tensor | Tiles) -> Tensor:
     return out_NO
 
 
-def tells(x_RD: Tensor, kept: Tiles, logp_QV: Tensor) -> bool:
-    """Whether `told` of these serves."""
+def sums_softmax(x_RD: Tensor, kept: Tiles, logp_QV: Tensor) -> bool:
+    """Whether `softmax_sums` of these serves."""
     fits = type(logp_QV) is Tensor and serves(logp_QV) and logp_QV.shape[1] == kept.shape[0] and kept.shape[1] <= library().deepest()
     return fits and len(logp_QV) > 0 and len(x_RD) % len(logp_QV) == 0 and multiplies(x_RD, kept, few=True)
 
 
-def told(x_RD: Tensor, kept: Tiles, logp_QV: Tensor, start_R: Tensor, theirs: bool) -> Tensor:
+def softmax_sums(x_RD: Tensor, kept: Tiles, logp_QV: Tensor, start_R: Tensor, theirs: bool) -> Tensor:
     """Of logits l = x @ w.T, which are never in memory, and p = exp(l - start): the sums (R, 3) over all columns of p, of
     p * (l - start - logp) and of p, or of q * (l - start - logp) and of q = exp(logp) if `theirs`; in float64 over 256 columns each.
     Rows of logp begin anew; what exceeds e^88 counts as infinite."""
     x_RD, logp_QV = _rows(x_RD), _rows(logp_QV)
     lib, (R, D), V, threads = library(), x_RD.shape, kept.shape[0], torch.get_num_threads()
-    sums, room = paths.empty(-(-V // lib.together_told()), R, 3), _room(lib.room(*_i(R, V, D, True, True, threads)))
-    lib.tell(
+    sums, room = paths.empty(-(-V // lib.summed_columns()), R, 3), _room(lib.room(*_i(R, V, D, True, True, threads)))
+    lib.softmax_sums(
         _at(x_RD), _at(kept.space), *_i(kept.parts), _at(logp_QV), *_i(len(logp_QV), logp_QV.stride(0)), _at(start_R), *_i(theirs), _at(sums),
         *_i(R, V, D, x_RD.stride(0)), _at(room), _team(), *_i(threads),
     )  # fmt: skip

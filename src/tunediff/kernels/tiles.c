@@ -197,22 +197,22 @@ TILED static void right_side(const side *x, int64_t square, int64_t at) {
 #define AWAKE(line) _tile_stored(0, line, 0)
 enum { NAP = 4 }; /* steps of depth */
 
-/* What is asked of an answer's rows as logits l, instead of the answer: with p = exp(l - start) and q = exp(other), where `other` is a
+/* Sums that are asked of an answer's rows as logits l, instead of the answer: with p = exp(l - start) and q = exp(other), where `other` is a
    table of log-probabilities whose Q rows begin anew, the sums of p, of p (l - start - other) and of p again, or of q (...) and of q
-   if `theirs`, over every `TOLD` squares of columns. */
+   if `theirs`, over every `SUMMED` squares of columns. */
 typedef struct {
     const float *other, *start;
     int64_t Q, far, theirs;
-    float *sums; /* (columns / TOLD squares, rows, SUMS) */
-} telling;
-enum { TOLD = 8, SUMS = 3 };
+    float *sums; /* (columns / SUMMED squares, rows, SUMS) */
+} softmax;
+enum { SUMMED = 8, SUMS = 3 };
 
-/* A square of logits, of which `columns` are there, and the sums that are told of its rows so far. */
-typedef struct { const telling *tell; const float *out; int64_t row, column, rows, columns; lanes *now; } heard;
+/* A square of logits, of which `columns` are there, and the sums of its rows so far. */
+typedef struct { const softmax *of; const float *out; int64_t row, column, rows, columns; lanes *now; } pending;
 
-/* Adds what is told of one row. */
-TILED static void hear(const heard *h, int64_t r) {
-    const telling *t = h->tell;
+/* Adds one row to them. */
+TILED static void add_row(const pending *h, int64_t r) {
+    const softmax *t = h->of;
     const uint32_t there = h->columns < 2 * SIDE ? (1u << h->columns) - 1 : 0xffffffff;
     const float *l = h->out + r * 2 * SIDE, *other = t->other + (h->row + r) % t->Q * t->far + h->column;
     lanes *now = h->now + r * SUMS;
@@ -231,8 +231,8 @@ TILED static void hear(const heard *h, int64_t r) {
 
 /* 32 rows by 32 columns of an answer over some steps of depth, into y, or into `out` where not all are there or sums stand in y
    already; of each step the smallest products first. Of what comes `next` some lines are called for with `each` step. Meanwhile the
-   square `before` is heard, if there is one. */
-typedef struct { const uint16_t *a, *b, *next; int64_t each, steps; float *y, *out; int64_t b_step, far; const heard *before; } square;
+   square `before` is pending, if there is one. */
+typedef struct { const uint16_t *a, *b, *next; int64_t each, steps; float *y, *out; int64_t b_step, far; const pending *before; } square;
 
 /* The next step's tiles of a part are called for while this one's are multiplied: loads of tiles from the second-level cache and
    products go on one after the other (measured). */
@@ -251,7 +251,7 @@ TILED INLINE void add_up(const square *q, const int parts, const int tall) {
     for (int64_t s = 0; s < q->steps; s++, a += STEP, b += q->b_step) {
         if (s % NAP == 0) AWAKE(spare);
         for (int64_t i = 0; i < q->each; i++, next += DEEP) _mm_prefetch((const char *)next, _MM_HINT_T1);
-        for (int r = 0; q->before && s < SIDE && r < 2; r++) hear(q->before, 2 * s + r);
+        for (int r = 0; q->before && s < SIDE && r < 2; r++) add_row(q->before, 2 * s + r);
         for (int i = 0; s < SIDE && i < 4; i++) __builtin_prefetch(q->y + (2 * s + i / 2) * q->far + i % 2 * SIDE, 1, 3);
         const uint16_t *a_next = a + STEP, *b_next = b + q->b_step;
         RIGHT(0); LEFT(2); SUM; CALL(a_next + 2 * NEXT); CALL(b_next);
@@ -317,7 +317,7 @@ TILED void square_on_tiles(const uint16_t *a, const uint16_t *b, int64_t far, in
 typedef struct {
     side x, w;
     float *y;
-    const telling *tell;
+    const softmax *ask; /* instead of y */
     lanes *now; /* sums of what threads are at, of each row */
     int64_t first, strip, runs, chunks, chunk, groups, threads;
     int bring;
@@ -339,27 +339,28 @@ static side run_of(const job *j, int64_t run) {
 TILED static void squares_of(const job *j, const side *x, int64_t run, int64_t top, int64_t rows, int64_t from, int64_t to, lanes *now) {
     enum { FEW = 3 }; /* squares of rows; calling for much in a short time is in the way of what is loaded now (measured) */
     float out[2][2 * SIDE * 2 * SIDE] __attribute__((aligned(64)));
+    const softmax *ask = j->ask;
     const int64_t M = j->x.rows, N = j->w.rows, b_step = j->w.room * NEXT, begin = begin_of(j, run);
     const int64_t each = rows < FEW ? 0 : whole_of(b_step / DEEP, rows);
-    heard last = {.tell = NULL};
+    pending last = {.of = NULL};
     int turn = 0;
     for (int64_t c = from; c < to; c++) {
         const int64_t at = j->bring ? c : j->first + c, column = (j->first + c) * 2 * SIDE;
         const uint16_t *b = j->w.tiles + at * line(&j->w) + begin * b_step;
         for (int64_t r = 0; r < rows; r++, turn ^= 1) {
             const int64_t row = (top + r) * 2 * SIDE;
-            const int all = !j->tell && run == 0 && row + 2 * SIDE <= M && column + 2 * SIDE <= N;
-            float *y = j->tell ? (float *)j->tell->other + row % j->tell->Q * j->tell->far + column : j->y + row * N + column;
+            const int all = !ask && run == 0 && row + 2 * SIDE <= M && column + 2 * SIDE <= N;
+            float *y = ask ? (float *)ask->other + row % ask->Q * ask->far + column : j->y + row * N + column;
             added_up(&(square){x->tiles + r * line(x), b, b + line(&j->w) + r * each * x->steps * DEEP, c + 1 < to ? each : 0, x->steps, y,
-                               all ? NULL : out[turn], b_step, j->tell ? j->tell->far : N, last.tell ? &last : NULL}, j->w.parts[at], row + SIDE < M);
-            for (int64_t i = 2 * x->steps; last.tell && i < 2 * SIDE; i++) hear(&last, i);
-            if (j->tell) last = (heard){j->tell, out[turn], row, column, M - row, N - column, now + r * 2 * SIDE * SUMS};
+                               all ? NULL : out[turn], b_step, ask ? ask->far : N, last.of ? &last : NULL}, j->w.parts[at], row + SIDE < M);
+            for (int64_t i = 2 * x->steps; last.of && i < 2 * SIDE; i++) add_row(&last, i);
+            if (ask) last = (pending){ask, out[turn], row, column, M - row, N - column, now + r * 2 * SIDE * SUMS};
             else if (!all) put_down(out[turn], y, N, M - row, N - column, run > 0);
         }
     }
-    for (int64_t i = 0; last.tell && i < 2 * SIDE; i++) hear(&last, i);
-    for (int64_t r = 0; j->tell && r < rows * 2 * SIDE; r++, now += SUMS) {
-        float *sums = j->tell->sums + ((j->first + from) / TOLD * M + top * 2 * SIDE + r) * SUMS;
+    for (int64_t i = 0; last.of && i < 2 * SIDE; i++) add_row(&last, i);
+    for (int64_t r = 0; ask && r < rows * 2 * SIDE; r++, now += SUMS) {
+        float *sums = ask->sums + ((j->first + from) / SUMMED * M + top * 2 * SIDE + r) * SUMS;
         for (int i = 0; i < SUMS && top * 2 * SIDE + r < M; i++) sums[i] = total(now[i]);
         memset(now, 0, SUMS * sizeof *now);
     }
@@ -373,8 +374,8 @@ static int together(const side *w, int64_t threads) {
 
 /* The square that a group begins with. */
 static int64_t edge(const job *j, int64_t group) {
-    if (!j->tell) return j->strip * group / j->groups;
-    return group * TOLD < j->strip ? group * TOLD : j->strip;
+    if (!j->ask) return j->strip * group / j->groups;
+    return group * SUMMED < j->strip ? group * SUMMED : j->strip;
 }
 
 TILED static void work(void *data) {
@@ -387,7 +388,7 @@ TILED static void work(void *data) {
         const int64_t chunk = (i + (together(&j->w, j->threads) ? 0 : j->chunks * me / j->threads)) % j->chunks;
         const int64_t top = j->x.squares * chunk / j->chunks, rows = j->x.squares * (chunk + 1) / j->chunks - top;
         int64_t *done = &j->of[chunk].done, here = -1;
-        lanes *now = j->tell ? j->now + me * j->chunk * 2 * SIDE * SUMS : NULL;
+        lanes *now = j->ask ? j->now + me * j->chunk * 2 * SIDE * SUMS : NULL;
         side own = j->x;
         for (int64_t turn; (turn = taken(&j->of[chunk].turns)) < j->groups * j->runs; __atomic_fetch_add(done, 1, __ATOMIC_RELEASE)) {
             const int64_t run = turn / j->groups, group = turn % j->groups;
@@ -454,15 +455,15 @@ static int64_t chunk_of(const side *x, const side *w, int64_t threads) {
     return some < FEW ? FEW : some;
 }
 
-static int64_t room_of_told(int64_t squares) { return squares * 2 * SIDE * SUMS * (int64_t)sizeof(lanes); }
+static int64_t room_of_sums(int64_t squares) { return squares * 2 * SIDE * SUMS * (int64_t)sizeof(lanes); }
 
 static int64_t room_of_job(const side *x) { return (int64_t)(sizeof(job) + x->squares * sizeof *((job *)0)->of); }
 
-/* Bytes that `multiply` or `tell` (with `told`) needs besides. */
-int64_t room(int64_t M, int64_t N, int64_t K, int64_t kept, int64_t told, int64_t threads) {
+/* Bytes that `multiply`, or with `sums` `softmax_sums`, needs besides. */
+int64_t room(int64_t M, int64_t N, int64_t K, int64_t kept, int64_t sums, int64_t threads) {
     const side x = left_of(NULL, M, K, 0), w = side_of(NULL, N, K, 0, PARTS);
     const int64_t rows = threads * chunk_of(&x, &w, threads);
-    return bytes_of(&x, rows) + (kept ? 0 : bytes_of(&w, strip_of(&w))) + room_of_job(&x) + (told ? room_of_told(rows) : 0);
+    return bytes_of(&x, rows) + (kept ? 0 : bytes_of(&w, strip_of(&w))) + room_of_job(&x) + (sums ? room_of_sums(rows) : 0);
 }
 
 static void all_of(job *j, char *space, char *kept, team *on) {
@@ -472,13 +473,13 @@ static void all_of(job *j, char *space, char *kept, team *on) {
     j->chunk = chunk_of(&j->x, &j->w, threads), j->chunks = whole_of(j->x.squares, j->chunk);
     space += bytes_of(&j->x, threads * j->chunk);
     put(&j->w, kept ? kept : space);
-    if (j->tell) j->now = memset(space, 0, room_of_told(threads * j->chunk));
+    if (j->ask) j->now = memset(space, 0, room_of_sums(threads * j->chunk));
     int64_t strip = kept && j->chunks == 1 ? j->w.squares : strip_of(&j->w);
-    if (j->tell && strip < j->w.squares) strip = strip < TOLD ? TOLD : strip - strip % TOLD;
+    if (j->ask && strip < j->w.squares) strip = strip < SUMMED ? SUMMED : strip - strip % SUMMED;
     j->runs = runs_of(j->w.steps);
     for (j->first = 0; j->first < j->w.squares; j->first += strip) {
         j->strip = j->w.squares - j->first < strip ? j->w.squares - j->first : strip;
-        j->groups = j->tell ? whole_of(j->strip, TOLD) : threads == 1 ? 1 : j->strip < 8 * threads ? j->strip : 8 * threads;
+        j->groups = j->ask ? whole_of(j->strip, SUMMED) : threads == 1 ? 1 : j->strip < 8 * threads ? j->strip : 8 * threads;
         j->next = j->brought = j->workers = 0;
         memset(j->of, 0, j->chunks * sizeof *j->of);
         on_all(on, threads, work, j);
@@ -494,17 +495,17 @@ void multiply(const float *x, const float *w, char *kept, int64_t parts, float *
     all_of(j, space, kept, on);
 }
 
-/* What is told of x (M, K) w (N, K)' as logits (see `telling`), of a w that is kept; K is at most the `deepest` that is added up at once. */
-void tell(const float *x, char *kept, int64_t parts, const float *other, int64_t Q, int64_t far, const float *start, int64_t theirs, float *sums,
+/* What a `softmax` asks of x (M, K) w (N, K)' as logits, of a w that is kept; K is at most the `deepest` that is added up at once. */
+void softmax_sums(const float *x, char *kept, int64_t parts, const float *other, int64_t Q, int64_t far, const float *start, int64_t theirs, float *sums,
           int64_t M, int64_t N, int64_t K, int64_t x_far, char *space, team *on, int64_t threads) {
-    const telling asked = {other, start, Q, far, theirs, sums};
+    const softmax asked = {other, start, Q, far, theirs, sums};
     job *j = (job *)space;
-    *j = (job){.x = left_of(x, M, K, x_far), .w = side_of(NULL, N, K, 0, parts), .tell = &asked, .threads = threads};
+    *j = (job){.x = left_of(x, M, K, x_far), .w = side_of(NULL, N, K, 0, parts), .ask = &asked, .threads = threads};
     all_of(j, space, kept, on);
 }
 
-/* Numbers of a row that `tell` takes at most, and columns that it adds up together. */
+/* Numbers of a row that `softmax_sums` takes at most, and columns that it adds up together. */
 int64_t deepest(void) { return RUN * DEEP; }
-int64_t together_told(void) { return TOLD * 2 * SIDE; }
+int64_t summed_columns(void) { return SUMMED * 2 * SIDE; }
 
 #endif
