@@ -88,7 +88,7 @@ static inline __attribute__((always_inline)) lanes larger(lanes a, lanes b) {
     return (lanes)(((marks)a & above) | ((marks)b & ~above));
 }
 
-/* e^x for x <= 0 to 2 units in the last place; 0 from -87 down, so that a logit of -inf is as loud as in torch (0 * inf). */
+/* e^x for x <= 88 to 2 units in the last place; 0 from -87 down, so that a logit of -inf is as loud as in torch (0 * inf). */
 static inline __attribute__((always_inline)) lanes power(lanes x) {
     const marks some = x > SPREAD(-87.0f);
     x = larger(x, SPREAD(-87.0f));

@@ -231,7 +231,7 @@ TILED static void add_row(const pending *h, int64_t r) {
 
 /* 32 rows by 32 columns of an answer over some steps of depth, into y, or into `out` where not all are there or sums stand in y
    already; of each step the smallest products first. Of what comes `next` some lines are called for with `each` step. Meanwhile the
-   square `before` is pending, if there is one. */
+   square `before` is added to its sums, if there is one. */
 typedef struct { const uint16_t *a, *b, *next; int64_t each, steps; float *y, *out; int64_t b_step, far; const pending *before; } square;
 
 /* The next step's tiles of a part are called for while this one's are multiplied: loads of tiles from the second-level cache and
