@@ -52,7 +52,7 @@ def _largest(pre_NF: Tensor, weight_F: Tensor, count: int) -> tuple[Tensor, Tens
     cut, count = proposed(pre_NF, weight_F, count), min(count, pre_NF.numel())
     while True:
         # A code is compared once, before it is scaled; what rounding lets in is out below.
-        need_F = torch.where(weight_F > 0, cut / weight_F * (1 - 1e-6), torch.inf)
+        need_F = torch.where(weight_F > 0, cut / weight_F * (1 - 8 * torch.finfo(weight_F.dtype).eps), torch.inf)
         flat_P = (pre_NF > need_F).view(-1).nonzero()[:, 0]
         token_P, latent_P = places(flat_P, pre_NF.shape[1])
         value_P = pre_NF[token_P, latent_P] * weight_F[latent_P]

@@ -24,8 +24,8 @@ from tunediff.kernels.pairs import PairCode
 from tunediff.kernels.paths import kept_memory, using
 from tunediff.matmuls import fast_matmul
 
-__all__ = ["Code", "Tiles", "divergence", "divergence_of", "encode", "fast_matmul", "gated", "kept_memory", "norm", "path", "product", "products", "rms_norm",
-           "rotated", "tiles", "using"]
+__all__ = ["Code", "Tiles", "divergence", "divergence_of", "encode", "fast_matmul", "gated", "kept_memory", "norm", "path", "product",
+           "products", "rms_norm", "rotated", "tiles", "using"]
 
 
 class Code(Protocol):

@@ -12,7 +12,6 @@ from torch import Tensor
 from tunediff import gates
 from tunediff.kernels import paths
 
-
 ROUNDED, ROWS, MANY, FEW = 1 << 24, 32, 4, 0.02
 """Operations of a product from which on one in bfloat16 goes before it, and rows whose longest one is taken for all; candidates for
 each code that is wanted, and as a share of all codes, beyond which ruling out was no use."""
@@ -20,12 +19,14 @@ each code that is wanted, and as a share of all codes, beyond which ruling out w
 
 def rounds() -> bool:
     """Whether codes may be looked for in bfloat16 first: the machine multiplies it, by tiles or by pairs in registers."""
-    return paths.allows("torch+bf16") and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+    has = (getattr(torch.cpu, f"_is_{name}_supported", bool) for name in ("amx_tile", "avx512_bf16"))  # not in every torch
+    return paths.allows("torch+bf16") and any(asked() for asked in has)
 
 
 def encode(x_NI: Tensor, encoder_FI: Tensor, bias_F: Tensor, gate: gates.Gate) -> tuple[Tensor, ...]:
     """The codes of relu(x @ encoder.T + bias) that the gate keeps, as `select` tells them."""
-    if {t.dtype for t in (x_NI, encoder_FI)} == {torch.float32} and x_NI.device.type == "cpu" and x_NI.numel() * len(encoder_FI) >= ROUNDED and rounds():
+    plain = all(t.dtype == torch.float32 and t.device.type == "cpu" for t in (x_NI, encoder_FI))
+    if plain and x_NI.numel() * len(encoder_FI) >= ROUNDED and rounds():
         found = _encode_rounded(x_NI, encoder_FI, bias_F, gate)
         if found is not None:
             return found
