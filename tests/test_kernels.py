@@ -140,12 +140,14 @@ def test_bfloat16_only_says_what_cannot_be_kept(way, scale, parts):
     gate = Gate(weight, parts)
     with kernels.using("native+bf16"):
         got = native.encode(x, W, bias, gate)
-    want, torchs = eager.select(torch.addmm(bias, x, W.T), weight, parts), eager._encode_rounded(x, W, bias, gate)
+    want = eager.select(torch.addmm(bias, x, W.T), weight, parts)
+    torchs = eager._encode_rounded(x, W, bias, gate) if eager.rounds() else want
     assert torchs is not None
-    for one, other, third in zip(got, want, torchs or want):
+    for one, other, third in zip(got, want, torchs):
         assert torch.equal(one, other) and torch.equal(third, other)
 
 
+@pytest.mark.skipif(not eager.rounds(), reason="a processor that does not multiply bfloat16")
 @pytest.mark.parametrize("N, F, I", [(33, 31, 2000), (500, 700, 33), (257, 1025, 64), (600, 2000, 100)])
 def test_torchs_bfloat16_misses_nothing(N, F, I):
     """As below, by torch's operations; what they cannot say they leave to a product in float32."""
