@@ -32,7 +32,7 @@ from tunediff.reports import (
 from tunediff.results import Context, Diff, Measure
 
 DIFFS = {"full": full_diff, "empty": empty_diff, "bare": bare_diff, "hostile": hostile_diff}
-VOID = {"meta", "br", "link", "img", "input", "hr", "base"}
+VOID = {"meta", "br", "link", "img", "input", "hr", "base", "wbr"}
 
 
 class Reader(HTMLParser):

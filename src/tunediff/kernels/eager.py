@@ -12,9 +12,9 @@ from torch import Tensor
 from tunediff import gates
 from tunediff.kernels import paths
 
-ROUNDED, ROWS, MANY, FEW = 1 << 24, 32, 4, 0.02
-"""Operations of a product from which on one in bfloat16 goes before it, and rows whose longest one is taken for all; candidates for
-each code that is wanted, and as a share of all codes, beyond which ruling out was no use."""
+ROUNDED, ROWS, MANY, FEW = 1 << 30, 32, 4, 0.02
+"""Multiplications of a product from which on one in bfloat16 goes before it (measured), and rows whose longest one is taken for
+all; candidates for each code that is wanted, and as a share of all codes, beyond which ruling out was no use."""
 
 
 def rounds() -> bool:
