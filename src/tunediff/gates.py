@@ -51,9 +51,7 @@ def batch_topk(value_NF: Tensor, k: float) -> Tensor:
 def _largest(pre_NF: Tensor, weight_F: Tensor, count: int) -> tuple[Tensor, Tensor]:
     cut, count = proposed(pre_NF, weight_F, count), min(count, pre_NF.numel())
     while True:
-        # A code is compared once, before it is scaled; what rounding lets in is out below.
-        need_F = torch.where(weight_F > 0, cut / weight_F * (1 - 8 * torch.finfo(weight_F.dtype).eps), torch.inf)
-        flat_P = (pre_NF > need_F).view(-1).nonzero()[:, 0]
+        flat_P = (pre_NF > needed(cut, weight_F)).view(-1).nonzero()[:, 0]  # what rounding lets in is out below
         token_P, latent_P = places(flat_P, pre_NF.shape[1])
         value_P = pre_NF[token_P, latent_P] * weight_F[latent_P]
         kept_P = best(value_P, cut, count)
@@ -75,6 +73,11 @@ def proposed(pre_NF: Tensor, weight_F: Tensor, count: int) -> float:
     token_S, latent_S = places(torch.arange(0, total, stride, device=pre_NF.device), pre_NF.shape[1])
     value_S = pre_NF[token_S, latent_S].to(weight_F) * weight_F[latent_S]
     return max(0.0, float(torch.topk(value_S, rank, sorted=True).values[-1]))
+
+
+def needed(cut: float, weight_F: Tensor) -> Tensor:
+    """What a code must exceed before it is scaled (F,) for its scaled value to exceed the cut, less what rounding may take."""
+    return torch.where(weight_F > 0, cut / weight_F * (1 - 8 * torch.finfo(weight_F.dtype).eps), torch.inf)
 
 
 def places(flat_P: Tensor, F: int) -> tuple[Tensor, Tensor]:

@@ -46,7 +46,7 @@ def _encode_rounded(x_NI: Tensor, encoder_FI: Tensor, bias_F: Tensor, gate: gate
     for start, stop, count in gate.parts:
         weight_F, bias, size = gate.weight_F[start:stop], bias_F[start:stop], stop - start
         cut = gates.proposed(product_NF[:, start:stop], weight_F, count)
-        need_F = torch.where(weight_F > 0, cut / weight_F * (1 - 1e-6), torch.inf) - bias - 1e-6 * bias.abs()
+        need_F = gates.needed(cut, weight_F) - bias - 1e-6 * bias.abs()
         found = []
         for first in range(0, N, ROWS):
             least_F = need_F - reach_N[first : first + ROWS].max() * margin_F[start:stop]

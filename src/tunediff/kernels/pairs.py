@@ -39,8 +39,8 @@ class Pairs:
     @classmethod
     def of(cls, flat_P: Tensor, N: int, F: int) -> "Pairs":
         """From ascending flat indices token * F + latent."""
-        token_P = flat_P.div(F, rounding_mode="floor")
-        return cls(token_P, flat_P - token_P * F, eager.edges(token_P, N), N, F)
+        token_P, latent_P = gates.places(flat_P, F)
+        return cls(token_P, latent_P, eager.edges(token_P, N), N, F)
 
     def cut(self, cuts: tuple[int, ...]) -> "Pairs":
         """The same pairs as of B = len(cuts) + 1 tokens for each one: its latents before, between and after the

@@ -142,9 +142,9 @@ def select(pre_NF: Tensor, weight_F: Tensor, parts: Sequence[gates.Part]) -> tup
     flat_P = pre_NF.new_empty(sum(keep for *_, keep in parts), dtype=torch.long)
     for (span, border, quota, passed_N, _), to_N in zip(found, to_NG.T.contiguous()):
         _write[(N,)](pre_NF, weight_F, border, quota, passed_N, to_N, flat_P, *span, BLOCK=_BLOCK)
-    token_P = flat_P.div(F, rounding_mode="floor")
+    token_P, latent_P = gates.places(flat_P, F)
     starts_N = torch.cat([to_NG[:, 0], torch.full_like(to_NG[:1, 0], len(flat_P))])
-    return token_P, flat_P - token_P * F, pre_NF.view(-1)[flat_P], starts_N
+    return token_P, latent_P, pre_NF.view(-1)[flat_P], starts_N
 
 
 @triton.jit
