@@ -201,7 +201,7 @@ def timed_phases() -> Iterator[dict[str, float]]:
         wrap(module, "dot", lambda *a: "code gradients")
     wrap(torch, "mm", lambda *a: "product")
     wrap(torch, "addmm", lambda *a: "product")
-    wrap(torch.optim.Adam, "step", lambda *a: "adam")
+    wrap(kernels.Adam, "step", lambda *a: "adam")
     try:
         yield spent
         lap()

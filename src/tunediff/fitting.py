@@ -644,7 +644,7 @@ class State:
     """Everything that training changes, and therefore everything that a checkpoint holds."""
 
     dictionary: Dictionary
-    optimizer: torch.optim.Adam
+    optimizer: kernels.Adam
     silent_F: Tensor
     step: int
     curve: list[dict[str, float]]
@@ -652,7 +652,7 @@ class State:
     @classmethod
     def new(cls, dictionary: Dictionary, plan: Plan) -> "State":
         """At step 0."""
-        optimizer = torch.optim.Adam(dictionary.parameters(), lr=plan.rate, betas=(0.9, 0.999), fused=True)
+        optimizer = kernels.Adam(dictionary.parameters(), plan.rate)
         silent_F = torch.zeros_like(dictionary.encoder_bias_F, dtype=torch.long, requires_grad=False)
         return cls(dictionary, optimizer, silent_F, 0, [])
 

@@ -9,7 +9,8 @@ dictionary changes for it. `norm` and `divergence` are sums over much memory tha
 
 from __future__ import annotations
 
-from typing import Protocol, Sequence
+import math
+from typing import Iterable, Protocol, Sequence
 
 import torch
 from torch import Tensor
@@ -21,11 +22,11 @@ from tunediff.kernels.dense import DenseCode
 from tunediff.kernels.gpu import GpuCode
 from tunediff.kernels.native import Tiles, tiles
 from tunediff.kernels.pairs import PairCode
-from tunediff.kernels.paths import kept_memory, using
+from tunediff.kernels.paths import kept_memory, rounding, using
 from tunediff.matmuls import fast_matmul
 
-__all__ = ["Code", "Tiles", "divergence", "divergence_of", "encode", "fast_matmul", "gated", "kept_memory", "norm", "path", "product",
-           "products", "rms_norm", "rotated", "tiles", "using"]
+__all__ = ["Adam", "Code", "Tiles", "divergence", "divergence_of", "encode", "fast_matmul", "gated", "kept_memory", "norm", "path", "product",
+           "products", "rms_norm", "rotated", "rounding", "tiles", "using"]
 
 
 class Code(Protocol):
@@ -115,6 +116,33 @@ def rotated(x_BHTE: Tensor, cos_BTE: Tensor, sin_BTE: Tensor) -> Tensor | None:
     if not native.passes(x_BHTE, cos_BTE) or not native.serves(sin_BTE) or E % 2 or angles not in ((1, T, E), (B, T, E)) or sin_BTE.shape != angles:
         return None
     return native.rotated(x_BHTE, cos_BTE, sin_BTE)
+
+
+class Adam(torch.optim.Adam):
+    """Adam (Kingma & Ba 2015, 1412.6980), torch's fused one or in one pass of the compiled kernels, which also keeps up to date what they
+    have derived of the parameters. `grad_scale`, if set, divides the gradients."""
+
+    grad_scale: Tensor | None = None
+
+    def __init__(self, parameters: Iterable[Tensor], rate: float, betas: tuple[float, float] = (0.9, 0.999)):
+        super().__init__(parameters, lr=rate, betas=betas, fused=True)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """One step of every parameter that has a gradient."""
+        for group in self.param_groups:
+            having = [p for p in group["params"] if p.grad is not None]
+            if not native.serves(*having, *(p.grad for p in having)) or not all(p.is_contiguous() for p in having):
+                return super().step()
+            (beta1, beta2), scale = group["betas"], 1.0 if self.grad_scale is None else float(self.grad_scale)
+            for p in having:
+                state = self.state[p]
+                if not state:
+                    state.update(step=torch.zeros((), dtype=torch.float32), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+                state["step"] += 1
+                t = float(state["step"])
+                step, root = group["lr"] / (1 - beta1**t), 1 / math.sqrt(1 - beta2**t)
+                native.adam(p, p.grad.contiguous(), state["exp_avg"], state["exp_avg_sq"], (1 / scale, 1 - beta1, beta2, step, root, group["eps"]))
 
 
 def norm(tensors: Sequence[Tensor]) -> Tensor:

@@ -1,13 +1,14 @@
 /* Which codes of a batch can be among its largest: all products of tokens and encoder in bfloat16, of which a bit each is kept, and
-   then the few that are worth it in float32.
+   then the few that are worth it in float32. Or, who is content with bfloat16, those products that are large themselves.
 
    Both sides are packed once, 16 rows and 32 numbers of depth at a time (a tile): of the encoder row after row, of tokens pair
-   of numbers after pair, 16 tokens each. Rows past the end are filled with the first ones again. Tokens are dealt out in
+   of numbers after pair, 16 tokens each. Rows past the end are filled with the last one again. Tokens are dealt out in
    groups of 32. */
 
 #include <math.h>
 
 #include "lanes.h"
+#include "rows.h"
 #include "threads.h"
 #include "tiles.h"
 
@@ -103,38 +104,44 @@ static void turn_tile(uint16_t *tile) {
 }
 
 /* Sixteen numbers in the nearest bfloat16; adds up their squares, and those of what that takes from them. */
-static inline __attribute__((always_inline)) void shorten(lanes v, uint16_t *to, lanes *squares, lanes *rests) {
-    const words bits = (words)v, near = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+static inline __attribute__((always_inline)) halves shorten(lanes v, lanes *squares, lanes *rests) {
+    const words near = nearest(v);
     const lanes rest = v - (lanes)(near << 16);
-    *(halves *)to = __builtin_convertvector(near, halves);
     *squares += v * v;
     *rests += rest * rest;
+    return __builtin_convertvector(near, halves);
 }
 
-/* Tiles [start, stop) of R rows of I numbers in bfloat16, pair after pair if `turned`; the length of each row, and of what that took
-   from it. */
-KERNEL void pack(const float *a, int64_t R, int64_t I, int64_t turned, uint16_t *out, float *length, float *lost, int64_t start,
-                 int64_t stop) {
+static inline __attribute__((always_inline)) void shorten_both(const float *x, int away, uint16_t *to, lanes *squares, lanes *rests) {
+    const halves both[2] = {shorten(OF(x), squares, rests), shorten(OF(x + SIDE), squares + 1, rests + 1)};
+    lanes v;
+    memcpy(&v, both, sizeof v);
+    store((float *)to, v, away);
+}
+
+KERNEL void pack(const float *a, int64_t R, int64_t I, int64_t turned, int64_t away, uint16_t *out, float *length, float *lost,
+                 int64_t start, int64_t stop) {
     const int64_t steps = steps_of(I);
     for (int64_t block = start; block < stop; block++) {
         uint16_t *tiles = out + block * steps * TILE;
         for (int row = 0; row < SIDE; row++) {
-            const float *x = a + (block * SIDE + row) % R * I;
+            const float *x = a + (block * SIDE + row < R ? block * SIDE + row : R - 1) * I;
             uint16_t *to = tiles + row * DEEP;
             lanes squares[2] = {{0}, {0}}, rests[2] = {{0}, {0}};
             int64_t i = 0;
             for (; i + DEEP <= I; i += DEEP, to += TILE)
-                for (int half = 0; half < 2; half++) shorten(OF(x + i + half * SIDE), to + half * SIDE, squares + half, rests + half);
+                shorten_both(x + i, away, to, squares, rests);
             if (i < I) {
                 float end[DEEP] = {0}; /* filled up with zeros */
                 memcpy(end, x + i, (size_t)(I - i) * sizeof *x);
-                for (int half = 0; half < 2; half++) shorten(OF(end + half * SIDE), to + half * SIDE, squares + half, rests + half);
+                shorten_both(end, away, to, squares, rests);
             }
             length[block * SIDE + row] = sqrtf(total(squares[0] + squares[1]));
             lost[block * SIDE + row] = sqrtf(total(rests[0] + rests[1]));
         }
         for (int64_t s = 0; turned && s < steps; s++) turn_tile(tiles + s * TILE);
     }
+    settle(away);
 }
 
 /* -- what they are asked ------------------------------------------------------------------------------------------------ */
@@ -196,33 +203,81 @@ KERNEL void look(const uint16_t *encoder, const uint16_t *tokens, int64_t steps,
     squares_end();
 }
 
-/* Of tokens of the groups [start, stop) the codes that have a bit and exceed the cut, each token's in the order of columns from
-   next[token] on, which goes up: the column and x . w + bias. `of` has F biases, then F scales, then F cuts of scaled codes; bits have
-   room for whole groups of columns. */
-KERNEL void measure(const uint32_t *bit, const float *x, const float *w, const float *of, int64_t I, int64_t F, int64_t *next,
-                    int64_t *column, float *value, int64_t start, int64_t stop) {
-    const int64_t columns = (F + GROUP - 1) / GROUP * GROUP;
+/* For columns [start, stop) of F how many tokens of all groups have a bit. */
+void count_bits(const uint32_t *bit, int64_t groups, int64_t F, int64_t *count, int64_t start, int64_t stop) {
+    memset(count + start, 0, (size_t)(stop - start) * sizeof *count);
+    for (int64_t g = 0; g < groups; g++)
+        for (int64_t f = start; f < stop; f++) count[f] += __builtin_popcount(bit[g * F + f]);
+}
+
+/* Which they are, those of a column from next[column] on, which goes up. */
+void list_bits(const uint32_t *bit, int64_t groups, int64_t F, int64_t *next, int32_t *token, int64_t start, int64_t stop) {
+    for (int64_t g = 0; g < groups; g++)
+        for (int64_t f = start; f < stop; f++)
+            for (uint32_t on = bit[g * F + f]; on; on &= on - 1) token[next[f]++] = (int32_t)(g * GROUP + __builtin_ctz(on));
+}
+
+/* Of candidates ordered by column, [starts[f], starts[f + 1]) those of column f, with their tokens and products in four parts: the codes
+   product + bias that, scaled, exceed their column's cut, each token's in the order of columns from next[token] on, which goes up. `of` has F
+   biases, then F scales, then F cuts. */
+void hand_out(const int64_t *starts, const int32_t *token, const float *product, const float *of, int64_t F, int64_t *next, int64_t *column,
+              float *value) {
+    for (int64_t f = 0; f < F; f++)
+        for (int64_t q = starts[f]; q < starts[f + 1]; q++) {
+            const float *part = product + 4 * q, code = ((part[0] + part[1]) + (part[2] + part[3])) + of[f];
+            int64_t *at = next + token[q];
+            column[*at] = f, value[*at] = code;
+            *at += code * of[F + f] > of[2 * F + f];
+        }
+}
+
+/* Of tokens of the groups [start, stop) the codes product + bias that, scaled, exceed their column's cut, as column * 32 + token of the
+   group (32 bits) and value, in the order of columns. `of` has F biases, then F scales, then F cuts, those past the last column
+   infinite; `given` is the number of tokens, steps, F (a multiple of 32) and for how many codes each group has room. How many there
+   are of each token, and of each group, whether or not there is room. */
+KERNEL void gather(const uint16_t *encoder, const uint16_t *tokens, const int64_t *given, const float *of, uint32_t *found, int32_t *count,
+                   int64_t *all, int64_t start, int64_t stop) {
+    const int64_t N = given[0], steps = given[1], F = given[2], room = given[3], far = SIDE * steps * DEEP;
+    squares *multiply = squares_begin();
     for (int64_t from = start; from < stop; from += AHEAD) {
         const int64_t to = from + AHEAD < stop ? from + AHEAD : stop;
-        for (int64_t f = 0; f < F; f++) {
-            int64_t token[AHEAD * GROUP];
-            int all = 0;
-            for (int64_t g = from; g < to; g++)
-                for (uint32_t on = bit[g * columns + f]; on; on &= on - 1) token[all++] = g * GROUP + __builtin_ctz(on);
-            const float *own = w + f * I;
-            for (int q = 0; q < all; q += 4) {
-                const float *other[4];
-                float product[4];
-                const int wide = all - q < 4 ? all - q : 4;
-                for (int k = 0; k < 4; k++) other[k] = x + token[q + (k < wide ? k : 0)] * I;
-                dots(own, other, I, wide, product);
-                for (int k = 0; k < wide; k++) {
-                    const float code = product[k] + of[f];
-                    int64_t *at = next + token[q + k];
-                    column[*at] = f, value[*at] = code;
-                    *at += code * of[F + f] > of[2 * F + f];
+        float product[AHEAD][GROUP * GROUP] __attribute__((aligned(64)));
+        memset(count + from * GROUP, 0, (size_t)((to - from) * GROUP) * sizeof *count);
+        memset(all + from, 0, (size_t)(to - from) * sizeof *all);
+        for (int64_t f = 0; f < F; f += GROUP)
+            for (int64_t s = 0; s < steps; s += STEPS)
+                for (int64_t g = from; g < to; g++) {
+                    float *p = product[g - from];
+                    multiply(encoder + f / SIDE * far + s * TILE, tokens + 2 * g * far + s * TILE, far, steps - s < STEPS ? steps - s : STEPS, s > 0, p);
+                    if (s + STEPS < steps) continue;
+                    const uint32_t there = N - g * GROUP < GROUP ? (1u << (N - g * GROUP)) - 1 : ~0u;
+                    int64_t n = all[g];
+                    for (int64_t i = f; i < f + GROUP; i++, p += GROUP) {
+                        const lanes bias = SPREAD(of[i]), scale = SPREAD(of[F + i]), cut = SPREAD(of[2 * F + i]);
+                        const lanes one = OF(p) + bias, other = OF(p + SIDE) + bias;
+                        uint32_t on = (bits_of(one * scale > cut) | bits_of(other * scale > cut) << SIDE) & there;
+                        for (; on; on &= on - 1, n++) {
+                            const int token = __builtin_ctz(on);
+                            const float code = p[token] + of[i];
+                            count[g * GROUP + token]++;
+                            if (n >= room) continue;
+                            found[2 * (g * room + n)] = (uint32_t)(i * GROUP + token);
+                            memcpy(found + 2 * (g * room + n) + 1, &code, sizeof code);
+                        }
+                    }
+                    all[g] = n;
                 }
-            }
-        }
     }
+    squares_end();
+}
+
+/* What `gather` found of the groups [start, stop), each token's from next[token] on, which goes up. */
+void sort_out(const uint32_t *found, int64_t room, const int64_t *all, int64_t *next, int64_t *column, float *value, int64_t start,
+              int64_t stop) {
+    for (int64_t g = start; g < stop; g++)
+        for (const uint32_t *at = found + 2 * g * room, *end = at + 2 * all[g]; at < end; at += 2) {
+            const int64_t to = next[g * GROUP + at[0] % GROUP]++;
+            column[to] = at[0] / GROUP;
+            memcpy(value + to, at + 1, sizeof *value);
+        }
 }

@@ -42,6 +42,28 @@ static inline __attribute__((always_inline)) float total(lanes x) {
     return ((sum[0] + sum[4]) + (sum[2] + sum[6])) + ((sum[1] + sum[5]) + (sum[3] + sum[7]));
 }
 
+/* Stores sixteen numbers; past the caches if `away`, as nobody will ask for them soon, and then on a multiple of 16 bytes. */
+static inline __attribute__((always_inline)) void store(float *to, lanes v, int away) {
+#ifdef __SSE2__
+    if (away) {
+        __m128 part[4];
+        memcpy(part, &v, sizeof part);
+        for (int j = 0; j < 4; j++) _mm_stream_ps(to + 4 * j, part[j]);
+        return;
+    }
+#endif
+    (void)away;
+    AT(to) = v;
+}
+
+/* What comes before whoever else may read what went past the caches. */
+static inline void settle(int away) {
+#ifdef __SSE2__
+    if (away) _mm_sfence();
+#endif
+    (void)away;
+}
+
 /* The products of x with the first `wide` of four rows of I numbers; always added up in the same order. */
 static inline __attribute__((always_inline)) void dots(const float *x, const float *const rows[4], int64_t I, int wide, float *out) {
     lanes sum[4] = {{0}, {0}, {0}, {0}};
@@ -81,6 +103,12 @@ static inline __attribute__((always_inline)) float widen(uint16_t x) {
 
 static inline __attribute__((always_inline)) lanes widened(const uint16_t *x) {
     return (lanes)(__builtin_convertvector(*(const halves *)x, words) << 16);
+}
+
+/* The nearest bfloat16, of two as near the even one. */
+static inline __attribute__((always_inline)) words nearest(lanes v) {
+    const words bits = (words)v;
+    return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
 }
 
 static inline __attribute__((always_inline)) lanes larger(lanes a, lanes b) {

@@ -14,7 +14,7 @@
 #include "threads.h"
 
 /* Goes up whenever a function here changes what it takes. */
-int interface(void) { return 12; }
+int interface(void) { return 13; }
 
 typedef int64_t whole;
 typedef struct {
@@ -29,11 +29,17 @@ static void turn(void *data) {
     for (whole p; (p = taken(&t->next)) < t->parts;) {
         const whole from = t->edges[p], to = t->edges[p + 1];
         switch (t->count) {
+        case 3: ((void (*)(whole, whole, whole, whole, whole))t->kernel)(g[0], g[1], g[2], from, to); break;
         case 4: ((void (*)(whole, whole, whole, whole, whole, whole))t->kernel)(g[0], g[1], g[2], g[3], from, to); break;
         case 5: ((void (*)(whole, whole, whole, whole, whole, whole, whole))t->kernel)(g[0], g[1], g[2], g[3], g[4], from, to); break;
+        case 6: ((void (*)(whole, whole, whole, whole, whole, whole, whole, whole))t->kernel)(g[0], g[1], g[2], g[3], g[4], g[5], from, to); break;
         case 7:
             ((void (*)(whole, whole, whole, whole, whole, whole, whole, whole, whole))t->kernel)(
                 g[0], g[1], g[2], g[3], g[4], g[5], g[6], from, to);
+            break;
+        case 8:
+            ((void (*)(whole, whole, whole, whole, whole, whole, whole, whole, whole, whole))t->kernel)(
+                g[0], g[1], g[2], g[3], g[4], g[5], g[6], g[7], from, to);
             break;
         default:
             ((void (*)(whole, whole, whole, whole, whole, whole, whole, whole, whole, whole, whole))t->kernel)(
@@ -42,11 +48,11 @@ static void turn(void *data) {
     }
 }
 
-/* Calls a kernel for each of the ranges of rows [edges[p], edges[p + 1]), whichever thread is free. It takes 4, 5, 7 or 9 arguments
+/* Calls a kernel for each of the ranges of rows [edges[p], edges[p + 1]), whichever thread is free. It takes 3 to 9 arguments
    before those two, all pointers or 64-bit integers, which machines that torch runs on pass alike. Returns 0 for another count. */
 int spread(void (*kernel)(void), const whole *given, whole count, const whole *edges, whole parts, team *on, whole threads) {
     turns all = {kernel, given, edges, count, parts, 0};
-    if (count != 4 && count != 5 && count != 7 && count != 9) return 0;
+    if (count < 3 || count > 9) return 0;
     on_all(parts > 1 ? on : 0, threads, turn, &all);
     return 1;
 }

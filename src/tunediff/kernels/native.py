@@ -12,6 +12,7 @@ import importlib.util
 import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Callable, Sequence
 
@@ -22,7 +23,7 @@ from torch.nn import Parameter
 from tunediff import gates
 from tunediff.kernels import paths
 
-INTERFACE = 12
+INTERFACE = 13
 """Which functions of which arguments are expected; `native.c` says the same, and goes up with every change of any file."""
 RANGES, FINE = 2, 16
 """Ranges a thread, where Python hands them out and where the compiled file does: more even out rows of unequal cost, and Python
@@ -40,6 +41,14 @@ BLOCK = 1 << 16
 """Numbers whose squares are added up together."""
 SMALL_BLOCK = 1 << 12
 """Numbers that are gated in one turn."""
+CROWD = 4
+"""Times the codes wanted of 32 tokens for which there is room at first, besides all codes of one token."""
+TILES = "tiles"
+PANELS, CACHED, PER_ROW, FAR = (256, 128), 5 << 18, 8, 1 << 24
+"""Bytes of a row in a panel, the first with which a panel of at most so many fits a core's cache; pairs for each row from which on
+copying rows into panels pays, and bytes of sums from which on they go past the caches (measured)."""
+TOKENS = 1 << 12
+"""Tokens whose candidates are computed together: as many as fit a panel."""
 MARGIN = 3.0
 """By how many standard deviations of the estimate more candidates than codes are asked for; too few are noticed."""
 HELD = 1 << 26
@@ -89,7 +98,7 @@ def encode(x_NI: Tensor, encoder_FI: Tensor, bias_F: Tensor, gate: gates.Gate) -
     """What `eager.encode` answers. The product may be made in bfloat16, and only says which codes cannot be kept: all
     others are computed again in float32, and among those the gate decides."""
     N, F = len(x_NI), len(encoder_FI)
-    if rounds() and x_NI.numel() * F >= ROUNDED:
+    if rounds() and (paths.rounded() or x_NI.numel() * F >= ROUNDED):
         return _encode_rounded(x_NI.contiguous(), encoder_FI.contiguous(), bias_F, gate)
     pre_NF = torch.addmm(bias_F, x_NI, encoder_FI.T, out=paths.empty(N, F))
     return select(pre_NF, gate.weight_F, gate.parts)
@@ -130,7 +139,7 @@ def _encode_rounded(x_NI: Tensor, encoder_FI: Tensor, bias_F: Tensor, gate: gate
     in float32 lose. E is F and T is N, filled up to whole groups."""
     (N, I), parts = x_NI.shape, gate.parts
     weight_F, bias_F = gate.weight_F.contiguous(), bias_F.contiguous()
-    (x16_TI, x_T, x_lost_T), (w16_EI, w_E, w_lost_E) = _packed(x_NI, True), _packed(encoder_FI, False)
+    (x16_TI, x_T, x_lost_T), (w16_EI, w_E, w_lost_E) = _packed(x_NI, True), paths.derived(encoder_FI, TILES, lambda: _packed(encoder_FI, False))
     F, E, T, steps, scaled_F = len(encoder_FI), len(w_E), len(x_T), -(-I // DEEP), bias_F * weight_F
     # Of tiny numbers squares are lost, and what is left of them by rounding, so both sides get some more; of infinite lengths, as
     # of numbers whose squares are, all codes are candidates.
@@ -147,19 +156,48 @@ def _encode_rounded(x_NI: Tensor, encoder_FI: Tensor, bias_F: Tensor, gate: gate
         _spread("sample_squares", [w16_EI, x16_TI, weight_F, scaled_F, N, steps, start, stop, value_SC], _even(SQUARES, FINE))
         return value_SC, int((value_SC >= 0).sum())
 
+    def of_cuts(size: int, cuts: ctypes.Array) -> Tensor:
+        of_F = torch.zeros(3, size, dtype=torch.float32, device="cpu")
+        of_F[0, :F], of_F[1, :F], of_F[2] = bias_F, weight_F, math.inf
+        for (start, stop, _), cut in zip(parts, cuts):
+            of_F[2, start:stop] = cut
+        return of_F
+
     def above(cuts: ctypes.Array) -> tuple[Tensor, ...]:
-        need_E, of_F = torch.full_like(w_E, math.inf), torch.stack([bias_F, weight_F, torch.zeros_like(bias_F)])
+        need_E, of_F = torch.full_like(w_E, math.inf), of_cuts(F, cuts)
         for (start, stop, _), cut in zip(parts, cuts):
             need, bias = cut / weight_F[start:stop], bias_F[start:stop]
             need_E[start:stop] = torch.where(need < math.inf, need - bias - 1e-6 * (need + bias.abs()), math.inf)
-            of_F[2, start:stop] = cut
         _spread("look", [w16_EI, x16_TI, steps, E, need_E, margin_E, reach_T, bit_ET, count_T], edges)
         starts_N = _starts(count_T[:N])
         column_C, pre_C, next_N = _longs(C := int(starts_N[-1])), paths.empty(C), starts_N[:-1].clone()
-        _spread("measure", [bit_ET, x_NI, encoder_FI, of_F, I, F, next_N, column_C, pre_C], edges)
+        for first in range(0, N, TOKENS):
+            x, bit = x_NI[first : first + TOKENS], bit_ET[E * first // GROUP :]
+            groups, count_E = -(-len(x) // GROUP), _longs(E)
+            _spread("count_bits", [bit, groups, E, count_E], _even(E, FINE))
+            starts_E = _starts(count_E)
+            token_D, next_E = torch.empty(int(starts_E[-1]), dtype=torch.int32, device="cpu"), starts_E[:-1].clone()
+            _spread("list_bits", [bit, groups, E, next_E, token_D], _even(E, FINE))
+            product_D4 = _dot_panels(starts_E[: F + 1], token_D, x, encoder_FI)
+            library().hand_out(
+                _at(starts_E), _at(token_D), _at(product_D4), _at(of_F), *_i(F), _at(next_N[first:]), _at(column_C), _at(pre_C)
+            )
         return starts_N, next_N, column_C, pre_C
 
-    return _largest(N, weight_F, parts, sample, above)
+    def rounded(cuts: ctypes.Array) -> tuple[Tensor, ...]:
+        of_E, all_G, room = of_cuts(E, cuts), _longs(T // GROUP), F + CROWD * GROUP * (1 + sum(keep for *_, keep in parts) // N)
+        while True:
+            found, given = paths.empty(T // GROUP, room, 2), _array([N, steps, E, room])
+            _spread("gather", [w16_EI, x16_TI, ctypes.addressof(given), of_E, found, count_T, all_G], edges)
+            if int(all_G.max()) <= room:
+                break
+            room = int(all_G.max())
+        starts_N = _starts(count_T[:N])
+        column_C, pre_C, next_N = _longs(C := int(starts_N[-1])), paths.empty(C), starts_N[:-1].clone()
+        _spread("sort_out", [found, room, all_G, next_N, column_C, pre_C], edges)
+        return starts_N, next_N, column_C, pre_C
+
+    return _largest(N, weight_F, parts, sample, rounded if paths.rounded() else above)
 
 
 def _starts(count_R: Tensor) -> Tensor:
@@ -172,7 +210,7 @@ def _packed(a_RI: Tensor, turned: bool) -> tuple[Tensor, Tensor, Tensor]:
     R, I = a_RI.shape
     groups, steps = -(-R // GROUP), -(-I // DEEP)
     out, length, lost = paths.empty(groups * steps * GROUP * DEEP // 2), paths.empty(groups * GROUP), paths.empty(groups * GROUP)
-    _spread("pack", [a_RI, R, I, turned, out, length, lost], _even(2 * groups, FINE))
+    _spread("pack", [a_RI, R, I, turned, not turned and out.nbytes >= FAR, out, length, lost], _even(2 * groups, FINE))
     return out, length, lost
 
 
@@ -217,9 +255,13 @@ def bucket(latent_P: Tensor, F: int) -> tuple[Tensor, Tensor]:
 def bag(starts_R: Tensor, order_P: Tensor | None, index_P: Tensor, value_P: Tensor, rows: Tensor) -> Tensor:
     """For each r the sum over pairs p in [starts_R[r], starts_R[r + 1]) of value_P[p] * rows[index_P[p]], (R, I);
     pairs are taken in `order_P`, if given."""
-    I, rows, value_P = rows.shape[1], rows.contiguous(), value_P.contiguous()
-    out_RI = paths.empty(len(starts_R) - 1, I)
-    _spread("bag", [starts_R, order_P, index_P, value_P, rows, I, out_RI], _balanced(starts_R))
+    (R, I), rows, value_P = (len(starts_R) - 1, rows.shape[1]), rows.contiguous(), value_P.contiguous()
+    out_RI, panels = paths.empty(R, I), _panels(rows, len(index_P))
+    if panels is None:
+        _spread("bag", [starts_R, order_P, index_P, value_P, rows, I, out_RI], _balanced(starts_R, FINE))
+        return out_RI
+    given = [*_in_order(order_P, index_P, value_P), panels.space, panels.shape(R), out_RI]
+    _spread("bag_panels", [starts_R, *given], _even(panels.count * R, FINE))
     return out_RI
 
 
@@ -231,7 +273,7 @@ def dot(starts_N: Tensor, latent_P: Tensor, a_NI: Tensor, b_FI: Tensor) -> Tenso
         order_P, starts_R = bucket(latent_P, len(b_FI))
         tokens_N = torch.arange(len(a_NI))
         index_P, own, other = torch.repeat_interleave(tokens_N, starts_N.diff()), b_FI, a_NI
-    _spread("dot", [starts_R, order_P, index_P, own, other, a_NI.shape[1], out_P], _balanced(starts_R))
+    _spread("dot", [starts_R, order_P, index_P, own, other, a_NI.shape[1], out_P], _balanced(starts_R, FINE))
     return out_P
 
 
@@ -241,8 +283,89 @@ def bag_and_dot(
     """`bag` of rows (R, I), and for each pair the product of its r's row of own and its row of rows (P,)."""
     (R, I), out_P = own_RI.shape, paths.empty(len(index_P))
     out_RI, rows, own_RI, value_P = paths.empty(R, I), rows.contiguous(), own_RI.contiguous(), value_P.contiguous()
-    _spread("bag_and_dot", [starts_R, order_P, index_P, value_P, rows, own_RI, I, out_RI, out_P], _balanced(starts_R))
+    panels = _panels(rows, len(index_P))
+    if panels is None:
+        given = [starts_R, order_P, index_P, value_P, rows, own_RI, I, out_RI, out_P]
+        _spread("bag_and_dot", given, _balanced(starts_R, FINE))
+        return out_RI, out_P
+    own, shape = panels.beside(own_RI)
+    given, product_P4 = [panels.space, shape, own, out_RI], paths.empty(len(out_P), 4)
+    _spread("bag_and_dot_panels", [starts_R, *_in_order(order_P, index_P, value_P), *given, product_P4], _balanced(starts_R, RANGES))
+    _spread("out_of_order", [order_P, product_P4, out_P], _even(len(out_P), FINE))
     return out_RI, out_P
+
+
+def _in_order(order_P: Tensor | None, index_P: Tensor, value_P: Tensor) -> tuple[Tensor, Tensor]:
+    """Pairs as sums by panels take them."""
+    index, value = torch.empty(len(index_P), dtype=torch.int32, device="cpu"), paths.empty(len(index_P))
+    _spread("in_order", [order_P, index_P, value_P, index, value], _even(len(index_P), FINE))
+    return index, value
+
+
+def _dot_panels(starts_R: Tensor, index_P: Tensor, rows: Tensor, own_RI: Tensor) -> Tensor:
+    """For each pair the product of its r's row of own and its row of rows, in four parts to be added up (P, 4)."""
+    out_P4, panels = paths.empty(len(index_P), 4), _Panels.of(rows, False)
+    own, shape = panels.beside(own_RI)
+    _spread("dot_panels", [starts_R, index_P, panels.space, shape, own, out_P4], _balanced(starts_R, RANGES))
+    return out_P4
+
+
+@dataclass(frozen=True)
+class _Panels:
+    """Rows a few columns at a time: panels in `space`, of `wide` bytes of each of R rows of I numbers, in bfloat16 if `halved`."""
+
+    R: int
+    I: int
+    wide: int
+    halved: bool
+    space: Tensor
+
+    @classmethod
+    def of(cls, rows: Tensor, halved: bool) -> "_Panels":
+        R, I = rows.shape
+        wide = next((wide for wide in PANELS if R * wide <= CACHED), PANELS[-1])
+        return paths.derived(rows, ("panels", halved), lambda: cls(R, I, wide, halved, paths.empty(-(-I * (2 if halved else 4) // wide) * R * wide // 4)).fill(rows))
+
+    def fill(self, rows: Tensor) -> "_Panels":
+        _spread("into_panels", [rows, self.R, self.I, self.wide, self.halved, self.space.nbytes >= FAR, self.space], _even(self.R, FINE))
+        return self
+
+    @property
+    def count(self) -> int:
+        return -(-self.I * (2 if self.halved else 4) // self.wide)
+
+    def shape(self, sums: int, theirs: int = 0) -> Tensor:
+        """As the compiled file takes it, for so many sums; in panels of how many bytes of a row these have their own rows, if in any."""
+        return torch.tensor([self.R, self.I, self.wide, self.halved, sums, self.I % 16 == 0 and 4 * sums * self.I >= FAR, theirs])
+
+    def beside(self, own_RI: Tensor) -> tuple[Tensor, Tensor]:
+        """Where own rows are read from, and the shape that says so: in a training loop from panels too, one line after the other."""
+        own = _Panels.of(own_RI, self.halved) if paths.keeps() else None
+        if own is None or own.wide not in (self.wide, self.wide // 2):
+            return own_RI, self.shape(len(own_RI))
+        return own.space, self.shape(len(own_RI), own.wide)
+
+
+def _panels(rows: Tensor, pairs: int) -> _Panels | None:
+    """The rows as sums over so many pairs read them fastest; None where that is as they are. In bfloat16 where that is allowed."""
+    R, I = rows.shape
+    return _Panels.of(rows, paths.rounded()) if pairs >= PER_ROW * R and R * PANELS[-1] <= CACHED and I >= NARROW else None
+
+
+def adam(value: Tensor, grad: Tensor, mean: Tensor, square: Tensor, numbers: Sequence[float]) -> None:
+    """A step of Adam on a matrix in place, by the `numbers` that the compiled file asks for; what was derived of it is derived anew."""
+    R, I = len(value), value[0].numel()
+    kept, derived = [0] * 8, paths.kinds(value)
+    tiles, panels = derived.get(TILES), [panels for kind, panels in derived.items() if kind != TILES][:1]
+    if tiles is not None:
+        kept[:3] = (t.data_ptr() for t in tiles)
+    for p in panels:
+        kept[3:6] = p.space.data_ptr(), p.wide, p.halved
+    given, kept_, numbers_ = torch.tensor([R, I]), torch.tensor(kept), torch.tensor(numbers, dtype=torch.float32)
+    _spread("adam", [value, grad, mean, square, given, numbers_, kept_], _even(-(-R // GROUP), FINE))
+    torch.autograd.graph.increment_version((value, mean, square))
+    for kind, what in derived.items():
+        paths.know(value, kind, what)
 
 
 def norm(tensors: Sequence[Tensor]) -> Tensor:
@@ -470,13 +593,13 @@ def _ranges(groups: int, most: int) -> list[int]:
     return [groups * i // n for i in range(n + 1)]
 
 
-def _balanced(starts_R: Tensor) -> list[int]:
-    """Where ranges of about equally many pairs and rows begin and end."""
+def _balanced(starts_R: Tensor, ranges: int) -> list[int]:
+    """Where ranges of about equally many pairs and rows begin and end, so many for each thread."""
     n, rows = torch.get_num_threads(), len(starts_R) - 1
     if n == 1 or rows < 2:
         return [0, rows]
     cost_R = starts_R + torch.arange(rows + 1)
-    at = torch.searchsorted(cost_R, torch.linspace(0, float(cost_R[-1]), n * FINE + 1)[1:-1].long()).tolist()
+    at = torch.searchsorted(cost_R, torch.linspace(0, float(cost_R[-1]), n * ranges + 1)[1:-1].long()).tolist()
     return sorted({0, *at, rows})
 
 

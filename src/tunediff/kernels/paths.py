@@ -10,7 +10,7 @@ import typing
 import weakref
 from functools import lru_cache
 from types import ModuleType
-from typing import Iterator, Literal
+from typing import Any, Callable, Hashable, Iterator, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -20,12 +20,15 @@ from tunediff.errors import SettingError
 
 Path = Literal["native+bf16", "native", "triton", "torch+bf16", "torch", "dense"]
 """From fast to slow; whoever allows one allows those after it."""
+T = TypeVar("T")
 LARGE = 1 << 20
 """Bytes from which on memory is kept for the next step: the system hands out fresh pages at 2 GB/s."""
 
 _order = typing.get_args(Path)
 _path: str = os.environ.get("TUNEDIFF_KERNELS", _order[0])
+_rounded = False
 _free: dict[int, list[mmap.mmap]] | None = None
+_derived: weakref.WeakKeyDictionary[torch.UntypedStorage, dict[Hashable, tuple[Any, Any]]] = weakref.WeakKeyDictionary()
 
 
 def allows(path: Path) -> bool:
@@ -48,6 +51,23 @@ def using(path: Path) -> Iterator[None]:
         _path = before
 
 
+def rounded() -> bool:
+    """Whether codes and sums over them may be made of numbers rounded to bfloat16; see `rounding`."""
+    return _rounded and allows("native+bf16")
+
+
+@contextlib.contextmanager
+def rounding(on: bool = True) -> Iterator[None]:
+    """Inside, the compiled kernels may round activations, vectors and gradients to bfloat16 before they multiply them, and the codes
+    kept are the largest of those products. Sums stay float32."""
+    global _rounded
+    before, _rounded = _rounded, on
+    try:
+        yield
+    finally:
+        _rounded = before
+
+
 def on_gpu(*tensors: Tensor) -> ModuleType | None:
     """`tunediff.kernels.triton` where it is allowed and serves: float32 tensors on a GPU, and triton is installed."""
     return _triton() if allows("triton") and all(t.is_cuda and t.dtype == torch.float32 for t in tensors) else None
@@ -64,14 +84,55 @@ def _triton() -> ModuleType | None:
 
 @contextlib.contextmanager
 def kept_memory() -> Iterator[None]:
-    """Large tensors made by `empty` inside take the place of earlier ones that nothing refers to any more; at the end
-    the places are given back."""
-    global _free
+    """Large tensors made by `empty` inside take the place of earlier ones that nothing refers to any more, and what is `derived` stays;
+    at the end the places are given back, and what was derived is forgotten."""
+    global _free, _derived
     before, _free = _free, {} if _free is None else _free
     try:
         yield
     finally:
         _free = before
+        if _free is None:
+            _derived = weakref.WeakKeyDictionary()
+
+
+def derived(tensor: Tensor, kind: Hashable, make: Callable[[], T]) -> T:
+    """What `make` makes of the tensor's numbers, within `kept_memory` once and not again until somebody writes to them. A write that torch
+    counts is seen (not one through `.data` or numpy)."""
+    if not keeps() or tensor.is_inference():
+        return make()
+    found = known(tensor, kind)
+    if found is None:
+        found = make()
+        know(tensor, kind, found)
+    return found
+
+
+def keeps() -> bool:
+    """Whether what is `derived` stays: inside `kept_memory`."""
+    return _free is not None
+
+
+def known(tensor: Tensor, kind: Hashable) -> Any:
+    """What was derived of these numbers, if they are still the same; None otherwise."""
+    state, value = _derived.get(tensor.untyped_storage(), {}).get(kind, (None, None))
+    return value if state == _state(tensor) else None
+
+
+def know(tensor: Tensor, kind: Hashable, value: Any) -> None:
+    """From now on that is what is `derived` of these numbers."""
+    if keeps() and not tensor.is_inference():
+        _derived.setdefault(tensor.untyped_storage(), {})[kind] = _state(tensor), value
+
+
+def kinds(tensor: Tensor) -> dict[Hashable, Any]:
+    """All that was derived of this tensor, of its numbers now or of earlier ones."""
+    found, (*where, _) = _derived.get(tensor.untyped_storage(), {}), _state(tensor)
+    return {kind: value for kind, ((*at, _), value) in found.items() if at == where}
+
+
+def _state(tensor: Tensor) -> tuple[int, int, int]:
+    return tensor.data_ptr(), tensor.numel(), tensor._version
 
 
 def empty(*shape: int) -> Tensor:
