@@ -275,7 +275,8 @@ class Dictionary(nn.Module, abc.ABC):
         x_NSMD = self.view(check(x_NSMD, "NSMD", S=self.sites, M=MODELS, D=self.width))
         groups = self.groups()
         gated = any(group.k is not None for group in groups)
-        gate = gate_of(groups, self.weights_F().detach(), len(x_NSMD), k_factor) if gated else None
+        with torch.no_grad():
+            gate = gate_of(groups, self.weights_F(), len(x_NSMD), k_factor) if gated else None
         code = kernels.encode(self._inputs(x_NSMD), self.encoder_FSMD.flatten(1), self.encoder_bias_F, gate)
         cuts, decoder_FI = self.spec.cuts, self.decoder_FSMD.flatten(1)
         # Taken apart at once and not by index: the gradient is then put together in one pass.
@@ -338,6 +339,8 @@ class Dictionary(nn.Module, abc.ABC):
 
 
 def _norms_MF(vectors_FSMD: Tensor) -> Tensor:
+    if not torch.is_grad_enabled():
+        return kernels.lengths(vectors_FSMD).norm(dim=1).T
     return vectors_FSMD.transpose(1, 2).flatten(2).norm(dim=2).T
 
 

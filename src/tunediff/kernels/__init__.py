@@ -25,7 +25,7 @@ from tunediff.kernels.pairs import PairCode
 from tunediff.kernels.paths import kept_memory, rounding, using
 from tunediff.matmuls import fast_matmul
 
-__all__ = ["Adam", "Code", "Tiles", "divergence", "divergence_of", "encode", "fast_matmul", "gated", "kept_memory", "norm", "path", "product",
+__all__ = ["Adam", "Code", "Tiles", "divergence", "divergence_of", "encode", "fast_matmul", "gated", "kept_memory", "lengths", "norm", "path", "product",
            "products", "rms_norm", "rotated", "rounding", "tiles", "using"]
 
 
@@ -148,6 +148,12 @@ class Adam(torch.optim.Adam):
 def norm(tensors: Sequence[Tensor]) -> Tensor:
     """The length of all of them together, a scalar where they lie."""
     return native.norm(tensors) if native.serves(*tensors) else torch.nn.utils.get_total_norm(tensors)
+
+
+def lengths(a: Tensor) -> Tensor:
+    """The length of each row along the last axis, without gradients; for no row in a training loop twice, if it does not change."""
+    a = a.detach()
+    return native.squares(a).sqrt() if native.serves(a) and a.is_contiguous() else a.norm(dim=-1)
 
 
 def divergence(p_PV: Tensor, q_QV: Tensor, p_sums: bool = True, q_sums: bool = True) -> Tensor:

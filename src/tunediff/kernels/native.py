@@ -43,8 +43,9 @@ SMALL_BLOCK = 1 << 12
 """Numbers that are gated in one turn."""
 CROWD = 4
 """Times the codes wanted of 32 tokens for which there is room at first, besides all codes of one token."""
-TILES = "tiles"
-PANELS, CACHED, PER_ROW, FAR = (256, 128), 5 << 18, 8, 1 << 24
+TILES, PANELED, ENERGY, LENGTHS = "tiles", "panels", "energy", "lengths"
+"""Kinds of what is derived of numbers: rows in bfloat16 tiles, in panels, sums of squares whose sum is that of all, and of each row's parts."""
+PANELS, CACHED, PER_ROW, FAR = (256, 128), 5 << 18, 6, 1 << 24
 """Bytes of a row in a panel, the first with which a panel of at most so many fits a core's cache; pairs for each row from which on
 copying rows into panels pays, and bytes of sums from which on they go past the caches (measured)."""
 TOKENS = 1 << 12
@@ -260,8 +261,10 @@ def bag(starts_R: Tensor, order_P: Tensor | None, index_P: Tensor, value_P: Tens
     if panels is None:
         _spread("bag", [starts_R, order_P, index_P, value_P, rows, I, out_RI], _balanced(starts_R, FINE))
         return out_RI
-    given = [*_in_order(order_P, index_P, value_P), panels.space, panels.shape(R), out_RI]
+    squares = paths.empty(panels.count, R)
+    given = [*_in_order(order_P, index_P, value_P), panels.space, panels.shape(R), out_RI, squares]
     _spread("bag_panels", [starts_R, *given], _even(panels.count * R, FINE))
+    paths.know(out_RI, ENERGY, squares)
     return out_RI
 
 
@@ -289,9 +292,11 @@ def bag_and_dot(
         _spread("bag_and_dot", given, _balanced(starts_R, FINE))
         return out_RI, out_P
     own, shape = panels.beside(own_RI)
-    given, product_P4 = [panels.space, shape, own, out_RI], paths.empty(len(out_P), 4)
+    squares, product_P4 = paths.empty(panels.count, R), paths.empty(len(out_P), 4)
+    given = [panels.space, shape, own, out_RI, squares]
     _spread("bag_and_dot_panels", [starts_R, *_in_order(order_P, index_P, value_P), *given, product_P4], _balanced(starts_R, RANGES))
     _spread("out_of_order", [order_P, product_P4, out_P], _even(len(out_P), FINE))
+    paths.know(out_RI, ENERGY, squares)
     return out_RI, out_P
 
 
@@ -324,7 +329,7 @@ class _Panels:
     def of(cls, rows: Tensor, halved: bool) -> "_Panels":
         R, I = rows.shape
         wide = next((wide for wide in PANELS if R * wide <= CACHED), PANELS[-1])
-        return paths.derived(rows, ("panels", halved), lambda: cls(R, I, wide, halved, paths.empty(-(-I * (2 if halved else 4) // wide) * R * wide // 4)).fill(rows))
+        return paths.derived(rows, (PANELED, halved), lambda: cls(R, I, wide, halved, paths.empty(-(-I * (2 if halved else 4) // wide) * R * wide // 4)).fill(rows))
 
     def fill(self, rows: Tensor) -> "_Panels":
         _spread("into_panels", [rows, self.R, self.I, self.wide, self.halved, self.space.nbytes >= FAR, self.space], _even(self.R, FINE))
@@ -339,8 +344,8 @@ class _Panels:
         return torch.tensor([self.R, self.I, self.wide, self.halved, sums, self.I % 16 == 0 and 4 * sums * self.I >= FAR, theirs])
 
     def beside(self, own_RI: Tensor) -> tuple[Tensor, Tensor]:
-        """Where own rows are read from, and the shape that says so: in a training loop from panels too, one line after the other."""
-        own = _Panels.of(own_RI, self.halved) if paths.keeps() else None
+        """Where own rows are read from, and the shape that says so: from panels too where they have some, one line after the other."""
+        own = paths.known(own_RI, (PANELED, self.halved))
         if own is None or own.wide not in (self.wide, self.wide // 2):
             return own_RI, self.shape(len(own_RI))
         return own.space, self.shape(len(own_RI), own.wide)
@@ -356,11 +361,13 @@ def adam(value: Tensor, grad: Tensor, mean: Tensor, square: Tensor, numbers: Seq
     """A step of Adam on a matrix in place, by the `numbers` that the compiled file asks for; what was derived of it is derived anew."""
     R, I = len(value), value[0].numel()
     kept, derived = [0] * 8, paths.kinds(value)
-    tiles, panels = derived.get(TILES), [panels for kind, panels in derived.items() if kind != TILES][:1]
+    tiles, panels = derived.get(TILES), [panels for kind, panels in derived.items() if PANELED in kind][:1]
     if tiles is not None:
         kept[:3] = (t.data_ptr() for t in tiles)
     for p in panels:
         kept[3:6] = p.space.data_ptr(), p.wide, p.halved
+    if (squares := derived.get(LENGTHS)) is not None:
+        kept[6:] = squares.data_ptr(), squares.numel() // R
     given, kept_, numbers_ = torch.tensor([R, I]), torch.tensor(kept), torch.tensor(numbers, dtype=torch.float32)
     _spread("adam", [value, grad, mean, square, given, numbers_, kept_], _even(-(-R // GROUP), FINE))
     torch.autograd.graph.increment_version((value, mean, square))
@@ -371,11 +378,26 @@ def adam(value: Tensor, grad: Tensor, mean: Tensor, square: Tensor, numbers: Seq
 def norm(tensors: Sequence[Tensor]) -> Tensor:
     """The length of all of them together, of numbers whose squares float32 holds."""
     sums = [torch.zeros(1, dtype=torch.double, device="cpu")]
-    for a in (tensor.contiguous() for tensor in tensors):
+    for tensor in tensors:
+        known = paths.known(tensor, ENERGY)
+        if known is not None:
+            sums.append(known.sum(dtype=torch.double)[None])
+            continue
+        a = tensor.contiguous()
         blocks = -(-a.numel() // BLOCK)
         sums.append(torch.empty(blocks, dtype=torch.double, device="cpu"))
         _spread("squares_of", [a, a.numel(), BLOCK, sums[-1]], _even(blocks, FINE))
     return torch.cat(sums).sum().sqrt()
+
+
+def squares(a: Tensor) -> Tensor:
+    """The sum of squares over the last axis, without gradients."""
+    def make() -> Tensor:
+        out = torch.empty(a.shape[:-1], dtype=torch.float32, device="cpu")
+        _spread("squares_of_parts", [a, a.shape[-1], out], _even(out.numel(), FINE))
+        return out
+
+    return paths.derived(a, LENGTHS, make)
 
 
 def passes(x: Tensor, other: Tensor) -> bool:

@@ -62,8 +62,11 @@ static inline __attribute__((always_inline)) void lanes_of(const char *row, int 
         } else out[k] = OF((const float *)row + LANES * k);
 }
 
-/* Stores what of K registers lies before the last column. */
-static inline __attribute__((always_inline)) void put(const lanes *sum, int K, int64_t columns, int away, float *out) {
+/* Stores what of K registers lies before the last column, where they are 0, and the sum of their squares. */
+static inline __attribute__((always_inline)) void put(const lanes *sum, int K, int64_t columns, int away, float *out, float *square) {
+    lanes squares = {};
+    for (int k = 0; k < K; k++) squares += sum[k] * sum[k];
+    *square = total(squares);
     if (columns < K * LANES) {
         float whole[8 * LANES];
         for (int k = 0; k < K; k++) AT(whole + k * LANES) = sum[k];
@@ -73,7 +76,7 @@ static inline __attribute__((always_inline)) void put(const lanes *sum, int K, i
 }
 
 static inline __attribute__((always_inline)) void bag_panel(sums of, int64_t bytes, int K, int halved, int64_t I, int64_t columns, int away,
-                                                            float *out, int64_t start, int64_t stop) {
+                                                            float *out, float *square, int64_t start, int64_t stop) {
     for (int64_t r = start; r < stop; r++) {
         lanes sum[8], row[8];
         for (int k = 0; k < K; k++) sum[k] = (lanes){};
@@ -81,13 +84,14 @@ static inline __attribute__((always_inline)) void bag_panel(sums of, int64_t byt
             lanes_of(of.panel + of.index[q] * bytes, K, halved, row);
             for (int k = 0; k < K; k++) sum[k] += of.value[q] * row[k];
         }
-        put(sum, K, columns, away, out + r * I);
+        put(sum, K, columns, away, out + r * I, square + r);
     }
 }
 
 /* If `out`, the sums as well as the products. */
 static inline __attribute__((always_inline)) void dot_panel(sums of, int64_t bytes, int K, int halved, int64_t I, int64_t columns, int away,
-                                                            int more, owns own, float *out, quarter *product, int64_t start, int64_t stop) {
+                                                            int more, owns own, float *out, float *square, quarter *product, int64_t start,
+                                                            int64_t stop) {
     for (int64_t r = start; r < stop; r++) {
         lanes sum[8], row[8], x[8];
         for (int k = 0; k < K; k++) sum[k] = (lanes){};
@@ -119,24 +123,25 @@ static inline __attribute__((always_inline)) void dot_panel(sums of, int64_t byt
             if (more) part[0] += product[q];
             product[q] = part[0];
         }
-        if (out) put(sum, K, columns, away, out + r * I);
+        if (out) put(sum, K, columns, away, out + r * I, square + r);
     }
 }
 
 /* `shape`: R rows in a panel, I columns, `bytes` of each row, whether halved, O sums, whether to store past the caches. out[r] (O, I) = sum
-   over q in [starts[r], starts[r + 1]) of value[q] * rows[index[q]], for the turns [start, stop): row r of panel p is turn p * O + r. */
+   over q in [starts[r], starts[r + 1]) of value[q] * rows[index[q]], and `squares` (panels, O) of what each
+   panel holds of it, for the turns [start, stop): row r of panel p is turn p * O + r. */
 KERNEL void bag_panels(const int64_t *starts, const int32_t *index, const float *value, const char *panels, const int64_t *shape, float *out,
-                       int64_t start, int64_t stop) {
+                       float *squares, int64_t start, int64_t stop) {
     const int64_t R = shape[0], I = shape[1], bytes = shape[2], halved = shape[3], O = shape[4], away = shape[5], width = bytes / (halved ? 2 : 4);
     while (start < stop) {
         const int64_t p = start / O, end = (p + 1) * O < stop ? (p + 1) * O : stop, first = start - p * O, last = end - p * O;
         const sums of = {starts, index, value, panels + p * R * bytes};
         const int64_t columns = I - p * width;
-        float *to = out + p * width;
-        if (halved && bytes == 256) bag_panel(of, 256, 8, 1, I, columns, away, to, first, last);
-        else if (halved) bag_panel(of, 128, 4, 1, I, columns, away, to, first, last);
-        else if (bytes == 256) bag_panel(of, 256, 4, 0, I, columns, away, to, first, last);
-        else bag_panel(of, 128, 2, 0, I, columns, away, to, first, last);
+        float *to = out + p * width, *square = squares + p * O;
+        if (halved && bytes == 256) bag_panel(of, 256, 8, 1, I, columns, away, to, square, first, last);
+        else if (halved) bag_panel(of, 128, 4, 1, I, columns, away, to, square, first, last);
+        else if (bytes == 256) bag_panel(of, 256, 4, 0, I, columns, away, to, square, first, last);
+        else bag_panel(of, 128, 2, 0, I, columns, away, to, square, first, last);
         start = end;
     }
     settle(away);
@@ -144,7 +149,7 @@ KERNEL void bag_panels(const int64_t *starts, const int32_t *index, const float 
 
 static inline __attribute__((always_inline)) void dot_panels_(const int64_t *starts, const int32_t *index, const float *value,
                                                               const char *panels, const int64_t *shape, const char *own, int bags, float *out,
-                                                              quarter *product, int64_t start, int64_t stop) {
+                                                              float *squares, quarter *product, int64_t start, int64_t stop) {
     const int64_t R = shape[0], I = shape[1], bytes = shape[2], halved = shape[3], O = shape[4], away = shape[5], theirs = shape[6];
     const int64_t width = bytes / (halved ? 2 : 4);
     for (int64_t p = 0; p * width < I; p++) {
@@ -152,11 +157,11 @@ static inline __attribute__((always_inline)) void dot_panels_(const int64_t *sta
         const int64_t columns = I - p * width;
         const owns at = theirs ? (owns){own + p * O * bytes, theirs, O * theirs, (int)(theirs / (halved ? 32 : 64))}
                                : (owns){own + p * width * 4, 4 * I, 0, 0};
-        float *to = bags ? out + p * width : 0;
-        if (halved && bytes == 256) dot_panel(of, 256, 8, 1, I, columns, away, p > 0, at, to, product, start, stop);
-        else if (halved) dot_panel(of, 128, 4, 1, I, columns, away, p > 0, at, to, product, start, stop);
-        else if (bytes == 256) dot_panel(of, 256, 4, 0, I, columns, away, p > 0, at, to, product, start, stop);
-        else dot_panel(of, 128, 2, 0, I, columns, away, p > 0, at, to, product, start, stop);
+        float *to = bags ? out + p * width : 0, *square = bags ? squares + p * O : 0;
+        if (halved && bytes == 256) dot_panel(of, 256, 8, 1, I, columns, away, p > 0, at, to, square, product, start, stop);
+        else if (halved) dot_panel(of, 128, 4, 1, I, columns, away, p > 0, at, to, square, product, start, stop);
+        else if (bytes == 256) dot_panel(of, 256, 4, 0, I, columns, away, p > 0, at, to, square, product, start, stop);
+        else dot_panel(of, 128, 2, 0, I, columns, away, p > 0, at, to, square, product, start, stop);
     }
     settle(away);
 }
@@ -165,11 +170,11 @@ static inline __attribute__((always_inline)) void dot_panels_(const int64_t *sta
    rows are float32 one after the other, or in panels of shape[6] bytes, as many as `rows` are in or half as many. */
 KERNEL void dot_panels(const int64_t *starts, const int32_t *index, const char *panels, const int64_t *shape, const char *own, float *product,
                        int64_t start, int64_t stop) {
-    dot_panels_(starts, index, 0, panels, shape, own, 0, 0, (quarter *)product, start, stop);
+    dot_panels_(starts, index, 0, panels, shape, own, 0, 0, 0, (quarter *)product, start, stop);
 }
 
 /* Both. */
 KERNEL void bag_and_dot_panels(const int64_t *starts, const int32_t *index, const float *value, const char *panels, const int64_t *shape,
-                               const char *own, float *out, float *product, int64_t start, int64_t stop) {
-    dot_panels_(starts, index, value, panels, shape, own, 1, out, (quarter *)product, start, stop);
+                               const char *own, float *out, float *squares, float *product, int64_t start, int64_t stop) {
+    dot_panels_(starts, index, value, panels, shape, own, 1, out, squares, (quarter *)product, start, stop);
 }
