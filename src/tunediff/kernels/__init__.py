@@ -119,8 +119,8 @@ def rotated(x_BHTE: Tensor, cos_BTE: Tensor, sin_BTE: Tensor) -> Tensor | None:
 
 
 class Adam(torch.optim.Adam):
-    """Adam (Kingma & Ba 2015, 1412.6980), torch's fused one or in one pass of the compiled kernels, which also keeps up to date what they
-    have derived of the parameters. `grad_scale`, if set, divides the gradients."""
+    """Adam (Kingma & Ba 2015, 1412.6980): torch's fused one, or one pass of the compiled kernels, which also bring up to date what they have
+    derived of the parameters. `grad_scale`, if set, divides the gradients."""
 
     grad_scale: Tensor | None = None
 
@@ -130,19 +130,20 @@ class Adam(torch.optim.Adam):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """One step of every parameter that has a gradient."""
-        for group in self.param_groups:
-            having = [p for p in group["params"] if p.grad is not None]
-            if not native.serves(*having, *(p.grad for p in having)) or not all(p.is_contiguous() for p in having):
-                return super().step()
-            (beta1, beta2), scale = group["betas"], 1.0 if self.grad_scale is None else float(self.grad_scale)
-            for p in having:
-                state = self.state[p]
-                if not state:
-                    state.update(step=torch.zeros((), dtype=torch.float32), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-                state["step"] += 1
-                t = float(state["step"])
-                step, root = group["lr"] / (1 - beta1**t), 1 / math.sqrt(1 - beta2**t)
-                native.adam(p, p.grad.contiguous(), state["exp_avg"], state["exp_avg_sq"], (1 / scale, 1 - beta1, beta2, step, root, group["eps"]))
+        having = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if not all(p.is_contiguous() and native.serves(p, p.grad) for p in having):
+            return super().step()
+        group, scale = self.param_groups[0], 1.0 if self.grad_scale is None else float(self.grad_scale)
+        beta1, beta2 = group["betas"]
+        for p in having:
+            state = self.state[p]
+            if not state:
+                state.update(step=torch.zeros((), dtype=torch.float32), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+            state["step"] += 1
+            t = int(state["step"])
+            step, root = group["lr"] / (1 - beta1**t), 1 / math.sqrt(1 - beta2**t)
+            numbers = (1 / scale, 1 - beta1, beta2, step, root, group["eps"])
+            native.adam(p, p.grad.contiguous(), state["exp_avg"], state["exp_avg_sq"], numbers)
 
 
 def norm(tensors: Sequence[Tensor]) -> Tensor:

@@ -9,8 +9,8 @@ enum { TURN = 32 }; /* rows */
 
 /* `numbers`: what the gradient is multiplied by, 1 - beta1, beta2, the step over the first bias, one over the second one's root, and
    epsilon. `kept`, each only if it is not 0: tiles of the rows, their lengths and what rounding took (see `pack`); panels, bytes of a row
-   in one, whether halved (see `into_panels`); sums of squares, of how many parts of each row. Of R rows of I numbers the turns [start, stop)
-   of 32 rows each. */
+   in one, whether halved (see `into_panels`); sums of squares, of how many parts of each row. Of R rows of I numbers (`shape`) the turns
+   [start, stop) of 32 rows. */
 KERNEL void adam(float *restrict value, const float *restrict grad, float *restrict mean, float *restrict square, const int64_t *shape,
                  const float *numbers, const int64_t *kept, int64_t start, int64_t stop) {
     const int64_t R = shape[0], I = shape[1], parts = kept[7];
@@ -24,7 +24,7 @@ KERNEL void adam(float *restrict value, const float *restrict grad, float *restr
         }
         if (kept[0]) pack(value, R, I, 0, 1, (uint16_t *)kept[0], (float *)kept[1], (float *)kept[2], 2 * turn, 2 * turn + 2);
         if (kept[3]) into_panels(value, R, I, kept[4], kept[5], 1, (char *)kept[3], first, last);
-        if (kept[6]) squares_of_parts(value, I / (parts ? parts : 1), (float *)kept[6], first * parts, last * parts);
+        if (kept[6]) squares_of_parts(value, I / parts, (float *)kept[6], first * parts, last * parts);
     }
 }
 

@@ -358,21 +358,22 @@ def _panels(rows: Tensor, pairs: int) -> _Panels | None:
 
 
 def adam(value: Tensor, grad: Tensor, mean: Tensor, square: Tensor, numbers: Sequence[float]) -> None:
-    """A step of Adam on a matrix in place, by the `numbers` that the compiled file asks for; what was derived of it is derived anew."""
+    """A step of Adam on rows in place, by the `numbers` that the compiled file asks for; what was derived of them is derived anew."""
     R, I = len(value), value[0].numel()
     kept, derived = [0] * 8, paths.kinds(value)
-    tiles, panels = derived.get(TILES), [panels for kind, panels in derived.items() if PANELED in kind][:1]
-    if tiles is not None:
-        kept[:3] = (t.data_ptr() for t in tiles)
-    for p in panels:
-        kept[3:6] = p.space.data_ptr(), p.wide, p.halved
-    if (squares := derived.get(LENGTHS)) is not None:
-        kept[6:] = squares.data_ptr(), squares.numel() // R
-    given, kept_, numbers_ = torch.tensor([R, I]), torch.tensor(kept), torch.tensor(numbers, dtype=torch.float32)
-    _spread("adam", [value, grad, mean, square, given, numbers_, kept_], _even(-(-R // GROUP), FINE))
+    for kind, what in derived.items():
+        if kind == TILES:
+            kept[:3] = (t.data_ptr() for t in what)
+        elif kind == LENGTHS:
+            kept[6:] = what.data_ptr(), what.numel() // R
+        elif kind == (PANELED, paths.rounded()):
+            kept[3:6] = what.space.data_ptr(), what.wide, what.halved
+    given = _array([R, I]), (ctypes.c_float * len(numbers))(*numbers), _array(kept)
+    _spread("adam", [value, grad, mean, square, *map(ctypes.addressof, given)], _even(-(-R // GROUP), FINE))
     torch.autograd.graph.increment_version((value, mean, square))
     for kind, what in derived.items():
-        paths.know(value, kind, what)
+        if kind in (TILES, LENGTHS, (PANELED, paths.rounded())):
+            paths.know(value, kind, what)
 
 
 def norm(tensors: Sequence[Tensor]) -> Tensor:
