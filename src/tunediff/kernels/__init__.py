@@ -142,7 +142,7 @@ class Adam(torch.optim.Adam):
             state["step"] += 1
             t = int(state["step"])
             step, root = group["lr"] / (1 - beta1**t), 1 / math.sqrt(1 - beta2**t)
-            numbers = (1 / scale, 1 - beta1, beta2, step, root, group["eps"])
+            numbers = (1 / scale, 1 - beta1, beta2, 1 - beta2, step, root, group["eps"])
             native.adam(p, p.grad.contiguous(), state["exp_avg"], state["exp_avg_sq"], numbers)
 
 

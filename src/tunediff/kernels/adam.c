@@ -7,18 +7,18 @@
 
 enum { TURN = 32 }; /* rows */
 
-/* `numbers`: what the gradient is multiplied by, 1 - beta1, beta2, the step over the first bias, one over the second one's root, and
-   epsilon. `kept`, each only if it is not 0: tiles of the rows, their lengths and what rounding took (see `pack`); panels, bytes of a row
+/* `numbers`: what the gradient is multiplied by, 1 - beta1, beta2, 1 - beta2, the step over the first bias, one over the second one's
+   root, and epsilon. `kept`, each only if it is not 0: tiles of the rows, their lengths and what rounding took (see `pack`); panels, bytes of a row
    in one, whether halved (see `into_panels`); sums of squares, of how many parts of each row. Of R rows of I numbers (`shape`) the turns
    [start, stop) of 32 rows. */
 KERNEL void adam(float *restrict value, const float *restrict grad, float *restrict mean, float *restrict square, const int64_t *shape,
                  const float *numbers, const int64_t *kept, int64_t start, int64_t stop) {
     const int64_t R = shape[0], I = shape[1], parts = kept[7];
-    const float scale = numbers[0], some = numbers[1], most = numbers[2], step = numbers[3], root = numbers[4], epsilon = numbers[5];
+    const float scale = numbers[0], some = numbers[1], most = numbers[2], rest = numbers[3], step = numbers[4], root = numbers[5], epsilon = numbers[6];
     for (int64_t turn = start; turn < stop; turn++) {
         const int64_t first = turn * TURN, last = first + TURN < R ? first + TURN : R;
         for (int64_t i = first * I; i < last * I; i++) {
-            const float g = grad[i] * scale, m = mean[i] + (g - mean[i]) * some, s = square[i] * most + g * g * (1 - most);
+            const float g = grad[i] * scale, m = mean[i] + (g - mean[i]) * some, s = square[i] * most + g * g * rest;
             mean[i] = m, square[i] = s;
             value[i] -= step * m / (sqrtf(s) * root + epsilon);
         }

@@ -354,7 +354,7 @@ class _Panels:
 def _panels(rows: Tensor, pairs: int) -> _Panels | None:
     """The rows as sums over so many pairs read them fastest; None where that is as they are. In bfloat16 where that is allowed."""
     R, I = rows.shape
-    return _Panels.of(rows, paths.rounded()) if pairs >= PER_ROW * R and R * PANELS[-1] <= CACHED and I >= NARROW else None
+    return _Panels.of(rows, paths.rounded()) if pairs >= PER_ROW * R and R * PANELS[-1] <= CACHED and 4 * I >= PANELS[-1] else None
 
 
 def adam(value: Tensor, grad: Tensor, mean: Tensor, square: Tensor, numbers: Sequence[float]) -> None:
