@@ -186,6 +186,14 @@ def test_keys_tell_values_apart():
     )
 
 
+def test_a_later_setting_leaves_keys_as_they_were():
+    """At its default; else it counts."""
+    before = dataclasses.make_dataclass("Given", [("a", int, 1)])
+    after = dataclasses.make_dataclass("Given", [("a", int, 1), ("b", str, dataclasses.field(default="x", metadata=artifacts.LATER))])
+    assert key_of([before()]) == key_of([after()]) != key_of([after(b="y")])
+    assert plain(after()) == {"a": 1, "b": "x"}
+
+
 def test_a_write_is_all_or_nothing(tmp_path, monkeypatch):
     path = tmp_path / "deep" / "file"
     write_bytes(path, b"old")

@@ -516,22 +516,23 @@ def test_what_is_derived_follows_its_numbers(R, I, rounded):
 
     def everything() -> list[torch.Tensor]:
         flat = p.detach().flatten(1)
-        tiles = paths.derived(flat, native.TILES, lambda: native._packed(flat, False))
+        tiles = paths.derived(flat, (native.TILES, R), lambda: native._packed(flat, False))
         return [t.clone() for t in (*tiles, native._Panels.of(flat, paths.rounded()).space, native.squares(p.detach()), kernels.lengths(p))]
 
     with kernels.kept_memory(), kernels.rounding(rounded):
         before = everything()
         p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
         optimizer.step()
-        assert all(paths.known(p, kind) is not None for kind in (native.TILES, (native.PANELED, paths.rounded()), native.LENGTHS))
+        kinds = {(native.TILES, R), (native.PANELED, R, paths.rounded()), (native.LENGTHS, I)}
+        assert all(paths.known(p, kind) is not None for kind in kinds)
         followed = everything()
         with torch.no_grad():
             p.add_(0)  # nothing but a write
-        assert paths.known(p, native.TILES) is None and set(paths.kinds(p)) == {native.TILES, (native.PANELED, paths.rounded()), native.LENGTHS}
+        assert not any(paths.known(p, kind) for kind in kinds) and set(paths.kinds(p)) == kinds
         anew = everything()
         for old, one, other in zip(before, followed, anew):
             assert torch.equal(one, other) and not torch.equal(old, one)
-    assert paths.known(p, native.TILES) is None and not paths.kinds(p)
+    assert not paths.kinds(p)
 
 
 @pytest.mark.parametrize("path", PATHS[:2])

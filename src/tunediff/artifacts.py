@@ -20,14 +20,21 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.json"
 
 
-def plain(value: Any) -> Any:
-    """`value` as JSON can hold it: dataclasses become objects, tuples lists, paths strings, non-finite floats null."""
+LATER = {"later": True}
+"""Metadata of a dataclass's field that came after others had been keyed: at its default it is in no key, so that what was made before it
+is still found."""
+
+
+def plain(value: Any, key: bool = False) -> Any:
+    """`value` as JSON can hold it: dataclasses become objects, tuples lists, paths strings, non-finite floats null. For a `key`
+    without fields that came `LATER` and are at their default."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        fields = (f for f in dataclasses.fields(value) if not (key and f.metadata.get("later") and getattr(value, f.name) == f.default))
+        return {f.name: plain(getattr(value, f.name), key) for f in fields}
     if isinstance(value, Mapping):
-        return {str(k): plain(v) for k, v in value.items()}
+        return {str(k): plain(v, key) for k, v in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
-        return [plain(v) for v in (sorted(value) if isinstance(value, (set, frozenset)) else value)]
+        return [plain(v, key) for v in (sorted(value) if isinstance(value, (set, frozenset)) else value)]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if value is None or isinstance(value, (str, int, bool)):
@@ -46,7 +53,7 @@ def to_json(value: Any, *, indent: int | None = None) -> str:
 
 def key_of(*parts: Any) -> str:
     """A 16-digit content key of `parts`."""
-    return hashlib.sha256(to_json(list(parts)).encode()).hexdigest()[:16]
+    return hashlib.sha256(to_json(plain(list(parts), key=True)).encode()).hexdigest()[:16]
 
 
 def hash_file(path: Path) -> str:

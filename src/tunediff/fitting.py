@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, Protocol
@@ -246,7 +246,7 @@ class FitSettings:
     after many epochs codes are larger there, and L0 elsewhere misses k by as much as a factor of 2. Too large:
     less to train on."""
 
-    precision: str = "float32"
+    precision: str = field(default="float32", metadata=artifacts.LATER)
     """What a step multiplies: float32, or bfloat16, to which activations, vectors and gradients are rounded first, where compiled
     kernels serve (elsewhere float32). Sums, parameters and moments stay float32. bfloat16 takes a fifth less time; which codes are
     kept and what is explained differ as between seeds, and little of that."""

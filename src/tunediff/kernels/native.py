@@ -12,7 +12,7 @@ import importlib.util
 import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Callable, Sequence
 
@@ -44,7 +44,8 @@ SMALL_BLOCK = 1 << 12
 CROWD = 4
 """Times the codes wanted of 32 tokens for which there is room at first, besides all codes of one token."""
 TILES, PANELED, ENERGY, LENGTHS = "tiles", "panels", "energy", "lengths"
-"""Kinds of what is derived of numbers: rows in bfloat16 tiles, in panels, sums of squares whose sum is that of all, and of each row's parts."""
+"""What is derived of numbers: so many rows in bfloat16 tiles; in panels, halved or not; sums of squares whose sum is that of all; those of
+so many numbers each."""
 PANELS, CACHED, PER_ROW, FAR = (256, 128), 5 << 18, 6, 1 << 24
 """Bytes of a row in a panel, the first with which a panel of at most so many fits a core's cache; pairs for each row from which on
 copying rows into panels pays, and bytes of sums from which on they go past the caches (measured)."""
@@ -138,10 +139,10 @@ def select(pre_NF: Tensor, weight_F: Tensor, parts: Sequence[gates.Part]) -> tup
 def _encode_rounded(x_NI: Tensor, encoder_FI: Tensor, bias_F: Tensor, gate: gates.Gate) -> tuple[Tensor, ...]:
     """By Cauchy and Schwarz x.w and its rounded product differ by at most |x - x'| |w| + |x'| |w - w'|, to which comes what sums
     in float32 lose. E is F and T is N, filled up to whole groups."""
-    (N, I), parts = x_NI.shape, gate.parts
+    (N, I), F, parts = x_NI.shape, len(encoder_FI), gate.parts
     weight_F, bias_F = gate.weight_F.contiguous(), bias_F.contiguous()
-    (x16_TI, x_T, x_lost_T), (w16_EI, w_E, w_lost_E) = _packed(x_NI, True), paths.derived(encoder_FI, TILES, lambda: _packed(encoder_FI, False))
-    F, E, T, steps, scaled_F = len(encoder_FI), len(w_E), len(x_T), -(-I // DEEP), bias_F * weight_F
+    (x16_TI, x_T, x_lost_T), (w16_EI, w_E, w_lost_E) = _packed(x_NI, True), paths.derived(encoder_FI, (TILES, F), lambda: _packed(encoder_FI, False))
+    E, T, steps, scaled_F = len(w_E), len(x_T), -(-I // DEEP), bias_F * weight_F
     # Of tiny numbers squares are lost, and what is left of them by rounding, so both sides get some more; of infinite lengths, as
     # of numbers whose squares are, all codes are candidates.
     ratio_T = torch.where(x_T > 1e-15, x_lost_T / x_T, 0.0).nan_to_num(0.0)
@@ -315,7 +316,7 @@ def _dot_panels(starts_R: Tensor, index_P: Tensor, rows: Tensor, own_RI: Tensor)
     return out_P4
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class _Panels:
     """Rows a few columns at a time: panels in `space`, of `wide` bytes of each of R rows of I numbers, in bfloat16 if `halved`."""
 
@@ -323,13 +324,16 @@ class _Panels:
     I: int
     wide: int
     halved: bool
-    space: Tensor
+    space: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.space = paths.empty(self.count * self.R * self.wide // 4)
 
     @classmethod
     def of(cls, rows: Tensor, halved: bool) -> "_Panels":
         R, I = rows.shape
         wide = next((wide for wide in PANELS if R * wide <= CACHED), PANELS[-1])
-        return paths.derived(rows, (PANELED, halved), lambda: cls(R, I, wide, halved, paths.empty(-(-I * (2 if halved else 4) // wide) * R * wide // 4)).fill(rows))
+        return paths.derived(rows, (PANELED, R, halved), lambda: cls(R, I, wide, halved).fill(rows))
 
     def fill(self, rows: Tensor) -> "_Panels":
         _spread("into_panels", [rows, self.R, self.I, self.wide, self.halved, self.space.nbytes >= FAR, self.space], _even(self.R, FINE))
@@ -345,7 +349,7 @@ class _Panels:
 
     def beside(self, own_RI: Tensor) -> tuple[Tensor, Tensor]:
         """Where own rows are read from, and the shape that says so: from panels too where they have some, one line after the other."""
-        own = paths.known(own_RI, (PANELED, self.halved))
+        own = paths.known(own_RI, (PANELED, len(own_RI), self.halved))
         if own is None or own.wide not in (self.wide, self.wide // 2):
             return own_RI, self.shape(len(own_RI))
         return own.space, self.shape(len(own_RI), own.wide)
@@ -360,20 +364,22 @@ def _panels(rows: Tensor, pairs: int) -> _Panels | None:
 def adam(value: Tensor, grad: Tensor, mean: Tensor, square: Tensor, numbers: Sequence[float]) -> None:
     """A step of Adam on rows in place, by the `numbers` that the compiled file asks for; what was derived of them is derived anew."""
     R, I = len(value), value[0].numel()
-    kept, derived = [0] * 8, paths.kinds(value)
-    for kind, what in derived.items():
-        if kind == TILES:
+    kept, renewed = [0] * 8, {}
+    for kind, what in paths.kinds(value).items():
+        if kind == (TILES, R):
             kept[:3] = (t.data_ptr() for t in what)
-        elif kind == LENGTHS:
-            kept[6:] = what.data_ptr(), what.numel() // R
-        elif kind == (PANELED, paths.rounded()):
+        elif kind == (PANELED, R, paths.rounded()):
             kept[3:6] = what.space.data_ptr(), what.wide, what.halved
+        elif kind == (LENGTHS, value.shape[-1]):
+            kept[6:] = what.data_ptr(), I // value.shape[-1]
+        else:
+            continue
+        renewed[kind] = what
     given = _array([R, I]), (ctypes.c_float * len(numbers))(*numbers), _array(kept)
     _spread("adam", [value, grad, mean, square, *map(ctypes.addressof, given)], _even(-(-R // GROUP), FINE))
     torch.autograd.graph.increment_version((value, mean, square))
-    for kind, what in derived.items():
-        if kind in (TILES, LENGTHS, (PANELED, paths.rounded())):
-            paths.know(value, kind, what)
+    for kind, what in renewed.items():
+        paths.know(value, kind, what)
 
 
 def norm(tensors: Sequence[Tensor]) -> Tensor:
@@ -398,7 +404,7 @@ def squares(a: Tensor) -> Tensor:
         _spread("squares_of_parts", [a, a.shape[-1], out], _even(out.numel(), FINE))
         return out
 
-    return paths.derived(a, LENGTHS, make)
+    return paths.derived(a, (LENGTHS, a.shape[-1]), make)
 
 
 def passes(x: Tensor, other: Tensor) -> bool:
