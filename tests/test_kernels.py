@@ -101,12 +101,12 @@ def test_panels_add_up_as_rows_do(monkeypatch, I, theirs, wide, away):
     monkeypatch.setattr(native, "FAR", 0 if away else 1 << 62)
     for rounded in (False, True):
         with kernels.kept_memory(), kernels.rounding(rounded):
-            halved = paths.rounded()
+            halved = native.rounded()
             for rows, width in ((x, wide), (W, theirs)):
                 monkeypatch.setattr(native, "PANELS", (width,))
                 if width:
                     native._Panels.of(rows, halved)
-            monkeypatch.setattr(native, "_panels", lambda rows, pairs: native._Panels.of(rows, halved))
+            monkeypatch.setattr(native, "_panels", lambda rows, pairs: native._Panels.of(rows, halved) if rows is x or theirs else None)
             bag = native.bag(starts, order, token, value, x)
             both, product = native.bag_and_dot(starts, order, token, value, x, W)
             squares = [float(paths.known(t, native.ENERGY).sum(dtype=torch.double)) for t in (bag, both)]
@@ -417,7 +417,10 @@ def test_a_fit_in_bfloat16(tmp_path, monkeypatch):
     mix = torch.randn(40, 2, 2, 24, generator=torch.Generator().manual_seed(5))
     on = torch.rand(6000, 40, generator=torch.Generator().manual_seed(6))
     source = TensorSource(*torch.einsum("nf,fsmd->nsmd", (on - 0.9).clamp_min(0) * 10, mix).split([5000, 1000]))
-    spec, settings = dictionary("delta").spec, FitSettings(steps=200, batch=256, learning_rate=3e-3, precision="bfloat16", checkpoint_every=30)
+    # annealing crosses the number of pairs from which decoder vectors go into panels, and back over it the checkpoint is taken
+    monkeypatch.setattr(native, "PER_ROW", 6)
+    spec = dictionaries.spec("delta", latents=400, k_shared=5, k_delta=8)
+    settings = FitSettings(steps=200, batch=256, learning_rate=3e-3, precision="bfloat16", checkpoint_every=30, anneal_from=2.0, anneal=0.3)
     plain = fit(spec, source, dataclasses.replace(settings, precision="float32"))
     whole = fit(spec, source, settings, tmp_path / "whole")
     assert abs(whole.quality.ev_tuned - plain.quality.ev_tuned) < 0.02 and abs(whole.quality.ev_delta - plain.quality.ev_delta) < 0.03
@@ -432,11 +435,11 @@ def test_a_fit_in_bfloat16(tmp_path, monkeypatch):
     again = fit(spec, source, settings, tmp_path / "killed")
     for one, other in zip(again.dictionary.parameters(), whole.dictionary.parameters()):
         assert torch.equal(one, other)
-    assert artifacts.open_folder(tmp_path / "whole", SCHEMA)["rounded"] is True
+    assert artifacts.open_folder(tmp_path / "whole", SCHEMA)["may_round"] is True
     with kernels.using("torch"):
         one, other = (fit(spec, source, dataclasses.replace(settings, steps=5, precision=p), tmp_path / p) for p in ("bfloat16", "float32"))
     assert torch.equal(one.dictionary.decoder_FSMD, other.dictionary.decoder_FSMD)
-    assert artifacts.open_folder(tmp_path / "bfloat16", SCHEMA)["rounded"] is False
+    assert artifacts.open_folder(tmp_path / "bfloat16", SCHEMA)["may_round"] is False
     with pytest.raises(SettingError, match="precision"):
         FitSettings(precision="float16")
 
@@ -501,8 +504,60 @@ def test_adam_is_torchs(path, threads, shape):
                 optimizer.step()
     torch.testing.assert_close(ours[0], theirs[0], rtol=1e-5, atol=1e-6)
     for name, value in other.state[theirs[0]].items():
-        torch.testing.assert_close(one.state[ours[0]][name], value, rtol=1e-5, atol=1e-12)
+        torch.testing.assert_close(one.state[ours[0]][name], value, rtol=1e-5, atol=1e-7 * float(value.abs().max()))
     assert torch.equal(ours[1], still) and not one.state[ours[1]]
+
+
+@pytest.mark.parametrize("path", PATHS[:2])
+def test_adam_of_odd_parameters(path):
+    """As torch's: none, single and one number, groups of their own rates, a gradient that lies otherwise; and numbers that torch's own step
+    wrote to are known for other ones."""
+    g = torch.Generator().manual_seed(0)
+    start = [torch.randn(s, generator=g) for s in ((), (0, 3), (1,), (40, 33))]
+    ours, theirs = ([torch.nn.Parameter(t.clone()) for t in start] for _ in range(2))
+    with kernels.using(path), kernels.kept_memory():
+        one, other = (kind([{"params": p[:2]}, {"params": p[2:], "lr": 0.5}], 0.1) for kind, p in ((kernels.Adam, ours), (torch.optim.Adam, theirs)))
+        for turned in (False, True, False):
+            before = kernels.lengths(ours[3])
+            for p, q in zip(ours, theirs):
+                p.grad = torch.randn(p.shape, generator=g)
+                q.grad = p.grad.clone()
+            if turned:
+                ours[3].grad = ours[3].grad.T.contiguous().T
+                one.grad_scale = torch.tensor(1.0)
+            one.step(), other.step()
+            torch.testing.assert_close(kernels.lengths(ours[3]), ours[3].norm(dim=1))
+            assert not torch.equal(kernels.lengths(ours[3]), before)
+    for p, q in zip(ours, theirs):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+@needs_native
+def test_an_inference_tensor_is_as_good(way):
+    x, W, b, _, weight = problem(300, 900, 64)
+    gate = Gate(weight, ((0, 900, 7000),))
+    with kernels.kept_memory():
+        want = native.encode(x, W, b, gate), kernels.norm([x]), kernels.lengths(x)
+        with torch.inference_mode():
+            x, W = x.clone(), W.clone()
+            got = native.encode(x, W, b, gate), kernels.norm([x]), kernels.lengths(x)
+    assert all(map(torch.equal, got[0], want[0])) and torch.equal(got[1], want[1]) and torch.equal(got[2], want[2])
+    with kernels.rounding():
+        assert not len(native.encode(x[:0], W, b, Gate(weight, ((0, 900, 0),)))[0])
+
+
+@needs_native
+def test_rounding_is_a_threads_own(monkeypatch):
+    """And in force only where the machine multiplies bfloat16."""
+    monkeypatch.setattr(native, "rounds", lambda: True)
+    seen = []
+    with kernels.rounding():
+        other = threading.Thread(target=lambda: seen.append(native.rounded()))
+        other.start(), other.join()
+        assert native.rounded() and seen == [False]
+        monkeypatch.setattr(native, "rounds", lambda: False)
+        assert not native.rounded()
+    assert not paths.rounded()
 
 
 @needs_native
@@ -517,13 +572,13 @@ def test_what_is_derived_follows_its_numbers(R, I, rounded):
     def everything() -> list[torch.Tensor]:
         flat = p.detach().flatten(1)
         tiles = paths.derived(flat, (native.TILES, R), lambda: native._packed(flat, False))
-        return [t.clone() for t in (*tiles, native._Panels.of(flat, paths.rounded()).space, native.squares(p.detach()), kernels.lengths(p))]
+        return [t.clone() for t in (*tiles, native._Panels.of(flat, native.rounded()).space, native.squares(p.detach()), kernels.lengths(p))]
 
     with kernels.kept_memory(), kernels.rounding(rounded):
         before = everything()
         p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
         optimizer.step()
-        kinds = {(native.TILES, R), (native.PANELED, R, paths.rounded()), (native.LENGTHS, I)}
+        kinds = {(native.TILES, R), (native.PANELED, R, native.rounded()), (native.LENGTHS, I)}
         assert all(paths.known(p, kind) is not None for kind in kinds)
         followed = everything()
         with torch.no_grad():

@@ -481,7 +481,7 @@ def build(spec: Spec, *, sites: int, width: int, seed: int) -> Dictionary:
 
 def thresholds_of(dictionary: Dictionary, thresholds: dict[str, float]) -> Tensor:
     """Group thresholds on f*w as thresholds (F,) on f."""
-    weight_F = dictionary.weights_F().detach()
+    weight_F = dictionary.scales_F()
     out_F = torch.zeros_like(weight_F)
     for group in dictionary.groups():
         theta = thresholds[group.name]
@@ -580,8 +580,9 @@ def _fit(
             artifacts.write_tensors(checkpoint, state.tensors())
     fitted = _finish(state, source, norm, settings, plan, calibration_N)
     if folder is not None and checkpoint is not None:
-        rounded = settings.precision == "bfloat16" and kernels.path(device) == "native+bf16"
-        how = {"kernels": kernels.path(device), "float32_products": torch.get_float32_matmul_precision(), "rounded": rounded}
+        path = kernels.path(device)
+        may_round = settings.precision == "bfloat16" and path == "native+bf16"
+        how = {"kernels": path, "float32_products": torch.get_float32_matmul_precision(), "may_round": may_round}
         fitted.save(folder, {"key": key, "settings": settings, "steps": plan.steps, "batch": plan.batch, **how})
         checkpoint.unlink(missing_ok=True)
     return fitted
@@ -809,7 +810,7 @@ def _finish(
     count = min(len(calibration_N), settings.calibration)
     some = source.order(calibration_N, generator(settings.seed, "calibration tokens"))[:count]
     index_N = calibration_N[some.sort().values]
-    groups, weight_F = dictionary.groups(), dictionary.weights_F()
+    groups, weight_F = dictionary.groups(), dictionary.scales_F()
     pools: dict[str, list[Tensor]] = {group.name: [] for group in groups}
     on = 0
     for at in index_N.split(CHUNK):

@@ -254,8 +254,14 @@ class Dictionary(nn.Module, abc.ABC):
 
     @final
     def weights_F(self) -> Tensor:
-        """w_j = |d_j^base| + |d_j^tuned|, or the length of the one decoder vector; what gates scale codes by."""
+        """w_j = |d_j^base| + |d_j^tuned|, or the length of the one decoder vector."""
         return _norms_MF(self.decoder_FSMD).sum(0)
+
+    @final
+    @torch.no_grad()
+    def scales_F(self) -> Tensor:
+        """w_j without gradients: what gates scale codes by."""
+        return kernels.lengths(self.decoder_FSMD).norm(dim=1).sum(1)
 
     @final
     def share_F(self) -> Tensor:
@@ -275,8 +281,7 @@ class Dictionary(nn.Module, abc.ABC):
         x_NSMD = self.view(check(x_NSMD, "NSMD", S=self.sites, M=MODELS, D=self.width))
         groups = self.groups()
         gated = any(group.k is not None for group in groups)
-        with torch.no_grad():
-            gate = gate_of(groups, self.weights_F(), len(x_NSMD), k_factor) if gated else None
+        gate = gate_of(groups, self.scales_F(), len(x_NSMD), k_factor) if gated else None
         code = kernels.encode(self._inputs(x_NSMD), self.encoder_FSMD.flatten(1), self.encoder_bias_F, gate)
         cuts, decoder_FI = self.spec.cuts, self.decoder_FSMD.flatten(1)
         # Taken apart at once and not by index: the gradient is then put together in one pass.
@@ -299,7 +304,7 @@ class Dictionary(nn.Module, abc.ABC):
         among = getattr(run.code, "among", None)
         # Pairs win where few of the dead are taken (measured); a GPU's host never learns how many there are.
         if among is not None and not (run.code.host_waits and int(dead_F.sum()) < 4 * k):
-            aux = among(self.weights_F().detach() * dead_F, min(k, dead_F.numel()))
+            aux = among(self.scales_F() * dead_F, min(k, dead_F.numel()))
             explained_NI = aux.decode(self.decoder_FSMD.flatten(1))[:, 0]
             return gates.unexplained(run.error_NSMD.flatten(1), explained_NI).masked_fill(~dead_F.any(), 0.0)
         return gates.auxk(
@@ -308,7 +313,7 @@ class Dictionary(nn.Module, abc.ABC):
             self.encoder_FSMD,
             self.encoder_bias_F,
             self.decoder_FSMD,
-            self.weights_F().detach(),
+            self.scales_F(),
             dead_F,
             k,
         )
@@ -339,8 +344,6 @@ class Dictionary(nn.Module, abc.ABC):
 
 
 def _norms_MF(vectors_FSMD: Tensor) -> Tensor:
-    if not torch.is_grad_enabled():
-        return kernels.lengths(vectors_FSMD).norm(dim=1).T
     return vectors_FSMD.transpose(1, 2).flatten(2).norm(dim=2).T
 
 

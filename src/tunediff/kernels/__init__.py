@@ -131,19 +131,25 @@ class Adam(torch.optim.Adam):
     def step(self, closure: None = None) -> None:
         """One step of every parameter that has a gradient."""
         having = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if not all(p.is_contiguous() and native.serves(p, p.grad) for p in having):
-            return super().step()
-        group, scale = self.param_groups[0], 1.0 if self.grad_scale is None else float(self.grad_scale)
-        beta1, beta2 = group["betas"]
         for p in having:
-            state = self.state[p]
-            if not state:
-                state.update(step=torch.zeros((), dtype=torch.float32), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-            state["step"] += 1
-            t = int(state["step"])
-            step, root = group["lr"] / (1 - beta1**t), 1 / math.sqrt(1 - beta2**t)
-            numbers = (1 / scale, 1 - beta1, beta2, 1 - beta2, step, root, group["eps"])
-            native.adam(p, p.grad.contiguous(), state["exp_avg"], state["exp_avg_sq"], numbers)
+            if p.grad.stride() != p.stride():  # torch's fused step takes numbers as they lie
+                p.grad = torch.empty_like(p).copy_(p.grad)
+        if not all(p.is_contiguous() and native.serves(p, p.grad) for p in having):
+            super().step()
+            return paths.wrote(*having, *(p.grad for p in having))
+        scale = 1.0 if self.grad_scale is None else float(self.grad_scale)
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for p in (p for p in group["params"] if p.grad is not None and p.numel()):
+                state = self.state[p]
+                if not state:
+                    step = torch.zeros((), dtype=torch.float32, device="cpu")
+                    state.update(step=step, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+                state["step"] += 1
+                t = int(state["step"])
+                step, root = group["lr"] / (1 - beta1**t), 1 / math.sqrt(1 - beta2**t)
+                numbers = (1 / scale, 1 - beta1, beta2, 1 - beta2, step, root, group["eps"])
+                native.adam(p, p.grad, state["exp_avg"], state["exp_avg_sq"], numbers)
 
 
 def norm(tensors: Sequence[Tensor]) -> Tensor:

@@ -18,7 +18,7 @@ KERNEL void adam(float *restrict value, const float *restrict grad, float *restr
     for (int64_t turn = start; turn < stop; turn++) {
         const int64_t first = turn * TURN, last = first + TURN < R ? first + TURN : R;
         for (int64_t i = first * I; i < last * I; i++) {
-            const float g = grad[i] * scale, m = mean[i] + (g - mean[i]) * some, s = square[i] * most + g * g * rest;
+            const float g = grad[i] * scale, m = mean[i] + (g - mean[i]) * some, s = square[i] * most + g * (g * rest);
             mean[i] = m, square[i] = s;
             value[i] -= step * m / (sqrtf(s) * root + epsilon);
         }

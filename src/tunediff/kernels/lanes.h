@@ -101,10 +101,6 @@ static inline __attribute__((always_inline)) float widen(uint16_t x) {
     return out;
 }
 
-static inline __attribute__((always_inline)) lanes widened(const uint16_t *x) {
-    return (lanes)(__builtin_convertvector(*(const halves *)x, words) << 16);
-}
-
 /* The nearest bfloat16, of two as near the even one. */
 static inline __attribute__((always_inline)) words nearest(lanes v) {
     const words bits = (words)v;

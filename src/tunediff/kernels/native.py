@@ -1,4 +1,4 @@
-"""The compiled kernels of `native.c`, `codes.c`, `tiles.c` and `streams.c`, called on as many threads as torch has: float32 on the CPU.
+"""The compiled kernels of `native.c`, `codes.c`, `panels.c`, `adam.c`, `tiles.c` and `streams.c`, called on as many threads as torch has: float32 on the CPU.
 
 The library knows nothing of Python or torch, so one build serves every version of both. A call gives up the
 interpreter's lock; each thread takes ranges of rows that no other writes, so results have the same bits for any number
@@ -96,11 +96,16 @@ def rounds() -> bool:
     return paths.allows("native+bf16") and library() is not None and library().squares > 0
 
 
+def rounded() -> bool:
+    """Whether codes are those of bfloat16 products, and sums read rows in bfloat16: it is allowed, and the machine multiplies it."""
+    return paths.rounded() and rounds()
+
+
 def encode(x_NI: Tensor, encoder_FI: Tensor, bias_F: Tensor, gate: gates.Gate) -> tuple[Tensor, ...]:
     """What `eager.encode` answers. The product may be made in bfloat16, and only says which codes cannot be kept: all
     others are computed again in float32, and among those the gate decides."""
     N, F = len(x_NI), len(encoder_FI)
-    if rounds() and (paths.rounded() or x_NI.numel() * F >= ROUNDED):
+    if N and (rounded() or rounds() and x_NI.numel() * F >= ROUNDED):
         return _encode_rounded(x_NI.contiguous(), encoder_FI.contiguous(), bias_F, gate)
     pre_NF = torch.addmm(bias_F, x_NI, encoder_FI.T, out=paths.empty(N, F))
     return select(pre_NF, gate.weight_F, gate.parts)
@@ -186,7 +191,7 @@ def _encode_rounded(x_NI: Tensor, encoder_FI: Tensor, bias_F: Tensor, gate: gate
             )
         return starts_N, next_N, column_C, pre_C
 
-    def rounded(cuts: ctypes.Array) -> tuple[Tensor, ...]:
+    def of_rounded(cuts: ctypes.Array) -> tuple[Tensor, ...]:
         of_E, all_G, room = of_cuts(E, cuts), _longs(T // GROUP), F + CROWD * GROUP * (1 + sum(keep for *_, keep in parts) // N)
         while True:
             found, given = paths.empty(T // GROUP, room, 2), _array([N, steps, E, room])
@@ -199,7 +204,7 @@ def _encode_rounded(x_NI: Tensor, encoder_FI: Tensor, bias_F: Tensor, gate: gate
         _spread("sort_out", [found, room, all_G, next_N, column_C, pre_C], edges)
         return starts_N, next_N, column_C, pre_C
 
-    return _largest(N, weight_F, parts, sample, rounded if paths.rounded() else above)
+    return _largest(N, weight_F, parts, sample, of_rounded if rounded() else above)
 
 
 def _starts(count_R: Tensor) -> Tensor:
@@ -292,7 +297,7 @@ def bag_and_dot(
         given = [starts_R, order_P, index_P, value_P, rows, own_RI, I, out_RI, out_P]
         _spread("bag_and_dot", given, _balanced(starts_R, FINE))
         return out_RI, out_P
-    own, shape = panels.beside(own_RI)
+    own, shape = panels.beside(own_RI, _panels(own_RI, len(index_P)))
     squares, product_P4 = paths.empty(panels.count, R), paths.empty(len(out_P), 4)
     given = [panels.space, shape, own, out_RI, squares]
     _spread("bag_and_dot_panels", [starts_R, *_in_order(order_P, index_P, value_P), *given, product_P4], _balanced(starts_R, RANGES))
@@ -311,8 +316,7 @@ def _in_order(order_P: Tensor | None, index_P: Tensor, value_P: Tensor) -> tuple
 def _dot_panels(starts_R: Tensor, index_P: Tensor, rows: Tensor, own_RI: Tensor) -> Tensor:
     """For each pair the product of its r's row of own and its row of rows, in four parts to be added up (P, 4)."""
     out_P4, panels = paths.empty(len(index_P), 4), _Panels.of(rows, False)
-    own, shape = panels.beside(own_RI)
-    _spread("dot_panels", [starts_R, index_P, panels.space, shape, own, out_P4], _balanced(starts_R, RANGES))
+    _spread("dot_panels", [starts_R, index_P, panels.space, panels.shape(len(own_RI)), own_RI, out_P4], _balanced(starts_R, RANGES))
     return out_P4
 
 
@@ -345,39 +349,40 @@ class _Panels:
 
     def shape(self, sums: int, theirs: int = 0) -> Tensor:
         """As the compiled file takes it, for so many sums; in panels of how many bytes of a row these have their own rows, if in any."""
-        return torch.tensor([self.R, self.I, self.wide, self.halved, sums, self.I % 16 == 0 and 4 * sums * self.I >= FAR, theirs])
+        away = self.I % 16 == 0 and 4 * sums * self.I >= FAR
+        return torch.tensor([self.R, self.I, self.wide, self.halved, sums, away, theirs], device="cpu")
 
-    def beside(self, own_RI: Tensor) -> tuple[Tensor, Tensor]:
-        """Where own rows are read from, and the shape that says so: from panels too where they have some, one line after the other."""
-        own = paths.known(own_RI, (PANELED, len(own_RI), self.halved))
-        if own is None or own.wide not in (self.wide, self.wide // 2):
+    def beside(self, own_RI: Tensor, panels: "_Panels | None") -> tuple[Tensor, Tensor]:
+        """Where own rows are read from, and the shape that says so: from their panels, one line after the other, if they are in some that fit."""
+        if panels is None or panels.wide not in (self.wide, self.wide // 2):
             return own_RI, self.shape(len(own_RI))
-        return own.space, self.shape(len(own_RI), own.wide)
+        return panels.space, self.shape(len(own_RI), panels.wide)
 
 
 def _panels(rows: Tensor, pairs: int) -> _Panels | None:
     """The rows as sums over so many pairs read them fastest; None where that is as they are. In bfloat16 where that is allowed."""
     R, I = rows.shape
-    return _Panels.of(rows, paths.rounded()) if pairs >= PER_ROW * R and R * PANELS[-1] <= CACHED and 4 * I >= PANELS[-1] else None
+    return _Panels.of(rows, rounded()) if pairs >= PER_ROW * R and R * PANELS[-1] <= CACHED and 4 * I >= PANELS[-1] else None
 
 
 def adam(value: Tensor, grad: Tensor, mean: Tensor, square: Tensor, numbers: Sequence[float]) -> None:
     """A step of Adam on rows in place, by the `numbers` that the compiled file asks for; what was derived of them is derived anew."""
-    R, I = len(value), value[0].numel()
+    R = len(value) if value.dim() > 1 else 1
+    I = value.numel() // R
     kept, renewed = [0] * 8, {}
     for kind, what in paths.kinds(value).items():
         if kind == (TILES, R):
             kept[:3] = (t.data_ptr() for t in what)
-        elif kind == (PANELED, R, paths.rounded()):
+        elif kind == (PANELED, R, rounded()):
             kept[3:6] = what.space.data_ptr(), what.wide, what.halved
-        elif kind == (LENGTHS, value.shape[-1]):
+        elif value.dim() > 1 and kind == (LENGTHS, value.shape[-1]):
             kept[6:] = what.data_ptr(), I // value.shape[-1]
         else:
             continue
         renewed[kind] = what
     given = _array([R, I]), (ctypes.c_float * len(numbers))(*numbers), _array(kept)
     _spread("adam", [value, grad, mean, square, *map(ctypes.addressof, given)], _even(-(-R // GROUP), FINE))
-    torch.autograd.graph.increment_version((value, mean, square))
+    paths.wrote(value, mean, square)
     for kind, what in renewed.items():
         paths.know(value, kind, what)
 
@@ -386,7 +391,7 @@ def norm(tensors: Sequence[Tensor]) -> Tensor:
     """The length of all of them together, of numbers whose squares float32 holds."""
     sums = [torch.zeros(1, dtype=torch.double, device="cpu")]
     for tensor in tensors:
-        known = paths.known(tensor, ENERGY)
+        known = paths.known(tensor, ENERGY) if tensor.is_contiguous() else None
         if known is not None:
             sums.append(known.sum(dtype=torch.double)[None])
             continue

@@ -8,6 +8,7 @@ import mmap
 import os
 import typing
 import weakref
+from contextvars import ContextVar
 from functools import lru_cache
 from types import ModuleType
 from typing import Any, Callable, Hashable, Iterator, Literal, TypeVar
@@ -26,7 +27,7 @@ LARGE = 1 << 20
 
 _order = typing.get_args(Path)
 _path: str = os.environ.get("TUNEDIFF_KERNELS", _order[0])
-_rounded = False
+_rounded: ContextVar[bool] = ContextVar("rounded", default=False)
 _free: dict[int, list[mmap.mmap]] | None = None
 _derived: weakref.WeakKeyDictionary[torch.UntypedStorage, dict[Hashable, tuple[Any, Any]]] = weakref.WeakKeyDictionary()
 
@@ -52,20 +53,19 @@ def using(path: Path) -> Iterator[None]:
 
 
 def rounded() -> bool:
-    """Whether codes and sums over them may be made of numbers rounded to bfloat16; see `rounding`."""
-    return _rounded and allows("native+bf16")
+    """Whether this thread allows codes and sums over them to be made of numbers rounded to bfloat16; see `rounding`."""
+    return _rounded.get()
 
 
 @contextlib.contextmanager
 def rounding(on: bool = True) -> Iterator[None]:
     """Inside, the compiled kernels may round activations, vectors and gradients to bfloat16 before they multiply them, and the codes
     kept are the largest of those products. Sums stay float32."""
-    global _rounded
-    before, _rounded = _rounded, on
+    before = _rounded.set(on)
     try:
         yield
     finally:
-        _rounded = before
+        _rounded.reset(before)
 
 
 def on_gpu(*tensors: Tensor) -> ModuleType | None:
@@ -97,10 +97,9 @@ def kept_memory() -> Iterator[None]:
 
 
 def derived(tensor: Tensor, kind: Hashable, make: Callable[[], T]) -> T:
-    """What `make` makes of the tensor's numbers, within `kept_memory` once and not again until somebody writes to them. A write that torch
-    counts is seen (not one through `.data` or numpy)."""
-    if not keeps() or tensor.is_inference():
-        return make()
+    """What `make` makes of the numbers of a tensor whose numbers lie side by side, within `kept_memory` once and not again until somebody
+    writes to them. A write that torch counts is seen: not one through `.data` or numpy, nor torch's fused optimizers' (`wrote`). The kind
+    says how the numbers are grouped, where that matters."""
     found = known(tensor, kind)
     if found is None:
         found = make()
@@ -108,27 +107,32 @@ def derived(tensor: Tensor, kind: Hashable, make: Callable[[], T]) -> T:
     return found
 
 
-def keeps() -> bool:
-    """Whether what is `derived` stays: inside `kept_memory`."""
-    return _free is not None
-
-
 def known(tensor: Tensor, kind: Hashable) -> Any:
     """What was derived of these numbers, if they are still the same; None otherwise."""
+    if _free is None or tensor.is_inference():
+        return None
     state, value = _derived.get(tensor.untyped_storage(), {}).get(kind, (None, None))
     return value if state == _state(tensor) else None
 
 
 def know(tensor: Tensor, kind: Hashable, value: Any) -> None:
     """From now on that is what is `derived` of these numbers."""
-    if keeps() and not tensor.is_inference():
+    if _free is not None and not tensor.is_inference():
         _derived.setdefault(tensor.untyped_storage(), {})[kind] = _state(tensor), value
 
 
 def kinds(tensor: Tensor) -> dict[Hashable, Any]:
     """All that was derived of this tensor, of its numbers now or of earlier ones."""
+    if _free is None or tensor.is_inference():
+        return {}
     found, (*where, _) = _derived.get(tensor.untyped_storage(), {}), _state(tensor)
     return {kind: value for kind, ((*at, _), value) in found.items() if at == where}
+
+
+def wrote(*tensors: Tensor) -> None:
+    """Count a write that torch does not."""
+    for tensor in tensors:
+        torch.autograd.graph.increment_version(tensor)
 
 
 def _state(tensor: Tensor) -> tuple[int, int, int]:
