@@ -46,7 +46,7 @@ CROWD = 4
 TILES, PANELED, ENERGY, LENGTHS = "tiles", "panels", "energy", "lengths"
 """What is derived of numbers: so many rows in bfloat16 tiles; in panels, halved or not; sums of squares whose sum is that of all; those of
 so many numbers each."""
-PANELS, CACHED, PER_ROW, FAR = (256, 128), 5 << 18, 6, 1 << 24
+PANELS, CACHED, PER_ROW, FAR = (256, 128), 5 << 18, 6, 1 << 22
 """Bytes of a row in a panel, the first with which a panel of at most so many fits a core's cache; pairs for each row from which on
 copying rows into panels pays, and bytes of sums from which on they go past the caches (measured)."""
 TOKENS = 1 << 12
