@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from functools import lru_cache
 from typing import Sequence
@@ -92,8 +93,13 @@ def bag(starts_R: Tensor, order_P: Tensor | None, index_P: Tensor, value_P: Tens
     pairs are taken in `order_P`, if given."""
     if order_P is not None:
         index_P, value_P = index_P[order_P], value_P[order_P]
+    value_P = value_P.to(rows.dtype)
+    if rows.device.type == "cpu" and rows.dtype == torch.float32:
+        with contextlib.suppress(RuntimeError):  # not built for this processor, or somebody wants gradients
+            out = paths.empty(len(starts_R) - 1, rows.shape[1])
+            return torch.addmm(out, _sparse(starts_R, index_P, value_P, len(rows)), rows, beta=0, out=out)
     return torch.nn.functional.embedding_bag(
-        index_P, rows, starts_R, mode="sum", per_sample_weights=value_P.to(rows.dtype), include_last_offset=True
+        index_P, rows, starts_R, mode="sum", per_sample_weights=value_P, include_last_offset=True
     )
 
 
@@ -101,16 +107,19 @@ def dot(starts_N: Tensor, latent_P: Tensor, a_NI: Tensor, b_FI: Tensor) -> Tenso
     """For each pair the product of its token's row of a and its latent's row of b, (P,)."""
     if not latent_P.numel():
         return a_NI.new_zeros(0)
-    _quiet()
     try:
         zero_P = torch.zeros(latent_P.numel(), dtype=a_NI.dtype, device=a_NI.device)
-        shape = (len(a_NI), len(b_FI))
-        at = torch.sparse_csr_tensor(starts_N, latent_P, zero_P, shape, check_invariants=False)
-        return torch.sparse.sampled_addmm(at, a_NI, b_FI.T).values()
+        return torch.sparse.sampled_addmm(_sparse(starts_N, latent_P, zero_P, len(b_FI)), a_NI, b_FI.T).values()
     except (RuntimeError, NotImplementedError):  # not built for this device or type: the same, more slowly
         token_P = torch.repeat_interleave(torch.arange(len(a_NI), device=a_NI.device), starts_N.diff())
         parts = zip(token_P.split(4096), latent_P.split(4096))
         return torch.cat([(a_NI[n] * b_FI[j]).sum(1) for n, j in parts])
+
+
+def _sparse(starts_R: Tensor, index_P: Tensor, value_P: Tensor, size: int) -> Tensor:
+    """The pairs as a sparse matrix of so many columns, (R, size)."""
+    _quiet()
+    return torch.sparse_csr_tensor(starts_R, index_P, value_P, (len(starts_R) - 1, size), check_invariants=False)
 
 
 @lru_cache(maxsize=1)
