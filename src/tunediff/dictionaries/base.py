@@ -284,8 +284,9 @@ class Dictionary(nn.Module, abc.ABC):
         gate = gate_of(groups, self.scales_F(), len(x_NSMD), k_factor) if gated else None
         code = kernels.encode(self._inputs(x_NSMD), self.encoder_FSMD.flatten(1), self.encoder_bias_F, gate)
         cuts, decoder_FI = self.spec.cuts, self.decoder_FSMD.flatten(1)
-        # Taken apart at once and not by index: the gradient is then put together in one pass.
-        parts = tuple(part.view(x_NSMD.shape) for part in code.decode(decoder_FI, cuts).unbind(1))
+        decoded = code.decode(decoder_FI, cuts)
+        # Taken apart at once and not by index: the gradient is then put together in one pass. Of one part it is there already.
+        parts = tuple(part.view(x_NSMD.shape) for part in (decoded.unbind(1) if cuts else [decoded]))
         return Pass(x_NSMD, sum(parts[1:], parts[0]) + self.decoder_bias_SMD, parts, code, progress)
 
     @final

@@ -217,13 +217,14 @@ void list_bits(const uint32_t *bit, int64_t groups, int64_t F, int64_t *next, in
             for (uint32_t on = bit[g * F + f]; on; on &= on - 1) token[next[f]++] = (int32_t)(g * GROUP + __builtin_ctz(on));
 }
 
-/* Of candidates ordered by column, [starts[f], starts[f + 1]) those of column f, with their tokens and products in four parts: the codes
-   product + bias that, scaled, exceed their column's cut, each token's in the order of columns from next[token] on, which goes up. `of` has F
-   biases, then F scales, then F cuts. */
+/* Of candidates ordered by column and then token, [starts[f], starts[f + 1]) those of column f, with their tokens and products in four
+   parts: the codes product + bias that, scaled, exceed their column's cut, those of each token in [start, stop) in the order of columns from
+   next[token] on, which goes up. `of` has F biases, then F scales, then F cuts. */
 void hand_out(const int64_t *starts, const int32_t *token, const float *product, const float *of, int64_t F, int64_t *next, int64_t *column,
-              float *value) {
+              float *value, int64_t start, int64_t stop) {
     for (int64_t f = 0; f < F; f++)
-        for (int64_t q = starts[f]; q < starts[f + 1]; q++) {
+        for (int64_t q = starts[f]; q < starts[f + 1] && token[q] < stop; q++) {
+            if (token[q] < start) continue;
             const float *part = product + 4 * q, code = ((part[0] + part[1]) + (part[2] + part[3])) + of[f];
             int64_t *at = next + token[q];
             column[*at] = f, value[*at] = code;

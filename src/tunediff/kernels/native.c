@@ -14,7 +14,7 @@
 #include "threads.h"
 
 /* Goes up whenever a function here changes what it takes. */
-int interface(void) { return 13; }
+int interface(void) { return 14; }
 
 typedef int64_t whole;
 typedef struct {
@@ -117,8 +117,7 @@ float kth(const float *value, int64_t n, int64_t k) {
         for (int64_t i = 0; i < n; i++) {
             uint32_t bits;
             memcpy(&bits, value + i, 4);
-            if (round == 0) histogram[bits >> shift & last] += value[i] > 0; /* no branch: signs come in no order */
-            else if (value[i] > 0 && bits >> known == key) histogram[bits >> shift & last]++;
+            histogram[bits >> shift & last] += (value[i] > 0) & ((uint64_t)bits >> known == key); /* no branch: they come in no order */
         }
         int64_t bin = last;
         for (; bin >= 0 && (int64_t)histogram[bin] < k; bin--) k -= histogram[bin];

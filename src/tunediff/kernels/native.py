@@ -23,7 +23,7 @@ from torch.nn import Parameter
 from tunediff import gates
 from tunediff.kernels import paths
 
-INTERFACE = 13
+INTERFACE = 14
 """Which functions of which arguments are expected; `native.c` says the same, and goes up with every change of any file."""
 RANGES, FINE = 2, 16
 """Ranges a thread, where Python hands them out and where the compiled file does: more even out rows of unequal cost, and Python
@@ -186,9 +186,8 @@ def _encode_rounded(x_NI: Tensor, encoder_FI: Tensor, bias_F: Tensor, gate: gate
             token_D, next_E = torch.empty(int(starts_E[-1]), dtype=torch.int32, device="cpu"), starts_E[:-1].clone()
             _spread("list_bits", [bit, groups, E, next_E, token_D], _even(E, FINE))
             product_D4 = _dot_panels(starts_E[: F + 1], token_D, x, encoder_FI)
-            library().hand_out(
-                _at(starts_E), _at(token_D), _at(product_D4), _at(of_F), *_i(F), _at(next_N[first:]), _at(column_C), _at(pre_C)
-            )
+            given = [starts_E, token_D, product_D4, of_F, F, next_N[first:], column_C, pre_C]
+            _spread("hand_out", given, _even(len(x), 1))  # each range looks at all
         return starts_N, next_N, column_C, pre_C
 
     def of_rounded(cuts: ctypes.Array) -> tuple[Tensor, ...]:
