@@ -299,12 +299,14 @@ TILED void tiles_end(void) { _tile_release(); }
 
 TILED void square_on_tiles(const uint16_t *a, const uint16_t *b, int64_t far, int64_t steps, int more, float *out) {
     enum { WIDE = 2 * SIDE };
+    static _Thread_local float line[SIDE] __attribute__((aligned(64)));
     __asm__ volatile("" ::: "memory");
     if (more) EACH(_tile_loadd(0, out, WIDE * 4), _tile_loadd(1, out + SIDE, WIDE * 4), _tile_loadd(2, out + SIDE * WIDE, WIDE * 4),
                    _tile_loadd(3, out + SIDE * WIDE + SIDE, WIDE * 4));
     else EACH(_tile_zero(0), _tile_zero(1), _tile_zero(2), _tile_zero(3));
     for (int64_t s = 0; s < steps; s++, a += TILE, b += TILE) {
-        EACH(_tile_loadd(6, b, 64), _tile_loadd(7, b + far, 64), _tile_loadd(4, a, 64), _tile_loadd(5, a + far, 64));
+        EACH(_tile_stream_loadd(6, b, 64), _tile_stream_loadd(7, b + far, 64), _tile_loadd(4, a, 64), _tile_loadd(5, a + far, 64));
+        if (s % NAP == NAP - 1) AWAKE(line);
         ADD;
     }
     STORE(out, SIDE * WIDE, WIDE * 4);
