@@ -154,7 +154,10 @@ class Adam(torch.optim.Adam):
 
 def norm(tensors: Sequence[Tensor]) -> Tensor:
     """The length of all of them together, a scalar where they lie."""
-    return native.norm(tensors) if native.serves(*tensors) else torch.nn.utils.get_total_norm(tensors)
+    if native.serves(*tensors):
+        return native.norm(tensors)
+    rows = [tensor.flatten() for tensor in tensors]  # whose products with themselves torch takes in half the time of their norms
+    return torch.stack([row.dot(row) for row in rows]).sum().sqrt()
 
 
 def lengths(a: Tensor) -> Tensor:
