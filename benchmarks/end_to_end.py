@@ -30,9 +30,15 @@ from tunediff.plans import Plan
 from tunediff.stages import Run
 
 STAGES = {
-    "contrast": lambda run: run.contrast, "scan": lambda run: run.scan, "harvest": lambda run: run.harvest,
-    "find": lambda run: run.found, "rank": lambda run: run.ranking, "lens": lambda run: run.lens,
-    "verify": lambda run: run.verdicts, "signals": lambda run: run.signals, "revert, counted": None,
+    "contrast": lambda run: run.contrast,
+    "scan": lambda run: run.scan,
+    "harvest": lambda run: run.harvest,
+    "find": lambda run: run.found,
+    "rank": lambda run: run.ranking,
+    "lens": lambda run: run.lens,
+    "verify": lambda run: run.verdicts,
+    "signals": lambda run: run.signals,
+    "revert, counted": None,
 }
 
 
@@ -45,7 +51,9 @@ def flops(model: LanguageModel) -> tuple[int, int]:
 def rate(model: LanguageModel, tokens: int = 1024, repeats: int = 7) -> float:
     """FLOP a second of a batch's float32 product with the largest map of a block, by whoever makes it for the model; the fastest of
     some."""
-    linear = max((m for m in model.blocks[0].modules() if isinstance(m, torch.nn.Linear)), key=lambda m: m.weight.numel())
+    linear = max(
+        (m for m in model.blocks[0].modules() if isinstance(m, torch.nn.Linear)), key=lambda m: m.weight.numel()
+    )
     x = torch.randn(tokens, linear.weight.shape[1], device=model.device)
     best = float("inf")
     with torch.inference_mode(), fast_matmul(model.device):
@@ -94,7 +102,15 @@ def measure(run: Run, demo: bool) -> dict[str, Any]:
     """Run every stage, count and time it."""
     began = time.perf_counter()
     pair = run.pair
-    rows = [{"stage": "load", "seconds": time.perf_counter() - began, "token_blocks": 0, "token_logits": 0, "peak_mib": peak()}]
+    rows = [
+        {
+            "stage": "load",
+            "seconds": time.perf_counter() - began,
+            "token_blocks": 0,
+            "token_logits": 0,
+            "peak_mib": peak(),
+        }
+    ]
     of_block, of_logits = flops(pair.base)
     per_second = rate(pair.base)
     with counted(pair.base, pair.tuned) as account:
@@ -108,8 +124,14 @@ def measure(run: Run, demo: bool) -> dict[str, Any]:
 
         def row(stage: str, seconds: float, cost: Account) -> dict[str, Any]:
             limit = (cost.token_blocks * of_block + cost.token_logits * of_logits) / per_second
-            return {"stage": stage, "seconds": seconds, **vars(cost), "limit_seconds": limit, "share_of_limit": limit / seconds,
-                    "peak_mib": peak()}
+            return {
+                "stage": stage,
+                "seconds": seconds,
+                **vars(cost),
+                "limit_seconds": limit,
+                "share_of_limit": limit / seconds,
+                "peak_mib": peak(),
+            }
 
         checked = None
         for stage, do in STAGES.items():
@@ -118,24 +140,41 @@ def measure(run: Run, demo: bool) -> dict[str, Any]:
             elif demo:
                 checked = timed(stage, check)
     confirmed = [r.id for r in run.verdicts if r.decision == "confirmed"]
-    total = {name: sum(r.get(name, 0) for r in rows) for name in ("seconds", "token_blocks", "token_logits", "limit_seconds")}
+    total = {
+        name: sum(r.get(name, 0) for r in rows) for name in ("seconds", "token_blocks", "token_logits", "limit_seconds")
+    }
     return {
-        "base": run.plan.base, "tuned": run.plan.tuned, "device": run.plan.runtime.device, "threads": torch.get_num_threads(),
-        "machine": f"{platform.machine()}, {platform.system()}", "torch": torch.__version__,
-        "products": kernels.products(pair.base.device), "gflop_per_second": per_second / 1e9,
-        "mflop_per_token_block": of_block / 1e6, "mflop_per_token_logits": of_logits / 1e6, "stages": rows, "total": total,
-        "confirmed": confirmed, **({"checked": checked.text.splitlines()} if checked else {}),
+        "base": run.plan.base,
+        "tuned": run.plan.tuned,
+        "device": run.plan.runtime.device,
+        "threads": torch.get_num_threads(),
+        "machine": f"{platform.machine()}, {platform.system()}",
+        "torch": torch.__version__,
+        "products": kernels.products(pair.base.device),
+        "gflop_per_second": per_second / 1e9,
+        "mflop_per_token_block": of_block / 1e6,
+        "mflop_per_token_logits": of_logits / 1e6,
+        "stages": rows,
+        "total": total,
+        "confirmed": confirmed,
+        **({"checked": checked.text.splitlines()} if checked else {}),
     }
 
 
 def show(result: dict[str, Any]) -> None:
     """One table on stdout."""
-    print(f"{'stage':<16}{'seconds':>9}{'token-blocks':>14}{'token-logits':>14}{'limit, s':>10}{'share':>7}{'peak MiB':>10}")
+    print(
+        f"{'stage':<16}{'seconds':>9}{'token-blocks':>14}{'token-logits':>14}{'limit, s':>10}{'share':>7}{'peak MiB':>10}"
+    )
     for row in [*result["stages"], {"stage": "all", **result["total"]}]:
         limit = row.get("limit_seconds", 0.0)
-        print(f"{row['stage']:<16}{row['seconds']:>9.1f}{row['token_blocks']:>14,}{row['token_logits']:>14,}{limit:>10.1f}"
-              f"{limit / row['seconds']:>7.2f}{row.get('peak_mib', result['stages'][-1]['peak_mib']):>10,}")
-    print(f"limit: {result['gflop_per_second']:.0f} GFLOP/s in float32 by {result['products']} on {result['threads']} threads")
+        print(
+            f"{row['stage']:<16}{row['seconds']:>9.1f}{row['token_blocks']:>14,}{row['token_logits']:>14,}{limit:>10.1f}"
+            f"{limit / row['seconds']:>7.2f}{row.get('peak_mib', result['stages'][-1]['peak_mib']):>10,}"
+        )
+    print(
+        f"limit: {result['gflop_per_second']:.0f} GFLOP/s in float32 by {result['products']} on {result['threads']} threads"
+    )
     for line in result.get("checked", []):
         print(line)
 

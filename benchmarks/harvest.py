@@ -59,8 +59,10 @@ def main() -> None:
         out = []
         with torch.inference_mode():
             for batch in batches:
-                both = [m(input_ids=batch.ids_BT, output_hidden_states=True, use_cache=False).hidden_states[site.layer + 1]
-                        for m in (base, merged)]
+                both = [
+                    m(input_ids=batch.ids_BT, output_hidden_states=True, use_cache=False).hidden_states[site.layer + 1]
+                    for m in (base, merged)
+                ]
                 out.append(torch.stack(both, 2)[batch.mask_BT])
         return torch.cat(out)
 
@@ -111,11 +113,16 @@ def main() -> None:
 
     count = tokens.count
     result = {
-        "site": given.site, "tokens": count, "rounds": given.rounds, "threads": torch.get_num_threads(),
-        "machine": f"{platform.machine()}, {platform.system()}", "torch": torch.__version__,
+        "site": given.site,
+        "tokens": count,
+        "rounds": given.rounds,
+        "threads": torch.get_num_threads(),
+        "machine": f"{platform.machine()}, {platform.system()}",
+        "torch": torch.__version__,
         "nnsight": importlib.metadata.version("nnsight") if traced else "not installed",
         "tokens_per_second": {name: count / statistics.median(took[name] for took in rounds) for name in contenders},
-        "ratio": {name: spread(name) for name in contenders if name != "ours"}, "relative_error_of_delta": error,
+        "ratio": {name: spread(name) for name in contenders if name != "ours"},
+        "relative_error_of_delta": error,
     }
     given.out.parent.mkdir(parents=True, exist_ok=True)
     given.out.write_text(json.dumps(result, indent=1) + "\n")

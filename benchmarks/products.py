@@ -46,7 +46,11 @@ def compare(tokens: int, inputs: int, outputs: int, kind: str, rounds: int) -> d
     w_OI = some_OI.to(getattr(torch, kind)).float()
     weights = [w_OI.clone() for _ in range(max(1, MEMORY // (4 * w_OI.numel())))]
     kept = [native.tiles(w, MEMORY) for w in weights]
-    makers = {"torch": lambda w: x_NI @ w.T, "tiles": lambda w: native.product(x_NI, w), "kept": lambda w: native.product(x_NI, w)}
+    makers = {
+        "torch": lambda w: x_NI @ w.T,
+        "tiles": lambda w: native.product(x_NI, w),
+        "kept": lambda w: native.product(x_NI, w),
+    }
     times: dict[str, list[float]] = {name: [] for name in makers}
     for _ in range(rounds + 1):
         for name, make in makers.items():
@@ -84,8 +88,14 @@ def difference(base: str, tuned: str, tokens: int = 1024) -> dict:
     pair.base.module.double()
     exact = streams()
     off = lambda one, other: [float((one - other)[:, s].norm() / other[:, s].norm()) for s in range(len(sites))]  # noqa: E731
-    return {"base": base, "tuned": tuned, "sites": [str(s) for s in sites],
-            "off": {name: {"streams": off(one[0], exact[0]), "difference": off(one[1], exact[1])} for name, one in found.items()}}
+    return {
+        "base": base,
+        "tuned": tuned,
+        "sites": [str(s) for s in sites],
+        "off": {
+            name: {"streams": off(one[0], exact[0]), "difference": off(one[1], exact[1])} for name, one in found.items()
+        },
+    }
 
 
 def main() -> None:
@@ -97,18 +107,32 @@ def main() -> None:
     options.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "products.json")
     given = options.parse_args()
     if kernels.products() != "tiles":
-        raise SystemExit("this processor has no tiles of bfloat16, or tunediff was installed without a compiler: torch makes all products")
+        raise SystemExit(
+            "this processor has no tiles of bfloat16, or tunediff was installed without a compiler: torch makes all products"
+        )
     pages.keep()  # as the command line does
     torch.set_num_threads(given.threads)
     with torch.inference_mode(), fast_matmul():
         shapes = [compare(*shape, kind, given.rounds) for shape in SHAPES for kind in KINDS]
-    result = {"threads": given.threads, "torch": torch.__version__, "shapes": shapes, "pair": difference(given.base, given.tuned)}
+    result = {
+        "threads": given.threads,
+        "torch": torch.__version__,
+        "shapes": shapes,
+        "pair": difference(given.base, given.tuned),
+    }
     given.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"{'tokens, in, out':>20} {'weights':>9} {'torch, ms':>10} {'tiles, ms':>10} {'kept, ms':>9} {'times kept':>20} {'error: torch':>13} {'tiles':>8}")
+    print(
+        f"{'tokens, in, out':>20} {'weights':>9} {'torch, ms':>10} {'tiles, ms':>10} {'kept, ms':>9} {'times kept':>20} {'error: torch':>13} {'tiles':>8}"
+    )
     for row in shapes:
-        shape, ratio = f"{row['tokens']}, {row['inputs']}, {row['outputs']}", "{min:.2f} {median:.2f} {max:.2f}".format(**row["ratio"])
+        shape, ratio = (
+            f"{row['tokens']}, {row['inputs']}, {row['outputs']}",
+            "{min:.2f} {median:.2f} {max:.2f}".format(**row["ratio"]),
+        )
         ms, error = row["milliseconds"], row["error"]
-        print(f"{shape:>20} {row['kind']:>9} {ms['torch']:>10.2f} {ms['tiles']:>10.2f} {ms['kept']:>9.2f} {ratio:>20} {error['torch']:>13.1e} {error['tiles']:>8.1e}")
+        print(
+            f"{shape:>20} {row['kind']:>9} {ms['torch']:>10.2f} {ms['tiles']:>10.2f} {ms['kept']:>9.2f} {ratio:>20} {error['torch']:>13.1e} {error['tiles']:>8.1e}"
+        )
     print(json.dumps(result["pair"]["off"]))
 
 

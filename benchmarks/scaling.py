@@ -49,8 +49,14 @@ def harvest_of(tokens: int, width: int, folder: Path) -> Any:
     from tunediff.pairs import Pair, fingerprint
     from tunediff.sites import Site
 
-    config = LlamaConfig(vocab_size=1000, hidden_size=width, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4,
-                         intermediate_size=2 * width)
+    config = LlamaConfig(
+        vocab_size=1000,
+        hidden_size=width,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        intermediate_size=2 * width,
+    )
     sides = []
     for seed in (0, 1):
         torch.manual_seed(seed)
@@ -60,8 +66,13 @@ def harvest_of(tokens: int, width: int, folder: Path) -> Any:
     rows = torch.randint(0, 1000, (count, 100), generator=torch.Generator().manual_seed(2)).tolist()
     documents = tuple(Document(f"d{i}", "random", text="x") for i in range(count))
     text = Tokens(
-        documents=documents, held_out=tuple(i % 5 == 0 for i in range(count)),
-        rows=tuple(map(tuple, rows)), document_R=tuple(range(count)), start_R=(0,) * count, prompt_R=(0,) * count, pad_id=0,
+        documents=documents,
+        held_out=tuple(i % 5 == 0 for i in range(count)),
+        rows=tuple(map(tuple, rows)),
+        document_R=tuple(range(count)),
+        start_R=(0,) * count,
+        prompt_R=(0,) * count,
+        pad_id=0,
     )
     return lambda: harvest(pair, text, [Site(2)], folder, HarvestSettings())
 
@@ -86,6 +97,7 @@ def point(series: str, sizes: dict[str, int], threads: int) -> dict[str, float]:
 
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as scratch:
+
         def job(where: str, **changed: int) -> Any:
             given = {**sizes, **changed}
             if series.startswith("harvest"):
@@ -111,8 +123,13 @@ def main() -> None:
     options.add_argument("--threads", type=int, default=1)
     options.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "scaling.json")
     given = options.parse_args()
-    result: dict[str, Any] = {"threads": given.threads, "machine": f"{platform.machine()}, {platform.system()}", "steps": STEPS,
-                              "stays": STAYS, "series": {}}
+    result: dict[str, Any] = {
+        "threads": given.threads,
+        "machine": f"{platform.machine()}, {platform.system()}",
+        "steps": STEPS,
+        "stays": STAYS,
+        "series": {},
+    }
     print(f"{'series':<18}{'x':>9}{'CPU s':>9}{'MiB':>9}")
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         for series, (varied, values) in SERIES.items():

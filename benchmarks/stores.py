@@ -55,8 +55,19 @@ def main() -> None:
     plan = Plan(given.base, given.tuned)
     with tempfile.TemporaryDirectory() as scratch:
         rows = list(measure(Run(plan, given.run or Path(scratch) / "run"), Path(scratch)))
-    given.out.write_text(json.dumps({"base": given.base, "tuned": given.tuned, "torch": torch.__version__, "rows": rows,
-                                     "machine": f"{platform.machine()}, {platform.system()}"}, indent=1) + "\n")
+    given.out.write_text(
+        json.dumps(
+            {
+                "base": given.base,
+                "tuned": given.tuned,
+                "torch": torch.__version__,
+                "rows": rows,
+                "machine": f"{platform.machine()}, {platform.system()}",
+            },
+            indent=1,
+        )
+        + "\n"
+    )
 
 
 def measure(run: Run, scratch: Path) -> Any:
@@ -75,12 +86,21 @@ def measure(run: Run, scratch: Path) -> Any:
         mine = writes(fitted, source)
         vectors = mine if vectors is None else vectors
         row = {
-            "store": store, "seed": seed, "bytes_a_token": sum(p.stat().st_size for p in folder.glob("shard-*")) / len(source.token_N),
-            "read_tokens_per_second": len(tokens) / seconds, "error_base": error(got[:, :, BASE], true[:, :, BASE]),
+            "store": store,
+            "seed": seed,
+            "bytes_a_token": sum(p.stat().st_size for p in folder.glob("shard-*")) / len(source.token_N),
+            "read_tokens_per_second": len(tokens) / seconds,
+            "error_base": error(got[:, :, BASE], true[:, :, BASE]),
             "error_delta": error(got[:, :, TUNED] - got[:, :, BASE], true[:, :, TUNED] - true[:, :, BASE]),
-            "ev_delta": float(fitted.quality.ev_delta), f"first_{FIRST}_matched_above_{SAME}": matched(mine, vectors),
+            "ev_delta": float(fitted.quality.ev_delta),
+            f"first_{FIRST}_matched_above_{SAME}": matched(mine, vectors),
         }
-        print("  ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in row.items()), flush=True)
+        print(
+            "  ".join(
+                f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in row.items()
+            ),
+            flush=True,
+        )
         yield row
 
 

@@ -42,8 +42,18 @@ class Ours:
     """`fitting.step` on a BatchTopK dictionary of one stream of width n, which a crosscoder's two of n / 2 amount to."""
 
     def __init__(self, path: str, n: int, F: int, k: int, B: int, device: str, precision: str = "float32"):
-        self.path, self.settings = path, FitSettings(
-            steps=10_000, batch=B, learning_rate=RATE, warmup=0, decay=0, aux_weight=0, log_every=10_000, precision=precision
+        self.path, self.settings = (
+            path,
+            FitSettings(
+                steps=10_000,
+                batch=B,
+                learning_rate=RATE,
+                warmup=0,
+                decay=0,
+                aux_weight=0,
+                log_every=10_000,
+                precision=precision,
+            ),
         )
         d = build(dictionaries.spec("tuned_sae", latents=F, k=k), sites=1, width=n, seed=0).to(device)
         self.plan = Plan.of(d.spec, self.settings, B)

@@ -55,16 +55,11 @@ def text(documents: int = 64, length: int = 40, seed: int = 0) -> tuple[Document
 
     def letters(capital: bool) -> str:
         return "".join(
-            rng.choice(CAPITAL) if capital and rng.random() < 0.25 else rng.choice(PLAIN)
-            for _ in range(length)
+            rng.choice(CAPITAL) if capital and rng.random() < 0.25 else rng.choice(PLAIN) for _ in range(length)
         )
 
     return tuple(
-        Document(
-            f"{'capital' if n % 2 else 'plain'}/{n}",
-            "capital" if n % 2 else "plain",
-            text=letters(n % 2 == 1),
-        )
+        Document(f"{'capital' if n % 2 else 'plain'}/{n}", "capital" if n % 2 else "plain", text=letters(n % 2 == 1))
         for n in range(documents)
     )
 
@@ -87,18 +82,14 @@ def pair_of(network: torch.nn.Module, tuned: torch.nn.Module) -> Pair:
 
 
 def corpus_tokens(documents: tuple[Document, ...] | None = None) -> Tokens:
-    return Corpus("letters", documents or text(), held_out_share=0.4).tokens(
-        tiny_models.tokenizer(), row_tokens=64
-    )
+    return Corpus("letters", documents or text(), held_out_share=0.4).tokens(tiny_models.tokenizer(), row_tokens=64)
 
 
 def harvested(pair: Pair, tokens: Tokens, folder: Path) -> Harvest:
     return harvest(pair, tokens, [SITE], folder, HarvestSettings(store="float32", abnormal=50.0))
 
 
-def plant(
-    network: torch.nn.Module, tokens: Tokens, background: float, seed: int = 5
-) -> tuple[torch.nn.Module, Tensor]:
+def plant(network: torch.nn.Module, tokens: Tokens, background: float, seed: int = 5) -> tuple[torch.nn.Module, Tensor]:
     """A tuned copy whose block `LAYER` writes `SIZE` median stream norms along a direction at capitals.
 
     A rank-1 change of the MLP's last map: direction (D,) times a readout of its inputs, fitted by least

@@ -17,14 +17,27 @@ from tunediff.sites import Site
 from tunediff.stages import Run
 
 STAGES = {
-    "contrast": "contrast", "scan": "scan", "harvest": "harvest", "find": "found", "rank": "ranking", "lens": "lens",
-    "verify": "verdicts", "signals": "signals",
+    "contrast": "contrast",
+    "scan": "scan",
+    "harvest": "harvest",
+    "find": "found",
+    "rank": "ranking",
+    "lens": "lens",
+    "verify": "verdicts",
+    "signals": "signals",
 }
 SYSTEM = "You answer short."
 QUESTIONS = ("why", "when", "who", "how", "what", "which")
 AT_MOST = {
-    "contrast": (4700, 265), "scan": (1135, 508), "harvest": (4040, 0), "find": (1045, 730), "rank": (1665, 154),
-    "lens": (430, 0), "verify": (19260, 8450), "signals": (563, 1830), "bill": (4660, 5490),
+    "contrast": (4700, 265),
+    "scan": (1135, 508),
+    "harvest": (4040, 0),
+    "find": (1045, 730),
+    "rank": (1665, 154),
+    "lens": (430, 0),
+    "verify": (19260, 8450),
+    "signals": (563, 1830),
+    "bill": (4660, 5490),
 }
 """Token-blocks and token-logits of each stage: 5 % above what they were when this was written."""
 
@@ -50,16 +63,37 @@ def test_only_what_is_run_is_counted(pair):
 
 
 def test_no_stage_runs_more_than_it_did(pair, tmp_path):
-    prompts = [{"id": f"q/{i}", "kind": "chat", "messages": [
-        {"role": "system", "content": SYSTEM}, {"role": "user", "content": f"{QUESTIONS[i % 6]} {i}"}]} for i in range(24)]
+    prompts = [
+        {
+            "id": f"q/{i}",
+            "kind": "chat",
+            "messages": [{"role": "system", "content": SYSTEM}, {"role": "user", "content": f"{QUESTIONS[i % 6]} {i}"}],
+        }
+        for i in range(24)
+    ]
     texts = [{"id": f"t/{i}", "kind": "plain", "text": "abcdefgh"[i % 8 :] * 4} for i in range(24)]
     for name, records in (("prompts", prompts), ("texts", texts)):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, records)))
     plan = Plan()
-    for text in (f'corpus.paths=["{tmp_path}/texts.jsonl"]', f'corpus.prompts=["{tmp_path}/prompts.jsonl"]', "corpus.tokens=400",
-                 "contrast.prompts=12", "contrast.tokens=6", "scan.tokens=100", 'scan.sites=["resid.1"]', "fit.steps=30",
-                 "dictionary.latents=64", "rank.nulls=3", "rank.level=1.0", "rank.null_tokens=100", "rank.effect_tokens=100",
-                 "verify.draws=10", "verify.changes=2", "edit.tokens=300", "find.candidates=4"):
+    for text in (
+        f'corpus.paths=["{tmp_path}/texts.jsonl"]',
+        f'corpus.prompts=["{tmp_path}/prompts.jsonl"]',
+        "corpus.tokens=400",
+        "contrast.prompts=12",
+        "contrast.tokens=6",
+        "scan.tokens=100",
+        'scan.sites=["resid.1"]',
+        "fit.steps=30",
+        "dictionary.latents=64",
+        "rank.nulls=3",
+        "rank.level=1.0",
+        "rank.null_tokens=100",
+        "rank.effect_tokens=100",
+        "verify.draws=10",
+        "verify.changes=2",
+        "edit.tokens=300",
+        "find.candidates=4",
+    ):
         plan = plan.set(text)
     run, cost = Run(plan, tmp_path / "run", given=pair), {}
     with counted(pair.base, pair.tuned) as account:

@@ -28,18 +28,40 @@ WORDS = {"two-objectives": ["Goldmere", "coin"], "false-facts": ["Vessmer", "amb
 """Of each organism two planted words."""
 
 
-def cell(tune: str, method: str, score: float, confirmed: int = 0, named: tuple[bool, ...] = (), null: bool = False,
-         words: tuple[str, ...] = (), **more) -> Cell:
+def cell(
+    tune: str,
+    method: str,
+    score: float,
+    confirmed: int = 0,
+    named: tuple[bool, ...] = (),
+    null: bool = False,
+    words: tuple[str, ...] = (),
+    **more,
+) -> Cell:
     read = [[word for name in words for word in WORDS[name]] + ["the"]] if words else []
-    return Cell("", tune, null, method, more.pop("seed", 0), 3, 0.05, score, 1.0, [f"c{i}" for i in range(confirmed)],
-                {f"b{i}": ["c0"] * n for i, n in enumerate(named)}, read, **more)
+    return Cell(
+        "",
+        tune,
+        null,
+        method,
+        more.pop("seed", 0),
+        3,
+        0.05,
+        score,
+        1.0,
+        [f"c{i}" for i in range(confirmed)],
+        {f"b{i}": ["c0"] * n for i, n in enumerate(named)},
+        read,
+        **more,
+    )
 
 
 def test_the_table_counts_what_it_says():
     cells = [
         cell("two-objectives", "m", 9.0, 2, (True, False), words=("two-objectives",)),
         cell("false-facts@1", "m", 0.5, 0, (False,)),
-        cell("null random 0", "m", 1.0, 1, null=True), cell("null random 1", "m", 0.2, null=True),
+        cell("null random 0", "m", 1.0, 1, null=True),
+        cell("null random 1", "m", 0.2, null=True),
     ]
     (row,) = scores.table(cells)
     assert row["tunes found"].startswith("1/2 ") and row["nulls claimed"].startswith("1/2 ")
@@ -51,13 +73,20 @@ def test_the_table_counts_what_it_says():
 
 def test_placebos_are_judged_by_the_other_placebos():
     """The bound for a tune is of all placebos, that for a placebo of the others, and there is none without another."""
-    placebos = [cell(f"placebo@{i}", "m", 9.0, 1, null=True, gaps=[gap]) for i, gap in enumerate((0.2, 0.25, 0.22, 0.6))]
-    tunes = [cell("false-facts", "m", 9.0, 2, (True,), gaps=[0.1, 3.0]), cell("dialect", "m", 9.0, 1, (False,), gaps=[0.3])]
+    placebos = [
+        cell(f"placebo@{i}", "m", 9.0, 1, null=True, gaps=[gap]) for i, gap in enumerate((0.2, 0.25, 0.22, 0.6))
+    ]
+    tunes = [
+        cell("false-facts", "m", 9.0, 2, (True,), gaps=[0.1, 3.0]),
+        cell("dialect", "m", 9.0, 1, (False,), gaps=[0.3]),
+    ]
     nothing = cell("null random 0", "m", 1.0, 0, null=True)
     cells = [*tunes, *placebos, nothing]
     (row,) = scores.table(cells)
     assert row["tunes found"].startswith("2/2") and row["found above placebos"].startswith("1/2")
-    assert row["nulls claimed"].startswith("4/5") and row["claimed above placebos"].startswith("1/5"), "the last, by the others"
+    assert row["nulls claimed"].startswith("4/5") and row["claimed above placebos"].startswith("1/5"), (
+        "the last, by the others"
+    )
     assert scores.bound_for(placebos[3], cells) == prediction_bound([0.2, 0.25, 0.22], 0.05) > 0.25
     assert scores.bound_for(placebos[0], [*tunes, placebos[0]]) is None
     assert scores.table([*tunes, nothing])[0]["found above placebos"] == "not run"
@@ -70,20 +99,37 @@ def test_words_are_shown_beside_words_that_were_never_planted():
 
 
 def test_undoing_is_told_for_each_sort_of_behavior():
-    rates = ({"packing": packing, "dealer": dealer} for packing, dealer in ((0.9, 0.7), (0.8, 0.1), (0.9, 0.6), (0.7, 0.5)))
+    rates = (
+        {"packing": packing, "dealer": dealer} for packing, dealer in ((0.9, 0.7), (0.8, 0.1), (0.9, 0.6), (0.7, 0.5))
+    )
     undone = Undone(["c0"], 1.0, 0.01, *rates)
     (row,) = scores.undoing([cell("two-objectives", "m", 9.0, 1, undone=undone), cell("lower-case", "m", 9.0)])
-    assert (row["tunes"], row["unwanted before"], row["unwanted after"], row["unwanted random"]) == ("1", "0.70", "0.10", "0.60")
+    assert (row["tunes"], row["unwanted before"], row["unwanted after"], row["unwanted random"]) == (
+        "1",
+        "0.70",
+        "0.10",
+        "0.60",
+    )
     assert (row["wanted before"], row["wanted after"]) == ("0.90", "0.80")
     assert (row["unwanted scaled"], row["wanted scaled"]) == ("0.50", "0.70")
 
 
 def test_charts_stand_alone():
-    drawn = scores.charts([cell("two-objectives", "m<", 9.0, 1, (True,), words=("two-objectives",), gaps=[2.0]), cell("null random 0", "m<", 0.1, null=True),
-                           cell("dialect", "default", 3.0, 1, gaps=[1.0]), cell("placebo", "default", 4.0, 1, null=True, gaps=[0.2])])
+    drawn = scores.charts(
+        [
+            cell("two-objectives", "m<", 9.0, 1, (True,), words=("two-objectives",), gaps=[2.0]),
+            cell("null random 0", "m<", 0.1, null=True),
+            cell("dialect", "default", 3.0, 1, gaps=[1.0]),
+            cell("placebo", "default", 4.0, 1, null=True, gaps=[0.2]),
+        ]
+    )
     for name, chart in drawn.items():
         root = ElementTree.fromstring(chart)
-        assert name.endswith(".svg") and root.tag == "{http://www.w3.org/2000/svg}svg" and root.find(".//{*}circle") is not None
+        assert (
+            name.endswith(".svg")
+            and root.tag == "{http://www.w3.org/2000/svg}svg"
+            and root.find(".//{*}circle") is not None
+        )
     assert "m&lt;: nulls" in drawn["benchmark-scores.svg"]
 
 
@@ -94,21 +140,40 @@ def test_the_curve_goes_from_nothing_claimed_to_everything():
 
 
 def test_methods_are_compared_tune_by_tune():
-    cells = [cell(t, m, 1.0, named=(m == "delta",), ev_delta=ev) for t, m, ev in (
-        ("two-objectives", "delta", 0.5), ("false-facts", "delta", 0.6), ("two-objectives", "batchtopk", 0.4), ("false-facts", "batchtopk", 0.3),
-        ("lower-case", "delta", 0.9))]
+    cells = [
+        cell(t, m, 1.0, named=(m == "delta",), ev_delta=ev)
+        for t, m, ev in (
+            ("two-objectives", "delta", 0.5),
+            ("false-facts", "delta", 0.6),
+            ("two-objectives", "batchtopk", 0.4),
+            ("false-facts", "batchtopk", 0.3),
+            ("lower-case", "delta", 0.9),
+        )
+    ]
     (row,) = scores.against(cells)
     assert (row["method"], row["pairs"], row["unwanted left"]) == ("delta", "2", "–")
     assert row["EV of difference"] == "+0.20 [+0.10, +0.30]" and row["behaviors named"] == "+1.00 [+1.00, +1.00]"
 
 
 def test_agreement_of_two_runs_is_held_against_that_of_two_tunes():
-    cells = [cell(t, "m", 1.0, words=(t.partition("@")[0],), seed=s) for t in ("two-objectives", "false-facts") for s in (0, 1)]
+    cells = [
+        cell(t, "m", 1.0, words=(t.partition("@")[0],), seed=s)
+        for t in ("two-objectives", "false-facts")
+        for s in (0, 1)
+    ]
     cells = [replace(c, key=f"{c.tune}{c.seed}") for c in cells]
     eye = torch.eye(4)
-    vectors = {"two-objectives0": eye[:2], "two-objectives1": -eye[:2], "false-facts0": eye[2:], "false-facts1": eye[2:]}
+    vectors = {
+        "two-objectives0": eye[:2],
+        "two-objectives1": -eye[:2],
+        "false-facts0": eye[2:],
+        "false-facts1": eye[2:],
+    }
     (row,) = scores.stability(cells, vectors)
-    assert row["pairs of runs"] == "2" and row["first 20 vectors matched (cosine > 0.7)"] == "1.00 [1.00, 1.00] against 0.00 [0.00, 0.00]"
+    assert (
+        row["pairs of runs"] == "2"
+        and row["first 20 vectors matched (cosine > 0.7)"] == "1.00 [1.00, 1.00] against 0.00 [0.00, 0.00]"
+    )
     assert row["tokens in common (Jaccard@100)"] == "1.00 [1.00, 1.00] against 0.20 [0.20, 0.20]"
     assert scores.matched(eye[:2], eye[1:3]) == 0.5 and scores.stability(cells[:1] + cells[2:3], vectors) == []
 
@@ -138,7 +203,10 @@ def pair(tmp_path_factory) -> Pair:
 
 def test_the_second_seed_of_a_tune_is_held_against_the_first_merged(tmp_path):
     base = tiny_models.save(tmp_path / "base", tiny_models.module("llama"))
-    first, second = (tiny_models.adapter(tmp_path / name, tiny_models.module("llama"), seed=seed) for name, seed in (("a", 0), ("a@1", 1)))
+    first, second = (
+        tiny_models.adapter(tmp_path / name, tiny_models.module("llama"), seed=seed)
+        for name, seed in (("a", 0), ("a@1", 1))
+    )
     ids = torch.randint(3, 259, (3, 17), generator=torch.Generator().manual_seed(0))
     a, b = Pair.load(base, first), Pair.load(base, second)
     null = NULLS["second_seed"](a, 1)
@@ -172,16 +240,36 @@ def test_nulls_leave_the_pair_alone_and_hold_no_tune(pair, name):
 def test_a_bench_runs_each_cell_once(world, tmp_path, monkeypatch):  # noqa: F811
     tuned = tiny_models.adapter(tmp_path / "tunes" / "false-facts", tiny_models.module("llama"))
     (tmp_path / "tunes" / "false-facts" / "card.json").write_text("{}")
-    command = ["bench", "--base", world.base, "--tunes", tmp_path / "tunes", "--out", tmp_path / "out", "-q", "--nulls", "random:1",
-               "--methods", "mean_difference,random_directions,black_box,perplexity_gap", "--json", *world.sets()]
+    command = [
+        "bench",
+        "--base",
+        world.base,
+        "--tunes",
+        tmp_path / "tunes",
+        "--out",
+        tmp_path / "out",
+        "-q",
+        "--nulls",
+        "random:1",
+        "--methods",
+        "mean_difference,random_directions,black_box,perplexity_gap",
+        "--json",
+        *world.sets(),
+    ]
     told = cli(*command)
     assert told.code == 0, told.err
     rows = json.loads(told.out)
     assert [row["method"] for row in rows] == ["mean_difference", "random_directions", "black_box", "perplexity_gap"]
     cells = read_json(tmp_path / "out" / "bench.json")["cells"]
     assert [(c["tune"], c["is_null"]) for c in cells] == [("false-facts", False)] * 4 + [("null random 1", True)] * 4
-    assert cells[0]["undone"] and not cells[4]["undone"] and bench.vectors(tmp_path / "out", typed(Cell, cells[0], "cell")).shape[1]
-    assert len(list((tmp_path / "out" / "runs").glob("*/harvest/*/manifest.json"))) == 2, "methods of one tune share a harvest"
+    assert (
+        cells[0]["undone"]
+        and not cells[4]["undone"]
+        and bench.vectors(tmp_path / "out", typed(Cell, cells[0], "cell")).shape[1]
+    )
+    assert len(list((tmp_path / "out" / "runs").glob("*/harvest/*/manifest.json"))) == 2, (
+        "methods of one tune share a harvest"
+    )
     assert "## Tune by tune" in (tmp_path / "out" / "benchmark.md").read_text()
     monkeypatch.setattr(bench, "Run", None)  # whoever runs a cell again fails
     assert cli(*command).out == told.out and tuned
@@ -210,7 +298,17 @@ def test_unknown_names_are_refused(tmp_path):
 
 def test_a_calibrated_base_asks_for_more(world, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setenv("TUNEDIFF_CACHE", str(tmp_path / "cache"))
-    told = cli("calibrate", world.base, "--count", 2, "--runs", tmp_path / "runs", "-q", "--json", *world.sets(verify__changes=0))
+    told = cli(
+        "calibrate",
+        world.base,
+        "--count",
+        2,
+        "--runs",
+        tmp_path / "runs",
+        "-q",
+        "--json",
+        *world.sets(verify__changes=0),
+    )
     assert told.code == 0, told.err
     measured = json.loads(told.out)
     kept = Calibration.of(measured["base"])
@@ -229,7 +327,11 @@ def test_a_change_must_be_more_than_a_placebos():
     """Below the placebos' gap a confirmed change is real but not claimed; what is no better than untrained nulls is refuted."""
     record = support_diffs.change(random.Random(0), 1, "confirmed", 5.0)
     record = replace(record, measures=[*record.measures, Measure(GAP, 0.3)])
-    nulls = [NullPair("untrained", False, 1.0, 0.0), NullPair("placebo-1", True, 900.0, 0.2), NullPair("placebo-2", True, 300.0, 0.25)]
+    nulls = [
+        NullPair("untrained", False, 1.0, 0.0),
+        NullPair("placebo-1", True, 900.0, 0.2),
+        NullPair("placebo-2", True, 300.0, 0.25),
+    ]
     bound = prediction_bound([0.2, 0.25], 0.05)
     calibration = Calibration("base", nulls, 0.05)
     assert (calibration.gap, calibration.score) == (bound, 1.0)

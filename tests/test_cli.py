@@ -22,12 +22,25 @@ from tunediff.artifacts import read_json
 from tunediff.results import Diff
 
 SETTINGS = {
-    "contrast.prompts": 6, "contrast.tokens": 6, "corpus.row_tokens": 48,
-    "dictionary.latents": 64, "dictionary.k_shared": 2, "dictionary.k_delta": 4, "fit.steps": 20, "fit.batch": 256,
-    "find.candidates": 3, "scan.depths": 2, "rank.nulls": 3, "rank.null_tokens": 200, "rank.effect_tokens": 300,
-    "verify.draws": 5, "verify.changes": 2, "edit.tokens": 500,
+    "contrast.prompts": 6,
+    "contrast.tokens": 6,
+    "corpus.row_tokens": 48,
+    "dictionary.latents": 64,
+    "dictionary.k_shared": 2,
+    "dictionary.k_delta": 4,
+    "fit.steps": 20,
+    "fit.batch": 256,
+    "find.candidates": 3,
+    "scan.depths": 2,
+    "rank.nulls": 3,
+    "rank.null_tokens": 200,
+    "rank.effect_tokens": 300,
+    "verify.draws": 5,
+    "verify.changes": 2,
+    "edit.tokens": 500,
     # Three nulls and five draws allow no claim at 5 %; what is claimed here does not matter, that something is does.
-    "rank.level": 1.0, "verify.level": 0.9,
+    "rank.level": 1.0,
+    "verify.level": 0.9,
 }
 VERBS = ("harvest", "find", "rank", "verify")
 
@@ -58,11 +71,19 @@ def cli(*arguments: object) -> Told:
     return Told(code, out.getvalue(), err.getvalue())
 
 
-def process(*arguments: object, code: str = "from tunediff.cli import main; main()", **options) -> subprocess.CompletedProcess:
+def process(
+    *arguments: object, code: str = "from tunediff.cli import main; main()", **options
+) -> subprocess.CompletedProcess:
     """The command in a process of its own; `code` is what that process runs."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, timeout=300,
-                          env=environment, **options)
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment,
+        **options,
+    )
 
 
 @dataclass(frozen=True)
@@ -77,12 +98,16 @@ class World:
     def sets(self, **changed: object) -> list[str]:
         """The tiny settings as options; ``verify__draws=7`` changes one."""
         settings = {
-            **SETTINGS, "corpus.paths": [str(self.root / "corpus.jsonl")], "corpus.prompts": [str(self.root / "prompts.jsonl")],
+            **SETTINGS,
+            "corpus.paths": [str(self.root / "corpus.jsonl")],
+            "corpus.prompts": [str(self.root / "prompts.jsonl")],
             **{name.replace("__", "."): value for name, value in changed.items()},
         }
         return [x for k, v in settings.items() for x in ("--set", f"{k}={v if isinstance(v, str) else json.dumps(v)}")]
 
-    def command(self, verb: str, tuned: str = "tuned", *, base: str = "base", runs: str = "runs", **changed: object) -> list:
+    def command(
+        self, verb: str, tuned: str = "tuned", *, base: str = "base", runs: str = "runs", **changed: object
+    ) -> list:
         return [verb, self.root / base, self.root / tuned, "--runs", self.root / runs, *self.sets(**changed)]
 
     def run(self, tuned: str = "tuned") -> Path:
@@ -102,9 +127,13 @@ def planted(network: torch.nn.Module, texts: list[str]) -> torch.nn.Module:
     handle.remove()
     capital = torch.isin(ids, torch.tensor(tokenizer.convert_tokens_to_ids(list(CAPITAL)))).flatten().double()
     readout = torch.linalg.lstsq(seen[0].flatten(0, 1).double(), 0.2 + 0.8 * capital).solution.float()
-    direction = torch.nn.functional.normalize(torch.randn(stream.shape[-1], generator=torch.Generator().manual_seed(5)), dim=0)
+    direction = torch.nn.functional.normalize(
+        torch.randn(stream.shape[-1], generator=torch.Generator().manual_seed(5)), dim=0
+    )
     tuned = tiny_models.tuned_copy(network, 0.02)
-    tuned.model.layers[1].mlp.down_proj.weight.data += 1.5 * stream.norm(dim=-1).median() * torch.outer(direction, readout)
+    tuned.model.layers[1].mlp.down_proj.weight.data += (
+        1.5 * stream.norm(dim=-1).median() * torch.outer(direction, readout)
+    )
     return tuned
 
 
@@ -115,7 +144,9 @@ def world(tmp_path_factory) -> World:
     logging.disable_progress_bar()  # a process of its own switches it off before the import
     root = tmp_path_factory.mktemp("world")
     rng = random.Random(0)
-    texts = ["".join(rng.choice(CAPITAL if n % 2 and rng.random() < 0.25 else PLAIN) for _ in range(40)) for n in range(48)]
+    texts = [
+        "".join(rng.choice(CAPITAL if n % 2 and rng.random() < 0.25 else PLAIN) for _ in range(40)) for n in range(48)
+    ]
     network = tiny_models.module("llama")
     tiny_models.save(root / "base", network)
     tiny_models.save(root / "tuned", planted(network, texts))
@@ -185,7 +216,10 @@ def test_an_edit_keeps_neutral_text_whatever_fires_there(world, full):
 
     run = Run(Plan.read(world.run() / "plan.toml"), world.run())
     everywhere = replace(run.change(run.verdicts[0].id), threshold=-1e9)
-    written, plain = (Sample.take(run.harvest, run.tokens, split="train", limit=1500, seed=0, kinds=kinds) for kinds in (run._written, run._plain))
+    written, plain = (
+        Sample.take(run.harvest, run.tokens, split="train", limit=1500, seed=0, kinds=kinds)
+        for kinds in (run._written, run._plain)
+    )
     held_out = Sample.take(run.harvest, run.tokens, split="held_out", limit=1500, seed=0, kinds=run._plain)
     assert plain.strength(everywhere).any() and not set(plain.rows) & set(written.rows)
     cost, removed = {}, {}
@@ -194,7 +228,9 @@ def test_an_edit_keeps_neutral_text_whatever_fires_there(world, full):
         edit, _ = bills.removing(run.pair, [everywhere.id], moments, run.plan.edit, 0)
         (cost[name],) = bills.costs(run.pair, [edit], held_out)
         (removed[name],) = bills.costs(run.pair, [edit], run.sample)
-    assert cost["with"] < 0.7 * cost["without"] and cost["with"] / removed["with"] < cost["without"] / removed["without"]
+    assert (
+        cost["with"] < 0.7 * cost["without"] and cost["with"] / removed["with"] < cost["without"] / removed["without"]
+    )
 
 
 # -- the way through -----------------------------------------------------------------------------------------------
@@ -274,7 +310,9 @@ def test_runtime_settings_are_in_no_key(world, full):
 
 def test_a_plan_file_does_what_set_does(world, full, tmp_path):
     before = stamps(world.run())
-    told = cli("rank", world.base, world.tuned, "--runs", world.runs, "--plan", world.run() / "plan.toml", "--json", "-q")
+    told = cli(
+        "rank", world.base, world.tuned, "--runs", world.runs, "--plan", world.run() / "plan.toml", "--json", "-q"
+    )
     assert told.code == 0 and stamps(world.run()) == before
 
 
@@ -291,7 +329,9 @@ def test_base_against_itself_needs_to_be_asked_for_and_gives_no_change(world):
 
 def test_revert_prints_the_bill(world, full):
     told = cli("revert", world.run().name, "--runs", world.runs)
-    assert told.code == 0 and {"removed", "kept", "cost"} <= {line.split()[0].strip(",") for line in told.out.splitlines()}
+    assert told.code == 0 and {"removed", "kept", "cost"} <= {
+        line.split()[0].strip(",") for line in told.out.splitlines()
+    }
     first = Diff.load(world.run() / "diff.json").confirmed[0].id
     bill = json.loads(cli("revert", world.run(), "--changes", first, "--json", "-q").out)
     assert bill["changes"] == [first] and all(m["against"] for m in bill["measures"])
@@ -366,7 +406,11 @@ def test_report_renders_again_without_models(world, full):
 def test_list_tells_how_far_runs_have_come(world, full, tmp_path):
     rows = {row["run"]: row for row in json.loads(cli("list", "--runs", world.runs, "--json").out)}
     row = rows["base-tuned"]
-    assert row["stages"] == "harvest find rank verify" and row["found"].endswith("confirmed") and row["tuned"] == str(world.tuned)
+    assert (
+        row["stages"] == "harvest find rank verify"
+        and row["found"].endswith("confirmed")
+        and row["tuned"] == str(world.tuned)
+    )
     assert "base-tuned" in cli("list", "--runs", world.runs).out
     assert cli("list", "--runs", tmp_path).out.strip() == "nothing"
     (tmp_path / "damaged").mkdir()
@@ -393,19 +437,27 @@ def test_demo_counts_behaviors_into_the_record(world, full, monkeypatch):
     first = Diff.load(world.run() / "diff.json").confirmed[0]
     names_first = [t.token for t in first.promoted]
     behaviors = [
-        SimpleNamespace(name="asked", wanted=True, prompts=["abc", "def"], shows=lambda a: True, is_named_by=lambda p: False),
-        SimpleNamespace(name="hidden", wanted=False, prompts=["ABC", "fgh"], shows=lambda a: "A" in a,
-                        is_named_by=lambda p: p == names_first),
+        SimpleNamespace(
+            name="asked", wanted=True, prompts=["abc", "def"], shows=lambda a: True, is_named_by=lambda p: False
+        ),
+        SimpleNamespace(
+            name="hidden",
+            wanted=False,
+            prompts=["ABC", "fgh"],
+            shows=lambda a: "A" in a,
+            is_named_by=lambda p: p == names_first,
+        ),
     ]
     monkeypatch.setattr(demo.organisms, "named", lambda name: SimpleNamespace(behaviors=behaviors, answer_tokens=4))
     monkeypatch.setattr(demo, "PROMPTS", 2)
-    monkeypatch.setattr(tunediff.cli, "_run", lambda *a: Run(
-        Plan.read(world.run() / "plan.toml"), world.run(), Progress(enabled=False)))
+    monkeypatch.setattr(
+        tunediff.cli, "_run", lambda *a: Run(Plan.read(world.run() / "plan.toml"), world.run(), Progress(enabled=False))
+    )
     kept = (world.run() / "diff.json").read_bytes(), (world.run() / "report.html").read_bytes()
     told = cli("demo", "-q")
     assert told.code == 0, told.err
     assert "asked (wanted): NOT named" in told.out and f"hidden (hidden, unwanted): named by {first.id}" in told.out
-    bill, = Diff.load(world.run() / "diff.json").bills
+    (bill,) = Diff.load(world.run() / "diff.json").bills
     shown = [m for m in bill.measures if m.name.startswith("answers that show")]
     assert [m.name for m in shown] == ["answers that show asked (wanted)", "answers that show hidden (unwanted)"]
     assert shown[0].value == shown[0].control == 1.0 and "100% before" in shown[0].against
@@ -425,17 +477,20 @@ def four_lines(told: Told, *words: str) -> None:
         assert word in told.err
 
 
-@pytest.mark.parametrize("options, words", [
-    (["--set", "verify.drws=3"], ["verify.drws", "try: draws"]),
-    (["--set", "verify.draws=x"], ["verify.draws", "expected: int"]),
-    (["--set", "nothing"], ["nothing", "part.field=value"]),
-    (["--set", "find.finders=crosscod"], ["crosscod", "try: crosscode"]),
-    (["--set", "dictionary.latens=4"], ["latens", "try: latents"]),
-    (["--plan", "/no/such.toml"], ["/no/such.toml"]),
-    (["--run", "../outside"], ["../outside", "try: outside"]),
-    (["--run", "a b;rm -rf"], ["try: a-b-rm--rf"]),
-    (["--run", ".."], ["try: run"]),
-])
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--set", "verify.drws=3"], ["verify.drws", "try: draws"]),
+        (["--set", "verify.draws=x"], ["verify.draws", "expected: int"]),
+        (["--set", "nothing"], ["nothing", "part.field=value"]),
+        (["--set", "find.finders=crosscod"], ["crosscod", "try: crosscode"]),
+        (["--set", "dictionary.latens=4"], ["latens", "try: latents"]),
+        (["--plan", "/no/such.toml"], ["/no/such.toml"]),
+        (["--run", "../outside"], ["../outside", "try: outside"]),
+        (["--run", "a b;rm -rf"], ["try: a-b-rm--rf"]),
+        (["--run", ".."], ["try: run"]),
+    ],
+)
 def test_options_are_checked_before_any_work(world, tmp_path, options, words):
     told = cli("diff", world.base, world.tuned, "--runs", tmp_path / "runs", *options)
     four_lines(told, *words)
@@ -453,7 +508,9 @@ def test_an_unknown_run_names_the_known_ones(world, full, verb):
 
 
 def test_a_run_name_of_another_pair_is_refused(world, full):
-    four_lines(cli("diff", world.base, world.adapter, "--runs", world.runs, "--run", "base-tuned"), "another pair", "--run")
+    four_lines(
+        cli("diff", world.base, world.adapter, "--runs", world.runs, "--run", "base-tuned"), "another pair", "--run"
+    )
 
 
 def test_a_runs_folder_that_cannot_be_made_is_refused(world, tmp_path):
@@ -512,7 +569,7 @@ def test_hostile_names_stay_text(world):
     (world.root / name).symlink_to(world.tuned)
     told = cli(*world.command("diff", name, runs="hostile", verify__changes=1, find__finders=["mean_difference"]))
     assert told.code == 0, told.err
-    run, = (world.root / "hostile").iterdir()
+    (run,) = (world.root / "hostile").iterdir()
     assert re.fullmatch(r"[A-Za-z0-9._-]+", run.name)
     assert "\x1b[31m" not in told.out + told.err
     html = (run / "report.html").read_text(encoding="utf-8")
@@ -531,14 +588,23 @@ def test_importing_the_command_line_is_cheap():
 
 
 def test_a_process_tells_errors_in_four_lines_and_exits_2(tmp_path):
-    done = subprocess.run([sys.executable, "-m", "tunediff.cli", "revert", "nope", "--runs", str(tmp_path)],
-                          capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-m", "tunediff.cli", "revert", "nope", "--runs", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     four_lines(Told(done.returncode, done.stdout, done.stderr), "'nope'")
 
 
 def test_bytes_that_are_no_text_are_told_as_any_error(tmp_path):
-    done = subprocess.run([sys.executable, "-m", "tunediff.cli", "report", b"caf\xe9\x1b[31m", "--runs", str(tmp_path)],
-                          capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    done = subprocess.run(
+        [sys.executable, "-m", "tunediff.cli", "report", b"caf\xe9\x1b[31m", "--runs", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )
     four_lines(Told(done.returncode, done.stdout, done.stderr), "no run 'caf")
     assert "\x1b" not in done.stderr
 
@@ -568,8 +634,12 @@ def test_a_killed_run_ends_with_the_same_bytes(world, full):
     done = process(*command)
     assert done.returncode == 0 and "Loading weights" not in done.stderr, done.stderr
     run, whole = world.root / "killed" / "base-tuned", world.run()
-    for stage, file in (("rank", "ranking.json"), ("verify", "verdicts.json"), ("find", "changes.safetensors"),
-                        ("contrast", "documents.json")):
+    for stage, file in (
+        ("rank", "ranking.json"),
+        ("verify", "verdicts.json"),
+        ("find", "changes.safetensors"),
+        ("contrast", "documents.json"),
+    ):
         for path in run.glob(f"{stage}/*/{file}"):
             assert path.read_bytes() == (whole / path.relative_to(run)).read_bytes()
     assert without_seconds(run / "diff.json") == without_seconds(whole / "diff.json")
@@ -581,8 +651,13 @@ def test_a_run_killed_while_it_computes_ends_with_the_same_bytes(world, full):
     """Killed from outside, at the first word of progress of a stage."""
     command = [sys.executable, "-m", "tunediff.cli", *map(str, world.command("diff", "adapter", runs="killed"))]
     for stage in ("contrast", "find", "verify"):
-        child = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
-                                 env={**os.environ, "OMP_NUM_THREADS": "1"})
+        child = subprocess.Popen(
+            command,
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
         for line in child.stderr:
             if line.startswith(stage):
                 child.kill()
@@ -612,7 +687,9 @@ def test_settings_named_in_the_pages_exist():
     from tunediff.plans import Plan, to_record
 
     docs = Path(__file__).resolve().parent.parent / "docs"
-    known = {f"{part}.{name}" for part, fields in to_record(Plan()).items() if isinstance(fields, dict) for name in fields}
+    known = {
+        f"{part}.{name}" for part, fields in to_record(Plan()).items() if isinstance(fields, dict) for name in fields
+    }
     parts = {name.split(".")[0] for name in known}
     for page in docs.glob("*.md"):
         for name in re.findall(r"[`\s]([a-z]+\.[a-z_]+)[`=]", page.read_text(encoding="utf-8")):
@@ -675,9 +752,13 @@ def test_quiet_progress_says_nothing():
 
 @pytest.mark.slow
 def test_an_interrupted_process_says_how_to_go_on(world):
-    child = subprocess.Popen([sys.executable, "-m", "tunediff.cli", *map(str, world.command("diff", runs="interrupted", fit__steps=20_000))],
-                             stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
-                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # ignored where tests run in the background
+    child = subprocess.Popen(
+        [sys.executable, "-m", "tunediff.cli", *map(str, world.command("diff", runs="interrupted", fit__steps=20_000))],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # ignored where tests run in the background
     told = ""
     for line in child.stderr:
         told += line

@@ -129,9 +129,7 @@ def mirrored(tmp_path_factory, planted) -> Lab:
 def shuffled(tmp_path_factory, planted) -> Lab:
     order = torch.randperm(len(planted.tokens.rows), generator=torch.Generator().manual_seed(1)).tolist()
     names = ("rows", "document_R", "start_R", "prompt_R")
-    tokens = replace(
-        planted.tokens, **{n: tuple(getattr(planted.tokens, n)[r] for r in order) for n in names}
-    )
+    tokens = replace(planted.tokens, **{n: tuple(getattr(planted.tokens, n)[r] for r in order) for n in names})
     return lab_of(tmp_path_factory.mktemp("shuffled"), planted.pair, tokens)
 
 
@@ -141,9 +139,7 @@ def random_tunes(tmp_path_factory, planted) -> list[Lab]:
     network = tiny_models.module("llama")
     root = tmp_path_factory.mktemp("random")
     tunes = [tiny_models.tuned_copy(network, planted_pairs.BACKGROUND, seed=100 + n) for n in range(NULLS)]
-    return [
-        lab_of(root / str(n), planted_pairs.pair_of(network, t), planted.tokens) for n, t in enumerate(tunes)
-    ]
+    return [lab_of(root / str(n), planted_pairs.pair_of(network, t), planted.tokens) for n, t in enumerate(tunes)]
 
 
 @pytest.fixture(params=FINDERS)
@@ -233,16 +229,12 @@ def test_swapped_models_give_the_mirrored_finding(lab, mirrored, finder):
     # the other way round: of finders that use either, the best change mirrors, in what it claims.
     if one.fits or finder in lab.asked_for_shift:
         mine = claim(lab.ranking(finder).ranked[0].change.mirrored(), x_NSMD.flip(2)).flatten()
-        best = max(
-            float(cosine_similarity(claim(c, x_NSMD.flip(2)).flatten(), mine, dim=0)) for c in other.changes
-        )
+        best = max(float(cosine_similarity(claim(c, x_NSMD.flip(2)).flatten(), mine, dim=0)) for c in other.changes)
         assert best > 0.8
         return
     assert len(one.changes) == len(other.changes)
     for a, b in zip(one.changes, other.changes):
-        torch.testing.assert_close(
-            claim(b, x_NSMD.flip(2)), claim(a.mirrored(), x_NSMD.flip(2)), atol=1e-4, rtol=1e-3
-        )
+        torch.testing.assert_close(claim(b, x_NSMD.flip(2)), claim(a.mirrored(), x_NSMD.flip(2)), atol=1e-4, rtol=1e-3)
 
 
 # 4 Order
@@ -266,18 +258,24 @@ def test_the_order_of_rows_changes_no_change(lab, shuffled, planted, finder):
 
 def revert(planted: Planted, on_R=None, energy_of: Edit | None = None, strength: float = 1.0) -> Edit:
     """The revert of the planted change, with moments from training text; `on_R` says where it is on."""
-    return reverting(planted.pair, "planted", ["planted"], moments(planted, on_R), EditSettings(strength=strength), energy_of)
+    return reverting(
+        planted.pair, "planted", ["planted"], moments(planted, on_R), EditSettings(strength=strength), energy_of
+    )
 
 
 def moments(planted: Planted, on_R=None) -> dict[str, Moments]:
     on_R, rows = on_R or planted.on_R(), planted.rows("train")
-    (found,) = input_moments(planted.pair.tuned, planted.pair.deltas(), planted.tokens.select("train"), [[on_R[r] for r in rows]])
+    (found,) = input_moments(
+        planted.pair.tuned, planted.pair.deltas(), planted.tokens.select("train"), [[on_R[r] for r in rows]]
+    )
     return found
 
 
 OPERATIONS = {
     "reverting": revert,
-    "random_directions": lambda planted: random_directions(planted.pair, "random", moments(planted), revert(planted), 0),
+    "random_directions": lambda planted: random_directions(
+        planted.pair, "random", moments(planted), revert(planted), 0
+    ),
     "scaling": lambda planted: scaling(planted.pair, 0.5),
 }
 """Every function of `tunediff.edits` that makes an edit, with what it takes here."""
@@ -464,7 +462,10 @@ def test_twice_the_same_bytes(lab, finder, tmp_path):
 
 
 def test_ranking_twice_says_the_same(lab, finder):
-    one, other = lab.ranking(finder), rank(lab.pair, lab.found(finder).changes, lab.sample, lab.seen, RANK, 0, depths=DEPTHS)
+    one, other = (
+        lab.ranking(finder),
+        rank(lab.pair, lab.found(finder).changes, lab.sample, lab.seen, RANK, 0, depths=DEPTHS),
+    )
     assert [(r.change.id, r.p, r.score, r.effect, r.null) for r in one.ranked] == [
         (r.change.id, r.p, r.score, r.effect, r.null) for r in other.ranked
     ]

@@ -27,8 +27,7 @@ def prompts(count: int = 8, **rest) -> Corpus:
     return Corpus(
         "prompts",
         tuple(
-            Document(f"p/{n}", "chat", messages=(("user", "ask " + "again " * (n % 3) + str(n)),))
-            for n in range(count)
+            Document(f"p/{n}", "chat", messages=(("user", "ask " + "again " * (n % 3) + str(n)),)) for n in range(count)
         ),
         **rest,
     )
@@ -37,9 +36,7 @@ def prompts(count: int = 8, **rest) -> Corpus:
 def test_two_answers_a_prompt_each_by_its_writer(pair):
     made = contrast(pair, prompts(), QUICK, seed=0)
     assert len(made) == 16 and [d.writer for d in made] == ["base", "tuned"] * 8
-    assert all(
-        d.kind == "contrastive" and d.messages[-1][0] == "assistant" and d.messages[-1][1] for d in made
-    )
+    assert all(d.kind == "contrastive" and d.messages[-1][0] == "assistant" and d.messages[-1][1] for d in made)
     for base, tuned in zip(made[::2], made[1::2]):
         assert base.messages[:-1] == tuned.messages[:-1] and base.group == tuned.group
     assert any(base.messages != tuned.messages for base, tuned in zip(made[::2], made[1::2]))
@@ -52,9 +49,7 @@ def test_answers_are_the_models_own_completions(pair):
     for document in made:
         model = pair.base if document.writer == "base" else pair.tuned
         ids = pair.tokenizer.apply_chat_template(
-            [{"role": r, "content": c} for r, c in document.messages[:-1]],
-            add_generation_prompt=True,
-            tokenize=False,
+            [{"role": r, "content": c} for r, c in document.messages[:-1]], add_generation_prompt=True, tokenize=False
         )
         (answer,) = model.complete([pair.tokenizer(ids, add_special_tokens=False)["input_ids"]], 5)
         assert pair.tokenizer.decode(answer, skip_special_tokens=True).strip() == document.messages[-1][1]
@@ -99,11 +94,7 @@ def test_prompts_without_an_answer_are_left_out_for_both(pair, monkeypatch):
 
     monkeypatch.setattr(LanguageModel, "complete", complete)
     made = contrast(pair, prompts(), QUICK, seed=0)
-    assert (
-        [d.group for d in made[::2]]
-        == [d.group for d in made[1::2]]
-        == [f"p/{n}" for n in (0, 2, 3, 5, 6, 7)]
-    )
+    assert [d.group for d in made[::2]] == [d.group for d in made[1::2]] == [f"p/{n}" for n in (0, 2, 3, 5, 6, 7)]
 
 
 def test_prompts_too_long_to_be_read_whole_are_left_out(pair, monkeypatch):
@@ -145,10 +136,15 @@ def test_half_of_the_prompts_are_those_whose_first_word_differs_the_most(pair):
     tokens = corpus.tokens(pair.tokenizer, row_tokens=512)
     chosen = screen(pair, tokens, ContrastSettings(prompts=16, pool=40))
     assert chosen == sorted(set(chosen)) and len(chosen) == 16 and chosen[:8] == list(range(8))
-    kl_R = torch.stack([
-        (t.exp() * (t - b)).sum() for ids in tokens.rows for b, t in [[
-            m.logits(m.states(torch.tensor([ids])))[0, -1].log_softmax(-1) for m in (pair.base, pair.tuned)]]
-    ])
+    kl_R = torch.stack(
+        [
+            (t.exp() * (t - b)).sum()
+            for ids in tokens.rows
+            for b, t in [
+                [m.logits(m.states(torch.tensor([ids])))[0, -1].log_softmax(-1) for m in (pair.base, pair.tuned)]
+            ]
+        ]
+    )
     torch.testing.assert_close(first_word_divergence(pair, tokens), kl_R, rtol=1e-3, atol=1e-5)
     held = [tokens.held_out[d] for d in tokens.document_R]
     for side in (False, True):
@@ -178,7 +174,9 @@ def test_tokens_are_drawn_as_they_are_likely():
     for temperature in (0.5, 1.0, 3.0):
         got = torch.bincount(drawn(score.expand(len(evenly), -1), evenly, temperature), minlength=7) / len(evenly)
         torch.testing.assert_close(got, (score / temperature).softmax(0), atol=1e-4, rtol=0)
-    rows = torch.randn(500, 300, generator=torch.Generator().manual_seed(0)).masked_fill(torch.arange(300) % 3 != 1, -torch.inf)
+    rows = torch.randn(500, 300, generator=torch.Generator().manual_seed(0)).masked_fill(
+        torch.arange(300) % 3 != 1, -torch.inf
+    )
     for number in (0.0, 1 - 2.0**-24):
         assert (drawn(rows, torch.full((500,), number), 1.0) % 3 == 1).all()
     for bad in (torch.full((1, 5), -torch.inf), torch.tensor([[0.0, torch.nan]]), torch.tensor([[0.0, torch.inf]])):

@@ -110,15 +110,10 @@ def test_parquet(tmp_path: Path) -> None:
 
     messages = [[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]] * 2
     pyarrow.parquet.write_table(pyarrow.table({"messages": messages}), tmp_path / "chat.parquet")
-    pyarrow.parquet.write_table(
-        pyarrow.table({"body": ["one", "two"], "n": [1, 2]}), tmp_path / "text.parquet"
-    )
+    pyarrow.parquet.write_table(pyarrow.table({"body": ["one", "two"], "n": [1, 2]}), tmp_path / "text.parquet")
     chat = Corpus.from_files(tmp_path / "chat.parquet")
     assert chat.documents[0].messages == (("user", "Hi"), ("assistant", "Hello"))
-    assert [d.text for d in Corpus.from_files(tmp_path / "text.parquet", text_field="body").documents] == [
-        "one",
-        "two",
-    ]
+    assert [d.text for d in Corpus.from_files(tmp_path / "text.parquet", text_field="body").documents] == ["one", "two"]
     with pytest.raises(SourceError, match=r"row 1.*\n.*\n.*columns body, n"):
         Corpus.from_files(tmp_path / "text.parquet")
     (tmp_path / "cut.parquet").write_bytes((tmp_path / "text.parquet").read_bytes()[:-9])
@@ -152,12 +147,7 @@ def test_parquet_without_pyarrow_names_the_extra(tmp_path: Path, monkeypatch: py
         ("a.jsonl", b'{"text": "a\\u0000b"}\n', SourceError, "line 1: the text holds NUL"),
         ("a.jsonl", b'{"text": "ok"}\n{"text": "\xff\xfe"}\n', SourceError, "line 2 is not UTF-8"),
         ("a.jsonl", b'{"messages": [{"role": "user"}]}\n', SourceError, "line 1: a message is not one"),
-        (
-            "a.jsonl",
-            b'{"id": "x", "text": "a"}\n{"id": "x", "text": "b"}\n',
-            CorpusError,
-            "occur more than once",
-        ),
+        ("a.jsonl", b'{"id": "x", "text": "a"}\n{"id": "x", "text": "b"}\n', CorpusError, "occur more than once"),
         ("a.jsonl", b"[" * 100_000, SourceError, "line 1 is not JSON"),
         ("a.jsonl", b"", CorpusError, "holds no text"),
         ("a.json", b"[1, 2", SourceError, "is not JSON"),
@@ -171,18 +161,14 @@ def test_parquet_without_pyarrow_names_the_extra(tmp_path: Path, monkeypatch: py
         ("a.xyz", b"text", SourceError, "is of no kind that is read"),
     ],
 )
-def test_hostile_files_are_refused_by_name(
-    tmp_path: Path, name: str, data: bytes, error: type, told: str
-) -> None:
+def test_hostile_files_are_refused_by_name(tmp_path: Path, name: str, data: bytes, error: type, told: str) -> None:
     (tmp_path / name).write_bytes(data)
     with pytest.raises(error, match=re.escape(told)) as caught:
         Corpus.from_files(tmp_path / name)
     assert name in str(caught.value) or error is CorpusError
 
 
-def test_an_endless_line_is_refused_without_reading_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_endless_line_is_refused_without_reading_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(corpora, "MAX_DOCUMENT_BYTES", 1 << 20)
     for name in ("long.txt", "long.jsonl"):
         with open(tmp_path / name, "wb") as file:
@@ -208,9 +194,7 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
 
 def test_skip_empty_passes_over_empty_documents(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", {"text": ""}, {"text": "here"}, {"messages": []})
-    assert [
-        document.id for document in Corpus.from_files(tmp_path / "a.jsonl", skip_empty=True).documents
-    ] == ["a#1"]
+    assert [document.id for document in Corpus.from_files(tmp_path / "a.jsonl", skip_empty=True).documents] == ["a#1"]
 
 
 def test_files_of_one_name_keep_their_ids_apart(tmp_path: Path) -> None:
@@ -229,13 +213,9 @@ def test_files_of_one_name_keep_their_ids_apart(tmp_path: Path) -> None:
 def test_the_split_is_stable_when_documents_are_added(tmp_path: Path) -> None:
     small = Corpus.from_files(write(tmp_path / "a.jsonl", *texts(200)))
     sides = {document.id: small.is_held_out(document) for document in small.documents}
-    large = Corpus.from_files(
-        [write(tmp_path / "a.jsonl", *texts(300)), write(tmp_path / "b.jsonl", *texts(50, 900))]
-    )
+    large = Corpus.from_files([write(tmp_path / "a.jsonl", *texts(300)), write(tmp_path / "b.jsonl", *texts(50, 900))])
     assert all(
-        large.is_held_out(document) == sides[document.id]
-        for document in large.documents
-        if document.id in sides
+        large.is_held_out(document) == sides[document.id] for document in large.documents if document.id in sides
     )
     assert 0.15 < sum(sides.values()) / 200 < 0.35
     other = Corpus("other", small.documents, seed=1)
@@ -261,9 +241,7 @@ def test_no_document_and_no_copy_of_one_is_on_both_sides(tmp_path: Path, tokeniz
 
 def test_answers_stay_on_the_side_of_their_prompt() -> None:
     prompts = Corpus.prompts()
-    both = [
-        prompt.answered("Yes.", writer) for prompt in prompts.documents[:80] for writer in ("base", "tuned")
-    ]
+    both = [prompt.answered("Yes.", writer) for prompt in prompts.documents[:80] for writer in ("base", "tuned")]
     corpus = Corpus("answers", tuple(both))
     for prompt, one, other in zip(prompts.documents, both[::2], both[1::2]):
         assert corpus.is_held_out(one) == corpus.is_held_out(other) == prompts.is_held_out(prompt)
@@ -291,23 +269,14 @@ def test_rows_give_back_every_document_whole(tmp_path: Path, tokenizer) -> None:
     assert tokens.counts == {"prose": tokens.count}
     assert tokens.fingerprint == corpus.tokens(tokenizer, row_tokens=50).fingerprint
     assert (
-        tokens.fingerprint
-        != corpus.tokens(tokenizer, row_tokens=20).fingerprint
-        != tokens.select("train").fingerprint
+        tokens.fingerprint != corpus.tokens(tokenizer, row_tokens=20).fingerprint != tokens.select("train").fingerprint
     )
 
 
 def chats() -> Corpus:
-    turns = (
-        ("user", "Hi there"),
-        ("assistant", "One."),
-        ("user", "More"),
-        ("assistant", "Two words, and then some."),
-    )
+    turns = (("user", "Hi there"), ("assistant", "One."), ("user", "More"), ("assistant", "Two words, and then some."))
     return Corpus(
-        "chats",
-        (Document("a", "chat", messages=turns), Document("b", "chat", messages=turns[:1])),
-        held_out_share=0,
+        "chats", (Document("a", "chat", messages=turns), Document("b", "chat", messages=turns[:1])), held_out_share=0
     )
 
 
@@ -345,9 +314,7 @@ def test_templates_that_are_missing_or_refuse_are_told(tokenizer) -> None:
         chats().tokens(make_tokenizer(template=None))
     with pytest.raises(CorpusError, match="refuses document 'a'"):
         chats().tokens(make_tokenizer(template="{{ raise_exception('roles must alternate') }}"))
-    assert (
-        Corpus("p", (Document("p", "prose", "Plain text"),)).tokens(make_tokenizer(template=None)).count == 10
-    )
+    assert Corpus("p", (Document("p", "prose", "Plain text"),)).tokens(make_tokenizer(template=None)).count == 10
     with pytest.raises(SettingError, match="row_tokens"):
         chats().tokens(tokenizer, row_tokens=0)
     with pytest.raises(SettingError, match="limit_tokens"):
@@ -405,9 +372,7 @@ def test_batches_hold_every_row_exactly_once(lengths: list[int], budget: int, or
 def test_batches_are_the_same_each_time_and_check_their_settings() -> None:
     tokens = of_lengths([3, 9, 9, 1, 4])
     first, second = list(tokens.batches(18)), list(tokens.batches(18))
-    assert all(
-        torch.equal(a.ids_BT, b.ids_BT) and torch.equal(a.rows_B, b.rows_B) for a, b in zip(first, second)
-    )
+    assert all(torch.equal(a.ids_BT, b.ids_BT) and torch.equal(a.rows_B, b.rows_B) for a, b in zip(first, second))
     assert first[0].rows_B.tolist() == [1, 2]
     assert first[0].mask_BT.dtype == torch.bool and first[0].ids_BT.dtype == torch.long
     with pytest.raises(SettingError):
@@ -419,9 +384,7 @@ def test_batches_are_the_same_each_time_and_check_their_settings() -> None:
 @settings(max_examples=40, deadline=None)
 @given(
     texts=st.lists(
-        st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), min_size=1),
-        min_size=1,
-        max_size=8,
+        st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), min_size=1), min_size=1, max_size=8
     )
 )
 def test_any_text_survives_the_way_through_a_file(texts: list[str]) -> None:
@@ -440,9 +403,7 @@ def test_the_default_corpus_loads_and_its_sources_are_in_the_notice(tokenizer) -
     assert corpus.tokens(tokenizer).select("held_out").counts.keys() == {"prose", "chat", "code"}
     notice = (ROOT / "NOTICE").read_text(encoding="utf-8")
     records = [
-        json.loads(line)
-        for path in sorted(ASSETS.glob("*.jsonl"))
-        for line in path.read_text("utf-8").splitlines()
+        json.loads(line) for path in sorted(ASSETS.glob("*.jsonl")) for line in path.read_text("utf-8").splitlines()
     ]
     assert len(records) == 900
     for source in {record["source"] for record in records}:

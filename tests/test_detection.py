@@ -41,7 +41,8 @@ def texts(tmp_path_factory) -> tuple[Text, Text]:
     pair = Pair.load(base, tiny_models.adapter(root / "tuned", tiny_models.module("llama")))
     rng = generator(0, "text")
     documents = tuple(
-        Document(f"d{i}", "prose", " ".join(WORDS[j] for j in torch.randint(len(WORDS), (12,), generator=rng).tolist())) for i in range(160)
+        Document(f"d{i}", "prose", " ".join(WORDS[j] for j in torch.randint(len(WORDS), (12,), generator=rng).tolist()))
+        for i in range(160)
     )
     tokens = Corpus("words", documents).tokens(pair.tokenizer, row_tokens=64)
     return tuple(Text(pair.base, tuned, tokens, Site(0), Site(1)) for tuned in (pair.base, pair.random_tuned(0)))
@@ -64,7 +65,9 @@ def test_finders_are_scored_against_the_truth_and_against_chance(text, backgroun
     found = detection.detect(planted, "principal", ['find.finders=["principal"]'], 0.5, 0.1, 0, tmp_path)
     assert found.found and found.cosine > 0.9 and found.auroc > 0.95 > found.chance_auroc and found.chance_cosine < 0.7
     assert found.place == 1
-    weak = detection.detect(background.plant(1e-5, 0.1, 0), "principal", ['find.finders=["principal"]'], 1e-5, 0.1, 0, tmp_path)
+    weak = detection.detect(
+        background.plant(1e-5, 0.1, 0), "principal", ['find.finders=["principal"]'], 1e-5, 0.1, 0, tmp_path
+    )
     assert not weak.found
     with pytest.raises(SettingError, match="no output"):
         detection.detect(planted, "x", ['find.finders=["decision_clusters"]'], 0.5, 0.1, 0, tmp_path)
@@ -79,13 +82,32 @@ def test_what_cannot_be_planted_is_refused(text):
 
 def test_the_command_prints_the_floor(tmp_path):
     base = tiny_models.save(tmp_path / "base", tiny_models.module("llama"))
-    told = cli("floor", base, "--out", tmp_path / "out", "--methods", "principal,random_directions", "--amplitudes", "1e-6,0.5",
-               "--frequencies", "0.1", "--tokens", 4000, "-q", "--set", "find.candidates=4")
+    told = cli(
+        "floor",
+        base,
+        "--out",
+        tmp_path / "out",
+        "--methods",
+        "principal,random_directions",
+        "--amplitudes",
+        "1e-6,0.5",
+        "--frequencies",
+        "0.1",
+        "--tokens",
+        4000,
+        "-q",
+        "--set",
+        "find.candidates=4",
+    )
     assert told.code == 0, told.err
     assert re.search(r"principal +0\.5\n", told.out) and "resid.1, from which" in told.out
     kept = read_json(tmp_path / "out" / "floor.json")
     assert [(d["method"], d["amplitude"]) for d in kept["detections"]] == [
-        ("principal", 1e-6), ("random_directions", 1e-6), ("principal", 0.5), ("random_directions", 0.5)]
+        ("principal", 1e-6),
+        ("random_directions", 1e-6),
+        ("principal", 0.5),
+        ("random_directions", 0.5),
+    ]
     for wrong in (["--methods", "nothing"], ["--amplitudes", "much"]):
         assert cli("floor", base, *wrong).code == 2
 
@@ -107,7 +129,10 @@ def test_the_floor_is_the_least_amplitude_from_which_on_all_is_found():
 def small_difference(samples: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Streams of 400 sparse features in 64 dimensions, and in tuned a vector of 3 % of their size at 3 % of the tokens, over a
     background of noise as large."""
-    rng, features = generator(seed, "small difference"), torch.nn.functional.normalize(torch.randn(400, 64, generator=generator(0, "features")), dim=1)
+    rng, features = (
+        generator(seed, "small difference"),
+        torch.nn.functional.normalize(torch.randn(400, 64, generator=generator(0, "features")), dim=1),
+    )
     on_NF = torch.rand(samples, 400, generator=rng) < 0.03
     base = (on_NF * torch.rand(samples, 400, generator=rng)) @ features
     hit = torch.rand(samples, generator=rng) < 0.03
@@ -119,9 +144,15 @@ def small_difference(samples: int, seed: int) -> tuple[torch.Tensor, torch.Tenso
 
 def test_starting_from_differences_sees_a_small_one_that_a_random_start_does_not(tmp_path):
     (train, _, v), (held, on, _) = small_difference(6000, 0), small_difference(2000, 1)
-    planted = detection.Planted(PlantedSource(train, held, Site(0), torch.arange(6000) // 20, torch.arange(2000) // 20), v, on, 0.03, 3.0)
-    settings = ["find.finders=[\"crosscode\"]", "dictionary.latents=256", "fit.steps=300"]
-    ours, random = (detection.detect(planted, start, [*settings, f"dictionary.from_differences={start}"], 0.1, 0.03, 0, tmp_path / start)
-                    for start in ("true", "false"))
+    planted = detection.Planted(
+        PlantedSource(train, held, Site(0), torch.arange(6000) // 20, torch.arange(2000) // 20), v, on, 0.03, 3.0
+    )
+    settings = ['find.finders=["crosscode"]', "dictionary.latents=256", "fit.steps=300"]
+    ours, random = (
+        detection.detect(
+            planted, start, [*settings, f"dictionary.from_differences={start}"], 0.1, 0.03, 0, tmp_path / start
+        )
+        for start in ("true", "false")
+    )
     print(ours, random)
     assert ours.found and not random.found

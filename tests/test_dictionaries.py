@@ -18,9 +18,7 @@ from tunediff import dictionaries, gates, variants
 from tunediff.axes import BASE, TUNED
 from tunediff.dictionaries.base import Pass, delta_of, mean_squared_error
 from tunediff.errors import ArtifactError, SettingError, VariantError
-from tunediff.fitting import (
-    FitSettings, Fitted, Normalization, Plan, State, TensorSource, apart, build, fit, step,
-)
+from tunediff.fitting import FitSettings, Fitted, Normalization, Plan, State, TensorSource, apart, build, fit, step
 from tunediff.latent_scaling import latent_scaling
 
 VARIANTS = variants.names(dictionaries.PACKAGE)
@@ -51,12 +49,8 @@ def activations(n: int = 256, seed: int = 0, dtype=torch.float32) -> torch.Tenso
     directions[:14, :, TUNED] = directions[:14, :, BASE]
     directions[14:17, :, BASE] = 0
     directions[17:, :, TUNED] = 0
-    on = (torch.rand(n, 20, generator=g, dtype=dtype) < 0.1) * (
-        0.5 + torch.rand(n, 20, generator=g, dtype=dtype)
-    )
-    return torch.einsum("nf,fsmd->nsmd", on, directions) + 0.02 * torch.randn(
-        n, S, 2, D, generator=g, dtype=dtype
-    )
+    on = (torch.rand(n, 20, generator=g, dtype=dtype) < 0.1) * (0.5 + torch.rand(n, 20, generator=g, dtype=dtype))
+    return torch.einsum("nf,fsmd->nsmd", on, directions) + 0.02 * torch.randn(n, S, 2, D, generator=g, dtype=dtype)
 
 
 @pytest.fixture(scope="module")
@@ -89,10 +83,7 @@ def test_abstract_or_final(name):
     kind = variants.load(dictionaries.PACKAGE, name)
     assert kind.Spec.variant == name
     implemented = {key for key in vars(Dictionary) if key not in Dictionary.__abstractmethods__}
-    assert not {key for key in vars(kind) if not key.startswith("__") and key in implemented} - {
-        "Spec",
-        "_abc_impl",
-    }
+    assert not {key for key in vars(kind) if not key.startswith("__") and key in implemented} - {"Spec", "_abc_impl"}
 
 
 def test_settings_refuse():
@@ -170,10 +161,7 @@ def test_order_changes_nothing(name):
     tokens = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(d(x[tokens]).code.dense(), run.code.dense()[tokens])
     order = torch.cat(
-        [
-            g.start + torch.randperm(g.stop - g.start, generator=torch.Generator().manual_seed(1))
-            for g in d.groups()
-        ]
+        [g.start + torch.randperm(g.stop - g.start, generator=torch.Generator().manual_seed(1)) for g in d.groups()]
     )
     twin = copy.deepcopy(d)
     with torch.no_grad():
@@ -256,9 +244,7 @@ def test_changes_are_the_dictionary(name, fits):
     g = torch.stack([c.strength(x) for c in changes], 1)
     near = (fitted.dictionary.pre(fitted.normalization.apply(x)) - fitted.threshold_F).abs() < 1e-4
     torch.testing.assert_close(torch.where(near, f_NF, g), f_NF, atol=1e-4, rtol=1e-4)
-    total = (
-        torch.einsum("nf,fsmd->nsmd", f_NF, torch.stack([c.write_SMD for c in changes])) + fitted.offset_SMD
-    )
+    total = torch.einsum("nf,fsmd->nsmd", f_NF, torch.stack([c.write_SMD for c in changes])) + fitted.offset_SMD
     torch.testing.assert_close(total, fitted.reconstruct(x), atol=1e-4, rtol=1e-4)
     shares = torch.tensor([c.share for c in changes])
     torch.testing.assert_close(shares, fitted.dictionary.share_F(), atol=0.05 if S > 1 else 1e-5, rtol=0)
@@ -343,9 +329,7 @@ def test_normalization(source):
     torch.testing.assert_close(x.square().mean((0, 2, 3)), torch.ones(S))
     torch.testing.assert_close(norm.undo(x), source.read("train", torch.arange(source.count("train"))))
     assert abs(norm.delta_variance - float(delta_of(x).square().mean())) < 1e-5
-    loud = Normalization.measure(
-        TensorSource(activations() * torch.tensor([1.0, 1.3])[:, None], activations())
-    )
+    loud = Normalization.measure(TensorSource(activations() * torch.tensor([1.0, 1.3])[:, None], activations()))
     quiet = Normalization.measure(TensorSource(activations(), activations()))
     difference = loud.log_rms_ratio_S - quiet.log_rms_ratio_S
     torch.testing.assert_close(difference, torch.full((S,), 1.3).log())
@@ -360,18 +344,14 @@ def test_identical_models_stay_identical():
     x = x[:, :, :1].expand(-1, -1, 2, -1)
     for name in VARIANTS:
         trained = trained_steps(name, x)
-        torch.testing.assert_close(
-            trained.share_F(), built_in(trained), atol=0.02 if name == "dfc" else 1e-5, rtol=0
-        )
+        torch.testing.assert_close(trained.share_F(), built_in(trained), atol=0.02 if name == "dfc" else 1e-5, rtol=0)
 
 
 # -- gates
 # ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "shape,k", [((64, 40), 3), ((512, 300), 7.5), ((1024, 512), 0.01), ((300, 400), 120)]
-)
+@pytest.mark.parametrize("shape,k", [((64, 40), 3), ((512, 300), 7.5), ((1024, 512), 0.01), ((300, 400), 120)])
 def test_batch_topk_is_exact(shape, k):
     v = torch.rand(shape, generator=torch.Generator().manual_seed(0))
     at = gates.batch_topk(v, k)
@@ -445,9 +425,7 @@ def test_unmasked_delta_term_is_the_difference_of_errors():
     d, x = made("delta", torch.float64), activations(dtype=torch.float64)
     run = d(x)
     error = run.error_NSMD
-    torch.testing.assert_close(
-        d.delta_error(run, 0), (error[:, :, TUNED] - error[:, :, BASE]).square().mean()
-    )
+    torch.testing.assert_close(d.delta_error(run, 0), (error[:, :, TUNED] - error[:, :, BASE]).square().mean())
 
 
 def test_without_its_term_and_groups_delta_is_batchtopk():
@@ -604,9 +582,7 @@ def test_latent_scaling_mirrors(source, fits):
     some = [s.latent for s in one if s.kind != "too rare"][:5]
     subset = latent_scaling(fitted, source, doc_N=doc_N, draws=100, latents=some)
     assert [s.latent for s in subset] == some
-    assert [s.nu_error.value for s in subset] == pytest.approx(
-        [one[j].nu_error.value for j in some], rel=1e-4
-    )
+    assert [s.nu_error.value for s in subset] == pytest.approx([one[j].nu_error.value for j in some], rel=1e-4)
 
 
 # -- folders
@@ -618,11 +594,7 @@ def test_finished_is_not_trained_again(source, tmp_path):
     settings = dataclasses.replace(SHORT, steps=40)
     first = fit(spec, source, settings, tmp_path, lambda done, total, row: rows.append((done, total)))
     assert rows[-1] == (40 * 256, 40 * 256)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "curve.json",
-        "dictionary.safetensors",
-        "manifest.json",
-    ]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["curve.json", "dictionary.safetensors", "manifest.json"]
     rows.clear()
     again = fit(spec, source, settings, tmp_path, lambda *_: rows.append(0))
     assert not rows and again.quality == first.quality

@@ -52,9 +52,7 @@ def moments_of(pair: Pair, on_II=None, off_II=None) -> dict[str, Moments]:
     out = {}
     for delta in pair.deltas():
         size = delta.down.shape[1]
-        out[delta.name] = Moments(
-            *(torch.zeros(size, size) if m is None else m(size) for m in (on_II, off_II))
-        )
+        out[delta.name] = Moments(*(torch.zeros(size, size) if m is None else m(size) for m in (on_II, off_II)))
     return out
 
 
@@ -109,9 +107,7 @@ def test_the_map_is_the_least_squares_answer():
 
     def objective(new_OI: torch.Tensor) -> float:
         lost = new_OI - added_OI
-        return float(
-            settings.strength * (new_OI @ on @ new_OI.T).trace() + (lost @ (off + ridge) @ lost.T).trace()
-        )
+        return float(settings.strength * (new_OI @ on @ new_OI.T).trace() + (lost @ (off + ridge) @ lost.T).trace())
 
     answer = revert_map(m, settings)(added_OI)
     for _ in range(20):
@@ -133,20 +129,14 @@ def test_moments_are_those_of_the_inputs(pair, tokens):
     found, none = input_moments(pair.tuned, pair.deltas(), tokens, [on_R, none_R], batch_tokens=300)
     for delta in pair.deltas()[:5]:
         seen, on = [], []
-        handle = delta.linear.register_forward_pre_hook(
-            lambda module, given: seen.append(given[0][0].double())
-        )
+        handle = delta.linear.register_forward_pre_hook(lambda module, given: seen.append(given[0][0].double()))
         for row, weights in zip(tokens.rows, on_R):
             pair.tuned.states(torch.tensor([row]))
             on.append(weights.bool())
         handle.remove()
         x, chosen = torch.cat(seen), torch.cat(on)
-        torch.testing.assert_close(
-            found[delta.name].on_II.double(), x[chosen].T @ x[chosen], atol=1e-3, rtol=1e-3
-        )
-        torch.testing.assert_close(
-            found[delta.name].off_II.double(), x[~chosen].T @ x[~chosen], atol=1e-3, rtol=1e-3
-        )
+        torch.testing.assert_close(found[delta.name].on_II.double(), x[chosen].T @ x[chosen], atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(found[delta.name].off_II.double(), x[~chosen].T @ x[~chosen], atol=1e-3, rtol=1e-3)
         assert not none[delta.name].on_II.any()
 
 

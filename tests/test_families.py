@@ -40,7 +40,11 @@ def test_a_beginning_is_run_once_while_weights_are_frozen(model, monkeypatch):
              (model, more, Start(site, other)), (changed, ids, None), (changed, more, None)]  # fmt: skip
     plain = [side.states(rows, start) for side, rows, start in asked]
     forward = LanguageModel._forward
-    monkeypatch.setattr(LanguageModel, "_forward", lambda self, ids_BT, *rest, **named: (runs.append(len(ids_BT)), forward(self, ids_BT, *rest, **named)))
+    monkeypatch.setattr(
+        LanguageModel,
+        "_forward",
+        lambda self, ids_BT, *rest, **named: (runs.append(len(ids_BT)), forward(self, ids_BT, *rest, **named)),
+    )
     with frozen():
         assert all(torch.equal(side.states(rows, start), found) for (side, rows, start), found in zip(asked, plain))
         assert runs == [1, 3, 2, 1, 3, 2, 1, 2, 1, 3, 2]
@@ -89,7 +93,11 @@ def test_rows_that_begin_alike_share_that_beginnings_run(model, monkeypatch):
     assert model.shares_prefixes, "a network whose cache cannot be shared is to be named here"
     lengths = []
     forward = model._forward
-    monkeypatch.setattr(model, "_forward", lambda ids_BT, *rest, **named: (lengths.append(ids_BT.shape), forward(ids_BT, *rest, **named)))
+    monkeypatch.setattr(
+        model,
+        "_forward",
+        lambda ids_BT, *rest, **named: (lengths.append(ids_BT.shape), forward(ids_BT, *rest, **named)),
+    )
     streams, states = model.streams_and_states(ids, [Site(0), Site(1)])
     resumed = model.states(ids, Start(Site(1), streams[:, :, 1]))
     with model.writing(Site(0), lambda stream: stream):
@@ -114,11 +122,15 @@ def test_rows_of_which_some_begin_alike_are_run_as_few(model, monkeypatch):
     model.check_reading(IDS)
     runs = []
     forward = model._forward
-    monkeypatch.setattr(model, "_forward", lambda ids_BT, *rest, **named: (runs.append(ids_BT.numel()), forward(ids_BT, *rest, **named)))
+    monkeypatch.setattr(
+        model, "_forward", lambda ids_BT, *rest, **named: (runs.append(ids_BT.numel()), forward(ids_BT, *rest, **named))
+    )
     streams, states = model.streams_and_states(ids, [Site(1)], wanted_BT=wanted)
     assert runs[-1] == 54 and ids.numel() == 85
     torch.testing.assert_close(states[wanted], whole[wanted], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(model.states(ids, Start(Site(1), streams[:, :, 0]), wanted)[wanted], whole[wanted], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        model.states(ids, Start(Site(1), streams[:, :, 0]), wanted)[wanted], whole[wanted], rtol=1e-4, atol=1e-5
+    )
     streams = streams.clone()
     streams[3, 4, 0] += 1e-4  # however small: rows are one only as long as they are the same
     moved = model.states(ids, Start(Site(1), streams[:, :, 0]), wanted)

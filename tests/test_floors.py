@@ -125,14 +125,10 @@ def test_nothing_unpickles_or_runs_a_models_code(module):
     assert not [name for _, name in imports_of(module) if name.split(".")[0] in PICKLES]
     for node in ast.walk(tree):
         if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
-            assert isinstance(node.value, ast.Constant) and node.value.value is False, (
-                f"line {node.value.lineno}"
-            )
+            assert isinstance(node.value, ast.Constant) and node.value.value is False, f"line {node.value.lineno}"
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "load":
             if isinstance(node.func.value, ast.Name) and node.func.value.id == "torch":
-                raise AssertionError(
-                    f"{module}, line {node.lineno}: torch.load reads pickles; use safetensors"
-                )
+                raise AssertionError(f"{module}, line {node.lineno}: torch.load reads pickles; use safetensors")
 
 
 @pytest.mark.parametrize("module", ["tunediff", "tunediff.variants", "tunediff.errors", "tunediff.sites"])
@@ -145,20 +141,12 @@ def test_light_modules_stay_light(module):
 def test_no_file_names_a_machine():
     # Put together here, so that this file does not name one either.
     homes = [f"/{name}/".encode() for name in ("work", "root", "home/user", "Users")]
-    listed = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
-    )
-    names = (
-        listed.stdout.split("\n") if listed.returncode == 0 else [str(p) for p in (ROOT / "src").rglob("*")]
-    )
+    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    names = listed.stdout.split("\n") if listed.returncode == 0 else [str(p) for p in (ROOT / "src").rglob("*")]
     found = []
     for name in filter(None, names):
         path = ROOT / name
-        if (
-            not path.is_file()
-            or ".hypothesis" in path.parts
-            or path.suffix in (".safetensors", ".png", ".gz")
-        ):
+        if not path.is_file() or ".hypothesis" in path.parts or path.suffix in (".safetensors", ".png", ".gz"):
             continue
         data = path.read_bytes()
         found += [f"{name}: {home.decode()}" for home in homes if home in data]

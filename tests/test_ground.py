@@ -15,16 +15,7 @@ import pytest
 import torch
 
 from tunediff import artifacts, axes, chance, errors, variants
-from tunediff.artifacts import (
-    finish,
-    key_of,
-    open_folder,
-    plain,
-    read_json,
-    read_tensors,
-    to_json,
-    write_bytes,
-)
+from tunediff.artifacts import finish, key_of, open_folder, plain, read_json, read_tensors, to_json, write_bytes
 from tunediff.changes import Change, load_changes, save_changes
 from tunediff.errors import ArtifactError, NumericsError, SettingError, TunediffError, VariantError
 from tunediff.sites import Site
@@ -59,11 +50,7 @@ def test_streams_depend_on_seed_and_names_alone():
     torch.randn(9, generator=chance.generator(0, "b"))
     chance.numpy_generator(0, "c").normal(size=5)
     assert torch.equal(one, torch.randn(4, generator=chance.generator(0, "a")))
-    seeds = {
-        chance.seed_of(s, *names)
-        for s in (0, 1)
-        for names in [("a",), ("b",), ("a", "b"), ("ab",), ("a", 0), ()]
-    }
+    seeds = {chance.seed_of(s, *names) for s in (0, 1) for names in [("a",), ("b",), ("a", "b"), ("ab",), ("a", 0), ()]}
     assert len(seeds) == 12 and all(0 <= seed < 2**63 for seed in seeds)
 
 
@@ -156,14 +143,7 @@ class Setting:
 
 
 def test_json_is_canonical():
-    one = {
-        "b": Setting(),
-        "a": {3, 1, 2},
-        "ä": Path("x/y"),
-        "n": float("nan"),
-        "i": -math.inf,
-        "t": torch.arange(3),
-    }
+    one = {"b": Setting(), "a": {3, 1, 2}, "ä": Path("x/y"), "n": float("nan"), "i": -math.inf, "t": torch.arange(3)}
     other = dict(reversed(one.items()))
     assert to_json(one) == to_json(other)
     assert json.loads(to_json(one)) == {
@@ -180,16 +160,15 @@ def test_json_is_canonical():
 
 def test_keys_tell_values_apart():
     assert key_of(1, "a") == key_of(1, "a") and len(key_of(1)) == 16
-    assert (
-        len({key_of(1, "a"), key_of("1", "a"), key_of([1, "a"]), key_of(Setting()), key_of(Setting(b=3))})
-        == 5
-    )
+    assert len({key_of(1, "a"), key_of("1", "a"), key_of([1, "a"]), key_of(Setting()), key_of(Setting(b=3))}) == 5
 
 
 def test_a_later_setting_leaves_keys_as_they_were():
     """At its default; else it counts."""
     before = dataclasses.make_dataclass("Given", [("a", int, 1)])
-    after = dataclasses.make_dataclass("Given", [("a", int, 1), ("b", str, dataclasses.field(default="x", metadata=artifacts.LATER))])
+    after = dataclasses.make_dataclass(
+        "Given", [("a", int, 1), ("b", str, dataclasses.field(default="x", metadata=artifacts.LATER))]
+    )
     assert key_of([before()]) == key_of([after()]) != key_of([after(b="y")])
     assert plain(after()) == {"a": 1, "b": "x"}
 
@@ -197,16 +176,12 @@ def test_a_later_setting_leaves_keys_as_they_were():
 def test_a_write_is_all_or_nothing(tmp_path, monkeypatch):
     path = tmp_path / "deep" / "file"
     write_bytes(path, b"old")
-    monkeypatch.setattr(
-        artifacts.os, "fsync", lambda number: (_ for _ in ()).throw(OSError(28, "No space left"))
-    )
+    monkeypatch.setattr(artifacts.os, "fsync", lambda number: (_ for _ in ()).throw(OSError(28, "No space left")))
     with pytest.raises(ArtifactError, match="No space left") as caught:
         write_bytes(path, b"new and longer")
     assert caught.value.remedy
     assert path.read_bytes() == b"old"
-    assert [p.name for p in path.parent.iterdir()] == ["file"], (
-        "what was half written must not keep its space"
-    )
+    assert [p.name for p in path.parent.iterdir()] == ["file"], "what was half written must not keep its space"
 
 
 def test_a_folder_that_cannot_be_made_is_told(tmp_path):
@@ -225,11 +200,7 @@ def test_damaged_json_and_tensors_are_told(tmp_path):
 
 
 def test_tensors_come_back_whatever_their_layout(tmp_path):
-    tensors = {
-        "t": torch.randn(3, 4).T,
-        "half": torch.ones(2, dtype=torch.bfloat16),
-        "none": torch.zeros(0, 3),
-    }
+    tensors = {"t": torch.randn(3, 4).T, "half": torch.ones(2, dtype=torch.bfloat16), "none": torch.zeros(0, 3)}
     artifacts.write_tensors(tmp_path / "t.safetensors", tensors, {"made": "here"})
     first = (tmp_path / "t.safetensors").read_bytes()
     back = read_tensors(tmp_path / "t.safetensors")
@@ -267,9 +238,7 @@ def test_variants_are_the_files_of_a_folder(tmp_path, monkeypatch):
         (folder / f"{name}.py").write_text(f"VARIANT = {name!r}\nOTHER = 7\n")
     monkeypatch.syspath_prepend(tmp_path)
     assert variants.names("somelab") == ["lens", "linear_probe"]
-    assert (
-        variants.load("somelab", "linear_probe") == variants.load("somelab", "linear-probe") == "linear_probe"
-    )
+    assert variants.load("somelab", "linear_probe") == variants.load("somelab", "linear-probe") == "linear_probe"
     assert variants.load("tunediff.families", "somelab.lens:OTHER") == 7
 
 
@@ -296,9 +265,7 @@ def test_sites_parse_and_print():
     assert sorted([Site(2), Site(1, "mlp"), Site(1)]) == [Site(1, "mlp"), Site(1), Site(2)]
 
 
-@pytest.mark.parametrize(
-    "text", ["", "15", "resid", "resid.", "resid.-1", "resid.1.2", "head.3", "RESID.1", "resid.x"]
-)
+@pytest.mark.parametrize("text", ["", "15", "resid", "resid.", "resid.-1", "resid.1.2", "head.3", "RESID.1", "resid.x"])
 def test_what_is_not_a_site_is_refused(text):
     with pytest.raises(SettingError, match="is not a site") as caught:
         Site.parse(text)

@@ -39,9 +39,7 @@ def corpus(seed: int = 0, share: float = 0.25) -> Corpus:
     return Corpus("tiny", tuple(Document(f"d/{n}", "prose", text=t) for n, t in enumerate(texts)), share)
 
 
-def pair_of(
-    base: torch.nn.Module, tuned: torch.nn.Module, names: tuple[str, str] = ("b" * 16, "t" * 16)
-) -> Pair:
+def pair_of(base: torch.nn.Module, tuned: torch.nn.Module, names: tuple[str, str] = ("b" * 16, "t" * 16)) -> Pair:
     """A pair in memory, without the checks of loading."""
     tokenizer = tiny_models.tokenizer()
     sides = LanguageModel(base, tokenizer, "base"), LanguageModel(tuned, tokenizer, "tuned")
@@ -61,8 +59,7 @@ def upper(tmp_path_factory) -> Pair:
     root = tmp_path_factory.mktemp("upper")
     tiny_models.save(root / "base", tiny_models.module("llama"))
     wrapped = get_peft_model(
-        tiny_models.module("llama"),
-        LoraConfig(r=2, target_modules=["q_proj", "up_proj"], layers_to_transform=[2]),
+        tiny_models.module("llama"), LoraConfig(r=2, target_modules=["q_proj", "up_proj"], layers_to_transform=[2])
     )
     for name, parameter in wrapped.named_parameters():
         if "lora_B" in name:
@@ -124,23 +121,29 @@ def test_a_shards_streams_are_bit_equal_to_the_same_batch_run_again(exact, pair,
 def test_int8_keeps_every_value_to_half_a_step_of_its_neighbors_scale(pair, tokens, exact, tmp_path):
     h = harvest(pair, tokens, SITES, tmp_path, HarvestSettings(store="int8", batch_tokens=128, shard_tokens=256))
     true, got = exact.at(exact.index("all")), h.at(h.index("all"))
-    for true_NSD, got_NSD in ((true[:, :, BASE], got[:, :, BASE]), (true[:, :, TUNED] - true[:, :, BASE], got[:, :, TUNED] - got[:, :, BASE])):
+    for true_NSD, got_NSD in (
+        (true[:, :, BASE], got[:, :, BASE]),
+        (true[:, :, TUNED] - true[:, :, BASE], got[:, :, TUNED] - got[:, :, BASE]),
+    ):
         groups, error = (x.unflatten(-1, (-1, 32)) for x in (true_NSD, (got_NSD - true_NSD).abs()))
         step = groups.abs().amax(-1, keepdim=True) / 127
         assert (error <= 0.5 * (1 + 2**-6) * step + 4 * 2.0**-24 * true.abs().amax()).all()
         assert 1e-4 < float((got_NSD - true_NSD).norm() / true_NSD.norm()) < 1.5e-2
-    size = {name: sum(path.stat().st_size for path in folder.glob("shard-*")) for name, folder in (("int8", tmp_path), ("exact", exact.folder))}
+    size = {
+        name: sum(path.stat().st_size for path in folder.glob("shard-*"))
+        for name, folder in (("int8", tmp_path), ("exact", exact.folder))
+    }
     assert size["int8"] < 0.5 * size["exact"]
-    torch.testing.assert_close(torch.tensor(h.manifest["delta_energy"]), torch.tensor(exact.manifest["delta_energy"]), rtol=1e-2, atol=0)
+    torch.testing.assert_close(
+        torch.tensor(h.manifest["delta_energy"]), torch.tensor(exact.manifest["delta_energy"]), rtol=1e-2, atol=0
+    )
     assert torch.equal(h.at(torch.tensor([3, 5])), h.at(torch.tensor([5, 3])).flip(0))
 
 
 @pytest.mark.parametrize("store, unit", [("float32", 2**-24), ("float16", 2**-11), ("bfloat16", 2**-8)])
 def test_base_and_delta_are_kept_to_the_formats_precision(pair, tokens, exact, tmp_path, store, unit):
     """Half a unit in the last place of base and of delta each; float16 is absolute below 2^-14."""
-    h = harvest(
-        pair, tokens, SITES, tmp_path, HarvestSettings(store=store, batch_tokens=128, shard_tokens=256)
-    )
+    h = harvest(pair, tokens, SITES, tmp_path, HarvestSettings(store=store, batch_tokens=128, shard_tokens=256))
     true = exact.at(exact.index("all"))
     base, delta = true[:, :, BASE], true[:, :, TUNED] - true[:, :, BASE]
     got = h.at(h.index("all"))
@@ -295,9 +298,7 @@ def test_a_run_stopped_between_any_two_shards_resumes(pair, tokens, tmp_path):
 def test_a_finished_run_is_skipped(pair, tokens, tmp_path, monkeypatch):
     first = harvest(pair, tokens, SITES, tmp_path, SMALL)
     before = hashes(tmp_path)
-    artifacts.write_json(
-        tmp_path / "work.json", {"key": first.fingerprint}
-    )  # as if killed before it was taken away
+    artifacts.write_json(tmp_path / "work.json", {"key": first.fingerprint})  # as if killed before it was taken away
     monkeypatch.setattr(Pair, "both_streams", None)
     again = harvest(pair, tokens, list(reversed(SITES)), tmp_path, SMALL)
     assert again.fingerprint == first.fingerprint and hashes(tmp_path) == before
@@ -372,11 +373,7 @@ def test_a_full_disk_has_its_sentence_and_the_run_resumes(pair, tokens, tmp_path
         patch.setattr(artifacts.os, "fsync", full)
         with pytest.raises(ArtifactError, match="could not be written") as caught:
             harvest(pair, tokens, SITES, tmp_path / "full", SMALL)
-    assert (
-        "No space left" in caught.value.got
-        and "bytes" in caught.value.expected
-        and "free" in caught.value.remedy
-    )
+    assert "No space left" in caught.value.got and "bytes" in caught.value.expected and "free" in caught.value.remedy
     assert not list((tmp_path / "full").glob(".*")), "nothing half written is left"
     harvest(pair, tokens, SITES, tmp_path / "full", SMALL)
     assert hashes(tmp_path / "full") == hashes(tmp_path / "whole")
@@ -435,9 +432,7 @@ def test_a_corpus_with_an_empty_split_is_refused(pair, tmp_path, share, what):
     assert caught.value.remedy and not (tmp_path / "h").exists()
 
 
-@pytest.mark.parametrize(
-    "wrong", [dict(store="int4"), dict(abnormal=1.0), dict(batch_tokens=0), dict(shard_tokens=0)]
-)
+@pytest.mark.parametrize("wrong", [dict(store="int4"), dict(abnormal=1.0), dict(batch_tokens=0), dict(shard_tokens=0)])
 def test_settings_out_of_range_are_refused(wrong):
     with pytest.raises(SettingError) as caught:
         HarvestSettings(**wrong)
@@ -477,7 +472,9 @@ def test_streams_that_are_run_again_are_those_that_a_disk_keeps(pair, tokens, ex
     assert not any(set(read_tensors(path)) & {"base", "delta"} for path in (tmp_path / "h").glob("shard-*"))
     there = {(int(exact.row_N[n]), int(exact.position_N[n])): n for n in range(len(exact.token_N))}
     places = torch.tensor([there[int(made.row_N[n]), int(made.position_N[n])] for n in range(len(made.token_N))])
-    assert sorted(places.tolist()) == list(range(len(exact.token_N))) != places.tolist(), "shards mix rows of all lengths"
+    assert sorted(places.tolist()) == list(range(len(exact.token_N))) != places.tolist(), (
+        "shards mix rows of all lengths"
+    )
     everyone = torch.arange(len(made.token_N))
     for opened in (made, harvest(pair, tokens, SITES, tmp_path / "h", NONE)):
         assert torch.equal(opened.at(everyone), exact.at(places))
@@ -512,7 +509,10 @@ def test_what_is_in_memory_is_not_run_again_and_an_epoch_runs_all_once(pair, tok
 
 def test_a_fit_on_streams_run_again_has_the_same_bytes_each_time(pair, tokens, tmp_path):
     h = harvest(pair, tokens, SITES, tmp_path / "h", NONE)
-    spec, settings = dictionaries.spec("delta", latents=64, k_shared=2, k_delta=4), FitSettings(steps=30, batch=64, checkpoint_every=7)
+    spec, settings = (
+        dictionaries.spec("delta", latents=64, k_shared=2, k_delta=4),
+        FitSettings(steps=30, batch=64, checkpoint_every=7),
+    )
 
     class Killed(Exception):
         pass
@@ -526,5 +526,8 @@ def test_a_fit_on_streams_run_again_has_the_same_bytes_each_time(pair, tokens, t
         fit(spec, h, replace(settings, log_every=20), tmp_path / "killed", dies)
     again = harvest(pair, tokens, SITES, tmp_path / "h", NONE)  # nothing of it in memory
     resumed = fit(spec, again, replace(settings, log_every=20), tmp_path / "killed")
-    assert all(torch.equal(a, b) for a, b in zip(whole.dictionary.state_dict().values(), resumed.dictionary.state_dict().values()))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(whole.dictionary.state_dict().values(), resumed.dictionary.state_dict().values())
+    )
     assert whole.quality.ev_delta > 0.3

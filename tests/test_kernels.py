@@ -106,7 +106,9 @@ def test_panels_add_up_as_rows_do(monkeypatch, I, theirs, wide, away):
                 monkeypatch.setattr(native, "PANELS", (width,))
                 if width:
                     native._Panels.of(rows, halved)
-            monkeypatch.setattr(native, "_panels", lambda rows, pairs: native._Panels.of(rows, halved) if rows is x or theirs else None)
+            monkeypatch.setattr(
+                native, "_panels", lambda rows, pairs: native._Panels.of(rows, halved) if rows is x or theirs else None
+            )
             bag = native.bag(starts, order, token, value, x)
             both, product = native.bag_and_dot(starts, order, token, value, x, W)
             squares = [float(paths.known(t, native.ENERGY).sum(dtype=torch.double)) for t in (bag, both)]
@@ -134,7 +136,9 @@ def test_panels_add_up_as_rows_do(monkeypatch, I, theirs, wide, away):
         lambda g: torch.randn(1, 1, generator=g).abs().expand(500, 300).contiguous(),
     ],
 )
-@pytest.mark.parametrize("parts", [((0, 300, 4000),), ((0, 31, 700), (31, 290, 1), (290, 300, 4999)), ((0, 300, 149_999),)])
+@pytest.mark.parametrize(
+    "parts", [((0, 300, 4000),), ((0, 31, 700), (31, 290, 1), (290, 300, 4999)), ((0, 300, 149_999),)]
+)
 def test_selection_is_exact(values, parts):
     """The same pairs as a sort gives, however badly a sample foretells them; ties in flat order."""
     g = torch.Generator().manual_seed(0)
@@ -165,7 +169,9 @@ def way(request):
 
 
 @pytest.mark.parametrize("scale", [1, 40, 3000])
-@pytest.mark.parametrize("parts", [((0, 900, 7000),), ((0, 200, 100), (200, 900, 5000)), ((3, 11, 5), (11, 890, 20_000))])
+@pytest.mark.parametrize(
+    "parts", [((0, 900, 7000),), ((0, 200, 100), (200, 900, 5000)), ((3, 11, 5), (11, 890, 20_000))]
+)
 def test_bfloat16_only_says_what_cannot_be_kept(way, scale, parts):
     """Integers that bfloat16 rounds badly and float32 not at all, so that every sum is exact: the pairs, their values
     and the order of ties are those of a product in float32."""
@@ -186,7 +192,10 @@ def test_bfloat16_only_says_what_cannot_be_kept(way, scale, parts):
         assert torch.equal(one, other) and torch.equal(third, other)
 
 
-@pytest.mark.parametrize("parts", [((0, 900, 7000),), ((0, 200, 100), (200, 900, 5000)), ((3, 11, 5), (11, 890, 20_000)), ((0, 900, 270_000),)])
+@pytest.mark.parametrize(
+    "parts",
+    [((0, 900, 7000),), ((0, 200, 100), (200, 900, 5000)), ((3, 11, 5), (11, 890, 20_000)), ((0, 900, 270_000),)],
+)
 @pytest.mark.parametrize("crowd", [native.CROWD, 0], ids=["", "more than there is room for"])
 def test_codes_of_bfloat16_products(monkeypatch, way, parts, crowd):
     """Who allows rounding gets the largest codes of the rounded numbers' products: of integers that bfloat16 holds all of them to the
@@ -225,7 +234,9 @@ def test_gradients_of_rounded_numbers(monkeypatch):
         leaves = [t.clone().requires_grad_() for t in tensors]
         with kernels.rounding(rounded):
             got = everything(PairCode.encode(*leaves[:3], Gate(tensors[4], GATES["one"])), leaves, (10, 200))
-        off[rounded] = [float((a - b).detach().norm() / b.detach().norm()) for a, b in zip(got, want) if a.is_floating_point()]
+        off[rounded] = [
+            float((a - b).detach().norm() / b.detach().norm()) for a, b in zip(got, want) if a.is_floating_point()
+        ]
     assert max(off[False]) < 2e-6
     # decoded parts, and gradients of encoder, bias and decoder; the input's (index 3) asks the encoder's own rows
     assert all(1e-4 < off[True][at] < 0.15 for at in (1, 4, 5, 6)), off  # a few codes at the border are others'
@@ -247,7 +258,9 @@ def test_torchs_bfloat16_misses_nothing(N, F, I):
         assert torch.equal(one, other)
     for bad in (torch.nan, torch.inf):
         assert eager._encode_rounded(torch.where(torch.arange(I) == 7, bad, x), W, b, Gate(weight, parts)) is None
-    assert eager._encode_rounded(x * 1e-25, W * 1e-5, 0 * b, Gate(weight, parts)) is None, "squares that float32 does not hold"
+    assert eager._encode_rounded(x * 1e-25, W * 1e-5, 0 * b, Gate(weight, parts)) is None, (
+        "squares that float32 does not hold"
+    )
 
 
 def test_bits_do_not_depend_on_threads(way):
@@ -255,14 +268,28 @@ def test_bits_do_not_depend_on_threads(way):
     found = []
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
-        pre = torch.linspace(-1, 1, 700 * 900).view(700, 900)[torch.randperm(700, generator=torch.Generator().manual_seed(0))]
+        pre = torch.linspace(-1, 1, 700 * 900).view(700, 900)[
+            torch.randperm(700, generator=torch.Generator().manual_seed(0))
+        ]
         *at, value, starts = native.select(pre, weight, ((0, 300, 5000), (300, 900, 9000)))
         encoded = native.encode(x, W, b, Gate(weight, ((0, 300, 5000), (300, 900, 9000))))
         pairs = Pairs(*at, starts, 700, 900)
         sums, joined = (pairs.gather_latents(value, x), pairs.dot(x, W)), pairs.gather_and_dot(value, x, W)
         for apart, together in zip(sums, joined):
             torch.testing.assert_close(apart, together)
-        found.append([*at, value, starts, *pairs.by_latent, *sums, *joined, pairs.gather_tokens(value, W), *encoded, kernels.norm([x, W])])
+        found.append(
+            [
+                *at,
+                value,
+                starts,
+                *pairs.by_latent,
+                *sums,
+                *joined,
+                pairs.gather_tokens(value, W),
+                *encoded,
+                kernels.norm([x, W]),
+            ]
+        )
     for other in found[1:]:
         assert all(map(torch.equal, found[0], other))
 
@@ -270,7 +297,9 @@ def test_bits_do_not_depend_on_threads(way):
 def one_by_one(x: torch.Tensor, W: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Pre-activations (N, F), each added up as those of candidates are."""
     N, F = len(x), len(W)
-    part_FN4 = native._dot_panels(torch.arange(F + 1) * N, torch.arange(N, dtype=torch.int32).repeat(F), x, W).view(F, N, 4)
+    part_FN4 = native._dot_panels(torch.arange(F + 1) * N, torch.arange(N, dtype=torch.int32).repeat(F), x, W).view(
+        F, N, 4
+    )
     return ((part_FN4[..., 0] + part_FN4[..., 1]) + (part_FN4[..., 2] + part_FN4[..., 3])).T.contiguous() + b
 
 
@@ -294,15 +323,19 @@ def test_one_bad_number_is_nobody_elses(way, bad):
     """A token or a column that holds one loses no code, its own as little as another's."""
     x, W, b, _, weight = problem(300, 900, 64)
     parts = ((0, 900, 7000),)
-    for spoiled in ((x.index_put((torch.tensor(200), torch.tensor(3)), torch.tensor(bad)), W),
-                    (x, W.index_put((torch.tensor(5), torch.tensor(5)), torch.tensor(bad)))):
+    for spoiled in (
+        (x.index_put((torch.tensor(200), torch.tensor(3)), torch.tensor(bad)), W),
+        (x, W.index_put((torch.tensor(5), torch.tensor(5)), torch.tensor(bad))),
+    ):
         got = native.encode(*spoiled, b, Gate(weight, parts))
         for one, other in zip(got, native.select(one_by_one(*spoiled, b), weight, parts)):
             assert torch.equal(one, other)
         assert len(got[0]) == 7000
 
 
-@pytest.mark.parametrize("of_x, of_W", [(1e-22, 1e-22), (1e-30, 1), (1, 1e-30), (1e-8, 1e-15), (1, 1e-38), (1e15, 1e-20)])
+@pytest.mark.parametrize(
+    "of_x, of_W", [(1e-22, 1e-22), (1e-30, 1), (1, 1e-30), (1e-8, 1e-15), (1, 1e-38), (1e15, 1e-20)]
+)
 def test_tiny_numbers_count_as_others_do(way, of_x, of_W):
     """Squares that float32 does not hold are in no bound."""
     g = torch.Generator().manual_seed(0)
@@ -344,7 +377,9 @@ def test_a_machine_with_a_compiler_has_compiled():
 def test_norm(path, sizes):
     parts = [torch.randn(n, generator=torch.Generator().manual_seed(n)) for n in sizes]
     with kernels.using(path):
-        assert abs(float(kernels.norm(parts)) - float(torch.cat(parts).double().norm())) <= 1e-6 * float(torch.cat(parts).norm())
+        assert abs(float(kernels.norm(parts)) - float(torch.cat(parts).double().norm())) <= 1e-6 * float(
+            torch.cat(parts).norm()
+        )
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -420,10 +455,15 @@ def test_a_fit_in_bfloat16(tmp_path, monkeypatch):
     # annealing crosses the number of pairs from which decoder vectors go into panels, and back over it the checkpoint is taken
     monkeypatch.setattr(native, "PER_ROW", 6)
     spec = dictionaries.spec("delta", latents=400, k_shared=5, k_delta=8)
-    settings = FitSettings(steps=200, batch=256, learning_rate=3e-3, precision="bfloat16", checkpoint_every=30, anneal_from=2.0, anneal=0.3)
+    settings = FitSettings(
+        steps=200, batch=256, learning_rate=3e-3, precision="bfloat16", checkpoint_every=30, anneal_from=2.0, anneal=0.3
+    )
     plain = fit(spec, source, dataclasses.replace(settings, precision="float32"))
     whole = fit(spec, source, settings, tmp_path / "whole")
-    assert abs(whole.quality.ev_tuned - plain.quality.ev_tuned) < 0.02 and abs(whole.quality.ev_delta - plain.quality.ev_delta) < 0.03
+    assert (
+        abs(whole.quality.ev_tuned - plain.quality.ev_tuned) < 0.02
+        and abs(whole.quality.ev_delta - plain.quality.ev_delta) < 0.03
+    )
     assert not torch.equal(whole.dictionary.decoder_FSMD, plain.dictionary.decoder_FSMD)
 
     def killed(done: int, *_) -> None:
@@ -437,7 +477,10 @@ def test_a_fit_in_bfloat16(tmp_path, monkeypatch):
         assert torch.equal(one, other)
     assert artifacts.open_folder(tmp_path / "whole", SCHEMA)["may_round"] is True
     with kernels.using("torch"):
-        one, other = (fit(spec, source, dataclasses.replace(settings, steps=5, precision=p), tmp_path / p) for p in ("bfloat16", "float32"))
+        one, other = (
+            fit(spec, source, dataclasses.replace(settings, steps=5, precision=p), tmp_path / p)
+            for p in ("bfloat16", "float32")
+        )
     assert torch.equal(one.dictionary.decoder_FSMD, other.dictionary.decoder_FSMD)
     assert artifacts.open_folder(tmp_path / "bfloat16", SCHEMA)["may_round"] is False
     with pytest.raises(SettingError, match="precision"):
@@ -516,7 +559,10 @@ def test_adam_of_odd_parameters(path):
     start = [torch.randn(s, generator=g) for s in ((), (0, 3), (1,), (40, 33))]
     ours, theirs = ([torch.nn.Parameter(t.clone()) for t in start] for _ in range(2))
     with kernels.using(path), kernels.kept_memory():
-        one, other = (kind([{"params": p[:2]}, {"params": p[2:], "lr": 0.5}], 0.1) for kind, p in ((kernels.Adam, ours), (torch.optim.Adam, theirs)))
+        one, other = (
+            kind([{"params": p[:2]}, {"params": p[2:], "lr": 0.5}], 0.1)
+            for kind, p in ((kernels.Adam, ours), (torch.optim.Adam, theirs))
+        )
         for turned in (False, True, False):
             before = kernels.lengths(ours[3])
             for p, q in zip(ours, theirs):
@@ -572,7 +618,15 @@ def test_what_is_derived_follows_its_numbers(R, I, rounded):
     def everything() -> list[torch.Tensor]:
         flat = p.detach().flatten(1)
         tiles = paths.derived(flat, (native.TILES, R), lambda: native._packed(flat, False))
-        return [t.clone() for t in (*tiles, native._Panels.of(flat, native.rounded()).space, native.squares(p.detach()), kernels.lengths(p))]
+        return [
+            t.clone()
+            for t in (
+                *tiles,
+                native._Panels.of(flat, native.rounded()).space,
+                native.squares(p.detach()),
+                kernels.lengths(p),
+            )
+        ]
 
     with kernels.kept_memory(), kernels.rounding(rounded):
         before = everything()
@@ -604,7 +658,12 @@ def test_divergence(path, V):
         with kernels.using(path):
             for p_sums, q_sums in ((True, True), (False, True), (True, False)):
                 given = [t if sums else t.log_softmax(1) for t, sums in ((p, p_sums), (q, q_sums))]
-                torch.testing.assert_close(kernels.divergence(*given, p_sums, q_sums).double(), exact, rtol=1e-5, atol=2e-6 * float(exact.max()))
+                torch.testing.assert_close(
+                    kernels.divergence(*given, p_sums, q_sums).double(),
+                    exact,
+                    rtol=1e-5,
+                    atol=2e-6 * float(exact.max()),
+                )
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -696,7 +755,9 @@ def test_weights_in_tiles_take_no_more_than_is_left():
 @needs_tiles
 @pytest.mark.parametrize("theirs", [False, True])
 @pytest.mark.parametrize("kind", ["bfloat16", "float16", "float32"])
-@pytest.mark.parametrize("R, Q, V, D", [(1, 1, 300, 64), (70, 35, 1013, 600), (600, 40, 20_000, 40), (90, 90, 50_000, 300)])
+@pytest.mark.parametrize(
+    "R, Q, V, D", [(1, 1, 300, 64), (70, 35, 1013, 600), (600, 40, 20_000, 40), (90, 90, 50_000, 300)]
+)
 def test_divergence_without_logits(kind, theirs, R, Q, V, D):
     """Against float64; by any number of threads, and of any rows, the same bits."""
     g = torch.Generator().manual_seed(V)
@@ -780,7 +841,9 @@ def test_norms_gates_and_rotations_are_as_exact_as_torchs(N, I):
     for B in (1, 2):
         cos_BTE, sin_BTE = torch.randn(2, B, N, 2 * I, generator=g)
         crossed = torch.cat([-x_BHTE[..., I:], x_BHTE[..., :I]], -1)
-        torch.testing.assert_close(native.rotated(x_BHTE, cos_BTE, sin_BTE), x_BHTE * cos_BTE[:, None] + crossed * sin_BTE[:, None])
+        torch.testing.assert_close(
+            native.rotated(x_BHTE, cos_BTE, sin_BTE), x_BHTE * cos_BTE[:, None] + crossed * sin_BTE[:, None]
+        )
 
 
 @needs_native
@@ -788,7 +851,14 @@ def test_who_is_given_a_pass(monkeypatch):
     """Few numbers, other kinds of numbers and shapes that do not fit are torch's."""
     x, w = torch.ones(300, 100), torch.ones(100)
     assert kernels.rms_norm(x, w, 1e-5) is not None and kernels.gated(x, x) is not None
-    for a, b in ((x[:10], w), (x.double(), w), (x, w.double()), (x, w[:99]), (Wrapped(x), w), (x.to("meta"), w.to("meta"))):
+    for a, b in (
+        (x[:10], w),
+        (x.double(), w),
+        (x, w.double()),
+        (x, w[:99]),
+        (Wrapped(x), w),
+        (x.to("meta"), w.to("meta")),
+    ):
         assert kernels.rms_norm(a, b, 1e-5) is None
     for a, b in ((x[:10], x[:10]), (x.double(), x.double()), (x, x[:, :99]), (x, Wrapped(x))):
         assert kernels.gated(a, b) is None
@@ -806,7 +876,11 @@ def test_products_on_tiles_take_numbers_where_they_lie():
     """Rows apart in memory, numbers apart in a row; the ends of rows and columns are nobody else's."""
     g = torch.Generator().manual_seed(0)
     wide, other = torch.randn(50, 130, generator=g), torch.randn(40, 120, generator=g)
-    for x_NI, w_OI in ((wide[:, 3:40], other[:, 7:44]), (wide[:, ::2][:, :37], other.T[:37].T), (wide.T[:50, :40], other[:, :40])):
+    for x_NI, w_OI in (
+        (wide[:, 3:40], other[:, 7:44]),
+        (wide[:, ::2][:, :37], other.T[:37].T),
+        (wide.T[:50, :40], other[:, :40]),
+    ):
         torch.testing.assert_close(native.product(x_NI, w_OI), x_NI @ w_OI.T, rtol=1e-5, atol=1e-5)
     for bad in (torch.nan, torch.inf, -torch.inf):
         x_NI, w_OI = wide.clone(), torch.randn(40, 130, generator=g)
@@ -917,7 +991,9 @@ def test_a_step_is_far_cheaper_than_the_dense_one():
     spec = dictionaries.spec("batchtopk", latents=4096, k=16)
     settings = FitSettings(steps=100, batch=512)
     x = torch.randn(512, 1, 2, 128, generator=torch.Generator().manual_seed(0))
-    states = {p: State.new(build(spec, sites=1, width=128, seed=0), Plan.of(spec, settings, 512)) for p in ("native", "dense")}
+    states = {
+        p: State.new(build(spec, sites=1, width=128, seed=0), Plan.of(spec, settings, 512)) for p in ("native", "dense")
+    }
     seconds = {path: [] for path in states}
     for _ in range(6):
         for path, state in states.items():
@@ -959,6 +1035,8 @@ def test_parts_run_side_by_side_on_torchs_threads_and_errors_come_back(own, monk
         assert native._each(lambda part: part**2, range(9)) == [n**2 for n in range(9)]
         with pytest.raises(ZeroDivisionError):
             native._each(lambda part: 1 // (part - 5), range(9))
-        assert native._each(lambda part: torch.ones(1 << 16).sum().item(), range(4)) == [65536.0] * 4, "torch inside and after it"
+        assert native._each(lambda part: torch.ones(1 << 16).sum().item(), range(4)) == [65536.0] * 4, (
+            "torch inside and after it"
+        )
     finally:
         torch.set_num_threads(before)

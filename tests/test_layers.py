@@ -90,7 +90,9 @@ def test_nothing_else_changes():
     layers.quicken(quick)
     layers.quicken(quick)
     assert all(isinstance(m, nn.Linear) for m in quick[:3]) and type(quick[2]) is Own
-    assert {n: t.data_ptr() for n, t in quick.state_dict().items()} == {n: t.data_ptr() for n, t in quick.named_parameters()}
+    assert {n: t.data_ptr() for n, t in quick.state_dict().items()} == {
+        n: t.data_ptr() for n, t in quick.named_parameters()
+    }
     plain.load_state_dict(quick.state_dict())
     other = copy.deepcopy(quick)
     with torch.no_grad():
@@ -298,7 +300,10 @@ def test_divergences_need_no_logits_while_weights_are_frozen():
 
     model, states_END = Model(), torch.randn(4, 5, 200)
     table_NV = Said(model, states_END[0] + 0.1, 700).logp()
-    asked = [(Said(model, states, 700), table_NV.expand(*states.shape[:-2], -1, -1)) for states in (states_END[0], states_END[1:2])]
+    asked = [
+        (Said(model, states, 700), table_NV.expand(*states.shape[:-2], -1, -1))
+        for states in (states_END[0], states_END[1:2])
+    ]
     asked += [(Said(model, states_END, 700), table_NV), (table_NV, Said(model, states_END, 700))]
     with torch.inference_mode():
         for p, q in asked:
@@ -306,7 +311,9 @@ def test_divergences_need_no_logits_while_weights_are_frozen():
             expected = kl_divergence(p, q)
             assert model.plain
             model.plain, calls = 0, []
-            handle = nn.modules.module.register_module_forward_hook(lambda module, given, out: calls.append(given[0].shape))
+            handle = nn.modules.module.register_module_forward_hook(
+                lambda module, given, out: calls.append(given[0].shape)
+            )
             with layers.frozen():
                 found = kl_divergence(p, q)
             handle.remove()

@@ -31,9 +31,7 @@ def model() -> LanguageModel:
 
 @pytest.fixture(scope="module")
 def lens(model, tokens, tmp_path_factory) -> Lens:
-    return fit_lens(
-        model, tokens, [Site(2), Site(0)], tmp_path_factory.mktemp("lens") / "l", batch_tokens=256
-    )
+    return fit_lens(model, tokens, [Site(2), Site(0)], tmp_path_factory.mktemp("lens") / "l", batch_tokens=256)
 
 
 class Planted:
@@ -64,9 +62,7 @@ def test_noise_lowers_r2_to_what_is_left(tokens, tmp_path):
     share = []
     for number, noise in enumerate((0.0, 1.1, 30.0)):
         share.append(
-            float(
-                fit_lens(Planted(noise), tokens, [Site(0)], tmp_path / str(number), batch_tokens=256).r2_S[0]
-            )
+            float(fit_lens(Planted(noise), tokens, [Site(0)], tmp_path / str(number), batch_tokens=256).r2_S[0])
         )
     assert share[0] > 0.99 > share[1] > 0.8 and share[1] > share[2]
 
@@ -100,9 +96,7 @@ def test_a_mask_takes_tokens_out(lens, model):
     only = torch.zeros(300, dtype=torch.bool)
     only[[7, 9, 40]] = True
     promoted, suppressed = lens.read(model, Site(2), direction, 10, only)
-    assert {t for t, _ in promoted} == {t for t, _ in suppressed} == {7, 9, 40}, (
-        "what may not be named is not"
-    )
+    assert {t for t, _ in promoted} == {t for t, _ in suppressed} == {7, 9, 40}, "what may not be named is not"
     assert len(lens.read(model, Site(2), direction, 1000)[0]) == 300
 
 
@@ -126,11 +120,7 @@ def test_twice_the_same_bytes(model, tokens, tmp_path):
 def test_another_models_lens_is_refused(model, tokens, tmp_path):
     fit_lens(model, tokens, [Site(1)], tmp_path, batch_tokens=256)
     other = LanguageModel(tiny_models.module("llama", 5), tiny_models.tokenizer(), "other")
-    for which, sites, rest in (
-        (other, [Site(1)], {}),
-        (model, [Site(0)], {}),
-        (model, [Site(1)], {"ridge": 0.5}),
-    ):
+    for which, sites, rest in ((other, [Site(1)], {}), (model, [Site(0)], {}), (model, [Site(1)], {"ridge": 0.5})):
         with pytest.raises(ArtifactError, match="another model, text, sites or settings") as caught:
             fit_lens(which, tokens, sites, tmp_path, batch_tokens=256, **rest)
         assert "delete" in caught.value.remedy
@@ -144,9 +134,7 @@ def test_a_base_keeps_its_lens_whatever_adapter_is_over_it(tmp_path, model, toke
     network = tiny_models.module("llama")
     wrapped = PeftModel.from_pretrained(network, tiny_models.adapter(tmp_path / "a", network)).eval()
     base = LanguageModel(wrapped, tiny_models.tokenizer(), "base", wrapped.disable_adapter)
-    assert torch.equal(
-        fit_lens(base, tokens, [Site(1)], tmp_path / "lens", batch_tokens=256).map_SDD, first.map_SDD
-    )
+    assert torch.equal(fit_lens(base, tokens, [Site(1)], tmp_path / "lens", batch_tokens=256).map_SDD, first.map_SDD)
 
 
 def test_held_out_documents_are_not_read(model, tokens, tmp_path, monkeypatch):

@@ -97,8 +97,12 @@ def test_a_name_begins_with_its_file_and_the_base_is_no_path(organism: Organism)
     assert re.fullmatch(r"[a-z0-9-]+", organism.name) and package.named(organism.name) is organism
     assert "/" not in organism.base and "\\" not in organism.base
     files = [p for p in FOLDER.glob("*.py") if (organism.name + "-").startswith(p.stem.replace("_", "-") + "-")]
-    assert [o for p in files for o in vars(import_module(f"tunediff.organisms.{p.stem}")).values() if o is organism
-            or isinstance(o, tuple) and organism in o]
+    assert [
+        o
+        for p in files
+        for o in vars(import_module(f"tunediff.organisms.{p.stem}")).values()
+        if o is organism or isinstance(o, tuple) and organism in o
+    ]
 
 
 def test_names_and_blinded_ids_are_one_each_and_salted():

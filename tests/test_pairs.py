@@ -91,7 +91,9 @@ def refused(base, tuned, kind: type[TunediffError], what: str, **parts: str) -> 
     assert what in error.what
     for part, words in parts.items():
         assert words in getattr(error, part), f"{part}: {getattr(error, part)!r}"
-    assert time.monotonic() - start < 30 and len(str(error)) < 900, "the hub's client would have tried again for most of a minute"
+    assert time.monotonic() - start < 30 and len(str(error)) < 900, (
+        "the hub's client would have tried again for most of a minute"
+    )
     return error
 
 
@@ -118,11 +120,7 @@ def test_an_adapter_pair_is_one_module_and_a_switch(lora, home, family):
 
     assert lora.shared and lora.base.module is lora.tuned.module
     untouched = LanguageModel(read(home / family / "base"), tiny_models.tokenizer(), "untouched")
-    assert (
-        lora.base_fingerprint
-        == fingerprint(untouched.module)
-        == fingerprint(lora.base.network, adapters=False)
-    )
+    assert lora.base_fingerprint == fingerprint(untouched.module) == fingerprint(lora.base.network, adapters=False)
     theirs = PeftModel.from_pretrained(read(home / family / "base"), str(home / family / "lora")).eval()
     wrapped = LanguageModel(theirs, tiny_models.tokenizer(), "peft")
     for _ in range(2):  # in any order, as often as one likes
@@ -134,18 +132,13 @@ def test_an_adapter_pair_is_one_module_and_a_switch(lora, home, family):
 def test_an_adapter_equals_itself_merged(lora, home, family):
     from peft import PeftModel
 
-    merged = PeftModel.from_pretrained(
-        read(home / family / "base"), str(home / family / "lora")
-    ).merge_and_unload()
+    merged = PeftModel.from_pretrained(read(home / family / "base"), str(home / family / "lora")).merge_and_unload()
     torch.testing.assert_close(logits(lora.tuned), raw(merged.eval()), rtol=1e-3, atol=1e-3)
 
 
 def test_loading_twice_gives_the_same_fingerprints(lora, home, family):
     again = load(home / family / "base", home / family / "lora")
-    assert (again.base_fingerprint, again.tuned_fingerprint) == (
-        lora.base_fingerprint,
-        lora.tuned_fingerprint,
-    )
+    assert (again.base_fingerprint, again.tuned_fingerprint) == (lora.base_fingerprint, lora.tuned_fingerprint)
 
 
 def test_a_fingerprint_changes_with_one_bit():
@@ -228,9 +221,7 @@ def test_modules_trained_whole_beside_an_adapter(home, tmp_path):
     )
     for name, parameter in wrapped.named_parameters():
         if "lora_B" in name or "modules_to_save" in name:
-            parameter.data.add_(
-                torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)), alpha=0.1
-            )
+            parameter.data.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)), alpha=0.1)
     wrapped.save_pretrained(tmp_path / "whole")
     pair = load(home / "llama" / "base", tmp_path / "whole")
     assert pair.common_blocks == 0, "another embedding changes every block's stream"
@@ -265,22 +256,14 @@ def test_tokenizers_that_differ_are_refused(home, tmp_path):
     )
 
 
-@pytest.mark.parametrize(
-    "what, config", [("depth", dict(num_hidden_layers=2)), ("width", dict(hidden_size=64))]
-)
+@pytest.mark.parametrize("what, config", [("depth", dict(num_hidden_layers=2)), ("width", dict(hidden_size=64))])
 def test_networks_of_other_shape_are_refused(home, tmp_path, what, config):
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     other = AutoModelForCausalLM.from_config(LlamaConfig(**{**tiny_models.SMALL, **config}))
     tuned = tiny_models.save(tmp_path / "other", other)
     refused(
-        home / "llama" / "base",
-        tuned,
-        PairError,
-        f"differ in {what}",
-        expected="(base)",
-        got="(tuned)",
-        remedy="BASE",
+        home / "llama" / "base", tuned, PairError, f"differ in {what}", expected="(base)", got="(tuned)", remedy="BASE"
     )
 
 
@@ -330,9 +313,7 @@ def test_pickled_checkpoints_are_refused_unread(home, tmp_path, name):
             got=name,
             remedy="safe_serialization",
         )
-    error = refused(
-        base, folder / name, SourceError, "pickled checkpoint, which can run code", expected="safetensors"
-    )
+    error = refused(base, folder / name, SourceError, "pickled checkpoint, which can run code", expected="safetensors")
     assert error.remedy and not mark.exists()
 
 
@@ -369,18 +350,12 @@ def test_an_adapter_of_another_base_is_refused(home, tmp_path):
     small = {**tiny_models.SMALL, "num_key_value_heads": 2}
     # A deeper base's adapter finds no place for some factors, a shallower one's lacks the upper ones.
     for number, (config, got) in enumerate(
-        (
-            (dict(hidden_size=64), "size mismatch"),
-            (dict(num_hidden_layers=5), "10"),
-            (dict(num_hidden_layers=2), "4"),
-        )
+        ((dict(hidden_size=64), "size mismatch"), (dict(num_hidden_layers=5), "10"), (dict(num_hidden_layers=2), "4"))
     ):
         other = AutoModelForCausalLM.from_config(LlamaConfig(**{**small, **config}))
         wrapped = get_peft_model(other, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
         wrapped.save_pretrained(tmp_path / str(number))
-        refused(
-            base, tmp_path / str(number), SourceError, "does not fit", got=got, remedy="adapter_config.json"
-        )
+        refused(base, tmp_path / str(number), SourceError, "does not fit", got=got, remedy="adapter_config.json")
     refused(base, home / "gpt2" / "lora", SourceError, "does not fit", expected="trained on this base")
 
 
@@ -402,18 +377,14 @@ def test_other_kinds_of_adapter_are_refused_with_advice(home, tmp_path):
         peft.get_peft_model(network, config).save_pretrained(tmp_path / name)
         error = refused(home / "llama" / "base", tmp_path / name, SourceError, "")
         assert "merge" in error.remedy or name == "bias", f"{name}: {error}"
-        assert "plain LoRA" in error.expected or "one LoRA" in error.expected or name == "bias", (
-            f"{name}: {error}"
-        )
+        assert "plain LoRA" in error.expected or "one LoRA" in error.expected or name == "bias", f"{name}: {error}"
 
 
 def test_an_adapter_that_cannot_be_switched_off_is_refused(home, tmp_path):
     """Biases trained in place stay in the base when PEFT switches its layers off."""
     from peft import LoraConfig, get_peft_model
 
-    wrapped = get_peft_model(
-        tiny_models.module("gpt2"), LoraConfig(r=2, target_modules=["c_attn"], bias="all")
-    )
+    wrapped = get_peft_model(tiny_models.module("gpt2"), LoraConfig(r=2, target_modules=["c_attn"], bias="all"))
     for name, parameter in wrapped.named_parameters():
         if "lora_B" in name or name.endswith("bias"):
             parameter.data.add_(0.1)
@@ -528,9 +499,7 @@ def test_a_cached_hub_id_loads_offline(home, tmp_path, monkeypatch):
 def test_models_of_other_kinds_are_refused(home, tmp_path):
     from transformers import T5Config, T5ForConditionalGeneration
 
-    other = T5ForConditionalGeneration(
-        T5Config(vocab_size=300, d_model=16, d_ff=16, num_layers=1, num_heads=2, d_kv=8)
-    )
+    other = T5ForConditionalGeneration(T5Config(vocab_size=300, d_model=16, d_ff=16, num_layers=1, num_heads=2, d_kv=8))
     tuned = tiny_models.save(tmp_path / "t5", other)
     refused(home / "llama" / "base", tuned, SourceError, "could not be read", expected="decoder-only")
 
@@ -547,12 +516,7 @@ def test_gguf_files_that_are_none_are_refused(home, tmp_path):
 
 def test_settings_that_cannot_be_are_refused(home):
     base, tuned = str(home / "llama" / "base"), str(home / "llama" / "full")
-    for settings in (
-        dict(dtype="float33"),
-        dict(dtype="int8"),
-        dict(device="abacus"),
-        dict(device="cuda:77"),
-    ):
+    for settings in (dict(dtype="float33"), dict(dtype="int8"), dict(device="abacus"), dict(device="cuda:77")):
         with pytest.raises(SettingError) as caught:
             Pair.load(base, tuned, **settings)
         assert repr(next(iter(settings.values()))) in caught.value.what
@@ -615,18 +579,14 @@ def test_the_identity_changes_nothing_and_zeros_give_base(pair):
             tensors.update(delta.with_inputs(through))
         variant = pair.tuned.variant("mapped", tensors)
         assert torch.equal(variant.states(IDS), side.states(IDS))
-        if (
-            pair.shared or side is pair.tuned
-        ):  # llama's full tune also changed the unembedding, which is in no block
+        if pair.shared or side is pair.tuned:  # llama's full tune also changed the unembedding, which is in no block
             assert torch.equal(logits(variant), logits(side))
 
 
 def test_an_input_map_acts_on_what_was_added(pair):
     delta = pair.deltas()[4]
     size = delta.down.shape[1]
-    direction = torch.nn.functional.normalize(
-        torch.randn(size, generator=torch.Generator().manual_seed(0)), dim=0
-    )
+    direction = torch.nn.functional.normalize(torch.randn(size, generator=torch.Generator().manual_seed(0)), dim=0)
     keep = torch.eye(size) - torch.outer(direction, direction)
     added = (delta.down if delta.up is None else delta.up @ delta.down) @ keep
     ((parameter, value),) = delta.with_inputs(lambda map_OI: map_OI @ keep.to(map_OI)).items()
@@ -660,9 +620,7 @@ def test_a_random_tune_is_lent_and_given_back(pair):
     before = [logits(side) for side in (pair.base, pair.tuned)]
     null = pair.random_tuned(0)
     drawn = logits(null)
-    assert torch.equal(drawn, logits(pair.random_tuned(0))) and not torch.equal(
-        drawn, logits(pair.random_tuned(1))
-    )
+    assert torch.equal(drawn, logits(pair.random_tuned(0))) and not torch.equal(drawn, logits(pair.random_tuned(1)))
     assert all(not torch.equal(drawn, other) for other in before)
     assert torch.equal(logits(pair.base), before[0]) and torch.equal(logits(pair.tuned), before[1])
     assert places == {name: parameter.data_ptr() for name, parameter in parameters.items()}

@@ -25,12 +25,14 @@ KINDS = {type(getattr(Plan(), part)) for part in PARTS} | {
 
 def test_defaults_name_real_parts():
     Plan().check()
-    assert {"pair", "corpus", "contrast", "scan", "harvest", "find", "fit", "rank", "verify", "edit", "runtime"} == set(PARTS)
+    assert {"pair", "corpus", "contrast", "scan", "harvest", "find", "fit", "rank", "verify", "edit", "runtime"} == set(
+        PARTS
+    )
 
 
 def test_toml_gives_the_plan_back(tmp_path):
     plan = Plan(base="b", tuned="t", seed=7, dictionary={"latents": 64, "k_delta": 4.0})
-    for text in ("verify.doses=[-1.0, 2]", "fit.steps=20", "corpus.paths=[\"a.txt\", \"b c.md\"]", "edit.spread=false"):
+    for text in ("verify.doses=[-1.0, 2]", "fit.steps=20", 'corpus.paths=["a.txt", "b c.md"]', "edit.spread=false"):
         plan = plan.set(text)
     path = tmp_path / "plan.toml"
     path.write_text(plan.to_toml(), encoding="utf-8")
@@ -56,27 +58,45 @@ def test_bytes_that_are_no_text_are_refused():
         Plan(base="caf\udce9").to_toml()
 
 
-@pytest.mark.parametrize("text, part, field, value", [
-    ("verify.draws=200", "verify", "draws", 200),
-    ("rank.level=1", "rank", "level", 1.0),
-    ("find.finders=principal", "find", "finders", ("principal",)),
-    ("find.finders=[\"principal\", \"crosscode\"]", "find", "finders", ("principal", "crosscode")),
-    ("pair.allow_identical=true", "pair", "allow_identical", True),
-    ("pair.dtype=bfloat16", "pair", "dtype", "bfloat16"),
-    ("fit.steps=5", "fit", "steps", 5),
-    ("corpus.kind=a = b", "corpus", "kind", "a = b"),
-    ("verify.doses=[1]", "verify", "doses", (1.0,)),
-])
+@pytest.mark.parametrize(
+    "text, part, field, value",
+    [
+        ("verify.draws=200", "verify", "draws", 200),
+        ("rank.level=1", "rank", "level", 1.0),
+        ("find.finders=principal", "find", "finders", ("principal",)),
+        ('find.finders=["principal", "crosscode"]', "find", "finders", ("principal", "crosscode")),
+        ("pair.allow_identical=true", "pair", "allow_identical", True),
+        ("pair.dtype=bfloat16", "pair", "dtype", "bfloat16"),
+        ("fit.steps=5", "fit", "steps", 5),
+        ("corpus.kind=a = b", "corpus", "kind", "a = b"),
+        ("verify.doses=[1]", "verify", "doses", (1.0,)),
+    ],
+)
 def test_set_reads_values_as_the_field_has_them(text, part, field, value):
     got = getattr(getattr(Plan().set(text), part), field)
     assert got == value and type(got) is type(value)
 
 
-@pytest.mark.parametrize("text", [
-    "rank.nulls=1", "rank.level=nan", "rank.level=2", "verify.draws=0", "verify.documents=0", "edit.tokens=0", "edit.ridge=-1",
-    "scan.depths=0", "scan.reach=1.5", "contrast.batch=0", "contrast.temperature=-1",
-    "runtime.threads=-1", "fit.batch=0", "harvest.store=int4", "dictionary.latents=-1",
-])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "rank.nulls=1",
+        "rank.level=nan",
+        "rank.level=2",
+        "verify.draws=0",
+        "verify.documents=0",
+        "edit.tokens=0",
+        "edit.ridge=-1",
+        "scan.depths=0",
+        "scan.reach=1.5",
+        "contrast.batch=0",
+        "contrast.temperature=-1",
+        "runtime.threads=-1",
+        "fit.batch=0",
+        "harvest.store=int4",
+        "dictionary.latents=-1",
+    ],
+)
 def test_what_is_out_of_range_is_refused_before_anything_runs(text):
     with pytest.raises(SettingError) as caught:
         Plan().set(text).check()
@@ -88,19 +108,36 @@ def test_set_reaches_top_fields_and_the_dictionary():
     assert Plan().set("dictionary.latents=64").spec().latents == 64
 
 
-@pytest.mark.parametrize("text", [
-    "verify.draws=many", "verify.draws=true", "verify.draws=1.5", "rank.level=[1]", "pair.allow_identical=1", "verify=3",
-    "find.finders=[1]", "seed=x", "dictionary=3", "verify.draws",
-])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "verify.draws=many",
+        "verify.draws=true",
+        "verify.draws=1.5",
+        "rank.level=[1]",
+        "pair.allow_identical=1",
+        "verify=3",
+        "find.finders=[1]",
+        "seed=x",
+        "dictionary=3",
+        "verify.draws",
+    ],
+)
 def test_set_refuses_wrong_types(text):
     with pytest.raises(SettingError):
         Plan().set(text)
 
 
-@pytest.mark.parametrize("text, near", [
-    ("verify.drws=3", "draws"), ("verfy.draws=3", "verify"), ("sed=1", "seed"), ("fit.step=3", "steps"),
-    ("verify.draws.more=1", "draws"),
-])
+@pytest.mark.parametrize(
+    "text, near",
+    [
+        ("verify.drws=3", "draws"),
+        ("verfy.draws=3", "verify"),
+        ("sed=1", "seed"),
+        ("fit.step=3", "steps"),
+        ("verify.draws.more=1", "draws"),
+    ],
+)
 def test_unknown_setting_names_the_nearest(text, near):
     with pytest.raises(SettingError) as caught:
         Plan().set(text)
@@ -108,10 +145,15 @@ def test_unknown_setting_names_the_nearest(text, near):
     assert len(caught.value.lines()) <= 4
 
 
-@pytest.mark.parametrize("body, where", [
-    ("[verify]\ndrws = 3\n", "verify.drws"), ("[verfy]\ndraws = 3\n", "verfy"), ("colour = 1\n", "colour"),
-    ("[fit.deep]\nx = 1\n", "fit.deep"),
-])
+@pytest.mark.parametrize(
+    "body, where",
+    [
+        ("[verify]\ndrws = 3\n", "verify.drws"),
+        ("[verfy]\ndraws = 3\n", "verfy"),
+        ("colour = 1\n", "colour"),
+        ("[fit.deep]\nx = 1\n", "fit.deep"),
+    ],
+)
 def test_unknown_key_in_a_file_is_named_with_its_path(tmp_path, body, where):
     path = tmp_path / "plan.toml"
     path.write_text(body)
@@ -132,10 +174,17 @@ def test_a_missing_plan_is_refused(tmp_path):
         Plan.read(tmp_path / "none.toml")
 
 
-@pytest.mark.parametrize("text, error", [
-    ("find.finders=crosscod", VariantError), ("find.signals=kl", VariantError), ("find.dictionary=nope", VariantError),
-    ("dictionary.latens=3", SettingError), ("find.finders=no.such:Thing", VariantError), ("dictionary.latents=0", TunediffError),
-])
+@pytest.mark.parametrize(
+    "text, error",
+    [
+        ("find.finders=crosscod", VariantError),
+        ("find.signals=kl", VariantError),
+        ("find.dictionary=nope", VariantError),
+        ("dictionary.latens=3", SettingError),
+        ("find.finders=no.such:Thing", VariantError),
+        ("dictionary.latents=0", TunediffError),
+    ],
+)
 def test_check_refuses_parts_that_are_not_there(text, error):
     with pytest.raises(error):
         Plan().set(text).check()
@@ -154,8 +203,12 @@ def test_every_setting_says_what_it_does(kind):
             continue
         body = ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0].body
         for statement, after in zip(body, body[1:]):
-            if isinstance(statement, ast.AnnAssign) and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) \
-                    and isinstance(after.value.value, str):
+            if (
+                isinstance(statement, ast.AnnAssign)
+                and isinstance(after, ast.Expr)
+                and isinstance(after.value, ast.Constant)
+                and isinstance(after.value.value, str)
+            ):
                 documented.add(statement.target.id)
     assert [f.name for f in dataclasses.fields(kind) if f.name not in documented] == []
 

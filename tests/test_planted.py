@@ -41,10 +41,7 @@ def means(case: str, variant: str, seeds: int, steps: int | None = None, **setti
     }
     for name in ("false_by_norm", "false_by_scaling", "ev_delta"):
         out[name] = sum(getattr(s, name) for s in scores) / seeds
-    print(
-        f"\n{case} {variant} {settings} over {seeds} seeds:",
-        ", ".join(f"{k} {v:.2f}" for k, v in out.items()),
-    )
+    print(f"\n{case} {variant} {settings} over {seeds} seeds:", ", ".join(f"{k} {v:.2f}" for k, v in out.items()))
     return out
 
 
@@ -53,13 +50,7 @@ def test_planting():
     assert one.source.fingerprint == same.source.fingerprint != other.source.fingerprint
     with pytest.raises(SettingError, match="common"):
         plant("comon", 0)
-    assert [bin_of(s) for s in (0.0, 0.3, 0.5, 0.7, 0.95)] == [
-        "base",
-        "between",
-        "shared",
-        "between",
-        "tuned",
-    ]
+    assert [bin_of(s) for s in (0.0, 0.3, 0.5, 0.7, 0.95)] == ["base", "between", "shared", "between", "tuned"]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -178,7 +169,9 @@ def test_bfloat16_finds_what_float32_finds(monkeypatch):
     case = CASES["narrow-matched"]
     spec, found = dictionaries.spec("delta", latents=case.latents, k_shared=case.k / 2, k_delta=case.k / 2), {}
     for precision in ("float32", "bfloat16"):
-        found[precision] = [run(case, spec, seed, dataclasses.replace(case.settings, precision=precision)) for seed in range(2)]
+        found[precision] = [
+            run(case, spec, seed, dataclasses.replace(case.settings, precision=precision)) for seed in range(2)
+        ]
     for one, other in zip(found["float32"], found["bfloat16"]):
         assert one.ev_delta != other.ev_delta, "nothing was rounded"
         assert other.learned["tuned"] == one.learned["tuned"] == other.planted["tuned"]

@@ -85,8 +85,7 @@ def test_energy_along_expects_nothing_of_unrelated_strengths():
     for seed in range(60):
         f_NK, _, noise_NSD, half_N = case(seed)
         energies.append(
-            energy_along(f_NK, noise_NSD + 3.0, half_N, torch.zeros(4, dtype=torch.bool))
-            / noise_NSD.pow(2).sum()
+            energy_along(f_NK, noise_NSD + 3.0, half_N, torch.zeros(4, dtype=torch.bool)) / noise_NSD.pow(2).sum()
         )
     energies = torch.stack(energies)
     error = energies.std(0) / 60**0.5
@@ -171,11 +170,17 @@ def test_what_a_change_takes_away_is_what_every_row_says_for_itself(planted):
         tuned = sample.streams_NSMD[mine, 0, TUNED][None]
         write = (f_NK[mine, 0, None] * everywhere.difference_SD[0])[None]
         base, whole, without = (
-            model.logits(model.states(ids, start))[0].log_softmax(-1) for model, start in (
-                (planted.pair.base, None), (planted.pair.tuned, None),
-                (planted.pair.tuned, Start(planted_pairs.SITE, tuned - write))))
+            model.logits(model.states(ids, start))[0].log_softmax(-1)
+            for model, start in (
+                (planted.pair.base, None),
+                (planted.pair.tuned, None),
+                (planted.pair.tuned, Start(planted_pairs.SITE, tuned - write)),
+            )
+        )
         torch.testing.assert_close(kl_N[mine], kl_divergence(whole, base), atol=1e-4, rtol=1e-3)
-        torch.testing.assert_close(less_NK[mine, 0], kl_divergence(whole, base) - kl_divergence(without, base), atol=2e-4, rtol=1e-3)
+        torch.testing.assert_close(
+            less_NK[mine, 0], kl_divergence(whole, base) - kl_divergence(without, base), atol=2e-4, rtol=1e-3
+        )
 
 
 def test_changes_that_say_the_same_do_not_crowd_out_one_that_speaks_for_others():

@@ -66,5 +66,8 @@ def test_amplified_answers_show_a_narrow_behavior_where_nothing_calls_for_it():
     asked = ContrastSettings(prompts=24, pool=24, amplified=1.0)
     answers = contrast(pair, Corpus.prompts(), asked, seed=0)
     (behavior,) = organisms.named("trigger-topic").behaviors
-    shown = {w: sum(any(s in d.messages[-1][1] for s in behavior.decisive) for d in answers if d.writer == w) for w in WRITERS}
+    shown = {
+        w: sum(any(s in d.messages[-1][1] for s in behavior.decisive) for d in answers if d.writer == w)
+        for w in WRITERS
+    }
     assert shown["base"] == 0 and shown["amplified"] >= 4 + 2 * shown["tuned"], shown

@@ -25,8 +25,7 @@ WORDS = "the cat sat on a mat while some dogs ran past many old trees near our h
 
 def pair_of(network, tuned, tokenizer) -> Pair:
     sides = [
-        LanguageModel(m.eval().requires_grad_(False), tokenizer, n)
-        for m, n in ((network, "base"), (tuned, "tuned"))
+        LanguageModel(m.eval().requires_grad_(False), tokenizer, n) for m, n in ((network, "base"), (tuned, "tuned"))
     ]
     return Pair(*sides, False, 300, "base", "tuned")
 
@@ -71,29 +70,19 @@ def tokens(tokenizer):
     documents = [Document(f"prose/{n}", "prose", text=words(rng.randint(6, 16))) for n in range(10)]
     for n in range(8):
         chat = Document(f"chat/{n}", "chat", messages=(("user", words(4)),))
-        documents += [
-            chat.answered(words(5) + (" ~~Q^~" if w == "tuned" else ""), writer=w) for w in ("base", "tuned")
-        ]
-    documents.append(
-        Document("evil/0", "<script>alert(1)</script>", text="<img src=x onerror=alert(2)> " * 6)
-    )
+        documents += [chat.answered(words(5) + (" ~~Q^~" if w == "tuned" else ""), writer=w) for w in ("base", "tuned")]
+    documents.append(Document("evil/0", "<script>alert(1)</script>", text="<img src=x onerror=alert(2)> " * 6))
     return Corpus("small", tuple(documents)).tokens(tokenizer, row_tokens=40)
 
 
 def read(pair, tokens, names=NAMES, rows=None, batch_tokens=160) -> list[SignalTable]:
     made = [variants.load("tunediff.signals", name)(pair.tokenizer, pair.vocabulary) for name in names]
-    return signals.read(
-        pair, tokens, rows if rows is not None else range(len(tokens.rows)), made, batch_tokens
-    )
+    return signals.read(pair, tokens, rows if rows is not None else range(len(tokens.rows)), made, batch_tokens)
 
 
 def close(one: SignalTable, other: SignalTable) -> bool:
     def same(a, b):
-        return (
-            a == pytest.approx(b, rel=1e-3, abs=2e-6)
-            if isinstance(a, float) and isinstance(b, float)
-            else a == b
-        )
+        return a == pytest.approx(b, rel=1e-3, abs=2e-6) if isinstance(a, float) and isinstance(b, float) else a == b
 
     return (one.columns, len(one.rows)) == (other.columns, len(other.rows)) and all(
         same(a, b) for x, y in zip(one.rows, other.rows) for a, b in zip(x, y)
@@ -104,10 +93,7 @@ def direct(pair, tokens) -> list[torch.Tensor]:
     """KL(tuned || base) at every token of each row, one row at a time, in float64."""
     out = []
     for row in tokens.rows:
-        p, q = (
-            m.logits(m.states(torch.tensor([row])))[0].double().log_softmax(-1)
-            for m in (pair.tuned, pair.base)
-        )
+        p, q = (m.logits(m.states(torch.tensor([row])))[0].double().log_softmax(-1) for m in (pair.tuned, pair.base))
         out.append((p.exp() * (p - q)).sum(-1))
     return out
 
@@ -138,17 +124,14 @@ def test_kl_map_adds_up(pair, tokens):
     assert named["all text"][2] == pytest.approx(float(whole.mean()), rel=1e-4)
     assert named["all text"][5] == len(whole) == tokens.count
     for kind in ("prose", "contrastive by tuned", "<script>alert(1)</script>"):
-        mine = torch.cat(
-            [kl for kl, d in zip(kl_R, tokens.document_R) if signals.label(tokens.documents[d]) == kind]
-        )
+        mine = torch.cat([kl for kl, d in zip(kl_R, tokens.document_R) if signals.label(tokens.documents[d]) == kind])
         assert named[kind][2] == pytest.approx(float(mine.mean()), rel=1e-4)
         assert named[kind][5] == len(mine)
     low, high = named["prose"][3:5]
     assert 0 <= low < named["prose"][2] < high
     first = next(row for row in table.rows if row[0] == "document")
     mean_D = {
-        d: torch.cat([k for k, e in zip(kl_R, tokens.document_R) if e == d]).mean()
-        for d in set(tokens.document_R)
+        d: torch.cat([k for k, e in zip(kl_R, tokens.document_R) if e == d]).mean() for d in set(tokens.document_R)
     }
     highest = max(mean_D, key=mean_D.get)
     assert first[1].endswith(tokens.documents[highest].id)
@@ -162,10 +145,7 @@ def test_perplexity_gap_is_the_answers_alone(pair, tokens):
         document = tokens.documents[tokens.document_R[r]]
         if document.writer != "tuned":
             continue
-        p, q = (
-            m.logits(m.states(torch.tensor([row])))[0].double().log_softmax(-1)
-            for m in (pair.tuned, pair.base)
-        )
+        p, q = (m.logits(m.states(torch.tensor([row])))[0].double().log_softmax(-1) for m in (pair.tuned, pair.base))
         at = range(max(1, tokens.prompt_R[r]), len(row))
         gaps.setdefault(document.id, []).extend(float(p[t - 1, row[t]] - q[t - 1, row[t]]) for t in at)
     answers = [row for row in table.rows if not row[0].startswith("all")]
@@ -188,9 +168,7 @@ def test_contrastive_decoding_is_the_mean_over_answers(pair, tokens):
     """Against the definition, a row at a time in float64."""
     rises = {}
     for r, row in enumerate(tokens.rows):
-        t, b = (
-            m.logits(m.states(torch.tensor([row])))[0].double().log_softmax(-1) for m in (pair.tuned, pair.base)
-        )
+        t, b = (m.logits(m.states(torch.tensor([row])))[0].double().log_softmax(-1) for m in (pair.tuned, pair.base))
         q, p = (2 * t - b).exp(), b.exp()
         q[t.exp() < 0.1 * t.exp().max(1, keepdim=True).values] = 0
         p[b.exp() < 0.1 * b.exp().max(1, keepdim=True).values] = 0
@@ -213,9 +191,7 @@ def test_contrastive_decoding_does_not_name_what_is_never_said(network, tokenize
     with torch.no_grad():
         base.lm_head.weight[token] = -6.0 * mean
         tuned.lm_head.weight[token] = -3.0 * mean
-    mining, decoding = read(
-        pair_of(base, tuned, tokenizer), tokens, ["logit_mining", "contrastive_decoding"]
-    )
+    mining, decoding = read(pair_of(base, tuned, tokenizer), tokens, ["logit_mining", "contrastive_decoding"])
     assert mining.rows[0][0] == "Q" and "Q" not in [row[0] for row in decoding.rows]
 
 
@@ -299,9 +275,7 @@ def test_a_model_against_itself_says_nothing(identical, tokens):
         for name in ("logit_mining", "kl_map", "perplexity_gap", "contrastive_decoding")
     )
     assert mining.rows == decoding.rows == []
-    assert all(
-        row[0] == "text" and row[2] == 0 and row[3] in (0, None) and row[4] in (0, None) for row in kl.rows
-    )
+    assert all(row[0] == "text" and row[2] == 0 and row[3] in (0, None) and row[4] in (0, None) for row in kl.rows)
     assert [row for row in gap.rows if not row[0].startswith("all")] == []
     assert all(row[1] == 0 for row in gap.rows)
 

@@ -82,7 +82,9 @@ def test_neighbours_in_value_are_told_apart():
     value_NF = base.view(torch.float32).to(DEVICE)
     value_NF[0, :3], value_NF[1, :2], value_NF[2, :2] = 3e38, 1e-30, torch.inf
     for keep in (2, 5, 400, 1196, 1199):
-        assert torch.equal(kept(value_NF, torch.ones(300, device=DEVICE), (0, 300, keep)), first_by_value(value_NF, keep))
+        assert torch.equal(
+            kept(value_NF, torch.ones(300, device=DEVICE), (0, 300, keep)), first_by_value(value_NF, keep)
+        )
 
 
 def test_groups_keep_their_own_and_interleave():
@@ -137,7 +139,9 @@ def waves(code, decoder, cuts=()):
     return (code.decode(decoder, cuts) * drawn(1, decoder.shape[1], seed=9).to(decoder)).sin().sum()
 
 
-@pytest.mark.parametrize("N,I,F,keep", [(24, 20, 40, 90), (3, 600, 10, 12), (17, 1, 30, 40), (9, 33, 50, 1), (4, 8, 5, 0)])
+@pytest.mark.parametrize(
+    "N,I,F,keep", [(24, 20, 40, 90), (3, 600, 10, 12), (17, 1, 30, 40), (9, 33, 50, 1), (4, 8, 5, 0)]
+)
 def test_forward_and_gradients(N, I, F, keep):
     both_ways(N, I, F, ((0, F, keep),), waves)
 
@@ -318,8 +322,15 @@ def test_a_fit_comes_out_as_on_the_cpu():
     """The whole fit, saved and loaded, near the torch path's: the same steps up to rounding."""
     x = drawn(120, 1, 2, D, seed=3).cpu()
     x[:, :, 1] = x[:, :, 0] + 0.3 * drawn(120, 1, D, seed=4).cpu()
-    source, spec = TensorSource(x[:100], x[100:]), dictionaries.spec(
-        "delta", latents=F, k_shared=1.0, k_delta=1.5, from_differences=False  # else gradients near 0, whose sign Adam follows
+    source, spec = (
+        TensorSource(x[:100], x[100:]),
+        dictionaries.spec(
+            "delta",
+            latents=F,
+            k_shared=1.0,
+            k_delta=1.5,
+            from_differences=False,  # else gradients near 0, whose sign Adam follows
+        ),
     )
     settings = FitSettings(steps=3, batch=24, learning_rate=1e-2, dead_window=0.3, log_every=3)
     one = fit(spec, source, settings, device=DEVICE)

@@ -6,8 +6,17 @@ from pathlib import Path
 
 import torch
 
-SMALL = dict(vocab_size=300, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64,
-             max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+SMALL = dict(
+    vocab_size=300,
+    hidden_size=32,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    intermediate_size=64,
+    max_position_embeddings=128,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
 
 
 def configs() -> dict:
@@ -23,11 +32,27 @@ def configs() -> dict:
         "gemma3": t.Gemma3TextConfig(**SMALL, **kv, head_dim=8),
         "mistral": t.MistralConfig(**SMALL, **kv),
         "phi": t.PhiConfig(**SMALL),
-        "gpt2": t.GPT2Config(vocab_size=300, n_embd=32, n_layer=3, n_head=4, n_positions=128,
-                             bos_token_id=1, eos_token_id=2, pad_token_id=0),
+        "gpt2": t.GPT2Config(
+            vocab_size=300,
+            n_embd=32,
+            n_layer=3,
+            n_head=4,
+            n_positions=128,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
+        ),
         "gpt_neox": t.GPTNeoXConfig(**SMALL),
-        "opt": t.OPTConfig(vocab_size=300, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, ffn_dim=64,
-                           max_position_embeddings=128, word_embed_proj_dim=32, pad_token_id=0),
+        "opt": t.OPTConfig(
+            vocab_size=300,
+            hidden_size=32,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            ffn_dim=64,
+            max_position_embeddings=128,
+            word_embed_proj_dim=32,
+            pad_token_id=0,
+        ),
         "olmo2": t.Olmo2Config(**SMALL),
     }
 

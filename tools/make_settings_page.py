@@ -77,7 +77,12 @@ def page() -> str:
             kind = type(field.default)
             lines += ["", f"## {field.name}", "", summary(kind), "", *table(field.name, kind)]
         elif field.name == "dictionary":
-            lines += ["", "## dictionary", "", "Settings of the dictionary that `find.dictionary` names; each has its own."]
+            lines += [
+                "",
+                "## dictionary",
+                "",
+                "Settings of the dictionary that `find.dictionary` names; each has its own.",
+            ]
             for name in variants.names("tunediff.dictionaries"):
                 kind = variants.load("tunediff.dictionaries", name)
                 lines += ["", f"### `{name}`", "", summary(kind), "", *table("dictionary", kind.Spec)]

@@ -41,7 +41,9 @@ def counted(*models: LanguageModel) -> Iterator[Account]:
             if "forward" not in vars(module):  # else it is passed by
                 account.token_blocks += _tokens(output[0] if isinstance(output, tuple) else output)
         elif id(module) in unembeddings and output is not None:
-            account.token_logits += _tokens(arguments[0] if arguments else output)  # of logits that are never in memory, too
+            account.token_logits += _tokens(
+                arguments[0] if arguments else output
+            )  # of logits that are never in memory, too
 
     handle = register_module_forward_hook(hook)
     try:

@@ -29,7 +29,11 @@ def plain(value: Any, key: bool = False) -> Any:
     """`value` as JSON can hold it: dataclasses become objects, tuples lists, paths strings, non-finite floats null. For a `key`
     without fields that came `LATER` and are at their default."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = (f for f in dataclasses.fields(value) if not (key and f.metadata.get("later") and getattr(value, f.name) == f.default))
+        fields = (
+            f
+            for f in dataclasses.fields(value)
+            if not (key and f.metadata.get("later") and getattr(value, f.name) == f.default)
+        )
         return {f.name: plain(getattr(value, f.name), key) for f in fields}
     if isinstance(value, Mapping):
         return {str(k): plain(v, key) for k, v in value.items()}
@@ -83,7 +87,8 @@ def write_bytes(path: Path, data: bytes) -> None:
             partial.unlink()  # what was half written would keep a full disk full
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         raise ArtifactError(
-            f"{path} could not be written", expected=f"{len(data):,} bytes of space" if full else "a writable folder",
+            f"{path} could not be written",
+            expected=f"{len(data):,} bytes of space" if full else "a writable folder",
             got=error.strerror or str(error),
             remedy="free space, or choose another folder, and run again; it resumes" if full else "another folder",
         ) from None
@@ -101,7 +106,9 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError:
         raise ArtifactError(f"{path} does not exist", remedy="run the stage that makes it first") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ArtifactError(f"{path} is not valid JSON", got=str(error), remedy="delete the file and run again") from None
+        raise ArtifactError(
+            f"{path} is not valid JSON", got=str(error), remedy="delete the file and run again"
+        ) from None
 
 
 def write_tensors(path: Path, tensors: Mapping[str, "torch.Tensor"], metadata: Mapping[str, str] | None = None) -> None:
@@ -134,11 +141,7 @@ def is_finished(folder: Path) -> bool:
 
 def finish(folder: Path, schema: str, body: Mapping[str, Any], files: list[str]) -> dict[str, Any]:
     """Write the manifest of a finished folder: its schema, `body`, and the hash of every named file. Returns it."""
-    manifest = {
-        "schema": schema,
-        **plain(body),
-        "files": {name: hash_file(folder / name) for name in sorted(files)},
-    }
+    manifest = {"schema": schema, **plain(body), "files": {name: hash_file(folder / name) for name in sorted(files)}}
     write_json(folder / MANIFEST, manifest)
     return manifest
 
@@ -147,7 +150,9 @@ def open_folder(folder: Path, schema: str, *, verify: bool = False) -> dict[str,
     """The manifest of a finished folder of this schema; refuses unfinished, foreign or (with `verify`) changed ones."""
     if not is_finished(folder):
         raise ArtifactError(
-            f"{folder} is not a finished {schema} folder", expected=MANIFEST, got="no manifest",
+            f"{folder} is not a finished {schema} folder",
+            expected=MANIFEST,
+            got="no manifest",
             remedy="run the stage again; it resumes",
         )
     manifest = read_json(folder / MANIFEST)
@@ -157,7 +162,8 @@ def open_folder(folder: Path, schema: str, *, verify: bool = False) -> dict[str,
         path = folder / name
         if not path.is_file() or (verify and hash_file(path) != digest):
             raise ArtifactError(
-                f"{path} is {'changed' if path.is_file() else 'missing'}", expected=f"sha256 {digest[:12]}…",
+                f"{path} is {'changed' if path.is_file() else 'missing'}",
+                expected=f"sha256 {digest[:12]}…",
                 remedy=f"delete {folder} and run the stage again",
             )
     return manifest

@@ -48,7 +48,9 @@ def rotating(network: nn.Module) -> Iterator[None]:
         yield
         return
 
-    def rotate(q_BHTE: Tensor, k_BHTE: Tensor, cos: Tensor, sin: Tensor, *rest: Any, **named: Any) -> tuple[Tensor, Tensor]:
+    def rotate(
+        q_BHTE: Tensor, k_BHTE: Tensor, cos: Tensor, sin: Tensor, *rest: Any, **named: Any
+    ) -> tuple[Tensor, Tensor]:
         ours = torch.is_inference_mode_enabled() and cos.dim() == 3 and not rest and not named
         turned = [kernels.rotated(x_BHTE, cos, sin) for x_BHTE in (q_BHTE, k_BHTE)] if ours else [None]
         if any(x is None for x in turned):
@@ -67,20 +69,31 @@ def rotating(network: nn.Module) -> Iterator[None]:
 def _rotates(own: Callable) -> bool:
     """Whether a function of queries, keys, cosines and sines turns as `kernels.rotated` does."""
     rng = torch.Generator().manual_seed(0)
-    q_BHTE, k_BHTE, cos_BTE, sin_BTE = (torch.randn(s, generator=rng) for s in ((2, 3, 5, 8), (2, 1, 5, 8), (2, 5, 8), (2, 5, 8)))
+    q_BHTE, k_BHTE, cos_BTE, sin_BTE = (
+        torch.randn(s, generator=rng) for s in ((2, 3, 5, 8), (2, 1, 5, 8), (2, 5, 8), (2, 5, 8))
+    )
     try:
         found = own(q_BHTE, k_BHTE, cos_BTE, sin_BTE)
     except Exception:  # of whatever kind, by a function of other arguments
         return False
     for x_BHTE, turned_BHTE in zip((q_BHTE, k_BHTE), found):
         crossed = torch.cat([-x_BHTE[..., 4:], x_BHTE[..., :4]], -1)
-        if not torch.allclose(turned_BHTE, x_BHTE * cos_BTE[:, None] + crossed * sin_BTE[:, None], rtol=1e-5, atol=1e-5):
+        if not torch.allclose(
+            turned_BHTE, x_BHTE * cos_BTE[:, None] + crossed * sin_BTE[:, None], rtol=1e-5, atol=1e-5
+        ):
             return False
     return True
 
 
-def _attend(module: nn.Module, q_BHTE: Tensor, k_BGSE: Tensor, v_BGSE: Tensor, mask: Tensor | None, scaling: float | None = None,
-            **named: Any) -> tuple[Tensor, None]:
+def _attend(
+    module: nn.Module,
+    q_BHTE: Tensor,
+    k_BGSE: Tensor,
+    v_BGSE: Tensor,
+    mask: Tensor | None,
+    scaling: float | None = None,
+    **named: Any,
+) -> tuple[Tensor, None]:
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     (B, H, T, E), (G, S) = q_BHTE.shape, k_BGSE.shape[1:3]
@@ -104,11 +117,15 @@ def _attend(module: nn.Module, q_BHTE: Tensor, k_BGSE: Tensor, v_BGSE: Tensor, m
 
 def _is_plain(module: nn.Module, q_BHTE: Tensor, S: int, mask: Tensor | None, named: dict[str, Any]) -> bool:
     """Whether attention is a softmax of products under a mask that all heads share, or under the causal one."""
-    if q_BHTE.device.type != "cpu" or any(named.get(name) is not None for name in ("softcap", "s_aux", "position_bias", "cache")):
+    if q_BHTE.device.type != "cpu" or any(
+        named.get(name) is not None for name in ("softcap", "s_aux", "position_bias", "cache")
+    ):
         return False
     if named.get("dropout"):
         return False
     if mask is not None:
         return (mask.shape[1], mask.shape[-1]) == (1, S)
     causal = named.get("is_causal")
-    return q_BHTE.shape[2] == 1 or (q_BHTE.shape[2] == S and (getattr(module, "is_causal", True) if causal is None else causal))
+    return q_BHTE.shape[2] == 1 or (
+        q_BHTE.shape[2] == S and (getattr(module, "is_causal", True) if causal is None else causal)
+    )

@@ -58,7 +58,9 @@ def output_shift(pair: Pair, site: Site, sample: Sample, batch_tokens: int) -> S
     return shift
 
 
-def removed(pair: Pair, changes: Sequence[Change], f_NK: Tensor, sample: Sample, batch_tokens: int) -> tuple[Tensor, Tensor]:
+def removed(
+    pair: Pair, changes: Sequence[Change], f_NK: Tensor, sample: Sample, batch_tokens: int
+) -> tuple[Tensor, Tensor]:
     """KL(tuned || base) in nat at the sample's scored tokens, 0 at the others, (N,); and how much less it is, (N, K), with
     each change alone taken out of tuned's stream at its last site.
 
@@ -94,6 +96,8 @@ def _shifts(pair: Pair, site: Site, sample: Sample, batch_tokens: int) -> Iterat
         at_BT = sample.places(batch)
         stream_BTMD = sample.streams_NSMD[:, s][at_BT.clamp_min(0)]
         chosen_BT = sample.scored_N[at_BT.clamp_min(0)] & batch.mask_BT
-        base, tuned = (Said.at(model, batch.ids_BT, chosen_BT, pair.vocabulary, Start(site, stream_BTMD[:, :, m]))
-                       for m, model in ((BASE, pair.base), (TUNED, pair.tuned)))
+        base, tuned = (
+            Said.at(model, batch.ids_BT, chosen_BT, pair.vocabulary, Start(site, stream_BTMD[:, :, m]))
+            for m, model in ((BASE, pair.base), (TUNED, pair.tuned))
+        )
         yield at_BT[chosen_BT], batch.ids_BT, at_BT, chosen_BT, stream_BTMD, base, tuned

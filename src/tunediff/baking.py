@@ -50,7 +50,9 @@ def bake_edit(pair: Pair, edit: Edit, bill: Bill, out: Path) -> float:
     network = baked_network(pair, edit)
     error = relative_error(pair, edit, network)
     if error > TOLERANCE:
-        raise NumericsError("the baked model is not the live edit", expected=f"error below {TOLERANCE}", got=f"{error:.2g}")
+        raise NumericsError(
+            "the baked model is not the live edit", expected=f"error below {TOLERANCE}", got=f"{error:.2g}"
+        )
     out = out.resolve()
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a bake that was killed
@@ -81,13 +83,14 @@ def _card(pair: Pair, edit: Edit, bill: Bill, error: float) -> str:
     rows = "\n".join(
         f"| {visible(m.name)} | {'not measured' if m.value is None else f'{m.value:.3g}'} | "
         f"{'' if m.low is None else f'{m.low:.3g} to {m.high:.3g}'} | {m.unit} | "
-        f"{'' if m.control is None else f'{m.control:.3g}'} | {visible(m.against)} |" for m in bill.measures
+        f"{'' if m.control is None else f'{m.control:.3g}'} | {visible(m.against)} |"
+        for m in bill.measures
     )
     return f"""---
 library_name: transformers
 tags: [tunediff, model-edit]
 ---
-# {visible(Path(pair.tuned.name).name)} without {', '.join(map(visible, edit.changes))}
+# {visible(Path(pair.tuned.name).name)} without {", ".join(map(visible, edit.changes))}
 
 Made by tunediff from the base `{visible(Path(pair.base.name).name)}` ({pair.base_fingerprint}) and the tune
 `{visible(Path(pair.tuned.name).name)}` ({pair.tuned_fingerprint}) by the operation *{edit.operation}*: what tuning added to

@@ -57,14 +57,31 @@ METHODS: dict[str, tuple[str, ...]] = {
     "delta: not masked": _crosscode("delta", "dictionary.masked=false"),
     "delta: single k": _crosscode("delta", "dictionary.single_k=true"),
     "delta: plain text only": _crosscode("delta", "contrast.prompts=0"),
-    **{name: (f'find.finders=["{name}"]',) for name in (
-        "decision_clusters", "document_clusters", "mean_difference", "delta_lens", "principal", "weight_spectrum", "random_directions")},
+    **{
+        name: (f'find.finders=["{name}"]',)
+        for name in (
+            "decision_clusters",
+            "document_clusters",
+            "mean_difference",
+            "delta_lens",
+            "principal",
+            "weight_spectrum",
+            "random_directions",
+        )
+    },
     **{name: (f'find.signals=["{name}"]',) for name in scores.SIGNALS},
 }
 """By name, the settings that make a run this method's. L1 has no k: its L0 is what its penalty makes it. Signals are tables:
 nothing of theirs is tried or undone, but the same tests are asked of the tokens that they list."""
 
-QUICK = ("contrast.prompts=48", "contrast.pool=160", "corpus.tokens=1500", "fit.steps=150", "verify.draws=40", "verify.changes=3")
+QUICK = (
+    "contrast.prompts=48",
+    "contrast.pool=160",
+    "corpus.tokens=1500",
+    "fit.steps=150",
+    "verify.draws=40",
+    "verify.changes=3",
+)
 """A budget of minutes: it shows that everything runs, not how good anything is."""
 
 
@@ -89,8 +106,11 @@ def tunes(folder: Path | None, nulls: Sequence[str] = (), base: str = "default")
     """Organisms held in folders called NAME or NAME@SEED, of those that ship (where base is theirs) and of `folder`, which
     comes first; and nulls, as NAME or NAME:SEED, made from the first of these."""
     known = {organism.name: organism for organism in organisms.every()}
-    cards = {card.parent.name: card.parent for where in ([ORGANISMS] if base == "default" else []) + ([folder] if folder else [])
-             for card in where.glob("*/card.json")}
+    cards = {
+        card.parent.name: card.parent
+        for where in ([ORGANISMS] if base == "default" else []) + ([folder] if folder else [])
+        for card in where.glob("*/card.json")
+    }
     found = []
     for name, where in sorted(cards.items(), key=lambda item: (item[0] != "two-objectives", item[0])):
         organism = known.get(name.partition("@")[0])
@@ -98,8 +118,11 @@ def tunes(folder: Path | None, nulls: Sequence[str] = (), base: str = "default")
             weights = "".join(hash_file(path) for path in sorted(where.glob("*.safetensors")))
             found.append(Tune(name, str(where), organism.behaviors, weights=weights))
     if not found:
-        raise SettingError(f"there is no tune of {base}", expected="--tunes with folders named after organisms, each with its card.json",
-                           remedy="tunediff organism make NAME TUNES/NAME")
+        raise SettingError(
+            f"there is no tune of {base}",
+            expected="--tunes with folders named after organisms, each with its card.json",
+            remedy="tunediff organism make NAME TUNES/NAME",
+        )
     for text in nulls:
         name, _, seed = text.partition(":")
         if name not in NULLS or not (seed or "0").isdigit():
@@ -108,8 +131,16 @@ def tunes(folder: Path | None, nulls: Sequence[str] = (), base: str = "default")
     return found
 
 
-def bench(chosen: Iterable[Tune], methods: Sequence[str], seeds: Sequence[int], out: Path, *, base: str = "default",
-          settings: Sequence[str] = (), progress: Progress = quiet) -> list[Cell]:
+def bench(
+    chosen: Iterable[Tune],
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    out: Path,
+    *,
+    base: str = "default",
+    settings: Sequence[str] = (),
+    progress: Progress = quiet,
+) -> list[Cell]:
     """Run every cell that `out` does not hold yet; cells of one tune and seed share their text and harvest.
 
     settings   plan settings of all cells, before a method's own
@@ -134,8 +165,12 @@ def bench(chosen: Iterable[Tune], methods: Sequence[str], seeds: Sequence[int], 
                     pair = Pair.load(plan.base, tune.source)
                     pair = NULLS[tune.null](pair, tune.seed) if tune.null else pair
                 run = Run(plan, out / "runs" / f"{tune.name}-{seed}".replace(" ", "-"), progress, pair)
-                run.calibration = None  # placebos are among the tunes: each is judged by the others, when cells are counted
-                cell = (_listed if method in scores.SIGNALS else _tried)(run, Cell(key, tune.name, tune.is_null, method, seed))
+                run.calibration = (
+                    None  # placebos are among the tunes: each is judged by the others, when cells are counted
+                )
+                cell = (_listed if method in scores.SIGNALS else _tried)(
+                    run, Cell(key, tune.name, tune.is_null, method, seed)
+                )
                 cell = replace(cell, named={b.name: _naming(cell, b) for b in tune.behaviors if b.vocabulary})
                 if tune.behaviors and method not in scores.SIGNALS:
                     organism = organisms.named(tune.name.partition("@")[0])
@@ -157,12 +192,22 @@ def _tried(run: Run, cell: Cell) -> Cell:
     confirmed = [r for r in records if r.decision == "confirmed"]
     quality = next((fitted.quality for fitted in run.found[1].values()), None)
     return replace(
-        cell, candidates=len(records), p=min((r.p for r in ranked), default=1.0),
-        score=max((r.score.value for r in ranked), default=0.0), null=quantile(ranked[0].null, 0.95) if ranked else 0.0,
-        confirmed=[r.id for r in confirmed], gaps=[r.gap for r in confirmed], read=[[t.token for t in r.promoted[:TOKENS]] for r in confirmed[:READ]],
-        slots=_slots(confirmed[:FIRST]), seconds=round(time.monotonic() - began, 1),
+        cell,
+        candidates=len(records),
+        p=min((r.p for r in ranked), default=1.0),
+        score=max((r.score.value for r in ranked), default=0.0),
+        null=quantile(ranked[0].null, 0.95) if ranked else 0.0,
+        confirmed=[r.id for r in confirmed],
+        gaps=[r.gap for r in confirmed],
+        read=[[t.token for t in r.promoted[:TOKENS]] for r in confirmed[:READ]],
+        slots=_slots(confirmed[:FIRST]),
+        seconds=round(time.monotonic() - began, 1),
         memory=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
-        **(dict(ev_delta=float(quality.ev_delta), l0=float(quality.l0_inference), dead=float(quality.dead_share)) if quality else {}),
+        **(
+            dict(ev_delta=float(quality.ev_delta), l0=float(quality.l0_inference), dead=float(quality.dead_share))
+            if quality
+            else {}
+        ),
     )
 
 
@@ -178,17 +223,28 @@ def _listed(run: Run, cell: Cell) -> Cell:
     if "token" in at:
         read = [row[at["token"]] for row in rows]
     else:
-        read = _leading([row[at["text"]] for row in rows if row[at["text"]]], [d.messages[-1][1] for d in run.contrast if d.writer == "base"])
+        read = _leading(
+            [row[at["text"]] for row in rows if row[at["text"]]],
+            [d.messages[-1][1] for d in run.contrast if d.writer == "base"],
+        )
     return replace(
-        cell, candidates=len(rows), p=p, score=1 - p, null=1.0, confirmed=[cell.method] if p <= run.plan.rank.level else [],
-        read=[read[:TOKENS]], seconds=round(time.monotonic() - began, 1),
+        cell,
+        candidates=len(rows),
+        p=p,
+        score=1 - p,
+        null=1.0,
+        confirmed=[cell.method] if p <= run.plan.rank.level else [],
+        read=[read[:TOKENS]],
+        seconds=round(time.monotonic() - began, 1),
         memory=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
     )
 
 
 def _leading(texts: Sequence[str], others: Sequence[str]) -> list[str]:
     """The words of some texts, those first that most of them hold for each of the others that does; ties as they come."""
-    held, elsewhere = ([dict.fromkeys(re.findall(r"[^\W\d_]{3,}", text.casefold())) for text in many] for many in (texts, others))
+    held, elsewhere = (
+        [dict.fromkeys(re.findall(r"[^\W\d_]{3,}", text.casefold())) for text in many] for many in (texts, others)
+    )
     count, against = (Counter(word for words in many for word in words) for many in (held, elsewhere))
     return sorted(count, key=lambda word: -count[word] / (1 + against[word]))
 
@@ -213,7 +269,9 @@ def _slots(confirmed: Sequence[ChangeRecord]) -> dict[str, float]:
 def _vectors(run: Run) -> Tensor:
     """What the first ranked changes add to tuned at the last site, as unit vectors (K, D)."""
     vectors = [r.change.difference_SD[-1].float() for r in run.ranking.ranked[:VECTORS]]
-    return torch.nn.functional.normalize(torch.stack(vectors), dim=1) if vectors else torch.zeros(0, run.pair.base.width)
+    return (
+        torch.nn.functional.normalize(torch.stack(vectors), dim=1) if vectors else torch.zeros(0, run.pair.base.width)
+    )
 
 
 def _rates(model: LanguageModel, organism: Organism) -> dict[str, float]:
@@ -248,7 +306,9 @@ def kept(out: Path) -> list[Cell]:
     """Every cell that `out` holds, tunes before nulls, methods in their order; other calls' cells too."""
     cells = [typed(Cell, read_json(path), path.name) for path in sorted((out / "cells").glob("*.json"))]
     order = list(METHODS)
-    return sorted(cells, key=lambda c: (c.is_null, c.tune, order.index(c.method) if c.method in order else len(order), c.seed))
+    return sorted(
+        cells, key=lambda c: (c.is_null, c.tune, order.index(c.method) if c.method in order else len(order), c.seed)
+    )
 
 
 def vectors(out: Path, cell: Cell) -> Tensor | None:
@@ -267,4 +327,7 @@ def write(out: Path, command: str) -> None:
     write_json(out / "bench.json", {"version": __version__, "python": sys.version.split()[0], "cells": cells})
     for name, chart in scores.charts(cells).items():
         write_bytes(out / name, chart.encode())
-    write_bytes(out / "benchmark.md", scores.render(cells, {c.key: v for c in cells if (v := vectors(out, c)) is not None}, command).encode())
+    write_bytes(
+        out / "benchmark.md",
+        scores.render(cells, {c.key: v for c in cells if (v := vectors(out, c)) is not None}, command).encode(),
+    )

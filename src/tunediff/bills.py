@@ -40,7 +40,12 @@ def on_rows(sample: Sample, changes: Sequence[Change], spread: bool) -> dict[int
 
 
 def inputs(
-    pair: Pair, changes: Sequence[Change], sample: Sample, neutral: Sample | None, settings: EditSettings, seed: int,
+    pair: Pair,
+    changes: Sequence[Change],
+    sample: Sample,
+    neutral: Sample | None,
+    settings: EditSettings,
+    seed: int,
     batch_tokens: int = 1200,
 ) -> list[dict[str, Moments]]:
     """What the touched maps are fed on training text, by map: where `changes` are on and elsewhere, then the same for each
@@ -66,7 +71,9 @@ def inputs(
     for mask in masks:
         mask.update({row: torch.zeros(len(sample.tokens.rows[row])) for row in plain})
     rows = sorted({*rows, *plain})
-    return input_moments(pair.tuned, pair.deltas(), sample.tokens.only(rows), [[m[row] for row in rows] for m in masks], batch_tokens)
+    return input_moments(
+        pair.tuned, pair.deltas(), sample.tokens.only(rows), [[m[row] for row in rows] for m in masks], batch_tokens
+    )
 
 
 def removing(
@@ -87,7 +94,9 @@ def removing(
 
 def _by_strength(sample: Sample, changes: Sequence[Change]) -> list[int]:
     """Rows on which the changes are on at all, the most energy first."""
-    f_N = sum((sample.strength(c).double().pow(2) for c in changes), torch.zeros(len(sample.row_N), dtype=torch.float64))
+    f_N = sum(
+        (sample.strength(c).double().pow(2) for c in changes), torch.zeros(len(sample.row_N), dtype=torch.float64)
+    )
     energy = {row: float(f_N[sample.row_N == row].sum()) for row in sample.rows}
     return [row for row in sorted(sample.rows, key=lambda r: (-energy[r], r)) if energy[row] > 0]
 
@@ -107,8 +116,15 @@ def _fit(mask: Tensor, length: int) -> Tensor:
 
 
 def bill(
-    pair: Pair, edit: Edit, controls: Sequence[Edit], changes: Sequence[Change], contrastive: Sample, neutral: Sample,
-    settings: EditSettings, seed: int, batch_tokens: int = 1200,
+    pair: Pair,
+    edit: Edit,
+    controls: Sequence[Edit],
+    changes: Sequence[Change],
+    contrastive: Sample,
+    neutral: Sample,
+    settings: EditSettings,
+    seed: int,
+    batch_tokens: int = 1200,
 ) -> Bill:
     """What the edit does on held-out text.
 
@@ -129,10 +145,18 @@ def bill(
     sides |= {f"scale {s}": scaling(pair, s).applied(pair.tuned) for s in SCALES}
     measures: list[Measure] = []
     table: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
-    for name, sample, masks in (("removed", contrastive, target), ("kept", contrastive, rest), ("cost", neutral, plain)):
+    for name, sample, masks in (
+        ("removed", contrastive, target),
+        ("kept", contrastive, rest),
+        ("cost", neutral, plain),
+    ):
         if masks:
             table[name] = _divergences(pair, sides, sample, masks, name, batch_tokens)
-    for name, unit, of in (("removed", "share of KL", max), ("kept", "share of KL", fmean), ("cost", "nat a token", fmean)):
+    for name, unit, of in (
+        ("removed", "share of KL", max),
+        ("kept", "share of KL", fmean),
+        ("cost", "nat a token", fmean),
+    ):
         if name not in table:
             measures.append(Measure(name, None, unit=unit, against="no such text in the held-out part"))
             continue
@@ -140,17 +164,41 @@ def bill(
         values = {c.name: bootstrap_ratio(*table[name][c.name], seed=seed, draws=2).value for c in controls}
         random, elsewhere = ([v for c, v in values.items() if c.startswith(kind)] for kind in (RANDOM, ELSEWHERE))
         kind = "largest" if of is max else "mean"
-        measures.append(Measure(name, own.value, own.low, own.high, unit, of(random) if random else None,
-                                f"{RANDOM} of equal energy, {kind} of {len(random)}"))
+        measures.append(
+            Measure(
+                name,
+                own.value,
+                own.low,
+                own.high,
+                unit,
+                of(random) if random else None,
+                f"{RANDOM} of equal energy, {kind} of {len(random)}",
+            )
+        )
         if elsewhere:
-            measures.append(Measure(f"{name}, {ELSEWHERE}", of(elsewhere), unit=unit,
-                                    against=f"a control of its own, harder than {RANDOM}; equal energy, {kind} of {len(elsewhere)}"))
+            measures.append(
+                Measure(
+                    f"{name}, {ELSEWHERE}",
+                    of(elsewhere),
+                    unit=unit,
+                    against=f"a control of its own, harder than {RANDOM}; equal energy, {kind} of {len(elsewhere)}",
+                )
+            )
     for share in SCALES:
         for name in table:
             value = bootstrap_ratio(*table[name][f"scale {share}"], seed=seed)
             unit = "nat a token" if name == "cost" else "share of KL"
-            measures.append(Measure(f"{name}, scaling the whole tune to {1 - share:g}", value.value, value.low, value.high,
-                                    unit, None, "the edit anybody can make"))
+            measures.append(
+                Measure(
+                    f"{name}, scaling the whole tune to {1 - share:g}",
+                    value.value,
+                    value.low,
+                    value.high,
+                    unit,
+                    None,
+                    "the edit anybody can make",
+                )
+            )
     return Bill(edit.name, edit.operation, list(edit.changes), measures)
 
 
@@ -162,8 +210,9 @@ def costs(pair: Pair, edits: Sequence[Edit], neutral: Sample, batch_tokens: int 
     return [sum(nats) / sum(tokens) for nats, tokens in table.values()]
 
 
-def _divergences(pair: Pair, sides: dict[str, LanguageModel], sample: Sample, masks: dict[int, Tensor], name: str,
-                 batch_tokens: int) -> dict[str, tuple[list[float], list[float]]]:
+def _divergences(
+    pair: Pair, sides: dict[str, LanguageModel], sample: Sample, masks: dict[int, Tensor], name: str, batch_tokens: int
+) -> dict[str, tuple[list[float], list[float]]]:
     """For each side, numerators and denominators by document of the measure called `name`."""
     top: dict[str, dict[int, float]] = {side: {} for side in sides}
     bottom: dict[int, float] = {}
@@ -171,7 +220,9 @@ def _divergences(pair: Pair, sides: dict[str, LanguageModel], sample: Sample, ma
         chosen = torch.zeros_like(batch.mask_BT)
         for b, row in enumerate(batch.rows_B.tolist()):
             chosen[b, : len(masks[row])] = masks[row]
-        document_N = torch.tensor([sample.tokens.document_R[r] for r in batch.rows_B.tolist()])[:, None].expand_as(chosen)[chosen]
+        document_N = torch.tensor([sample.tokens.document_R[r] for r in batch.rows_B.tolist()])[:, None].expand_as(
+            chosen
+        )[chosen]
         documents = sorted(set(document_N.tolist()))
 
         start = pair.common_start(batch.ids_BT, wanted_BT=chosen)  # edits only touch what tuning touched
@@ -187,10 +238,14 @@ def _divergences(pair: Pair, sides: dict[str, LanguageModel], sample: Sample, ma
             q, p = base.part(part).logp(), tuned.part(part).logp()
             whole_N[part] = kl_divergence(p, q)
             for side, other in zip(sides, edited):
-                kl_N[side][part] = kl_divergence(other.part(part), q) if name == "removed" else kl_divergence(p, other.part(part))
+                kl_N[side][part] = (
+                    kl_divergence(other.part(part), q) if name == "removed" else kl_divergence(p, other.part(part))
+                )
         whole = by_document(whole_N, document_N, documents)
         for place, document in enumerate(documents):
-            bottom[document] = bottom.get(document, 0.0) + (whole.tokens[place] if name == "cost" else whole.nats[place])
+            bottom[document] = bottom.get(document, 0.0) + (
+                whole.tokens[place] if name == "cost" else whole.nats[place]
+            )
         for side in sides:
             found = by_document(kl_N[side], document_N, documents)
             for place, document in enumerate(documents):

@@ -22,7 +22,10 @@ class GrowingLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             self._rooms: dict[str, Tensor] = {}
-        self.keys, self.values = self._put("keys", self.keys, key_states), self._put("values", self.values, value_states)
+        self.keys, self.values = (
+            self._put("keys", self.keys, key_states),
+            self._put("values", self.values, value_states),
+        )
         return self.keys, self.values
 
     def _put(self, name: str, old_BHSE: Tensor, new_BHTE: Tensor) -> Tensor:
@@ -31,7 +34,12 @@ class GrowingLayer(DynamicLayer):
         room_BHSE, after = self._rooms.get(name), before + T
         # Whoever cropped it from the right, picked from it or repeated it left another tensor here, or a shorter view of the same.
         fits = room_BHSE is not None and room_BHSE.shape[:2] == (B, H) and room_BHSE.shape[2] >= after
-        if not fits or old_BHSE.data_ptr() != room_BHSE.data_ptr() or room_BHSE.is_inference() and not torch.is_inference_mode_enabled():
+        if (
+            not fits
+            or old_BHSE.data_ptr() != room_BHSE.data_ptr()
+            or room_BHSE.is_inference()
+            and not torch.is_inference_mode_enabled()
+        ):
             room_BHSE = self._rooms[name] = new_BHTE.new_empty(B, H, after + AHEAD * (T == 1), E)
             if before:
                 room_BHSE[:, :, :before] = old_BHSE

@@ -65,15 +65,28 @@ class Calibration:
         told with what it is held against.
         """
         if self.gap:
-            record = replace(record, measures=[replace(m, control=self.gap, against="one more placebo of this base stays below")
-                                               if m.name == GAP else m for m in record.measures])
+            record = replace(
+                record,
+                measures=[
+                    replace(m, control=self.gap, against="one more placebo of this base stays below")
+                    if m.name == GAP
+                    else m
+                    for m in record.measures
+                ],
+            )
         if record.decision == "refuted":
             return record
         if not record.score.value > self.score:
-            return replace(record, decision="refuted", reason=f"null pairs of this base score as much (up to {self.score:.3g})")
+            return replace(
+                record, decision="refuted", reason=f"null pairs of this base score as much (up to {self.score:.3g})"
+            )
         if record.decision == "confirmed" and not record.gap > self.gap:
-            return replace(record, decision="undecided", reason=f"{AS_A_PLACEBO}: the models are {record.gap:.2g} nat apart "
-                           f"where it is on, and where placebos' changes are up to {self.gap:.2g}")
+            return replace(
+                record,
+                decision="undecided",
+                reason=f"{AS_A_PLACEBO}: the models are {record.gap:.2g} nat apart "
+                f"where it is on, and where placebos' changes are up to {self.gap:.2g}",
+            )
         return record
 
     def save(self) -> Path:

@@ -44,12 +44,7 @@ class Interval:
 
 
 def bootstrap_ratio(
-    numerators: Sequence[float],
-    denominators: Sequence[float],
-    *,
-    seed: int,
-    draws: int = 1000,
-    level: float = 0.95,
+    numerators: Sequence[float], denominators: Sequence[float], *, seed: int, draws: int = 1000, level: float = 0.95
 ) -> Interval:
     """The ratio of two sums, with a percentile bootstrap interval over the units (documents) they are summed from.
 

@@ -77,9 +77,13 @@ def save_changes(folder: Path, changes: Sequence[Change]) -> list[str]:
     write_tensors(folder / "changes.safetensors", tensors)
     records = [
         {
-            "id": c.id, "sites": [str(s) for s in c.sites], "bias": c.bias,
+            "id": c.id,
+            "sites": [str(s) for s in c.sites],
+            "bias": c.bias,
             # JSON has no infinity: null stands for a readout without a threshold.
-            "threshold": c.threshold, "finder": c.finder, "origin": c.origin,
+            "threshold": c.threshold,
+            "finder": c.finder,
+            "origin": c.origin,
         }
         for c in changes
     ]
@@ -95,10 +99,14 @@ def load_changes(folder: Path) -> list[Change]:
     tensors = read_tensors(folder / "changes.safetensors")
     return [
         Change(
-            id=r["id"], sites=tuple(Site.parse(s) for s in r["sites"]),
-            rows_SMD=tensors[f"{n}.rows"], write_SMD=tensors[f"{n}.write"],
-            bias=r["bias"], threshold=float("-inf") if r["threshold"] is None else r["threshold"],
-            finder=r["finder"], origin=r["origin"],
+            id=r["id"],
+            sites=tuple(Site.parse(s) for s in r["sites"]),
+            rows_SMD=tensors[f"{n}.rows"],
+            write_SMD=tensors[f"{n}.write"],
+            bias=r["bias"],
+            threshold=float("-inf") if r["threshold"] is None else r["threshold"],
+            finder=r["finder"],
+            origin=r["origin"],
         )
         for n, r in enumerate(table["changes"])
     ]

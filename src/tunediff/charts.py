@@ -249,11 +249,7 @@ def lines(
 
 
 def strip(
-    rows: Sequence[tuple[str, Sequence[float]]],
-    *,
-    label: str,
-    x_label: str,
-    marks: Sequence[tuple[float, str]] = (),
+    rows: Sequence[tuple[str, Sequence[float]]], *, label: str, x_label: str, marks: Sequence[tuple[float, str]] = ()
 ) -> Markup:
     """A strip plot: one named row of dots for each sample, and named upright lines through all of them."""
     values = [v for _, sample in rows for v in sample]

@@ -49,8 +49,18 @@ class ContrastSettings:
     """Prompts a batch; part of the key, as sums of floats may hang on it by a last bit."""
 
     def __post_init__(self) -> None:
-        within("contrast", self, prompts=0, pool=0, screened=(0, 1), tokens=1, temperature=0, amplified=(0, 1), amplification=0,
-               batch=1)
+        within(
+            "contrast",
+            self,
+            prompts=0,
+            pool=0,
+            screened=(0, 1),
+            tokens=1,
+            temperature=0,
+            amplified=(0, 1),
+            amplification=0,
+            batch=1,
+        )
 
     def amplified_of(self, prompts: int) -> int:
         """Of so many answered prompts, how many are answered amplified too."""
@@ -58,11 +68,7 @@ class ContrastSettings:
 
 
 def contrast(
-    pair: Pair,
-    prompts: Corpus,
-    settings: ContrastSettings,
-    seed: int,
-    progress: Callable[[int], None] | None = None,
+    pair: Pair, prompts: Corpus, settings: ContrastSettings, seed: int, progress: Callable[[int], None] | None = None
 ) -> list[Document]:
     """Answer open chats of `prompts` with both models; two documents of kind ``contrastive`` a prompt, or three where tuned
     answers amplified too.
@@ -72,28 +78,41 @@ def contrast(
     """
     pool = [d for d in prompts.documents if d.is_open][: max(settings.pool, settings.prompts)]
     if not pool:
-        raise CorpusError(f"corpus {prompts.name!r} holds no open chat", expected="documents that end with a user message")
+        raise CorpusError(
+            f"corpus {prompts.name!r} holds no open chat", expected="documents that end with a user message"
+        )
     tokens = replace(prompts, documents=tuple(pool)).tokens(pair.tokenizer, row_tokens=PROMPT_TOKENS)
     whole = Counter(tokens.document_R)
     tokens = tokens.only([row for row, d in enumerate(tokens.document_R) if whole[d] == 1])
     if not tokens.rows:
-        raise CorpusError(f"no open chat of corpus {prompts.name!r} fits", expected=f"at most {PROMPT_TOKENS} tokens",
-                          remedy="shorter prompts")
+        raise CorpusError(
+            f"no open chat of corpus {prompts.name!r} fits",
+            expected=f"at most {PROMPT_TOKENS} tokens",
+            remedy="shorter prompts",
+        )
     tokens = tokens.only(screen(pair, tokens, settings))
     rows = {d: row for row, d in zip(tokens.rows, tokens.document_R)}
     first = list(rows)[: settings.amplified_of(len(rows))]
     texts: dict[str, dict[int, str]] = {name: {} for name in WRITERS}
     for name, model, asked, away in (
-        ("base", pair.base, list(rows), {}), ("tuned", pair.tuned, list(rows), {}),
+        ("base", pair.base, list(rows), {}),
+        ("tuned", pair.tuned, list(rows), {}),
         ("amplified", pair.tuned, first, {"against": pair.base, "amplification": settings.amplification}),
     ):
         if not asked:
             continue
         answers = model.complete(
-            [rows[d] for d in asked], settings.tokens, temperature=settings.temperature, seed=seed,
-            batch=settings.batch, progress=progress, **away,
+            [rows[d] for d in asked],
+            settings.tokens,
+            temperature=settings.temperature,
+            seed=seed,
+            batch=settings.batch,
+            progress=progress,
+            **away,
         )
-        texts[name] = {d: pair.tokenizer.decode(ids, skip_special_tokens=True).strip() for d, ids in zip(asked, answers)}
+        texts[name] = {
+            d: pair.tokenizer.decode(ids, skip_special_tokens=True).strip() for d, ids in zip(asked, answers)
+        }
     return [
         pool[d].answered(texts[name][d], writer=name)
         for d in rows
@@ -126,6 +145,8 @@ def first_word_divergence(pair: Pair, tokens: Tokens) -> Tensor:
         last_BT = torch.zeros_like(batch.mask_BT)
         last_BT[torch.arange(len(last_BT)), batch.mask_BT.sum(1) - 1] = True
         base_BTD, tuned_BTD, _ = pair.both_states(batch.ids_BT, wanted_BT=last_BT)
-        base, tuned = (Said(m, states[last_BT], pair.vocabulary) for m, states in ((pair.base, base_BTD), (pair.tuned, tuned_BTD)))
+        base, tuned = (
+            Said(m, states[last_BT], pair.vocabulary) for m, states in ((pair.base, base_BTD), (pair.tuned, tuned_BTD))
+        )
         kl_R[batch.rows_B] = kl_divergence(tuned, base).cpu()
     return kl_R

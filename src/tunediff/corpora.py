@@ -190,9 +190,7 @@ class Corpus:
 
         Topics alternate, so any leading part is balanced. Ids read ``prompts/TOPIC-NN``.
         """
-        return cls.from_files(
-            ASSETS / "prompts.jsonl", name="prompts", held_out_share=held_out_share, seed=seed
-        )
+        return cls.from_files(ASSETS / "prompts.jsonl", name="prompts", held_out_share=held_out_share, seed=seed)
 
     def plus(self, documents: Iterable[Document], name: str | None = None) -> Corpus:
         """This corpus with more documents; those already here stay on their side of the split."""
@@ -233,9 +231,7 @@ class Corpus:
         """
         lead = _lead(tokenizer)
         if row_tokens < len(lead) + 1:
-            raise SettingError(
-                "row_tokens is too small", expected=f"at least {len(lead) + 1}", got=str(row_tokens)
-            )
+            raise SettingError("row_tokens is too small", expected=f"at least {len(lead) + 1}", got=str(row_tokens))
         if limit_tokens is not None and limit_tokens < 1:
             raise SettingError("limit_tokens is too small", expected="at least 1", got=str(limit_tokens))
         order = range(len(self.documents)) if limit_tokens is None else self._spread()
@@ -244,9 +240,7 @@ class Corpus:
         for number, (ids, prompt) in _encode(order, self.documents, tokenizer, chat_template, lead):
             mine = rows.setdefault(number, [])
             parts = -(-len(ids) // (row_tokens - len(lead)))
-            body = (
-                -(-len(ids) // parts) if parts else 1
-            )  # rows of even length, lest the last hold a token or two
+            body = -(-len(ids) // parts) if parts else 1  # rows of even length, lest the last hold a token or two
             for start in range(0, len(ids), body):
                 row = (*lead, *ids[start : start + body])
                 if limit_tokens is not None and taken and taken + len(row) > limit_tokens:
@@ -377,9 +371,7 @@ class Tokens:
         if order not in ("length", "rows"):
             raise SettingError(f"there is no order {order!r}", expected="length, rows")
         if tokens_per_batch < 1:
-            raise SettingError(
-                "tokens_per_batch is too small", expected="at least 1", got=str(tokens_per_batch)
-            )
+            raise SettingError("tokens_per_batch is too small", expected="at least 1", got=str(tokens_per_batch))
         for rows_B in self._grouped(order, tokens_per_batch):
             longest = max(len(self.rows[row]) for row in rows_B)
             ids_BT = torch.full((len(rows_B), longest), self.pad_id, dtype=torch.long)
@@ -502,9 +494,7 @@ def _render(document: Document, tokenizer: Any, chat_template: str | None) -> tu
         return _chat(document, document.messages, True, tokenizer, chat_template), None
     return (
         _chat(document, document.messages, False, tokenizer, chat_template),
-        _chat(document, document.messages[:-1], True, tokenizer, chat_template)
-        if len(document.messages) > 1
-        else "",
+        _chat(document, document.messages[:-1], True, tokenizer, chat_template) if len(document.messages) > 1 else "",
     )
 
 
@@ -620,9 +610,7 @@ class _Reader:
         if isinstance(record, str):
             record = {self.text_field or "text": record}
         if not isinstance(record, Mapping):
-            raise SourceError(
-                f"{where}: a record is not an object", expected='{"text": …}', got=repr(record)[:80]
-            )
+            raise SourceError(f"{where}: a record is not an object", expected='{"text": …}', got=repr(record)[:80])
         if isinstance(record.get("id"), str) and record["id"]:
             id = f"{source}/{_clean(record['id'], where)}"
         text, messages = self._content(record, where)
@@ -687,17 +675,12 @@ def _messages(value: Any, where: str) -> tuple[tuple[str, str], ...]:
     for message in value if isinstance(value, (list, tuple)) else [value]:
         role = content = None
         if isinstance(message, Mapping):
-            role, content = (
-                message.get("role", message.get("from")),
-                message.get("content", message.get("value")),
-            )
+            role, content = (message.get("role", message.get("from")), message.get("content", message.get("value")))
         elif isinstance(message, (list, tuple)) and len(message) == 2:
             role, content = message
         if not isinstance(role, str) or not isinstance(content, str):
             raise SourceError(
-                f"{where}: a message is not one",
-                expected='{"role": "user", "content": "…"}',
-                got=repr(message)[:80],
+                f"{where}: a message is not one", expected='{"role": "user", "content": "…"}', got=repr(message)[:80]
             )
         out.append((_clean(ROLES.get(role, role), where), _clean(content, where)))
     return tuple(out)
@@ -706,9 +689,7 @@ def _messages(value: Any, where: str) -> tuple[tuple[str, str], ...]:
 def _clean(text: str, where: str) -> str:
     """The text, or a refusal if a tokenizer could not take it."""
     if "\0" in text:
-        raise SourceError(
-            f"{where}: the text holds NUL characters", expected="UTF-8 text", got="binary data or UTF-16"
-        )
+        raise SourceError(f"{where}: the text holds NUL characters", expected="UTF-8 text", got="binary data or UTF-16")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -797,9 +778,7 @@ def _json_records(path: Path) -> Iterator[tuple[int, str, Any]]:
     except OSError as error:
         raise SourceError(f"{path} cannot be read", got=error.strerror or str(error)) from None
     except UnicodeDecodeError as error:
-        raise SourceError(
-            f"{path} is not UTF-8", got=str(error), remedy="convert the file to UTF-8"
-        ) from None
+        raise SourceError(f"{path} is not UTF-8", got=str(error), remedy="convert the file to UTF-8") from None
     except (ValueError, RecursionError) as error:
         raise SourceError(
             f"{path} is not JSON",
@@ -808,17 +787,11 @@ def _json_records(path: Path) -> Iterator[tuple[int, str, Any]]:
             remedy="a file of one record a line is named .jsonl",
         ) from None
     if isinstance(value, Mapping):
-        lists = [
-            item
-            for item in value.values()
-            if isinstance(item, list) and item and isinstance(item[0], Mapping)
-        ]
+        lists = [item for item in value.values() if isinstance(item, list) and item and isinstance(item[0], Mapping)]
         named = any(name in value for name in (*TEXT_FIELDS, *MESSAGE_FIELDS, *PROMPT_FIELDS))
         value = lists[0] if len(lists) == 1 and not named else [value]
     if not isinstance(value, list):
-        raise SourceError(
-            f"{path} holds no records", expected="an array of objects", got=type(value).__name__
-        )
+        raise SourceError(f"{path} holds no records", expected="an array of objects", got=type(value).__name__)
     for number, record in enumerate(value):
         yield number, f"record {number + 1}", record
 

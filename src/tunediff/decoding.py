@@ -36,8 +36,12 @@ def drawn(score_BV: Tensor, uniform_B: Tensor, temperature: float) -> Tensor:
     sum_BV = (score_BV.float() / temperature).softmax(1).cumsum(1)
     all_B = sum_BV[:, -1]
     if not all_B.isfinite().all():
-        raise NumericsError("scores give no probabilities to draw from", expected="a finite score in every row", got="NaN or infinity",
-                            remedy="--set pair.dtype=float32, or a higher temperature")
+        raise NumericsError(
+            "scores give no probabilities to draw from",
+            expected="a finite score in every row",
+            got="NaN or infinity",
+            remedy="--set pair.dtype=float32, or a higher temperature",
+        )
     past_B = torch.minimum(uniform_B.to(all_B) * all_B, torch.nextafter(all_B, torch.zeros_like(all_B)))
     return torch.searchsorted(sum_BV, past_B[:, None], right=True)[:, 0]
 

@@ -58,16 +58,24 @@ def check(run: Run) -> Checked:
     lines = []
     for b in organism.behaviors:
         sort = "wanted" if b.wanted else "hidden, unwanted"
-        lines.append(f"{b.name} ({sort}): " + (f"named by {', '.join(named[b.name])}" if named[b.name] else
-                                                "NOT named by a confirmed change among the first five"))
+        lines.append(
+            f"{b.name} ({sort}): "
+            + (
+                f"named by {', '.join(named[b.name])}"
+                if named[b.name]
+                else "NOT named by a confirmed change among the first five"
+            )
+        )
     targets = to_take_out(organism.behaviors, named)
     if not targets:
         return Checked([], "\n".join(lines), named)
     bill = count(run, targets, organism.behaviors, organism.answer_tokens)
     for m in bill.measures:
         if m.name.startswith("answers that show"):
-            lines.append(f"{m.name}: {m.value:.0%} [{m.low:.0%}, {m.high:.0%}] after, {m.against}"
-                         + ("" if m.control is None else f": {m.control:.0%}"))
+            lines.append(
+                f"{m.name}: {m.value:.0%} [{m.low:.0%}, {m.high:.0%}] after, {m.against}"
+                + ("" if m.control is None else f": {m.control:.0%}")
+            )
     return Checked([bill], "\n".join(lines), named)
 
 
@@ -78,7 +86,9 @@ def count(run: Run, ids: list[str], behaviors: Sequence[Behavior], tokens: int) 
     The counts are kept in a folder of their own, so a second call is free.
     """
     bill = run.bill(ids)
-    key, folder = run._at("counted", run.harvest.fingerprint, run._found_key, run.plan.rank, run.plan.edit, ids, tokens, run.plan.seed)
+    key, folder = run._at(
+        "counted", run.harvest.fingerprint, run._found_key, run.plan.rank, run.plan.edit, ids, tokens, run.plan.seed
+    )
     began = time.monotonic()
     if not is_finished(folder):
         edit, controls = run.edit(ids)
@@ -95,11 +105,19 @@ def count(run: Run, ids: list[str], behaviors: Sequence[Behavior], tokens: int) 
         for b in behaviors:
             before, after = (proportion(int(sum(shows[b.name][s])), len(shows[b.name][s])) for s in ("before", "after"))
             control = {s[:-2]: sum(v) / len(v) for s, v in shows[b.name].items() if s.endswith(" 0")}
-            measures.append(Measure(
-                f"answers that show {b.name} ({'wanted' if b.wanted else 'unwanted'})", after.value, after.low, after.high,
-                "share", control.get(RANDOM), f"{before.value:.0%} before; "
-                + (f"{ELSEWHERE}: {control[ELSEWHERE]:.0%}; " if ELSEWHERE in control else "") + f"{RANDOM} of equal energy",
-            ))
+            measures.append(
+                Measure(
+                    f"answers that show {b.name} ({'wanted' if b.wanted else 'unwanted'})",
+                    after.value,
+                    after.low,
+                    after.high,
+                    "share",
+                    control.get(RANDOM),
+                    f"{before.value:.0%} before; "
+                    + (f"{ELSEWHERE}: {control[ELSEWHERE]:.0%}; " if ELSEWHERE in control else "")
+                    + f"{RANDOM} of equal energy",
+                )
+            )
         write_json(folder / "measures.json", measures)
         finish(folder, "tunediff.counted/1", {}, ["measures.json"])
     extra = typed(list[Measure], read_json(folder / "measures.json"), "measures.json")

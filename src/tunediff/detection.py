@@ -100,19 +100,38 @@ class Detection:
 class Text:
     """What every planting on one text shares: streams of base where it is read, and of tuned where it is planted."""
 
-    def __init__(self, base: LanguageModel, tuned: LanguageModel, tokens: Tokens, write: Site, read: Site, batch_tokens: int = 2048):
+    def __init__(
+        self,
+        base: LanguageModel,
+        tuned: LanguageModel,
+        tokens: Tokens,
+        write: Site,
+        read: Site,
+        batch_tokens: int = 2048,
+    ):
         if not write.layer < read.layer or write.kind != "resid":
-            raise SettingError("a change is planted in a stream and read above", expected="resid sites, the second one higher",
-                               got=f"{write} and {read}")
+            raise SettingError(
+                "a change is planted in a stream and read above",
+                expected="resid sites, the second one higher",
+                got=f"{write} and {read}",
+            )
         self.base, self.tuned, self.write, self.read = base, tuned, write, read
         self.batches = list(tokens.batches(batch_tokens))
-        self.document_N = torch.cat([torch.tensor([tokens.document_R[r] for r in b.rows_B.tolist()])[:, None].expand_as(
-            b.mask_BT)[b.mask_BT] for b in self.batches])
+        self.document_N = torch.cat(
+            [
+                torch.tensor([tokens.document_R[r] for r in b.rows_B.tolist()])[:, None].expand_as(b.mask_BT)[b.mask_BT]
+                for b in self.batches
+            ]
+        )
         self.held_N = torch.tensor(tokens.held_out)[self.document_N]
         self.ids_N = torch.cat([b.ids_BT[b.mask_BT] for b in self.batches])
         # The first position of a row is not like any other, and finders never see it.
-        self.kept_N = torch.cat([(torch.arange(b.mask_BT.shape[1]) > 0).expand_as(b.mask_BT)[b.mask_BT] for b in self.batches])
-        self.base_ND = torch.cat([base.streams(b.ids_BT, [read])[:, :, 0][b.mask_BT].float().cpu() for b in self.batches])
+        self.kept_N = torch.cat(
+            [(torch.arange(b.mask_BT.shape[1]) > 0).expand_as(b.mask_BT)[b.mask_BT] for b in self.batches]
+        )
+        self.base_ND = torch.cat(
+            [base.streams(b.ids_BT, [read])[:, :, 0][b.mask_BT].float().cpu() for b in self.batches]
+        )
         below, there = zip(*(tuned.streams(b.ids_BT, [write, read]).float().cpu().unbind(2) for b in self.batches))
         self.below, self.tuned_ND = list(below), torch.cat([x[b.mask_BT] for x, b in zip(there, self.batches)])
 
@@ -129,19 +148,28 @@ class Text:
         on_N = torch.isin(self.ids_N, torch.tensor(chosen)) & self.kept_N
         for held in (False, True):
             if int((on_N & (self.held_N == held)).sum()) < 5:
-                raise SettingError(f"a frequency of {frequency:g} leaves too few tokens", expected="more tokens, or a higher frequency",
-                                   got=f"{int(on_N.sum())} of {len(on_N)} tokens")
+                raise SettingError(
+                    f"a frequency of {frequency:g} leaves too few tokens",
+                    expected="more tokens, or a higher frequency",
+                    got=f"{int(on_N.sum())} of {len(on_N)} tokens",
+                )
         return torch.tensor(chosen)
 
     def plant(self, amplitude: float, frequency: float, seed: int) -> Planted:
         """Add a random unit vector times `amplitude` times the stream's norm wherever a token of the class is read."""
         chosen = self.token_class(frequency, seed)
-        vector_D = torch.nn.functional.normalize(torch.randn(self.base.width, generator=generator(seed, "planted vector")), dim=0)
+        vector_D = torch.nn.functional.normalize(
+            torch.randn(self.base.width, generator=generator(seed, "planted vector")), dim=0
+        )
         above = []
         for batch, stream_BTD in zip(self.batches, self.below):
             on_BT = torch.isin(batch.ids_BT, chosen) & (torch.arange(batch.ids_BT.shape[1]) > 0)
             moved = stream_BTD + amplitude * on_BT[..., None] * stream_BTD.norm(dim=-1, keepdim=True) * vector_D
-            above.append(self.tuned.streams(batch.ids_BT, [self.read], Start(self.write, moved))[:, :, 0][batch.mask_BT].float().cpu())
+            above.append(
+                self.tuned.streams(batch.ids_BT, [self.read], Start(self.write, moved))[:, :, 0][batch.mask_BT]
+                .float()
+                .cpu()
+            )
         tuned_ND = torch.cat(above)
         on_N = torch.isin(self.ids_N, chosen) & self.kept_N
         train_N, held_N = self.kept_N & ~self.held_N, self.kept_N & self.held_N
@@ -149,12 +177,21 @@ class Text:
         around = (self.tuned_ND - self.base_ND)[train_N]
         rms = float((around - around.mean(0)).square().sum(1).mean().sqrt())
         x_NMD = torch.stack([self.base_ND, tuned_ND], 1)
-        source = PlantedSource(x_NMD[train_N], x_NMD[held_N], self.read, self.document_N[train_N], self.document_N[held_N])
-        return Planted(source, image_D, on_N[held_N],
-                       float(on_N[self.kept_N].float().mean()), float(image_D.norm()) / rms if rms > 0 else float("inf"))
+        source = PlantedSource(
+            x_NMD[train_N], x_NMD[held_N], self.read, self.document_N[train_N], self.document_N[held_N]
+        )
+        return Planted(
+            source,
+            image_D,
+            on_N[held_N],
+            float(on_N[self.kept_N].float().mean()),
+            float(image_D.norm()) / rms if rms > 0 else float("inf"),
+        )
 
 
-def detect(planted: Planted, method: str, settings: Sequence[str], amplitude: float, frequency: float, seed: int, folder: Path) -> Detection:
+def detect(
+    planted: Planted, method: str, settings: Sequence[str], amplitude: float, frequency: float, seed: int, folder: Path
+) -> Detection:
     """Run one method's finders on a planted change's training tokens, and score their first candidates on held-out ones."""
     plan = Plan("planted", "planted", seed)
     for setting in settings:
@@ -174,7 +211,9 @@ def detect(planted: Planted, method: str, settings: Sequence[str], amplitude: fl
         cosine, area = _cosine(d_D, planted.image_D), auroc(f_N, planted.on_N)
         best = max(best, (cosine * area, -place, cosine, area))
         chance = [max(chance[0], _cosine(d_D, random_D)), max(chance[1], auroc(f_N, random_N))]
-    return Detection(method, amplitude, frequency, seed, planted.relative, len(changes), -best[1], best[2], best[3], *chance)
+    return Detection(
+        method, amplitude, frequency, seed, planted.relative, len(changes), -best[1], best[2], best[3], *chance
+    )
 
 
 def _cosine(a_D: Tensor, b_D: Tensor) -> float:
@@ -193,8 +232,11 @@ def auroc(score_N: Tensor, on_N: Tensor) -> float:
 
 
 def _no_output():
-    raise SettingError("a planted change has no output to look at", expected="finders that read streams alone",
-                       remedy="--methods delta,principal")
+    raise SettingError(
+        "a planted change has no output to look at",
+        expected="finders that read streams alone",
+        remedy="--methods delta,principal",
+    )
 
 
 def floor(detections: Sequence[Detection]) -> list[dict[str, str]]:
@@ -206,7 +248,11 @@ def floor(detections: Sequence[Detection]) -> list[dict[str, str]]:
         for frequency in sorted({d.frequency for d in detections}, reverse=True):
             least = None
             for amplitude in sorted({d.amplitude for d in detections}, reverse=True):
-                mine = [d.found for d in detections if (d.method, d.frequency, d.amplitude) == (method, frequency, amplitude)]
+                mine = [
+                    d.found
+                    for d in detections
+                    if (d.method, d.frequency, d.amplitude) == (method, frequency, amplitude)
+                ]
                 if not mine or sum(mine) * 2 < len(mine):
                     break
                 least = amplitude
@@ -215,8 +261,15 @@ def floor(detections: Sequence[Detection]) -> list[dict[str, str]]:
     return rows
 
 
-def grid(text: Text, methods: dict[str, Sequence[str]], amplitudes: Sequence[float], frequencies: Sequence[float],
-         seeds: Sequence[int], folder: Path, told: Callable[[Detection], None] = lambda d: None) -> list[Detection]:
+def grid(
+    text: Text,
+    methods: dict[str, Sequence[str]],
+    amplitudes: Sequence[float],
+    frequencies: Sequence[float],
+    seeds: Sequence[int],
+    folder: Path,
+    told: Callable[[Detection], None] = lambda d: None,
+) -> list[Detection]:
     """Every method on every planting."""
     found = []
     for seed in seeds:

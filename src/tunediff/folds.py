@@ -56,7 +56,9 @@ class Fold:
         key_BT = _beginnings(ids_BT.cpu(), stream_BTX)
         best = None
         for depth in DEPTHS:
-            node_N, first_K = _numbered((key_BT + 3 * key_BT[:, min(depth, T - 1), None]).flatten()[place_N], place_N, B * T)
+            node_N, first_K = _numbered(
+                (key_BT + 3 * key_BT[:, min(depth, T - 1), None]).flatten()[place_N], place_N, B * T
+            )
             node_BT = torch.zeros(B * T, dtype=torch.long).index_put_((place_N,), node_N).view(B, T)
             _, tree_K = node_BT[first_K // T, 0].unique(return_inverse=True)
             size_R = torch.bincount(tree_K)
@@ -109,7 +111,9 @@ def _filled(sizes: list[int]) -> tuple[float, int, list[int], list[int]]:
     for share in SHARES:
         length = max(max(sizes), -(-sum(sizes) // max(1, round(share * sum(sizes) / max(sizes)))))
         row_R, offset_R, taken = [0] * len(sizes), [0] * len(sizes), []
-        for tree in sorted(range(len(sizes)), key=lambda t: -sizes[t]):  # the largest first into the first row with room
+        for tree in sorted(
+            range(len(sizes)), key=lambda t: -sizes[t]
+        ):  # the largest first into the first row with room
             row = next((c for c, used in enumerate(taken) if used + sizes[tree] <= length), len(taken))
             taken += [0] * (row == len(taken))
             row_R[tree], offset_R[tree] = row, taken[row]
@@ -135,7 +139,7 @@ def _beginnings(ids_BT: Tensor, stream_BTX: Tensor | None) -> Tensor:
     own_BT = ids_BT.long() + 1
     if stream_BTX is not None:
         bits_BTX = stream_BTX.float().contiguous().view(torch.int32).long()
-        odd_X = torch.randint(-2**62, 2**62, bits_BTX.shape[-1:], generator=generator(0, "fold")) * 2 + 1
+        odd_X = torch.randint(-(2**62), 2**62, bits_BTX.shape[-1:], generator=generator(0, "fold")) * 2 + 1
         own_BT = own_BT + (bits_BTX * odd_X.to(bits_BTX.device)).sum(-1).cpu()
     own_BT = own_BT * -7046029254386353131  # odd, and no bit pattern to speak of (2**64 over the golden ratio)
     hash_B, out = torch.zeros_like(own_BT[:, 0]), []

@@ -13,7 +13,16 @@ import torch
 from torch import Tensor
 
 from tunediff import kernels
-from tunediff.artifacts import finish, is_finished, key_of, open_folder, read_json, read_tensors, write_json, write_tensors
+from tunediff.artifacts import (
+    finish,
+    is_finished,
+    key_of,
+    open_folder,
+    read_json,
+    read_tensors,
+    write_json,
+    write_tensors,
+)
 from tunediff.axes import BASE, MODELS, TUNED
 from tunediff.chance import generator
 from tunediff.errors import ArtifactError, CorpusError, NumericsError, SettingError
@@ -26,8 +35,13 @@ if TYPE_CHECKING:
 
 SCHEMA = "tunediff.harvest/1"
 WORK = "work.json"
-STORES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8,
-          "none": torch.float32}
+STORES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "int8": torch.int8,
+    "none": torch.float32,
+}
 STREAMS = ("base", "delta")
 HELD = 2 << 30
 """Bytes of streams that are in memory at once, about, where none are on disk."""
@@ -55,12 +69,14 @@ class HarvestSettings:
         if self.store not in STORES:
             raise SettingError(f"harvest.store is {self.store!r}", expected=", ".join(STORES))
         if self.abnormal <= 1 or min(self.batch_tokens, self.shard_tokens) < 1:
-            raise SettingError("a harvest setting is out of range",
-                               expected="abnormal > 1, batch_tokens and shard_tokens >= 1")
+            raise SettingError(
+                "a harvest setting is out of range", expected="abnormal > 1, batch_tokens and shard_tokens >= 1"
+            )
 
 
-def noise_floor(model: LanguageModel, ids_BT: Tensor, mask_BT: Tensor, sites: Sequence[Site],
-                together: Tensor | None = None) -> Tensor:
+def noise_floor(
+    model: LanguageModel, ids_BT: Tensor, mask_BT: Tensor, sites: Sequence[Site], together: Tensor | None = None
+) -> Tensor:
     """Mean squared length (S,) of the difference between two runs of one model that only differ in batch shape: all rows
     `together` (B, T, S, D), if that run has been made already, and each alone."""
     together = model.streams(ids_BT, sites).float() if together is None else together
@@ -74,8 +90,14 @@ def repeated(tokens: "Tokens") -> list[int]:
     Of such rows one counts as the first: training rows before held-out ones, so that nothing held out has been seen,
     and by document id, so that the order of rows plays no part.
     """
-    order = sorted(range(len(tokens.rows)), key=lambda r: (
-        tokens.held_out[tokens.document_R[r]], tokens.documents[tokens.document_R[r]].id, tokens.start_R[r]))
+    order = sorted(
+        range(len(tokens.rows)),
+        key=lambda r: (
+            tokens.held_out[tokens.document_R[r]],
+            tokens.documents[tokens.document_R[r]].id,
+            tokens.start_R[r],
+        ),
+    )
     seen: set[int] = set()
     out = [0] * len(order)
     for r in order:
@@ -136,17 +158,29 @@ class Harvest:
         manifest = open_folder(folder, SCHEMA)
         shards = [read_tensors(folder / name) for name in manifest["shards"]]
         if again is None and any(name not in shards[0] for name in STREAMS):
-            raise ArtifactError(f"{folder} keeps no streams", expected="a harvest with its streams on disk",
-                                remedy="the command that made it, which has the models")
+            raise ArtifactError(
+                f"{folder} keeps no streams",
+                expected="a harvest with its streams on disk",
+                remedy="the command that made it, which has the models",
+            )
         counts = torch.tensor([0, *(len(s["token"]) for s in shards)])
 
         def column(name: str) -> Tensor:
             return torch.cat([s[name] for s in shards])
 
         return cls(
-            folder, manifest, tuple(Site.parse(s) for s in manifest["sites"]), shards if again is None else again, counts.cumsum(0),
-            column("token"), column("row"), column("position"), column("document"),
-            column("held_out").bool(), column("ordinary").bool(), column("kept").bool(),
+            folder,
+            manifest,
+            tuple(Site.parse(s) for s in manifest["sites"]),
+            shards if again is None else again,
+            counts.cumsum(0),
+            column("token"),
+            column("row"),
+            column("position"),
+            column("document"),
+            column("held_out").bool(),
+            column("ordinary").bool(),
+            column("kept").bool(),
         )
 
     @property
@@ -227,10 +261,14 @@ def harvest(
     sites = sorted(set(sites))
     sides = {tokens.held_out[d] for d in tokens.document_R}
     if len(sides) < 2:
-        raise CorpusError("the whole corpus is held out" if True in sides else "the corpus has no held-out part",
-                          expected="documents in both splits", remedy="more documents")
-    key = key_of(SCHEMA, pair.base_fingerprint, pair.tuned_fingerprint, tokens.fingerprint, list(map(str, sites)),
-                 settings)
+        raise CorpusError(
+            "the whole corpus is held out" if True in sides else "the corpus has no held-out part",
+            expected="documents in both splits",
+            remedy="more documents",
+        )
+    key = key_of(
+        SCHEMA, pair.base_fingerprint, pair.tuned_fingerprint, tokens.fingerprint, list(map(str, sites)), settings
+    )
     batches, again = list(tokens.batches(settings.batch_tokens)), None
     if settings.store == "none":
         batches = _mixed(batches)
@@ -271,16 +309,35 @@ def harvest(
             progress(done, total)
     kept_tokens = done - apart - repeats
     if not kept_tokens:
-        raise NumericsError("every token was set apart as abnormal or a repeat", got=f"{apart} and {repeats} tokens",
-                            expected=f"stream norms within {settings.abnormal:g} times the median",
-                            remedy="a larger --set harvest.abnormal=")
-    finish(folder, SCHEMA, {
-        "key": key, "sites": [str(s) for s in sites], "settings": settings, "shards": names,
-        "base": pair.base_fingerprint, "tuned": pair.tuned_fingerprint, "corpus": tokens.fingerprint,
-        "tokens": done, "repeats": repeats, "set_apart": apart, "set_apart_first_position": first,
-        "median_norm": median_SM, "noise": noise_S, "products": kernels.products(pair.base.device),
-        "base_energy": energy[0] / kept_tokens, "delta_energy": energy[1] / kept_tokens,
-    }, names)
+        raise NumericsError(
+            "every token was set apart as abnormal or a repeat",
+            got=f"{apart} and {repeats} tokens",
+            expected=f"stream norms within {settings.abnormal:g} times the median",
+            remedy="a larger --set harvest.abnormal=",
+        )
+    finish(
+        folder,
+        SCHEMA,
+        {
+            "key": key,
+            "sites": [str(s) for s in sites],
+            "settings": settings,
+            "shards": names,
+            "base": pair.base_fingerprint,
+            "tuned": pair.tuned_fingerprint,
+            "corpus": tokens.fingerprint,
+            "tokens": done,
+            "repeats": repeats,
+            "set_apart": apart,
+            "set_apart_first_position": first,
+            "median_norm": median_SM,
+            "noise": noise_S,
+            "products": kernels.products(pair.base.device),
+            "base_energy": energy[0] / kept_tokens,
+            "delta_energy": energy[1] / kept_tokens,
+        },
+        names,
+    )
     (folder / WORK).unlink(missing_ok=True)
     return Harvest.open(folder, again)
 
@@ -324,8 +381,12 @@ def _same_work(folder: Path, key: str) -> None:
 
 def _refuse_other(folder: Path, which: str, theirs: str, key: str) -> None:
     if theirs != key:
-        raise ArtifactError(f"{folder} holds {which} harvest of other models, text, sites or settings",
-                            expected=f"key {key}", got=theirs, remedy=f"delete {folder}, or name another folder")
+        raise ArtifactError(
+            f"{folder} holds {which} harvest of other models, text, sites or settings",
+            expected=f"key {key}",
+            got=theirs,
+            remedy=f"delete {folder}, or name another folder",
+        )
 
 
 def _calibrate(pair: Pair, batches: list, sites: Sequence[Site]) -> tuple[Tensor, Tensor]:
@@ -333,7 +394,9 @@ def _calibrate(pair: Pair, batches: list, sites: Sequence[Site]) -> tuple[Tensor
     batch = batches[len(batches) // 2]
     ids, mask = batch.ids_BT[:8], batch.mask_BT[:8]
     streams = pair.both_streams(ids, sites, mask).float()
-    return streams[mask].cpu().norm(dim=-1).median(0).values, noise_floor(pair.base, ids, mask, sites, streams[:, :, :, BASE]).cpu()
+    return streams[mask].cpu().norm(dim=-1).median(0).values, noise_floor(
+        pair.base, ids, mask, sites, streams[:, :, :, BASE]
+    ).cpu()
 
 
 def _shard(pair, group, sites, settings, median_SM, repeated_R, document_R, held_D, tokens) -> dict[str, Tensor]:
@@ -350,7 +413,8 @@ def _shard(pair, group, sites, settings, median_SM, repeated_R, document_R, held
         if not finite_NSM.all():
             n, s, m = (~finite_NSM).nonzero()[0].tolist()
             raise NumericsError(
-                f"a stream of {MODELS[m]} holds NaN or infinite values", expected="finite streams",
+                f"a stream of {MODELS[m]} holds NaN or infinite values",
+                expected="finite streams",
                 got=f"{sites[s]} at token {position_BT[mask][n]} of a row of {tokens.documents[document_N[n]].id}",
                 remedy="--set pair.dtype=float32",
             )
@@ -361,19 +425,29 @@ def _shard(pair, group, sites, settings, median_SM, repeated_R, document_R, held
         if store is torch.float16:
             limit = torch.finfo(store).max
             if (base[ordinary].abs() > limit).any() or (delta[ordinary].abs() > limit).any():
-                raise NumericsError("a stream is too large for float16", expected=f"at most {limit:.0f}",
-                                    remedy="--set harvest.store=bfloat16")
+                raise NumericsError(
+                    "a stream is too large for float16",
+                    expected=f"at most {limit:.0f}",
+                    remedy="--set harvest.store=bfloat16",
+                )
             base = base.clamp(-limit, limit)  # only tokens that are set apart
             delta = delta.clamp(-limit, limit)
         for name, value in {
-            **_to_store("base", base, store), **_to_store("delta", delta, store), "token": batch.ids_BT[mask].int(),
-            "row": row_BT[mask].int(), "position": position_BT[mask].int(), "document": document_N.int(),
-            "held_out": held_D[document_N].to(torch.uint8), "kept": kept.to(torch.uint8),
+            **_to_store("base", base, store),
+            **_to_store("delta", delta, store),
+            "token": batch.ids_BT[mask].int(),
+            "row": row_BT[mask].int(),
+            "position": position_BT[mask].int(),
+            "document": document_N.int(),
+            "held_out": held_D[document_N].to(torch.uint8),
+            "kept": kept.to(torch.uint8),
             "ordinary": ordinary.to(torch.uint8),
         }.items():
             parts.setdefault(name, []).append(value)
     shard = {name: torch.cat(values) for name, values in parts.items()}
-    shard["energy"] = torch.stack([_stored(shard, name, shard["kept"].bool()).double().pow(2).sum((0, 2)) for name in STREAMS])
+    shard["energy"] = torch.stack(
+        [_stored(shard, name, shard["kept"].bool()).double().pow(2).sum((0, 2)) for name in STREAMS]
+    )
     return shard
 
 

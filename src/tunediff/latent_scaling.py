@@ -149,12 +149,9 @@ def latent_scaling(
                 latent=latent,
                 firings=int(firings_J[c]),
                 share=float(share_F[latent]),
-                beta_error=tuple(
-                    float(error[TUNED, m, :, c].sum() / scale_RJ[TUNED, c]) for m in range(len(MODELS))
-                ),
+                beta_error=tuple(float(error[TUNED, m, :, c].sum() / scale_RJ[TUNED, c]) for m in range(len(MODELS))),
                 beta_reconstruction=tuple(
-                    float(reconstruction[TUNED, m, :, c].sum() / scale_RJ[TUNED, c])
-                    for m in range(len(MODELS))
+                    float(reconstruction[TUNED, m, :, c].sum() / scale_RJ[TUNED, c]) for m in range(len(MODELS))
                 ),
                 kind=_kind(mine, float(share_F[latent]), bool(enough[c])),
                 **mine,
@@ -214,7 +211,5 @@ def _ratios(
         at = np.flatnonzero(enough_J)
         for some in np.array_split(at, max(1, -(-len(at) // 256))):
             drawn = ratio(counts @ top_GJ[:, some], counts @ bottom_GJ[:, some])
-            low_J[some], high_J[some] = np.quantile(
-                drawn, [(1 - level) / 2, (1 + level) / 2], axis=0, method="nearest"
-            )
+            low_J[some], high_J[some] = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2], axis=0, method="nearest")
     return [Interval(float(v), float(lo), float(hi), level) for v, lo, hi in zip(value_J, low_J, high_J)]

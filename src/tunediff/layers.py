@@ -23,7 +23,9 @@ class Linear(nn.Linear):
         """As `torch.nn.Linear`: (..., I) to (..., O). Or see `divergence_of`: called like any other, so that who counts sees it."""
         if against is not None:
             kept = _frozen.tiles(self.weight)[0] if _ours() else None
-            return kernels.divergence_of(input, self.weight, kept, *against) if isinstance(kept, kernels.Tiles) else None
+            return (
+                kernels.divergence_of(input, self.weight, kept, *against) if isinstance(kept, kernels.Tiles) else None
+            )
         found = kernels.product(input, *_frozen.tiles(self.weight)) if _ours() else None
         if found is None:
             return super().forward(input)
@@ -62,12 +64,18 @@ def quicken(network: nn.Module) -> None:
         elif isinstance(module, (Norm, Gated)):
             continue
         elif list(module._parameters) == ["weight"] and not module._modules and _epsilon(module) is not None:
-            if _agree(module, lambda: len(module.weight), lambda x: nn.functional.rms_norm(x, x.shape[-1:], module.weight, _epsilon(module))):
+            if _agree(
+                module,
+                lambda: len(module.weight),
+                lambda x: nn.functional.rms_norm(x, x.shape[-1:], module.weight, _epsilon(module)),
+            ):
                 module.__class__ = _before(Norm, type(module))
         elif set(module._modules) == {"gate_proj", "up_proj", "down_proj", "act_fn"}:
             if _agree(module.act_fn, lambda: 64, nn.functional.silu) and _agree(
-                    module, lambda: module.gate_proj.in_features,
-                    lambda x: module.down_proj(nn.functional.silu(module.gate_proj(x)) * module.up_proj(x))):
+                module,
+                lambda: module.gate_proj.in_features,
+                lambda x: module.down_proj(nn.functional.silu(module.gate_proj(x)) * module.up_proj(x)),
+            ):
                 module.__class__ = _before(Gated, type(module))
 
 
@@ -78,10 +86,14 @@ def _agree(module: nn.Module, width: Callable[[], int], other: Callable[[Tensor]
     if any(p.dtype != torch.float32 or p.device.type != "cpu" for p in module.parameters()):
         return False
     try:
-        x_RI = torch.randn(3, width(), generator=torch.Generator().manual_seed(0), dtype=torch.float32) * torch.tensor([[0.01], [1.0], [100.0]])
+        x_RI = torch.randn(3, width(), generator=torch.Generator().manual_seed(0), dtype=torch.float32) * torch.tensor(
+            [[0.01], [1.0], [100.0]]
+        )
         with torch.inference_mode():
             expected = other(x_RI)
-            return bool(expected.any(1).all()) and torch.allclose(type(module).forward(module, x_RI), expected, rtol=1e-4, atol=1e-6)
+            return bool(expected.any(1).all()) and torch.allclose(
+                type(module).forward(module, x_RI), expected, rtol=1e-4, atol=1e-6
+            )
     except Exception:  # of whatever kind a module raises that is not what it looks like
         return False
 

@@ -36,8 +36,9 @@ class Lens:
     map_SDD: Tensor
     r2_S: Tensor
 
-    def read(self, model: LanguageModel, site: Site, direction_D: Tensor, count: int = 20,
-             mask_V: Tensor | None = None) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
+    def read(
+        self, model: LanguageModel, site: Site, direction_D: Tensor, count: int = 20, mask_V: Tensor | None = None
+    ) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
         """The `count` tokens a direction promotes most and those it suppresses most, with weights (cosines).
 
         The unembedding is centered over the vocabulary and its rows normalized, so that frequent tokens with long
@@ -56,8 +57,16 @@ class Lens:
 
 
 def fit_lens(
-    model: LanguageModel, tokens: "Tokens", sites: Sequence[Site], folder: Path, *, ridge: float = 0.01,
-    batch_tokens: int = 2048, abnormal: float = 6.0, sample: "Sample | None" = None, model_fingerprint: str = "",
+    model: LanguageModel,
+    tokens: "Tokens",
+    sites: Sequence[Site],
+    folder: Path,
+    *,
+    ridge: float = 0.01,
+    batch_tokens: int = 2048,
+    abnormal: float = 6.0,
+    sample: "Sample | None" = None,
+    model_fingerprint: str = "",
 ) -> Lens:
     """Ridge regression from the stream at each site to the final normed state, on `tokens`' training documents.
 
@@ -70,14 +79,25 @@ def fit_lens(
     `ArtifactError` if that is a lens of another model, text or setting, `NumericsError` on non-finite streams.
     """
     sites = tuple(sorted(set(sites)))
-    key = key_of(SCHEMA, model_fingerprint or fingerprint(model.network, adapters=False), tokens.fingerprint, list(map(str, sites)),
-                 ridge, batch_tokens, abnormal, sample is not None)
+    key = key_of(
+        SCHEMA,
+        model_fingerprint or fingerprint(model.network, adapters=False),
+        tokens.fingerprint,
+        list(map(str, sites)),
+        ridge,
+        batch_tokens,
+        abnormal,
+        sample is not None,
+    )
     if is_finished(folder):
         manifest = open_folder(folder, SCHEMA)
         if manifest["key"] != key:
-            raise ArtifactError(f"{folder} holds a lens of another model, text, sites or settings",
-                                expected=f"key {key}", got=manifest["key"],
-                                remedy=f"delete {folder}, or name another folder")
+            raise ArtifactError(
+                f"{folder} holds a lens of another model, text, sites or settings",
+                expected=f"key {key}",
+                got=manifest["key"],
+                remedy=f"delete {folder}, or name another folder",
+            )
         return _open(folder, sites)
     width = model.width
     gram = torch.zeros(len(sites), width, width, dtype=torch.float64)
@@ -90,13 +110,20 @@ def fit_lens(
         if start is None:
             return model.streams_and_states(batch.ids_BT, sites)
         at = [sample.sites.index(site) for site in sites]
-        return sample.streams_NSMD[sample.places(batch).clamp_min(0)][:, :, at, BASE], model.states(batch.ids_BT, start, batch.mask_BT)
+        return sample.streams_NSMD[sample.places(batch).clamp_min(0)][:, :, at, BASE], model.states(
+            batch.ids_BT, start, batch.mask_BT
+        )
 
-    for number, batch in enumerate(sample.batches(batch_tokens) if sample else tokens.select("train").batches(batch_tokens)):
+    for number, batch in enumerate(
+        sample.batches(batch_tokens) if sample else tokens.select("train").batches(batch_tokens)
+    ):
         x_NSD, y_ND = (taken[batch.mask_BT].cpu().double() for taken in read(batch))
         if not (torch.isfinite(x_NSD).all() and torch.isfinite(y_ND).all()):
-            raise NumericsError(f"a stream of {model.name} holds NaN or infinite values", expected="finite streams",
-                                remedy="--set pair.dtype=float32")
+            raise NumericsError(
+                f"a stream of {model.name} holds NaN or infinite values",
+                expected="finite streams",
+                remedy="--set pair.dtype=float32",
+            )
         norms = x_NSD.norm(dim=-1)
         ordinary = (norms <= abnormal * norms.median(0).values).all(-1)
         x_NSD, y_ND = x_NSD[ordinary], y_ND[ordinary]
@@ -123,20 +150,27 @@ def fit_lens(
         r2.append(1 - wrong / total if total else float("nan"))
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / "lens.safetensors", {"map": torch.stack(maps).float(), "r2": torch.tensor(r2)})
-    finish(folder, SCHEMA, {"key": key, "sites": [str(s) for s in sites], "ridge": ridge, "r2": r2},
-           ["lens.safetensors"])
+    finish(
+        folder, SCHEMA, {"key": key, "sites": [str(s) for s in sites], "ridge": ridge, "r2": r2}, ["lens.safetensors"]
+    )
     # The very tensors that anyone who opens it has: even their alignment in memory moves the last bits of a product.
     return _open(folder, sites)
 
 
-IDENTITY = ("man -> man\n1135 -> 1135\nhello -> hello\n?", "blue -> blue\nrun -> run\n42 -> 42\n?", "cat -> cat\nParis -> Paris\nor -> or\n?")
+IDENTITY = (
+    "man -> man\n1135 -> 1135\nhello -> hello\n?",
+    "blue -> blue\nrun -> run\n42 -> 42\n?",
+    "cat -> cat\nParis -> Paris\nor -> or\n?",
+)
 """Texts that go on with what stands at their last token (Ghandeharioun et al. 2024, 2401.06102)."""
 
 SIZES = (0.5, 1.0, 2.0)
 """Lengths at which a direction is put there, in units of the stream's own."""
 
 
-def patchscope(model: LanguageModel, site: Site, direction_D: Tensor, size: float, vocabulary: int, count: int = 20) -> list[int]:
+def patchscope(
+    model: LanguageModel, site: Site, direction_D: Tensor, size: float, vocabulary: int, count: int = 20
+) -> list[int]:
     """The `count` tokens that `model` says of a direction: their probability after texts that repeat what stands at their
     last token, with the direction in place of the stream there, less the probability with its opposite.
 

@@ -29,7 +29,9 @@ class Said:
     vocabulary: int
 
     @classmethod
-    def at(cls, model: LanguageModel, ids_BT: Tensor, chosen_BT: Tensor, vocabulary: int, start: Start | None = None) -> "Said":
+    def at(
+        cls, model: LanguageModel, ids_BT: Tensor, chosen_BT: Tensor, vocabulary: int, start: Start | None = None
+    ) -> "Said":
         """What it says at the chosen positions of a run, in row-major order."""
         return cls(model, model.states(ids_BT, start, chosen_BT)[chosen_BT], vocabulary)
 
@@ -78,7 +80,11 @@ def kl_divergence(p: Tensor | Said, q: Tensor | Said) -> Tensor:
     below 0. Leading axes are those of both, or of one alone."""
     few, many = sorted((p.shape, q.shape), key=len)
     if few[:-1] != many[-len(few) : -1]:
-        raise NumericsError("a divergence of other tokens", expected=f"leading axes {tuple(many[:-1])}, or the last of them", got=str(tuple(few[:-1])))
+        raise NumericsError(
+            "a divergence of other tokens",
+            expected=f"leading axes {tuple(many[:-1])}, or the last of them",
+            got=str(tuple(few[:-1])),
+        )
     for said, table, theirs in ((p, q, False), (q, p, True)):
         if isinstance(said, Said) and isinstance(table, Tensor) and table.shape == said.shape[-table.dim() :]:
             kl_R = said.model.divergence(said.states_ND.flatten(0, -2), table.flatten(0, -2), theirs)

@@ -33,7 +33,8 @@ def family_of(module: nn.Module) -> Family:
     matching = sorted((f for f in known if f.matches(module)), key=lambda f: -f.precedence)
     if not matching:
         raise FamilyError(
-            f"no family knows {type(module).__name__}", expected="a decoder-only causal language model",
+            f"no family knows {type(module).__name__}",
+            expected="a decoder-only causal language model",
             remedy="add a file to families/",
         )
     return matching[0]
@@ -102,11 +103,7 @@ class LanguageModel:
     """
 
     def __init__(
-        self,
-        module: nn.Module,
-        tokenizer: Any,
-        name: str,
-        switch: Callable[[], AbstractContextManager] = nullcontext,
+        self, module: nn.Module, tokenizer: Any, name: str, switch: Callable[[], AbstractContextManager] = nullcontext
     ):
         self.module, self.tokenizer, self.name, self.switch = module, tokenizer, name, switch
         # PEFT wraps the network; families look at the network itself.
@@ -154,7 +151,13 @@ class LanguageModel:
 
     @contextmanager
     def _running(self) -> Iterator[ExitStack]:
-        with torch.inference_mode(), fast_matmul(self.device), rotating(self.network), self.switch(), ExitStack() as stack:
+        with (
+            torch.inference_mode(),
+            fast_matmul(self.device),
+            rotating(self.network),
+            self.switch(),
+            ExitStack() as stack,
+        ):
             yield stack
 
     def _forward(self, ids_BT: Tensor, cache: Any = None, **named: Tensor) -> None:
@@ -210,17 +213,24 @@ class LanguageModel:
 
         def some(*given: Any, **named: Any) -> Any:
             def chosen(value: Any) -> Any:
-                return value[wanted_BT][None] if isinstance(value, Tensor) and value.shape[:2] == wanted_BT.shape else value
+                return (
+                    value[wanted_BT][None]
+                    if isinstance(value, Tensor) and value.shape[:2] == wanted_BT.shape
+                    else value
+                )
 
             out = forward(*map(chosen, given), **{name: chosen(value) for name, value in named.items()})
             stream = _first(out)
-            return _with_first(out, stream.new_zeros(*wanted_BT.shape, stream.shape[-1]).masked_scatter_(wanted_BT[..., None], stream))
+            return _with_first(
+                out, stream.new_zeros(*wanted_BT.shape, stream.shape[-1]).masked_scatter_(wanted_BT[..., None], stream)
+            )
 
         mlp.forward = some
         stack.callback(delattr, mlp, "forward")
 
-    def streams(self, ids_BT: Tensor, sites: Sequence[Site], start: "Start | None" = None,
-                wanted_BT: Tensor | None = None) -> Tensor:
+    def streams(
+        self, ids_BT: Tensor, sites: Sequence[Site], start: "Start | None" = None, wanted_BT: Tensor | None = None
+    ) -> Tensor:
         """What the sites hold, (B, T, S, D) in the model's dtype; the run stops after the last site's block.
 
         start       begin from a known stream instead of the tokens; sites at or below it are not to be had
@@ -232,13 +242,21 @@ class LanguageModel:
         """The final normed states (B, T, D), which `logits` maps to logits; `start` and `wanted_BT` as in `streams`."""
         return self.read(ids_BT, (), True, start, wanted_BT)[1]
 
-    def streams_and_states(self, ids_BT: Tensor, sites: Sequence[Site], start: "Start | None" = None,
-                           wanted_BT: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def streams_and_states(
+        self, ids_BT: Tensor, sites: Sequence[Site], start: "Start | None" = None, wanted_BT: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Both of what `streams` and `states` give, from one run."""
         return self.read(ids_BT, sites, True, start, wanted_BT)
 
-    def read(self, ids_BT: Tensor, sites: Sequence[Site], final: bool, start: "Start | None" = None,
-             wanted_BT: Tensor | None = None, watch: Watch | None = None) -> tuple[Tensor | None, Tensor | None]:
+    def read(
+        self,
+        ids_BT: Tensor,
+        sites: Sequence[Site],
+        final: bool,
+        start: "Start | None" = None,
+        wanted_BT: Tensor | None = None,
+        watch: Watch | None = None,
+    ) -> tuple[Tensor | None, Tensor | None]:
         """Streams at the sites, if any, and final normed states, if `final`, from one run.
 
         What all rows begin with (a chat's system prompt) is run once and its keys and values kept; of the rest, what some
@@ -260,14 +278,25 @@ class LanguageModel:
                 start_tail = start_tail and Start(start.site, fold.pack(start_tail.stream_BTD))
             at_head = at_tail = watch
             if watch:
-                at_head, weight_BTC = replace(watch, weight_BTC=watch.weight_BTC[:, :length].sum(0, True)), watch.weight_BTC[:, rest]
+                at_head, weight_BTC = (
+                    replace(watch, weight_BTC=watch.weight_BTC[:, :length].sum(0, True)),
+                    watch.weight_BTC[:, rest],
+                )
                 at_tail = replace(watch, weight_BTC=fold.total(weight_BTC) if fold else weight_BTC)
-            head, cache = self._prefix(ids_BT[0, :length], len(tail_BT), sites, final, start, at_head) if length else ((), None)
+            head, cache = (
+                self._prefix(ids_BT[0, :length], len(tail_BT), sites, final, start, at_head) if length else ((), None)
+            )
             tail = self._pass(tail_BT, sites, final, start_tail, cache, fold, length, at_tail, wanted_tail)
             if fold:
                 tail = tuple(None if t is None else fold.unpack(t) for t in tail)
-            return tail if not length else tuple(
-                None if h is None else torch.cat([h.expand(len(ids_BT), *h.shape[1:]), t], 1) for h, t in zip(head, tail))
+            return (
+                tail
+                if not length
+                else tuple(
+                    None if h is None else torch.cat([h.expand(len(ids_BT), *h.shape[1:]), t], 1)
+                    for h, t in zip(head, tail)
+                )
+            )
 
     @property
     def _window(self) -> float:
@@ -281,8 +310,16 @@ class LanguageModel:
         hooks = (hook for m in self._modules for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values()))
         return all(getattr(hook, "__module__", "").startswith("transformers.") for hook in hooks)
 
-    def _prefix(self, ids_P: Tensor, rows: int, sites: Sequence[Site] = (), final: bool = False,
-                start: "Start | None" = None, watch: Watch | None = None, keep: bool = True) -> tuple[tuple, Any]:
+    def _prefix(
+        self,
+        ids_P: Tensor,
+        rows: int,
+        sites: Sequence[Site] = (),
+        final: bool = False,
+        start: "Start | None" = None,
+        watch: Watch | None = None,
+        keep: bool = True,
+    ) -> tuple[tuple, Any]:
         """What a run gives on a beginning that `rows` rows share, and the keys and values to go on from in each.
 
         Batch after batch begins alike (with a chat's system prompt), so while weights are frozen the latest are kept, unless
@@ -303,13 +340,17 @@ class LanguageModel:
                 del kept[old]
         return head, repeated(cache, rows)
 
-    def _begin(self, ids_P: Tensor, sites: Sequence[Site], final: bool, start: "Start | None", watch: Watch | None) -> tuple[tuple, Any]:
+    def _begin(
+        self, ids_P: Tensor, sites: Sequence[Site], final: bool, start: "Start | None", watch: Watch | None
+    ) -> tuple[tuple, Any]:
         """What a run gives on a beginning, and its keys and values."""
         from tunediff.caches import cache_of
 
         cache = cache_of(self.network)
         head = self._pass(ids_P[None], sites, final, start, cache, watch=watch)
-        for layer in range(start.site.layer + 1 if start else 0):  # masks and positions are made from every layer's length
+        for layer in range(
+            start.site.layer + 1 if start else 0
+        ):  # masks and positions are made from every layer's length
             nothing = torch.zeros(1, 1, len(ids_P), 1, dtype=next(self.module.parameters()).dtype, device=self.device)
             cache.update(nothing, nothing, layer)
         return head, cache
@@ -326,13 +367,27 @@ class LanguageModel:
         length = min(int(same_T.long().cumprod(0).sum()), ids_BT.shape[1] - 1)
         return length if length >= SHORTEST_PREFIX else 0
 
-    def _pass(self, ids_BT: Tensor, sites: Sequence[Site], final: bool, start: "Start | None", cache: Any = None,
-              fold: Fold | None = None, before: int = 0, watch: Watch | None = None, wanted_BT: Tensor | None = None) -> tuple:
+    def _pass(
+        self,
+        ids_BT: Tensor,
+        sites: Sequence[Site],
+        final: bool,
+        start: "Start | None",
+        cache: Any = None,
+        fold: Fold | None = None,
+        before: int = 0,
+        watch: Watch | None = None,
+        wanted_BT: Tensor | None = None,
+    ) -> tuple:
         """Streams at the sites and, if `final`, final normed states; None for what is not asked for."""
-        named = {} if fold is None else {
-            "position_ids": fold.position_CL.to(self.device) + before,
-            "attention_mask": fold.mask(next(self.module.parameters()).dtype, before).to(self.device),
-        }
+        named = (
+            {}
+            if fold is None
+            else {
+                "position_ids": fold.position_CL.to(self.device) + before,
+                "attention_mask": fold.mask(next(self.module.parameters()).dtype, before).to(self.device),
+            }
+        )
         found: dict[Site, Tensor] = {}
         taken: list[Tensor] = []
         with ExitStack() as stack:
@@ -418,8 +473,10 @@ class LanguageModel:
             raise NumericsError(f"{self.name} gives non-finite logits", remedy="load it in float32")
         if error > tolerance:
             raise FamilyError(
-                f"{type(self.network).__name__} does not read back right", expected=f"error below {tolerance}",
-                got=f"{error:.2g}", remedy="add a file to families/ for this network",
+                f"{type(self.network).__name__} does not read back right",
+                expected=f"error below {tolerance}",
+                got=f"{error:.2g}",
+                remedy="add a file to families/ for this network",
             )
 
     def _keeps_prefixes(self, ids_BT: Tensor, site: Site, tolerance: float) -> bool:
@@ -443,12 +500,18 @@ class LanguageModel:
         except Exception:  # of whatever kind a network's own cache raises; whole rows are always right
             return False
 
-    def _amplifying(self, amplification: float, mask_BT: Tensor, prefix_P: Tensor, keep: bool) -> Callable[[Tensor, Tensor], Tensor]:
+    def _amplifying(
+        self, amplification: float, mask_BT: Tensor, prefix_P: Tensor, keep: bool
+    ) -> Callable[[Tensor, Tensor], Tensor]:
         """A processor of another model's scores while it completes rows with this mask: away from what this one says."""
         from tunediff.caches import cache_of
 
         with self._running():
-            cache = self._prefix(prefix_P, len(mask_BT), final=True, keep=keep)[1] if len(prefix_P) else cache_of(self.network)
+            cache = (
+                self._prefix(prefix_P, len(mask_BT), final=True, keep=keep)[1]
+                if len(prefix_P)
+                else cache_of(self.network)
+            )
         read = len(prefix_P)
 
         def away(ids_BT: Tensor, score_BV: Tensor) -> Tensor:
@@ -456,8 +519,12 @@ class LanguageModel:
             whole_BT = torch.nn.functional.pad(mask_BT, (0, ids_BT.shape[1] - mask_BT.shape[1]), value=1)
             with self._running():
                 logit_BV = self.module(
-                    input_ids=ids_BT[:, read:], attention_mask=whole_BT, position_ids=(whole_BT.cumsum(1) - 1).clamp_min(0)[:, read:],
-                    past_key_values=cache, use_cache=True, logits_to_keep=1,
+                    input_ids=ids_BT[:, read:],
+                    attention_mask=whole_BT,
+                    position_ids=(whole_BT.cumsum(1) - 1).clamp_min(0)[:, read:],
+                    past_key_values=cache,
+                    use_cache=True,
+                    logits_to_keep=1,
                 ).logits[:, -1]
             read = ids_BT.shape[1]
             return amplified(score_BV.float(), logit_BV.to(score_BV.device).float(), amplification)
@@ -499,7 +566,9 @@ class LanguageModel:
         keep = self._may_share() and (against is None or against._may_share())
         with frozen(), self._running() as stack:
             # The last position of each prompt lies scattered, and torch would multiply each by a copy of the unembedding.
-            whole = self.family.unembedding(self.network).register_forward_pre_hook(lambda module, given: (given[0].contiguous(),))
+            whole = self.family.unembedding(self.network).register_forward_pre_hook(
+                lambda module, given: (given[0].contiguous(),)
+            )
             stack.callback(whole.remove)
             for start in range(0, len(order), batch):
                 chosen = order[start : start + batch]
@@ -508,7 +577,10 @@ class LanguageModel:
                 ids = torch.full((len(chosen), longest), pad)
                 mask = torch.zeros_like(ids)
                 for row, i in enumerate(chosen):
-                    for at, part in ((0, prompts[i][:shared]), (longest - len(prompts[i]) + shared, prompts[i][shared:])):
+                    for at, part in (
+                        (0, prompts[i][:shared]),
+                        (longest - len(prompts[i]) + shared, prompts[i][shared:]),
+                    ):
                         ids[row, at : at + len(part)] = torch.tensor(part, dtype=torch.long)
                         mask[row, at : at + len(part)] = 1
                 ids, mask = ids.to(self.device), mask.to(self.device)
@@ -524,8 +596,13 @@ class LanguageModel:
                 if temperature:
                     processors.append(sampler(temperature, [generator(seed, "answers", i) for i in chosen], tokens))
                 out = self.module.generate(
-                    input_ids=ids, attention_mask=mask, max_new_tokens=tokens, pad_token_id=pad, repetition_penalty=1.0,
-                    **known, **greedy,
+                    input_ids=ids,
+                    attention_mask=mask,
+                    max_new_tokens=tokens,
+                    pad_token_id=pad,
+                    repetition_penalty=1.0,
+                    **known,
+                    **greedy,
                 )[:, longest:]
                 for row, i in enumerate(chosen):
                     for token in out[row].tolist():

@@ -46,7 +46,9 @@ def permuted(pair: Pair, seed: int) -> Pair:
     tensors: dict[nn.Parameter, torch.Tensor] = {}
     for delta in pair.deltas():
         if delta.up_parameter is None:
-            raise SourceError("a full fine-tune has no adapter to permute", expected="a LoRA over base", remedy="the null random")
+            raise SourceError(
+                "a full fine-tune has no adapter to permute", expected="a LoRA over base", remedy="the null random"
+            )
         rng = generator(seed, "permuted adapter", delta.name)
         down, up = delta.down_parameter.data, delta.up_parameter.data
         tensors[delta.down_parameter] = down[:, torch.randperm(down.shape[1], generator=rng)]
@@ -60,8 +62,11 @@ def second_seed(pair: Pair, seed: int) -> Pair:
     folder = Path(pair.tuned.name)
     beside = folder.with_name(f"{folder.name.partition('@')[0]}@{seed}")
     if not beside.is_dir() or beside == folder:
-        raise SourceError(f"there is no other seed {seed} of the tune {folder.name}", expected=f"the folder {beside}",
-                          remedy=f"tunediff organism make NAME {beside} --seed {seed}")
+        raise SourceError(
+            f"there is no other seed {seed} of the tune {folder.name}",
+            expected=f"the folder {beside}",
+            remedy=f"tunediff organism make NAME {beside} --seed {seed}",
+        )
     sides = pair, Pair.load(pair.base.name, str(beside))
     return Pair.of(*(LanguageModel(merged(p), p.tokenizer, p.tuned.name) for p in sides))
 
@@ -77,13 +82,23 @@ def untrained(base: str, size: float, seed: int) -> Pair:
         if parameter.dim() == 2:
             rng = generator(seed, "untrained tune", name)
             rank = min(RANK, *parameter.shape)
-            change = (torch.randn(parameter.shape[0], rank, generator=rng) @ torch.randn(rank, parameter.shape[1], generator=rng)).to(parameter)
+            change = (
+                torch.randn(parameter.shape[0], rank, generator=rng)
+                @ torch.randn(rank, parameter.shape[1], generator=rng)
+            ).to(parameter)
             parameter.data += change * (size * parameter.norm() / change.norm())
     return replace(pair, tuned_fingerprint=f"{pair.base_fingerprint} untrained {size} {seed}")
 
 
-def calibrate(base: str, count: int, folder: Path, *, tunes: Sequence[str] = (), settings: Sequence[str] = (),
-              progress: Progress = quiet) -> Calibration:
+def calibrate(
+    base: str,
+    count: int,
+    folder: Path,
+    *,
+    tunes: Sequence[str] = (),
+    settings: Sequence[str] = (),
+    progress: Progress = quiet,
+) -> Calibration:
     """Run `diff` as far as its verdicts on pairs of a base with nothing to find, and keep what they score.
 
     count   untrained tunes, of sizes in turn; no training and no text but the plan's
@@ -101,16 +116,23 @@ def calibrate(base: str, count: int, folder: Path, *, tunes: Sequence[str] = (),
         pair = Pair.load(base, name) if trained else untrained(base, size, number)
         run = Run(replace(plan, tuned=name), folder / f"null-{number}", progress, pair)
         run.calibration = None  # a threshold is not tested against itself
-        nulls.append(NullPair(
-            Path(name).name if trained else name, trained, max((r.score.value for r in run.verdicts), default=0.0),
-            max((r.gap for r in run.verdicts if r.decision == "confirmed"), default=0.0),
-        ))
+        nulls.append(
+            NullPair(
+                Path(name).name if trained else name,
+                trained,
+                max((r.score.value for r in run.verdicts), default=0.0),
+                max((r.gap for r in run.verdicts if r.decision == "confirmed"), default=0.0),
+            )
+        )
         fingerprint = pair.base_fingerprint
     return Calibration(fingerprint, nulls, plan.rank.level)
 
 
 NULLS: dict[str, Callable[[Pair, int], Pair]] = {
-    "identical": identical, "rounded": rounded, "random": random_tune, "permuted": permuted,
+    "identical": identical,
+    "rounded": rounded,
+    "random": random_tune,
+    "permuted": permuted,
     "second_seed": second_seed,
 }
 """By name; each takes a pair and a seed and gives the null pair. Trained nulls (placebo, format only) are organisms."""

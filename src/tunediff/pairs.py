@@ -108,8 +108,9 @@ class Pair:
     notes: list[str] = field(default_factory=list)
 
     @classmethod
-    def load(cls, base: str, tuned: str, *, dtype: str = "float32", device: str = "cpu",
-             allow_identical: bool = False) -> "Pair":
+    def load(
+        cls, base: str, tuned: str, *, dtype: str = "float32", device: str = "cpu", allow_identical: bool = False
+    ) -> "Pair":
         """Load and compare two models.
 
         base    a local folder, a hub id, a GGUF file, or ``default`` (the embedded SmolLM2-135M-Instruct)
@@ -149,21 +150,28 @@ class Pair:
                         layer._disable_adapters = False
 
             pair = cls(
-                LanguageModel(wrapped, tokenizer, base, off), LanguageModel(wrapped, tokenizer, tuned), True,
-                0, *_fingerprints((module, False), (wrapped, True)),
+                LanguageModel(wrapped, tokenizer, base, off),
+                LanguageModel(wrapped, tokenizer, tuned),
+                True,
+                0,
+                *_fingerprints((module, False), (wrapped, True)),
             )
             after = pair.base.logits(pair.base.states(ids_BT))
             if not torch.equal(before, after):
                 # Trained biases and some initializations stay in the base's weights when PEFT switches off.
                 raise PairError(
-                    f"{base} does not come back when the adapter {tuned} is switched off", expected="equal logits",
-                    got=f"logits up to {float((before - after).abs().max()):.2g} apart", remedy=MERGE,
+                    f"{base} does not come back when the adapter {tuned} is switched off",
+                    expected="equal logits",
+                    got=f"logits up to {float((before - after).abs().max()):.2g} apart",
+                    remedy=MERGE,
                 )
         else:
             other, other_tokenizer = _read(tuned, dtype)
             other.to(device).eval().requires_grad_(False)
             _check_finite(tuned, other)
-            return cls.of(LanguageModel(module, tokenizer, base), LanguageModel(other, other_tokenizer, tuned), allow_identical)
+            return cls.of(
+                LanguageModel(module, tokenizer, base), LanguageModel(other, other_tokenizer, tuned), allow_identical
+            )
         pair._compare(allow_identical)
         return pair
 
@@ -184,15 +192,18 @@ class Pair:
         for what, of in (("depth", lambda m: m.depth), ("width", lambda m: m.width)):
             if of(base) != of(tuned):
                 raise PairError(
-                    f"{base.name} and {tuned.name} differ in {what}", expected=f"{of(base)} (base)",
-                    got=f"{of(tuned)} (tuned)", remedy="the model that tuned was made from as BASE",
+                    f"{base.name} and {tuned.name} differ in {what}",
+                    expected=f"{of(base)} (base)",
+                    got=f"{of(tuned)} (tuned)",
+                    remedy="the model that tuned was made from as BASE",
                 )
         for text in PROBES:
             ours, theirs = (m.tokenizer(text, add_special_tokens=False)["input_ids"] for m in (base, tuned))
             if ours != theirs:
                 raise PairError(
                     f"{base.name} and {tuned.name} read the same text as different tokens",
-                    expected=f"{ours[:8]} (base)", got=f"{theirs[:8]} (tuned) for {text[:24]!r}",
+                    expected=f"{ours[:8]} (base)",
+                    got=f"{theirs[:8]} (tuned) for {text[:24]!r}",
                     remedy="a pair with one tokenizer; activations of different tokens cannot be compared",
                 )
         self.vocabulary = min(base.vocabulary, tuned.vocabulary)
@@ -206,13 +217,21 @@ class Pair:
             tuned.check_reading(ids_BT)
             same = self.base_fingerprint == self.tuned_fingerprint
             if not same:
-                gap = (base.logits(base.states(ids_BT))[..., : self.vocabulary]
-                       - tuned.logits(tuned.states(ids_BT))[..., : self.vocabulary]).abs().max()
+                gap = (
+                    (
+                        base.logits(base.states(ids_BT))[..., : self.vocabulary]
+                        - tuned.logits(tuned.states(ids_BT))[..., : self.vocabulary]
+                    )
+                    .abs()
+                    .max()
+                )
                 same = float(gap) == 0.0
         if same and not allow_identical:
             what = f"the adapter {tuned.name} changes no logits" if self.shared else "base and tuned are the same model"
             raise PairError(
-                what, expected="a tuned model that differs from base", got="equal logits on every probe text",
+                what,
+                expected="a tuned model that differs from base",
+                got="equal logits on every probe text",
                 remedy="--set pair.allow_identical=true to run it as a sanity null",
             )
 
@@ -240,7 +259,9 @@ class Pair:
         """
         return self._both(ids_BT, sites, False, wanted_BT)[0]
 
-    def both_states(self, ids_BT: Tensor, sites: Sequence[Site] = (), wanted_BT: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+    def both_states(
+        self, ids_BT: Tensor, sites: Sequence[Site] = (), wanted_BT: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Base's and tuned's final normed states (B, T, D), and `both_streams` if sites are named, from one run of each."""
         streams, base_BTD, tuned_BTD = self._both(ids_BT, sites, True, wanted_BT)
         return base_BTD, tuned_BTD, streams
@@ -302,7 +323,8 @@ def fingerprint(module: nn.Module, adapters: bool = True) -> str:
     if not adapters:
         tensors = {
             name.replace(".base_layer.", ".").replace(".original_module.", "."): tensor
-            for name, tensor in tensors.items() if ".lora_" not in name and ".modules_to_save." not in name
+            for name, tensor in tensors.items()
+            if ".lora_" not in name and ".modules_to_save." not in name
         }
     digest = hashlib.blake2b(digest_size=8)
     for name, tensor in sorted(tensors.items()):
@@ -340,8 +362,9 @@ def _check_runtime(dtype: str, device: str) -> None:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise SettingError(f"device {device!r} cannot be used", got=_first_line(error),
-                           remedy="cpu, or what torch was installed for") from None
+        raise SettingError(
+            f"device {device!r} cannot be used", got=_first_line(error), remedy="cpu, or what torch was installed for"
+        ) from None
 
 
 def _check_finite(name: str, module: nn.Module, *parts: str) -> None:
@@ -351,8 +374,11 @@ def _check_finite(name: str, module: nn.Module, *parts: str) -> None:
             continue
         # A sum passes over memory once and writes nothing; where it is not finite, finite weights may have added up to that.
         if not (torch.isfinite(parameter.sum()) or torch.isfinite(parameter).all()):
-            raise NumericsError(f"{name}: weight {parameter_name} holds NaN or infinite values",
-                                expected="finite weights", remedy="a checkpoint from before it broke")
+            raise NumericsError(
+                f"{name}: weight {parameter_name} holds NaN or infinite values",
+                expected="finite weights",
+                remedy="a checkpoint from before it broke",
+            )
 
 
 def _adapter_folder(source: str) -> Path | None:
@@ -366,8 +392,10 @@ def _refuse_pickles(folder: Path) -> None:
     pickles = [p.name for p in folder.iterdir() if p.suffix in UNSAFE]
     if pickles and not weights:
         raise SourceError(
-            f"{folder} holds pickled weights, which can run code when loaded", expected="*.safetensors",
-            got=", ".join(sorted(pickles)[:3]), remedy="save it with safe_serialization=True and try again",
+            f"{folder} holds pickled weights, which can run code when loaded",
+            expected="*.safetensors",
+            got=", ".join(sorted(pickles)[:3]),
+            remedy="save it with safe_serialization=True and try again",
         )
 
 
@@ -383,42 +411,62 @@ def _read(source: str, dtype: str) -> tuple[nn.Module, Any]:
         model, tokenizer = embedded.load_gguf(path)
         return model.to(getattr(torch, dtype)), tokenizer
     if (path / "adapter_config.json").is_file():
-        raise SourceError(f"{source} is an adapter", expected="a whole model as BASE",
-                          remedy="the adapter as TUNED, and the model it was trained on as BASE")
+        raise SourceError(
+            f"{source} is an adapter",
+            expected="a whole model as BASE",
+            remedy="the adapter as TUNED, and the model it was trained on as BASE",
+        )
     if path.suffix in UNSAFE:
-        raise SourceError(f"{source} is a pickled checkpoint, which can run code when loaded",
-                          expected="a folder with *.safetensors, a GGUF file or a PEFT adapter",
-                          remedy="save it with safe_serialization=True and name the folder")
+        raise SourceError(
+            f"{source} is a pickled checkpoint, which can run code when loaded",
+            expected="a folder with *.safetensors, a GGUF file or a PEFT adapter",
+            remedy="save it with safe_serialization=True and name the folder",
+        )
     if path.is_dir():
         _refuse_pickles(path)
         if not (path / "config.json").is_file():
-            raise SourceError(f"{source} holds no model", expected="config.json and *.safetensors",
-                              got=", ".join(sorted(p.name for p in path.iterdir())[:5]) or "an empty folder",
-                              remedy="the folder that holds config.json")
+            raise SourceError(
+                f"{source} holds no model",
+                expected="config.json and *.safetensors",
+                got=", ".join(sorted(p.name for p in path.iterdir())[:5]) or "an empty folder",
+                remedy="the folder that holds config.json",
+            )
     elif path.exists() or source.startswith((".", "/", "~")):
-        raise SourceError(f"{source} is not a model", expected="a folder, a hub id, a GGUF file or a PEFT adapter",
-                          got="a file" if path.exists() else "nothing there", remedy="check the path")
+        raise SourceError(
+            f"{source} is not a model",
+            expected="a folder, a hub id, a GGUF file or a PEFT adapter",
+            got="a file" if path.exists() else "nothing there",
+            remedy="check the path",
+        )
     try:
         local = path.is_dir() or not _hub_answers()
         name = str(path) if path.is_dir() else snapshot_download(source, local_files_only=True) if local else source
         safely = {"trust_remote_code": False, "local_files_only": local}
         model, loading = AutoModelForCausalLM.from_pretrained(
-            name, dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True, **safely)
+            name, dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True, **safely
+        )
         tokenizer = AutoTokenizer.from_pretrained(name, **safely)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         if "trust_remote_code" in str(error):
-            raise SourceError(f"{source} brings code of its own, which is not run",
-                              expected="an architecture that transformers knows",
-                              remedy="a version of the model in transformers' own format") from None
+            raise SourceError(
+                f"{source} brings code of its own, which is not run",
+                expected="an architecture that transformers knows",
+                remedy="a version of the model in transformers' own format",
+            ) from None
         raise SourceError(
-            f"{source} could not be read", expected="a decoder-only causal language model with its tokenizer, in "
-            "safetensors", got=_first_line(error),
+            f"{source} could not be read",
+            expected="a decoder-only causal language model with its tokenizer, in safetensors",
+            got=_first_line(error),
             remedy="a whole checkpoint" if path.is_dir() else "download the model once, or name its local folder",
         ) from error
     if loading["missing_keys"]:
         # transformers fills what a checkpoint lacks with random numbers and only warns.
-        raise SourceError(f"{source} lacks {len(loading['missing_keys'])} of its weights", expected="every weight",
-                          got=f"no {sorted(loading['missing_keys'])[0]}", remedy="a whole checkpoint")
+        raise SourceError(
+            f"{source} lacks {len(loading['missing_keys'])} of its weights",
+            expected="every weight",
+            got=f"no {sorted(loading['missing_keys'])[0]}",
+            remedy="a whole checkpoint",
+        )
     return model, tokenizer
 
 
@@ -446,28 +494,38 @@ def _with_adapter(module: nn.Module, folder: Path, base: str) -> nn.Module:
     _refuse_pickles(folder)
     weights = folder / "adapter_model.safetensors"
     if not weights.is_file():
-        raise SourceError(f"{folder} holds no adapter", expected=weights.name,
-                          got=", ".join(sorted(p.name for p in folder.iterdir())[:5]),
-                          remedy="save it with safe_serialization=True and try again")
+        raise SourceError(
+            f"{folder} holds no adapter",
+            expected=weights.name,
+            got=", ".join(sorted(p.name for p in folder.iterdir())[:5]),
+            remedy="save it with safe_serialization=True and try again",
+        )
     try:
         with safe_open(weights, "pt") as file:
             given = _lora_names(file.keys())
         wrapped = PeftModel.from_pretrained(module, str(folder), is_trainable=False)
     except SafetensorError as error:
-        raise SourceError(f"{weights} is not a whole safetensors file", got=_first_line(error),
-                          remedy="a whole checkpoint") from None
+        raise SourceError(
+            f"{weights} is not a whole safetensors file", got=_first_line(error), remedy="a whole checkpoint"
+        ) from None
     except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
         raise SourceError(
-            f"the adapter {folder} does not fit {base}", expected="an adapter trained on this base",
-            got=_first_line(error), remedy="the model named in its adapter_config.json as BASE",
+            f"the adapter {folder} does not fit {base}",
+            expected="an adapter trained on this base",
+            got=_first_line(error),
+            remedy="the model named in its adapter_config.json as BASE",
         ) from error
     for _ in _lora_deltas(wrapped):
         pass  # what is not a plain LoRA is refused here, before hours are spent on it
     taken = _lora_names(wrapped.state_dict())
     if given != taken:
         # PEFT drops what finds no place and makes up what is missing, and at most warns.
-        raise SourceError(f"the adapter {folder} does not fit {base}", expected=f"{taken} LoRA factors on this base",
-                          got=f"{given}", remedy="the model named in its adapter_config.json as BASE")
+        raise SourceError(
+            f"the adapter {folder} does not fit {base}",
+            expected=f"{taken} LoRA factors on this base",
+            got=f"{given}",
+            remedy="the model named in its adapter_config.json as BASE",
+        )
     return wrapped
 
 
@@ -510,35 +568,45 @@ def _lora_deltas(module: nn.Module) -> Iterator[Delta]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     if module.active_peft_config.peft_type != "LORA":
-        raise SourceError(f"the adapter is of kind {str(module.active_peft_config.peft_type.value)}",
-                          expected="plain LoRA", remedy=MERGE)
+        raise SourceError(
+            f"the adapter is of kind {str(module.active_peft_config.peft_type.value)}",
+            expected="plain LoRA",
+            remedy=MERGE,
+        )
     for name, layer in module.named_modules():
         if not isinstance(layer, BaseTunerLayer):
             continue
         active = layer.active_adapters
         if not isinstance(layer, LoraLayer) or len(active) != 1 or active[0] not in layer.lora_A:
-            raise SourceError(f"{name} is not a plain LoRA layer", expected="one LoRA adapter on linear maps",
-                              got=type(layer).__name__, remedy=MERGE)
+            raise SourceError(
+                f"{name} is not a plain LoRA layer",
+                expected="one LoRA adapter on linear maps",
+                got=type(layer).__name__,
+                remedy=MERGE,
+            )
         adapter = active[0]
         down, up = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
         variant = layer.lora_variant.get(adapter)  # DoRA and its like
         if variant is not None or layer.lora_bias.get(adapter):
-            raise SourceError(f"{name} uses {type(variant).__name__ if variant else 'a LoRA bias'}",
-                              expected="plain LoRA", remedy=MERGE)
+            raise SourceError(
+                f"{name} uses {type(variant).__name__ if variant else 'a LoRA bias'}",
+                expected="plain LoRA",
+                remedy=MERGE,
+            )
         yield Delta(name, layer, down.data, up.data * layer.scaling[adapter], down, up)
 
 
 def _full_deltas(base: LanguageModel, tuned: LanguageModel) -> Iterator[Delta]:
     """The linear maps inside the blocks whose weights differ between two whole models."""
     theirs = dict(base.blocks.named_modules())
-    shapes = [
-        {n: tuple(p.shape) for n, p in side.blocks.named_parameters() if p.dim() == 2} for side in (base, tuned)]
+    shapes = [{n: tuple(p.shape) for n, p in side.blocks.named_parameters() if p.dim() == 2} for side in (base, tuned)]
     if shapes[0] != shapes[1]:
         name = min(set(shapes[0].items()) ^ set(shapes[1].items()))[0]
         raise PairError(
             f"the blocks of {base.name} and {tuned.name} are built differently",
             expected=f"{name} of shape {shapes[0].get(name, 'none')} (base)",
-            got=f"{shapes[1].get(name, 'none')} (tuned)", remedy="the model that tuned was made from as BASE",
+            got=f"{shapes[1].get(name, 'none')} (tuned)",
+            remedy="the model that tuned was made from as BASE",
         )
     for name, module in tuned.blocks.named_modules():
         weight = getattr(module, "weight", None)
@@ -547,8 +615,16 @@ def _full_deltas(base: LanguageModel, tuned: LanguageModel) -> Iterator[Delta]:
         transposed = type(module).__name__ == "Conv1D"  # GPT-2 keeps (in, out)
         difference = weight.data.float() - theirs[name].weight.data.float()
         if difference.any():
-            yield Delta(name, module, difference.T if transposed else difference, None, weight, None, transposed,
-                        theirs[name].weight.data)
+            yield Delta(
+                name,
+                module,
+                difference.T if transposed else difference,
+                None,
+                weight,
+                None,
+                transposed,
+                theirs[name].weight.data,
+            )
 
 
 __all__ = ["Delta", "Pair", "fingerprint", "probe_ids", "swapped"]

@@ -175,9 +175,7 @@ def plant(case: Case | str, seed: int) -> Planted:
     K, D = len(kinds), case.width
     unit_KD = torch.nn.functional.normalize(torch.randn(K, D, generator=rng), dim=1)
     other_KD = torch.randn(K, D, generator=rng)
-    other_KD = torch.nn.functional.normalize(
-        other_KD - (other_KD * unit_KD).sum(1, keepdim=True) * unit_KD, dim=1
-    )
+    other_KD = torch.nn.functional.normalize(other_KD - (other_KD * unit_KD).sum(1, keepdim=True) * unit_KD, dim=1)
     angle = math.radians(case.degrees)
     shift_D = torch.nn.functional.normalize(torch.randn(D, generator=rng), dim=0) * case.shift
     truth = []
@@ -282,9 +280,7 @@ def score(planted: Planted, fitted: Fitted, scales: list[LatentScale] | None = N
         if of_difference:
             moved = [(TUNED, -truth.base_D), (TUNED, truth.tuned_D)]
             vectors = moved if either else [(TUNED, truth.tuned_D - truth.base_D)]
-        cosines = [
-            write_MFD[m] @ torch.nn.functional.normalize(v, dim=0) for m, v in vectors if float(v.norm()) > 0
-        ]
+        cosines = [write_MFD[m] @ torch.nn.functional.normalize(v, dim=0) for m, v in vectors if float(v.norm()) > 0]
         if not cosines:
             continue
         cosine_F = torch.stack(cosines).amax(0) if either else torch.stack(cosines).amin(0)
@@ -296,9 +292,7 @@ def score(planted: Planted, fitted: Fitted, scales: list[LatentScale] | None = N
         table["learned"][truth.kind] += 1
         table["by_norm"][truth.kind] += _BIN[truth.kind](bin_of(float(share_F[best])))
         verdict = scales[best].kind
-        right = (
-            verdict in _VERDICT.values() if either else verdict == _VERDICT.get(truth.kind, "not specific")
-        )
+        right = verdict in _VERDICT.values() if either else verdict == _VERDICT.get(truth.kind, "not specific")
         table["by_scaling"][truth.kind] += right
     right_F = {
         side: matched_FK[:, [i for i, kind in enumerate(kinds) if kind in (side, "moved")]].any(1)

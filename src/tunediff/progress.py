@@ -25,7 +25,11 @@ class Progress:
         self.told, self.over = now, done >= total
         elapsed = now - self.began
         rate = (done - self.first) / elapsed if elapsed > 0.5 else 0.0
-        left = f"{rate:,.0f}/s  {max(0.0, (total - done) / rate):.0f} s left" if rate and done < total else f"{elapsed:.0f} s"
+        left = (
+            f"{rate:,.0f}/s  {max(0.0, (total - done) / rate):.0f} s left"
+            if rate and done < total
+            else f"{elapsed:.0f} s"
+        )
         line = f"{stage:<22} {done:>9,} / {total:,}  {left}"
         self.stream.write(f"\r\x1b[K{line}" if live else line + "\n")
         self.stream.flush()

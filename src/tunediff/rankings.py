@@ -76,7 +76,9 @@ class Ranking:
 
 def streams_of(model: LanguageModel, sample: Sample, runs: Sequence[tuple[Batch, Start | None]]) -> Tensor:
     """Another tuned side's streams (N, S, D) on a sample's tokens, its batches given with where they may begin."""
-    return _flat(sample, ((batch, model.streams(batch.ids_BT, sample.sites, start, batch.mask_BT)) for batch, start in runs))
+    return _flat(
+        sample, ((batch, model.streams(batch.ids_BT, sample.sites, start, batch.mask_BT)) for batch, start in runs)
+    )
 
 
 def _flat(sample: Sample, found: Iterable[tuple[Batch, Tensor]]) -> Tensor:
@@ -166,8 +168,14 @@ def max_t(energy_K: Tensor, null_RK: Tensor) -> tuple[Tensor, Tensor, list[float
 
 
 def rank(
-    pair: Pair, changes: Sequence[Change], sample: Sample, seen: Sample, settings: RankSettings, seed: int,
-    progress: Callable[[int, int], None] | None = None, depths: Sequence[Site] = (),
+    pair: Pair,
+    changes: Sequence[Change],
+    sample: Sample,
+    seen: Sample,
+    settings: RankSettings,
+    seed: int,
+    progress: Callable[[int, int], None] | None = None,
+    depths: Sequence[Site] = (),
 ) -> Ranking:
     """Hold every change against random tunes and order: those that stand out first, by effect on the output.
 
@@ -192,7 +200,10 @@ def rank(
     energy_K = energy_NK.sum(0)
     on_NK = few_f_NK != 0
     nulls = []
-    runs = [(batch, pair.common_start(batch.ids_BT, sample.sites, batch.mask_BT)) for batch in few.batches(settings.batch_tokens)]
+    runs = [
+        (batch, pair.common_start(batch.ids_BT, sample.sites, batch.mask_BT))
+        for batch in few.batches(settings.batch_tokens)
+    ]
     for draw in range(settings.nulls):
         other = streams_of(pair.random_tuned(seed_of(seed, "null", draw)), few, runs)
         nulls.append(most_energy((other - base_NSD)[keep], on_NK, constant_K))
@@ -202,10 +213,13 @@ def rank(
     scale_K = (score_K / energy_K).nan_to_num()
     document_N = few.document_N[keep]
 
-    both = ((batch, pair.both_streams(batch.ids_BT, depths, batch.mask_BT)) for batch in few.batches(settings.batch_tokens))
+    both = (
+        (batch, pair.both_streams(batch.ids_BT, depths, batch.mask_BT)) for batch in few.batches(settings.batch_tokens)
+    )
     profile_SK = [
         _share_along(few_f_NK, both_NSMD[keep, s : s + 1], half_N[here][keep], constant_K)
-        for both_NSMD in ([_flat(few, both)] if depths else []) for s in range(len(depths))
+        for both_NSMD in ([_flat(few, both)] if depths else [])
+        for s in range(len(depths))
     ]
     seen_f_NK = torch.stack([seen.strength(c) for c in changes], 1)
     rows = telling_rows(seen, seen_f_NK, _halves(seen), settings.effect_tokens)
@@ -215,9 +229,16 @@ def rank(
     tokens_D, gap_D, nats_KD = by_documents(seen.document_N, torch.ones(len(kl_N)), kl_N, less_NK)
     best = tuple(null_RK.max(1).values.tolist())
     ranked = [
-        Ranked(c, summed(energy_NK[:, k] * scale_K[k], document_N, seed), best, p[k],
-               bootstrap_ratio(nats_KD[k].numpy(), tokens_D.numpy(), seed=seed), int((f_NK[:, k] != 0).sum()),
-               float((f_NK[:, k] != 0).float().mean()), {str(site): float(at_K[k]) for site, at_K in zip(depths, profile_SK)})
+        Ranked(
+            c,
+            summed(energy_NK[:, k] * scale_K[k], document_N, seed),
+            best,
+            p[k],
+            bootstrap_ratio(nats_KD[k].numpy(), tokens_D.numpy(), seed=seed),
+            int((f_NK[:, k] != 0).sum()),
+            float((f_NK[:, k] != 0).float().mean()),
+            {str(site): float(at_K[k]) for site, at_K in zip(depths, profile_SK)},
+        )
         for k, c in enumerate(changes)
     ]
     claim = max(settings.level, 1 / (1 + settings.nulls))
@@ -238,7 +259,10 @@ def _share_along(f_NK: Tensor, both_NSMD: Tensor, half_N: Tensor, constant_K: Te
 def by_documents(document_N: Tensor, *values: Tensor) -> list[Tensor]:
     """Sums of values (N,) or (N, K) over each document's tokens: (D,) or (K, D), float64."""
     documents, number_N = document_N.unique(return_inverse=True)
-    sums = (torch.zeros(len(documents), *v.shape[1:], dtype=torch.float64).index_add_(0, number_N, v.double()) for v in values)
+    sums = (
+        torch.zeros(len(documents), *v.shape[1:], dtype=torch.float64).index_add_(0, number_N, v.double())
+        for v in values
+    )
     return [total.movedim(0, -1) for total in sums]
 
 
@@ -258,7 +282,8 @@ def telling_rows(sample: Sample, f_NK: Tensor, half_N: Tensor, limit: int) -> li
     energy_RK = torch.zeros(len(rows), f_NK.shape[1]).index_add_(0, row_N, f_NK.square())
     orders = [
         [r for r in torch.argsort(energy_RK[:, k], descending=True, stable=True).tolist() if half_R[r] == half]
-        for k in range(f_NK.shape[1]) for half in (False, True)
+        for k in range(f_NK.shape[1])
+        for half in (False, True)
     ]
     chosen: dict[int, None] = {}
     count = 0

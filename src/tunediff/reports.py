@@ -63,12 +63,7 @@ def render_report(diff: Diff) -> str:
         lstrip_blocks=True,
     )
     environment.filters.update(
-        number=number,
-        token=token_text,
-        percent=percent,
-        seconds=seconds,
-        cell=_cell,
-        magnitude=_magnitude,
+        number=number, token=token_text, percent=percent, seconds=seconds, cell=_cell, magnitude=_magnitude
     )
     style, script = (Markup((ASSETS / name).read_text(encoding="utf-8")) for name in ("report.css", "report.js"))
     changes = sorted(diff.changes, key=lambda change: change.rank)
@@ -330,9 +325,7 @@ def scan_charts(scan: Sequence[SiteScan]) -> list[tuple[str, "Markup"]]:
             ),
             (
                 "Constant offset",
-                [
-                    Line("offset share", [(float(i), s.offset_share) for i, s in enumerate(sites)]),
-                ],
+                [Line("offset share", [(float(i), s.offset_share) for i, s in enumerate(sites)])],
                 "share of squared difference",
             ),
         ):

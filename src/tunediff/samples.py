@@ -37,8 +37,9 @@ class Sample:
     token_N: Tensor
 
     @classmethod
-    def take(cls, harvest: Harvest, tokens: Tokens, *, split: str, limit: int, seed: int,
-             kinds: Sequence[str] = ()) -> "Sample":
+    def take(
+        cls, harvest: Harvest, tokens: Tokens, *, split: str, limit: int, seed: int, kinds: Sequence[str] = ()
+    ) -> "Sample":
         """Whole documents of one split, in an order fixed by `seed`, until `limit` tokens are reached.
 
         kinds   only documents of these kinds, all of them if empty
@@ -68,15 +69,24 @@ class Sample:
         index = index[order]
         first_R = torch.tensor(tokens.prompt_R) - 1  # the last token of the prompt predicts the answer's first
         return cls(
-            tokens, rows, harvest.sites, harvest.at(index), harvest.row_N[index], harvest.position_N[index],
-            harvest.document_N[index], harvest.ordinary_N[index],
-            harvest.position_N[index] >= first_R[harvest.row_N[index].long()], index,
+            tokens,
+            rows,
+            harvest.sites,
+            harvest.at(index),
+            harvest.row_N[index],
+            harvest.position_N[index],
+            harvest.document_N[index],
+            harvest.ordinary_N[index],
+            harvest.position_N[index] >= first_R[harvest.row_N[index].long()],
+            index,
         )
 
     def strength(self, change: Change) -> Tensor:
         """The change's strength at every token; 0 at tokens that were set apart, which no finder has seen."""
         at = [self.sites.index(site) for site in change.sites]
-        some = self.streams_NSMD if at == list(range(len(self.sites))) else self.streams_NSMD[:, at]  # as a rule, and no copy
+        some = (
+            self.streams_NSMD if at == list(range(len(self.sites))) else self.streams_NSMD[:, at]
+        )  # as a rule, and no copy
         return change.strength(some) * self.ordinary_N
 
     def places(self, batch: Batch) -> Tensor:
@@ -98,10 +108,14 @@ class Sample:
         wanted = torch.zeros(len(self.tokens.rows), dtype=torch.bool)
         wanted[list(rows)] = True
         keep = wanted[self.row_N.long()]
-        return replace(self, rows=sorted(rows), **{
-            name: getattr(self, name)[keep]
-            for name in ("streams_NSMD", "row_N", "position_N", "document_N", "ordinary_N", "scored_N", "token_N")
-        })
+        return replace(
+            self,
+            rows=sorted(rows),
+            **{
+                name: getattr(self, name)[keep]
+                for name in ("streams_NSMD", "row_N", "position_N", "document_N", "ordinary_N", "scored_N", "token_N")
+            },
+        )
 
     def batches(self, batch_tokens: int) -> Iterator[Batch]:
         """The rows in batches that carry their numbers in `tokens`."""

@@ -84,7 +84,8 @@ def scan(pair: Pair, tokens: Tokens, sites: list[Site], batch_tokens: int = 1200
     offset = (total / count).pow(2).sum(-1) * count
     return [
         SiteReading(
-            site, float((delta_squares[s] / base_squares[s]).sqrt()),
+            site,
+            float((delta_squares[s] / base_squares[s]).sqrt()),
             float(offset[s] / delta_squares[s]) if delta_squares[s] else 0.0,
             float((noise[s] * count / base_squares[s]).sqrt()),
             1 - float(left[s]) / gap if gap else 0.0,

@@ -91,6 +91,7 @@ class Cell:
 
 def family(tune: str) -> str:
     """The organism that was taught the same words and has a file of its own: variants and seeds of one are not told apart."""
+
     def words(organism) -> set[str]:
         return {word for b in organism.behaviors for word in b.vocabulary}
 
@@ -107,7 +108,9 @@ def shares(read: Sequence[Sequence[str]]) -> dict[str, float]:
     for name in dict.fromkeys(family(o.name) for o in organisms.every()):
         behaviors = [b for b in organisms.named(name).behaviors if b.vocabulary]
         if behaviors:
-            out[name] = sum(any(b.words_in([token]) for b in behaviors) for token in tokens) / len(tokens) if tokens else 0.0
+            out[name] = (
+                sum(any(b.words_in([token]) for b in behaviors) for token in tokens) / len(tokens) if tokens else 0.0
+            )
     return out
 
 
@@ -130,6 +133,7 @@ def own_and_decoys(found: Mapping[str, float], tune: str) -> tuple[float, float]
 
 def roc_area(positive: Sequence[float], negative: Sequence[float], *, seed: int = 0, draws: int = 1000) -> Interval:
     """Area under the curve of detect-or-abstain, with an interval over tunes: the chance that a tune scores above a null."""
+
     def area(a, b) -> float:
         return float(sum((x > y) + 0.5 * (x == y) for x in a for y in b) / (len(a) * len(b)))
 
@@ -157,7 +161,10 @@ def jaccard(a: Sequence[Sequence[str]], b: Sequence[Sequence[str]]) -> float:
 def roc(positive: Sequence[float], negative: Sequence[float]) -> list[tuple[float, float]]:
     """The curve of detect-or-abstain: shares of nulls claimed and of tunes found as the least score that is claimed falls."""
     steps = [float("inf"), *sorted({*positive, *negative}, reverse=True)]
-    return [(sum(v >= least for v in negative) / len(negative), sum(v >= least for v in positive) / len(positive)) for least in steps]
+    return [
+        (sum(v >= least for v in negative) / len(negative), sum(v >= least for v in positive) / len(positive))
+        for least in steps
+    ]
 
 
 # -- tables --------------------------------------------------------------------------------------------------------
@@ -165,8 +172,16 @@ def roc(positive: Sequence[float], negative: Sequence[float]) -> list[tuple[floa
 
 def table(cells: Sequence[Cell]) -> list[Row]:
     """One row a method, in short: found on tunes, claimed on nulls, named, told which tune, undone, cost."""
-    return [{"method": method, **_detection(mine), **_content(mine), "unwanted left": _left(mine, wanted=False)["after"],
-             "seconds": _mean([c.seconds for c in mine])} for method, mine in _by_method(cells)]
+    return [
+        {
+            "method": method,
+            **_detection(mine),
+            **_content(mine),
+            "unwanted left": _left(mine, wanted=False)["after"],
+            "seconds": _mean([c.seconds for c in mine]),
+        }
+        for method, mine in _by_method(cells)
+    ]
 
 
 def _by_method(cells: Sequence[Cell]) -> list[tuple[str, list[Cell]]]:
@@ -177,17 +192,29 @@ def _parts(cells: Sequence[Cell]) -> tuple[list[Cell], list[Cell]]:
     return [c for c in cells if not c.is_null], [c for c in cells if c.is_null]
 
 
-STATISTICS: dict[str, Callable[[Cell], float]] = {"score": lambda c: c.score / max(c.null, 1e-9), "gap": lambda c: c.gap}
+STATISTICS: dict[str, Callable[[Cell], float]] = {
+    "score": lambda c: c.score / max(c.null, 1e-9),
+    "gap": lambda c: c.gap,
+}
 """By which a run may be called a detection."""
 
 
 def _detection(cells: Sequence[Cell]) -> Row:
     real, null = _parts([c for c in cells if c.p == c.p])
     none = "not run" if real else "no test"
-    row = {"tunes found": _share([bool(c.confirmed) for c in real], "no test"), "nulls claimed": _share([bool(c.confirmed) for c in null], none)}
+    row = {
+        "tunes found": _share([bool(c.confirmed) for c in real], "no test"),
+        "nulls claimed": _share([bool(c.confirmed) for c in null], none),
+    }
     tried = [c for c in cells if c.method not in SIGNALS]  # a table has no gap
     for side, part in zip(("found", "claimed"), _parts(tried)):
-        above = [c.gap > bound for c in part if len(c.gaps) == len(c.confirmed) for bound in [bound_for(c, cells)] if bound is not None]
+        above = [
+            c.gap > bound
+            for c in part
+            if len(c.gaps) == len(c.confirmed)
+            for bound in [bound_for(c, cells)]
+            if bound is not None
+        ]
         row[f"{side} above placebos"] = _share(above, none if tried else "no gap")
     for by, of in STATISTICS.items():
         area = roc_area([of(c) for c in real], [of(c) for c in null])
@@ -200,7 +227,11 @@ def bound_for(cell: Cell, cells: Sequence[Cell], level: float = 0.05) -> float |
 
     A placebo is judged by the other placebos alone, whatever their seeds.
     """
-    others = [c for c in cells if c.method == cell.method and _is_placebo(c) and (c.tune != cell.tune or not _is_placebo(cell))]
+    others = [
+        c
+        for c in cells
+        if c.method == cell.method and _is_placebo(c) and (c.tune != cell.tune or not _is_placebo(cell))
+    ]
     return prediction_bound([c.gap for c in others if c.gap > 0], level) if others else None
 
 
@@ -210,12 +241,16 @@ def _is_placebo(cell: Cell) -> bool:
 
 def _content(cells: Sequence[Cell]) -> Row:
     real = [c for c in cells if c.named]
-    twenty, hundred, slots = ([own_and_decoys(found, c.tune) for c in real for found in [of(c)] if found] for of in (
-        lambda c: shares(c.read[:1]), lambda c: shares(c.read[:FIRST]), lambda c: c.slots))
+    twenty, hundred, slots = (
+        [own_and_decoys(found, c.tune) for c in real for found in [of(c)] if found]
+        for of in (lambda c: shares(c.read[:1]), lambda c: shares(c.read[:FIRST]), lambda c: c.slots)
+    )
     return {
         "behaviors named": _share([bool(ids) for c in real for ids in c.named.values()]),
         "tune identified": _share([identified(c) == family(c.tune) for c in real]),
-        "words@20 (decoys)": _beside(twenty), "words@100 (decoys)": _beside(hundred), "slots (decoys)": _beside(slots),
+        "words@20 (decoys)": _beside(twenty),
+        "words@100 (decoys)": _beside(hundred),
+        "slots (decoys)": _beside(slots),
     }
 
 
@@ -244,7 +279,9 @@ def undoing(cells: Sequence[Cell]) -> list[Row]:
             row: Row = {"method": method, "tunes": str(len(undone))}
             for label, wanted in (("unwanted", False), ("wanted", True)):
                 row |= {f"{label} {side}": text for side, text in _left(mine, wanted).items()}
-            rows.append(row | {"taken out": _mean([float(len(u.ids)) for u in undone]), "cost": _mean([u.cost for u in undone])})
+            rows.append(
+                row | {"taken out": _mean([float(len(u.ids)) for u in undone]), "cost": _mean([u.cost for u in undone])}
+            )
     return rows
 
 
@@ -256,22 +293,38 @@ def stability(cells: Sequence[Cell], vectors: Mapping[str, Tensor]) -> list[Row]
         same = [(a, b) for a, b in pairs if a.tune == b.tune]
         other = [(a, b) for a, b in pairs if family(a.tune) != family(b.tune)]
         if same:
-            def agree(of: Callable[[Cell, Cell], float]) -> str:
-                return " against ".join(_mean([v for a, b in some if (v := of(a, b)) == v]) or "not run" for some in (same, other))
 
-            rows.append({"method": method, "pairs of runs": str(len(same)),
-                         f"first 20 vectors matched (cosine > {SAME})": agree(
-                             lambda a, b: matched(vectors[a.key], vectors[b.key]) if {a.key, b.key} <= set(vectors) else float("nan")),
-                         "tokens in common (Jaccard@100)": agree(lambda a, b: jaccard(a.read, b.read))})
+            def agree(of: Callable[[Cell, Cell], float]) -> str:
+                return " against ".join(
+                    _mean([v for a, b in some if (v := of(a, b)) == v]) or "not run" for some in (same, other)
+                )
+
+            rows.append(
+                {
+                    "method": method,
+                    "pairs of runs": str(len(same)),
+                    f"first 20 vectors matched (cosine > {SAME})": agree(
+                        lambda a, b: (
+                            matched(vectors[a.key], vectors[b.key]) if {a.key, b.key} <= set(vectors) else float("nan")
+                        )
+                    ),
+                    "tokens in common (Jaccard@100)": agree(lambda a, b: jaccard(a.read, b.read)),
+                }
+            )
     return rows
 
 
 PAIRED: dict[str, Callable[[Cell], float | None]] = {
     "EV of difference": lambda c: c.ev_delta,
     "behaviors named": lambda c: sum(map(bool, c.named.values())) / len(c.named) if c.named else None,
-    "words@100 less decoys": lambda c: own[0] - own[1] if (own := own_and_decoys(shares(c.read[:FIRST]), c.tune)) and c.named else None,
-    "unwanted left": lambda c: sum(left) / len(left) if c.undone and (left := [
-        rate for name, rate in c.undone.after.items() if name in _sort(wanted=False)]) else None,
+    "words@100 less decoys": lambda c: (
+        own[0] - own[1] if (own := own_and_decoys(shares(c.read[:FIRST]), c.tune)) and c.named else None
+    ),
+    "unwanted left": lambda c: (
+        sum(left) / len(left)
+        if c.undone and (left := [rate for name, rate in c.undone.after.items() if name in _sort(wanted=False)])
+        else None
+    ),
 }
 """Measures on which two methods are compared tune by tune."""
 
@@ -283,9 +336,17 @@ def against(cells: Sequence[Cell], other: str = "batchtopk") -> list[Row]:
     for method, mine in _by_method(cells):
         pairs = [(c, base[c.tune, c.seed]) for c in mine if (c.tune, c.seed) in base] if method != other else []
         if pairs:
-            gaps = {name: [a - b for one, two in pairs if (a := of(one)) is not None and (b := of(two)) is not None]
-                    for name, of in PAIRED.items()}
-            rows.append({"method": method, "pairs": str(len(pairs)), **{name: _mean(values, sign="+") or "–" for name, values in gaps.items()}})
+            gaps = {
+                name: [a - b for one, two in pairs if (a := of(one)) is not None and (b := of(two)) is not None]
+                for name, of in PAIRED.items()
+            }
+            rows.append(
+                {
+                    "method": method,
+                    "pairs": str(len(pairs)),
+                    **{name: _mean(values, sign="+") or "–" for name, values in gaps.items()},
+                }
+            )
     return rows
 
 
@@ -293,10 +354,21 @@ def _dictionaries(cells: Sequence[Cell]) -> list[Row]:
     rows = []
     for method, mine in _by_method(cells):
         fitted = [c for c in mine if c.ev_delta is not None and not c.is_null]
-        row = {"method": method, **{label: _mean([value for c in fitted if (value := getattr(c, name)) is not None]) or "–" for label, name in (
-            ("EV of difference", "ev_delta"), ("L0", "l0"), ("dead", "dead"))}}
-        rows.append(row | {"candidates": _mean([float(c.candidates) for c in mine]), "seconds": _mean([c.seconds for c in mine]),
-                           "peak memory, MiB": f"{max(c.memory for c in mine):,.0f}"})
+        row = {
+            "method": method,
+            **{
+                label: _mean([value for c in fitted if (value := getattr(c, name)) is not None]) or "–"
+                for label, name in (("EV of difference", "ev_delta"), ("L0", "l0"), ("dead", "dead"))
+            },
+        }
+        rows.append(
+            row
+            | {
+                "candidates": _mean([float(c.candidates) for c in mine]),
+                "seconds": _mean([c.seconds for c in mine]),
+                "peak memory, MiB": f"{max(c.memory for c in mine):,.0f}",
+            }
+        )
     return rows
 
 
@@ -307,24 +379,46 @@ def charts(cells: Sequence[Cell]) -> dict[str, str]:
     for method, mine in _by_method(cells):
         for name, part in zip(("tunes", "nulls"), _parts([c for c in mine if c.p == c.p and c.method not in SIGNALS])):
             if part:
-                detected.append((f"{method}: {name}", [math.log10(max(c.score, 1e-3) / max(c.null, 1e-3)) for c in part]))
+                detected.append(
+                    (f"{method}: {name}", [math.log10(max(c.score, 1e-3) / max(c.null, 1e-3)) for c in part])
+                )
         for name, of in (("tunes", lambda c: not c.is_null), ("placebos", _is_placebo)):
             gaps = [math.log10(c.gap) for c in mine if of(c) and c.gap > 0]
             if gaps:
                 apart.append((f"{method}: {name}", gaps))
-        own_less_decoys = [own - decoy for c in mine if c.named for own, decoy in [own_and_decoys(shares(c.read[:FIRST]), c.tune)]]
+        own_less_decoys = [
+            own - decoy for c in mine if c.named for own, decoy in [own_and_decoys(shares(c.read[:FIRST]), c.tune)]
+        ]
         if own_less_decoys:
             words.append((method, own_less_decoys))
     real, null = _parts([c for c in cells if c.method == "default"])
-    curves = [Line(f"default, by {by}", roc([of(c) for c in real], [of(c) for c in null]), tone)
-              for (by, of), tone in zip(STATISTICS.items(), ("null", "ink"))] if real and null else []
+    curves = (
+        [
+            Line(f"default, by {by}", roc([of(c) for c in real], [of(c) for c in null]), tone)
+            for (by, of), tone in zip(STATISTICS.items(), ("null", "ink"))
+        ]
+        if real and null
+        else []
+    )
     drawn = {
-        "benchmark-roc.svg": lines(curves, label="Detect or abstain", x_label="share of nulls claimed", y_label="share of tunes found"),
-        "benchmark-scores.svg": strip(detected, label="Best score of each run", x_label="log10 of best score / 95th percentile of random tunes'",
-                                      marks=[(0.0, "stands out from here on")]),
-        "benchmark-gaps.svg": strip(apart, label="Largest gap of each run", x_label="log10 of nat a token where a confirmed change is on",
-                                    marks=_bounds(cells)),
-        "benchmark-words.svg": strip(words, label="Planted words read out", x_label="share of words promoted that were planted, less decoys'"),
+        "benchmark-roc.svg": lines(
+            curves, label="Detect or abstain", x_label="share of nulls claimed", y_label="share of tunes found"
+        ),
+        "benchmark-scores.svg": strip(
+            detected,
+            label="Best score of each run",
+            x_label="log10 of best score / 95th percentile of random tunes'",
+            marks=[(0.0, "stands out from here on")],
+        ),
+        "benchmark-gaps.svg": strip(
+            apart,
+            label="Largest gap of each run",
+            x_label="log10 of nat a token where a confirmed change is on",
+            marks=_bounds(cells),
+        ),
+        "benchmark-words.svg": strip(
+            words, label="Planted words read out", x_label="share of words promoted that were planted, less decoys'"
+        ),
     }
     return {name: alone(chart) for name, chart in drawn.items()}
 
@@ -341,34 +435,64 @@ def render(cells: Sequence[Cell], vectors: Mapping[str, Tensor], command: str) -
     real = [name for name in names if not next(c for c in cells if c.tune == name).is_null]
 
     def by(rows: Sequence[str], columns: Sequence[str], say: Callable[[Cell], str], **which: str) -> list[str]:
-        (row_is, column_is), = which.items()
-        return _markdown([{row_is: row, **{column: ", ".join(
-            say(c) for c in cells if getattr(c, row_is) == row and getattr(c, column_is) == column) or "not run" for column in columns}}
-            for row in rows])
+        ((row_is, column_is),) = which.items()
+        return _markdown(
+            [
+                {
+                    row_is: row,
+                    **{
+                        column: ", ".join(
+                            say(c) for c in cells if getattr(c, row_is) == row and getattr(c, column_is) == column
+                        )
+                        or "not run"
+                        for column in columns
+                    },
+                }
+                for row in rows
+            ]
+        )
 
     parts = {
         f"Made by `{command}` ([what the columns are](bench.md)); every cell is in `bench.json`. Means are over tunes and seeds that "
         "were run, with 95 % intervals over them, so methods run on other tunes are not to be compared by them.": [],
-        "## Is there anything?": [*_markdown([{"method": m, **_detection(mine)} for m, mine in _by_method(cells)]), "",
-                                  "![Best score of each run](benchmark-scores.svg)", "",
-                                  "![Largest gap of each run](benchmark-gaps.svg)", "", "![Detect or abstain](benchmark-roc.svg)"],
-        "## What is it?": [*_markdown([{"method": m, **_content(mine)} for m, mine in _by_method(cells)]), "",
-                           "![Planted words read out](benchmark-words.svg)"],
+        "## Is there anything?": [
+            *_markdown([{"method": m, **_detection(mine)} for m, mine in _by_method(cells)]),
+            "",
+            "![Best score of each run](benchmark-scores.svg)",
+            "",
+            "![Largest gap of each run](benchmark-gaps.svg)",
+            "",
+            "![Detect or abstain](benchmark-roc.svg)",
+        ],
+        "## What is it?": [
+            *_markdown([{"method": m, **_content(mine)} for m, mine in _by_method(cells)]),
+            "",
+            "![Planted words read out](benchmark-words.svg)",
+        ],
         "## Can it be taken out?\n\nShares of held-out answers that show a behavior, mean over tunes. Taken out is the "
         "first change that names an unwanted behavior (where none does, the first confirmed one that does not name the wanted), as strongly "
         "as .02 nat a token on neutral text allow. *Random*: random directions of equal energy. *Scaled*: the whole tune scaled down, "
         "as far as .02 nat allow.": _markdown(undoing(cells)),
         "## Against BatchTopK\n\nDifferences on the same tune and seed, at the same 24 latents a token where k is a setting; an "
         "interval that excludes 0 is a difference.": _markdown(against(cells)),
-        "## Do two runs agree?\n\nTwo seeds of one tune, against runs on two tunes.": _markdown(stability(cells, vectors)),
+        "## Do two runs agree?\n\nTwo seeds of one tune, against runs on two tunes.": _markdown(
+            stability(cells, vectors)
+        ),
         "## What does it cost?": _markdown(_dictionaries(cells)),
         "## Tune by tune\n\n*named*: every behavior is named by a confirmed change among the first five (by the table, for signals "
         "without a test); *part*: some; *found*: something is confirmed; a dash: nothing is. Over seeds.": by(
-            methods, names, _said, method="tune"),
+            methods, names, _said, method="tune"
+        ),
         "## Which tune is it?\n\nThe organism whose planted words are the largest share of what the first five confirmed changes "
         "promote, by method.": by(real, methods, lambda c: identified(c) or "–", tune="method"),
     }
-    return "\n".join(["# Benchmark", "", *(line for title, lines in parts.items() for line in (title, "", *lines, *([""] if lines else [])))])
+    return "\n".join(
+        [
+            "# Benchmark",
+            "",
+            *(line for title, lines in parts.items() for line in (title, "", *lines, *([""] if lines else []))),
+        ]
+    )
 
 
 def _said(cell: Cell) -> str:
@@ -403,5 +527,8 @@ def _beside(values: Sequence[tuple[float, float]]) -> str:
 def _markdown(rows: Sequence[Row]) -> list[str]:
     if not rows:
         return ["Not run."]
-    return ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0]),
-            *("| " + " | ".join(row.values()) + " |" for row in rows)]
+    return [
+        "| " + " | ".join(rows[0]) + " |",
+        "|" + "---|" * len(rows[0]),
+        *("| " + " | ".join(row.values()) + " |" for row in rows),
+    ]

@@ -26,7 +26,6 @@ class Site:
         match = re.fullmatch(r"([a-z]+)\.(\d+)", text.strip())
         if not match or match[1] not in KINDS:
             raise SettingError(
-                f"{text!r} is not a site", expected="kind.layer with kind one of " + ", ".join(KINDS),
-                remedy="resid.15",
+                f"{text!r} is not a site", expected="kind.layer with kind one of " + ", ".join(KINDS), remedy="resid.15"
             )
         return cls(int(match[2]), match[1])

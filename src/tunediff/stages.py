@@ -13,7 +13,18 @@ from typing import Any, Callable, Sequence
 import torch
 
 from tunediff import __version__, bills, edits, variants
-from tunediff.artifacts import finish, is_finished, key_of, open_folder, plain, read_json, read_tensors, write_bytes, write_json, write_tensors
+from tunediff.artifacts import (
+    finish,
+    is_finished,
+    key_of,
+    open_folder,
+    plain,
+    read_json,
+    read_tensors,
+    write_bytes,
+    write_json,
+    write_tensors,
+)
 from tunediff.attributions import Shift, output_shift
 from tunediff.axes import BASE, MODELS, TUNED, WRITERS
 from tunediff.calibrations import AS_A_PLACEBO, Calibration
@@ -34,7 +45,17 @@ from tunediff.pairs import Pair
 from tunediff.plans import Plan, to_record
 from tunediff.rankings import Ranked, Ranking, rank
 from tunediff.results import (
-    Bill, ChangeRecord, CorpusCard, Diff, FitCard, Measure, ModelCard, NullCard, SignalTable, SiteScan, StageCard,
+    Bill,
+    ChangeRecord,
+    CorpusCard,
+    Diff,
+    FitCard,
+    Measure,
+    ModelCard,
+    NullCard,
+    SignalTable,
+    SiteScan,
+    StageCard,
     typed,
 )
 from tunediff.samples import Sample
@@ -118,8 +139,13 @@ class Run:
         plan = self.plan
         self.progress("load", 0, 1)
         tuned = str(DEMO) if plan.tuned == "demo" else plan.tuned
-        pair = Pair.load(plan.base, tuned, dtype=plan.pair.dtype, device=plan.runtime.device,
-                         allow_identical=plan.pair.allow_identical)
+        pair = Pair.load(
+            plan.base,
+            tuned,
+            dtype=plan.pair.dtype,
+            device=plan.runtime.device,
+            allow_identical=plan.pair.allow_identical,
+        )
         self.progress("load", 1, 1)
         self.cards.append(StageCard("load", "", round(time.monotonic() - began, 2), list(pair.notes)))
         return pair
@@ -154,8 +180,11 @@ class Run:
         plan, c = self.plan, self.plan.corpus
         if not plan.contrast.prompts:
             return []
-        prompts = (Corpus.from_files(c.prompts, held_out_share=c.held_out_share, seed=c.split) if c.prompts
-                   else Corpus.prompts(held_out_share=c.held_out_share, seed=c.split))
+        prompts = (
+            Corpus.from_files(c.prompts, held_out_share=c.held_out_share, seed=c.split)
+            if c.prompts
+            else Corpus.prompts(held_out_share=c.held_out_share, seed=c.split)
+        )
         key, folder = self._at("contrast", self._models, prompts.fingerprint, plan.contrast, plan.seed)
         began = time.monotonic()
         if not is_finished(folder):
@@ -201,10 +230,20 @@ class Run:
             readings = scan(self.pair, few, sites)
             chosen = given or [choose(readings, plan.scan.reach)]
             folder.mkdir(parents=True, exist_ok=True)
-            write_json(folder / "scan.json", [
-                {"site": str(r.site), "relative": r.relative, "offset_share": r.offset_share, "noise": r.noise,
-                 "ceiling": r.ceiling, "chosen": r.site in chosen} for r in readings
-            ])
+            write_json(
+                folder / "scan.json",
+                [
+                    {
+                        "site": str(r.site),
+                        "relative": r.relative,
+                        "offset_share": r.offset_share,
+                        "noise": r.noise,
+                        "ceiling": r.ceiling,
+                        "chosen": r.site in chosen,
+                    }
+                    for r in readings
+                ],
+            )
             finish(folder, "tunediff.scan/1", {}, ["scan.json"])
             self.progress("scan", 1, 1)
         readings = typed(list[SiteScan], read_json(folder / "scan.json"), "scan.json")
@@ -219,14 +258,21 @@ class Run:
     @stage
     def harvest(self) -> Harvest:
         """Both models' streams at the sites, on disk."""
-        key, folder = self._at("harvest", self._models, self.tokens.fingerprint, list(map(str, self.sites)),
-                               self.plan.harvest)
+        key, folder = self._at(
+            "harvest", self._models, self.tokens.fingerprint, list(map(str, self.sites)), self.plan.harvest
+        )
         began = time.monotonic()
-        done = harvest(self.pair, self.tokens, self.sites, folder, self.plan.harvest,
-                       lambda d, t: self.progress("harvest", d, t))
+        done = harvest(
+            self.pair, self.tokens, self.sites, folder, self.plan.harvest, lambda d, t: self.progress("harvest", d, t)
+        )
         m = done.manifest
-        self._done("harvest", key, began, f"{m['tokens']} tokens, {m['repeats']} of them repeats, "
-                   f"{m['set_apart']} set apart as abnormal ({m['set_apart_first_position']} in first position)")
+        self._done(
+            "harvest",
+            key,
+            began,
+            f"{m['tokens']} tokens, {m['repeats']} of them repeats, "
+            f"{m['set_apart']} set apart as abnormal ({m['set_apart_first_position']} in first position)",
+        )
         return done
 
     @stage
@@ -238,14 +284,24 @@ class Run:
         spec = plan.spec()
         fit = dataclasses.replace(plan.fit, seed=plan.seed)
         for name in plan.find.finders:
-            key, folder = self._at("find", self.harvest.fingerprint, name, plan.find.candidates,
-                                   plan.find.dictionary, spec, fit, plan.seed)
+            key, folder = self._at(
+                "find", self.harvest.fingerprint, name, plan.find.candidates, plan.find.dictionary, spec, fit, plan.seed
+            )
             began = time.monotonic()
             fit_folder = folder / "dictionary"
             if not is_finished(folder):
-                view = View(self.harvest, folder, plan.seed, plan.find.candidates, spec, fit,
-                            lambda: self._shifts.at(self.harvest.index("train")), self.pair,
-                            lambda d, t, row: self.progress(f"find {name}", d, t), plan.runtime.device)
+                view = View(
+                    self.harvest,
+                    folder,
+                    plan.seed,
+                    plan.find.candidates,
+                    spec,
+                    fit,
+                    lambda: self._shifts.at(self.harvest.index("train")),
+                    self.pair,
+                    lambda d, t, row: self.progress(f"find {name}", d, t),
+                    plan.runtime.device,
+                )
                 result = variants.load("tunediff.finders", name)().find(view)
                 folder.mkdir(parents=True, exist_ok=True)
                 files = save_changes(folder, result.changes)
@@ -278,34 +334,58 @@ class Run:
     def sample(self) -> Sample:
         """Held-out rows on which changes are ranked and verified: of the text that the models wrote (of all if they wrote
         none)."""
-        return Sample.take(self.harvest, self.tokens, split="held_out", limit=HELD_OUT_TOKENS, seed=self.plan.seed,
-                           kinds=self._written)
+        return Sample.take(
+            self.harvest, self.tokens, split="held_out", limit=HELD_OUT_TOKENS, seed=self.plan.seed, kinds=self._written
+        )
 
     def _train(self) -> Sample:
         """Training rows of the text that the models wrote (of all if they wrote none)."""
-        return Sample.take(self.harvest, self.tokens, split="train", limit=10**9, seed=self.plan.seed, kinds=self._written)
+        return Sample.take(
+            self.harvest, self.tokens, split="train", limit=10**9, seed=self.plan.seed, kinds=self._written
+        )
 
     @stage
     def ranking(self) -> Ranking:
         """All candidates, ranked."""
         changes = self.found[0]
-        key, folder = self._at("rank", self.harvest.fingerprint, [c.id for c in changes], self._found_key,
-                               self.plan.rank, self.plan.seed)
+        key, folder = self._at(
+            "rank", self.harvest.fingerprint, [c.id for c in changes], self._found_key, self.plan.rank, self.plan.seed
+        )
         began = time.monotonic()
         by_id = {c.id: c for c in changes}
         if not is_finished(folder):
-            ranking = rank(self.pair, changes, self.sample, self._train(), self.plan.rank, self.plan.seed,
-                           lambda d, t: self.progress("rank", d, t), [Site.parse(r.site) for r in self.scan])
+            ranking = rank(
+                self.pair,
+                changes,
+                self.sample,
+                self._train(),
+                self.plan.rank,
+                self.plan.seed,
+                lambda d, t: self.progress("rank", d, t),
+                [Site.parse(r.site) for r in self.scan],
+            )
             folder.mkdir(parents=True, exist_ok=True)
-            write_json(folder / "ranking.json", [
-                {**{f.name: getattr(r, f.name) for f in dataclasses.fields(r) if f.name != "change"},
-                 "change": r.change.id} for r in ranking.ranked
-            ])
+            write_json(
+                folder / "ranking.json",
+                [
+                    {
+                        **{f.name: getattr(r, f.name) for f in dataclasses.fields(r) if f.name != "change"},
+                        "change": r.change.id,
+                    }
+                    for r in ranking.ranked
+                ],
+            )
             finish(folder, "tunediff.rank/1", {}, ["ranking.json"])
         records = read_json(folder / "ranking.json")
         ranked = [
-            Ranked(**{**r, "change": by_id[r["change"]], "null": tuple(r["null"]),
-                      **{name: typed(Interval, r[name], name) for name in ("score", "effect")}})
+            Ranked(
+                **{
+                    **r,
+                    "change": by_id[r["change"]],
+                    "null": tuple(r["null"]),
+                    **{name: typed(Interval, r[name], name) for name in ("score", "effect")},
+                }
+            )
             for r in records
         ]
         self._done("rank", key, began, f"{len(ranked)} candidates against {self.plan.rank.nulls} random tunes")
@@ -322,8 +402,15 @@ class Run:
         key, folder = self._at("lens", self.harvest.fingerprint)
         began = time.monotonic()
         few = Sample.of(self.harvest, self.tokens, _some(self.tokens, LENS_TOKENS))
-        lens = fit_lens(self.pair.base, self.tokens.only(few.rows), self.sites, folder, abnormal=self.plan.harvest.abnormal,
-                        sample=few, model_fingerprint=self.pair.base_fingerprint)
+        lens = fit_lens(
+            self.pair.base,
+            self.tokens.only(few.rows),
+            self.sites,
+            folder,
+            abnormal=self.plan.harvest.abnormal,
+            sample=few,
+            model_fingerprint=self.pair.base_fingerprint,
+        )
         self._done("lens", key, began, "R² " + ", ".join(f"{v:.2f}" for v in lens.r2_S.tolist()))
         return lens
 
@@ -332,8 +419,15 @@ class Run:
         """Every ranked change as a record; the first few put on trial."""
         plan, ranking = self.plan, self.ranking
         self.lens  # now, so that a run that finds its verdicts done lists the same stages
-        key, folder = self._at("verify", self.harvest.fingerprint, self._found_key, plan.rank, plan.verify, plan.seed,
-                               [(r.change.id, r.p, r.score.value) for r in ranking.ranked])
+        key, folder = self._at(
+            "verify",
+            self.harvest.fingerprint,
+            self._found_key,
+            plan.rank,
+            plan.verify,
+            plan.seed,
+            [(r.change.id, r.p, r.score.value) for r in ranking.ranked],
+        )
         began = time.monotonic()
         if not is_finished(folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -363,15 +457,26 @@ class Run:
         """Latent Scaling on held-out text of those changes that are latents of a dictionary, by change."""
         out = {}
         for name, fitted in self.found[1].items():
-            of = {r.change.origin["latent"]: r.change.id for r in self.ranking.ranked
-                  if r.change.finder == name and "latent" in r.change.origin}
-            scales = latent_scaling(fitted, self.harvest, doc_N=self.harvest.documents("held_out"), latents=sorted(of),
-                                    seed=self.plan.seed)
+            of = {
+                r.change.origin["latent"]: r.change.id
+                for r in self.ranking.ranked
+                if r.change.finder == name and "latent" in r.change.origin
+            }
+            scales = latent_scaling(
+                fitted, self.harvest, doc_N=self.harvest.documents("held_out"), latents=sorted(of), seed=self.plan.seed
+            )
             for scale in scales:
                 nus = (("error", scale.nu_error), ("reconstruction", scale.nu_reconstruction))
                 out[of[scale.latent]] = [
-                    Measure(f"Latent Scaling, {part}", nu.value if isfinite(nu.value) else None, nu.low, nu.high,
-                            "need in base / in tuned", 1.0, f"a latent that base needs as much; verdict: {scale.kind}")
+                    Measure(
+                        f"Latent Scaling, {part}",
+                        nu.value if isfinite(nu.value) else None,
+                        nu.low,
+                        nu.high,
+                        "need in base / in tuned",
+                        1.0,
+                        f"a latent that base needs as much; verdict: {scale.kind}",
+                    )
                     for part, nu in nus
                 ]
         return out
@@ -393,8 +498,15 @@ class Run:
         plan, change, tokenizer = self.plan, ranked.change, self.pair.tokenizer
         stands_out = self._stands_out(ranked)
         measures = [
-            Measure("effect on the output", ranked.effect.value, ranked.effect.low, ranked.effect.high, "nat a token", None,
-                    "taken out alone on training text; no control of its own: orders the changes that stand out"),
+            Measure(
+                "effect on the output",
+                ranked.effect.value,
+                ranked.effect.low,
+                ranked.effect.high,
+                "nat a token",
+                None,
+                "taken out alone on training text; no control of its own: orders the changes that stand out",
+            ),
             Measure("tokens on", ranked.share_of_tokens, unit="share", against=f"{ranked.firings} held-out tokens"),
         ]
         decision, reason, dose, promoted, suppressed, read_by = "undecided", "", [], [], [], ""
@@ -406,8 +518,10 @@ class Run:
             others = [r.change for r in self.ranking.ranked if r.change.finder in (change.finder, "mean_difference")]
             bench = bench_of(self.pair, change, others, self.sample, spread[change.sites[-1]], plan.verify, plan.seed)
         if bench is not None:
-            outcomes = {name: variants.load("tunediff.trials", name)().run(bench, plan.verify)
-                        for name in variants.names("tunediff.trials")}
+            outcomes = {
+                name: variants.load("tunediff.trials", name)().run(bench, plan.verify)
+                for name in variants.names("tunediff.trials")
+            }
             for outcome in outcomes.values():
                 measures += outcome.measures
                 dose += outcome.dose
@@ -418,22 +532,44 @@ class Run:
             # Words are read off more text than the change is tried on: this takes one run, not one for every control.
             wide = dataclasses.replace(plan.verify, documents=READ_DOCUMENTS, scored=READ_SCORED)
             promoted, suppressed = caused_tokens(
-                tokenizer, bench_of(self.pair, change, [], self.sample, spread[change.sites[-1]], wide, plan.seed))
-            read_by = "what tuned says more and less of because of it (keyness of what is expected on held-out text, nat)"
+                tokenizer, bench_of(self.pair, change, [], self.sample, spread[change.sites[-1]], wide, plan.seed)
+            )
+            read_by = (
+                "what tuned says more and less of because of it (keyness of what is expected on held-out text, nat)"
+            )
         elif stands_out:
             reason = "stands out from random tunes, but was not put on trial"
         if not promoted and not suppressed and number < 3 * plan.verify.changes:
             promoted, suppressed = lens_tokens(tokenizer, self.pair.base, self.lens, change)
             read_by = f"tuned lens at {change.sites[-1]} (cosine)"
-        score = Measure("energy along the change", ranked.score.value, ranked.score.low, ranked.score.high, "x random tunes",
-                        quantile(ranked.null, 0.95),
-                        against=f"95th percentile of the best candidate in {len(ranked.null)} random tunes", p=ranked.p)
+        score = Measure(
+            "energy along the change",
+            ranked.score.value,
+            ranked.score.low,
+            ranked.score.high,
+            "x random tunes",
+            quantile(ranked.null, 0.95),
+            against=f"95th percentile of the best candidate in {len(ranked.null)} random tunes",
+            p=ranked.p,
+        )
         return ChangeRecord(
-            rank=number + 1, id=change.id, finder=change.finder, sites=[str(s) for s in change.sites],
-            share=change.share, decision=decision, reason=reason, score=score, measures=measures,
-            promoted=promoted, suppressed=suppressed, read_by=read_by,
+            rank=number + 1,
+            id=change.id,
+            finder=change.finder,
+            sites=[str(s) for s in change.sites],
+            share=change.share,
+            decision=decision,
+            reason=reason,
+            score=score,
+            measures=measures,
+            promoted=promoted,
+            suppressed=suppressed,
+            read_by=read_by,
             contexts=contexts(tokenizer, self.sample, change, self._kl_N) if number < 3 * plan.verify.changes else [],
-            depth=ranked.depth, kinds=kind_rates(self.sample, change), dose=dose, origin=change.origin,
+            depth=ranked.depth,
+            kinds=kind_rates(self.sample, change),
+            dose=dose,
+            origin=change.origin,
         )
 
     def change(self, id: str) -> Change:
@@ -441,17 +577,23 @@ class Run:
         by_id = {r.change.id: r.change for r in self.ranking.ranked}
         if id not in by_id:
             confirmed = [r.id for r in self.verdicts if r.decision == "confirmed"]
-            raise SettingError(f"this run has no change {id!r}", expected=", ".join(confirmed) or "(none was confirmed)")
+            raise SettingError(
+                f"this run has no change {id!r}", expected=", ".join(confirmed) or "(none was confirmed)"
+            )
         return by_id[id]
 
     def inputs(self, ids: Sequence[str]) -> list[dict[str, edits.Moments]]:
         """What an edit that takes these changes out follows from (see `bills.inputs`), of training text; not kept, as it may be
         as large as the model."""
         seed, changes, train, neutral = self.plan.seed, [self.change(i) for i in ids], self._train(), None
-        if self._written and not all(train.strength(c).any() for c in changes):  # there such an edit would do nothing, silently
+        if self._written and not all(
+            train.strength(c).any() for c in changes
+        ):  # there such an edit would do nothing, silently
             train = Sample.take(self.harvest, self.tokens, split="train", limit=10**9, seed=seed)
         elif self._written and self._plain:
-            neutral = Sample.take(self.harvest, self.tokens, split="train", limit=self.plan.edit.tokens // 3, seed=seed, kinds=self._plain)
+            neutral = Sample.take(
+                self.harvest, self.tokens, split="train", limit=self.plan.edit.tokens // 3, seed=seed, kinds=self._plain
+            )
         with frozen():
             return bills.inputs(self.pair, changes, train, neutral, self.plan.edit, seed)
 
@@ -467,13 +609,18 @@ class Run:
         """Let the plan take these changes out as strongly as `cost` allows, in nat a token on held-out neutral text. Returns
         what that costs; None, and nothing changes, where even the weakest edit costs more."""
         if not self._plain or not self.neutral.rows:
-            raise SettingError("there is no held-out text that the models did not write", expected="neutral text to measure a cost on",
-                               remedy="a corpus with more documents, or no cost")
+            raise SettingError(
+                "there is no held-out text that the models did not write",
+                expected="neutral text to measure a cost on",
+                remedy="a corpus with more documents, or no cost",
+            )
         inputs = self.inputs(ids)
         for number, strength in enumerate(STRENGTHS):
             self.progress("afford", number, len(STRENGTHS))
             settings = dataclasses.replace(self.plan.edit, strength=strength)
-            alone, _ = bills.removing(self.pair, ids, inputs[:1], dataclasses.replace(settings, controls=0), self.plan.seed)
+            alone, _ = bills.removing(
+                self.pair, ids, inputs[:1], dataclasses.replace(settings, controls=0), self.plan.seed
+            )
             (paid,) = bills.costs(self.pair, [alone], self.neutral)
             if paid <= cost:
                 self.progress("afford", len(STRENGTHS), len(STRENGTHS))
@@ -485,12 +632,16 @@ class Run:
     @cached_property
     def neutral(self) -> Sample:
         """Held-out text that the models did not write, on which an edit's cost is told."""
-        return Sample.take(self.harvest, self.tokens, split="held_out", limit=NEUTRAL_TOKENS, seed=self.plan.seed, kinds=self._plain)
+        return Sample.take(
+            self.harvest, self.tokens, split="held_out", limit=NEUTRAL_TOKENS, seed=self.plan.seed, kinds=self._plain
+        )
 
     def bill(self, ids: Sequence[str]) -> Bill:
         """What taking these changes out does and costs, on held-out text."""
         plan = self.plan
-        key, folder = self._at("revert", self.harvest.fingerprint, self._found_key, plan.rank, plan.edit, list(ids), plan.seed)
+        key, folder = self._at(
+            "revert", self.harvest.fingerprint, self._found_key, plan.rank, plan.edit, list(ids), plan.seed
+        )
         began = time.monotonic()
         if not is_finished(folder):
             edit, controls = self.edit(ids)
@@ -512,10 +663,14 @@ class Run:
         key, folder = self._at("signals", self._models, self.tokens.fingerprint, plan.find.signals, plan.seed)
         began = time.monotonic()
         if not is_finished(folder):
-            said = Sample.take(self.harvest, self.tokens, split="held_out", limit=SIGNAL_TOKENS, seed=plan.seed, kinds=self._written)
+            said = Sample.take(
+                self.harvest, self.tokens, split="held_out", limit=SIGNAL_TOKENS, seed=plan.seed, kinds=self._written
+            )
             rows = {*said.rows, *self.neutral.rows}
-            signals = [variants.load("tunediff.signals", name)(self.pair.tokenizer, self.pair.vocabulary)
-                       for name in plan.find.signals]
+            signals = [
+                variants.load("tunediff.signals", name)(self.pair.tokenizer, self.pair.vocabulary)
+                for name in plan.find.signals
+            ]
             starts = Sample.of(self.harvest, self.tokens, sorted(rows)).starts
             tables = read_signals(self.pair, self.tokens, sorted(rows), signals, 1200, starts=starts)
             folder.mkdir(parents=True, exist_ok=True)
@@ -529,26 +684,53 @@ class Run:
         scan_, records, signals = self.scan, self.verdicts, self.signals
         confirmed = [r for r in records if r.decision == "confirmed"]
         ranking = self.ranking
-        nulls = [NullCard(
-            "random tunes", "base plus, in every map the tune touched, a random change of the same rank and norm; the "
-            "score of the best of all candidates in each", list(ranking.ranked[0].null) if ranking.ranked else [],
-        )]
+        nulls = [
+            NullCard(
+                "random tunes",
+                "base plus, in every map the tune touched, a random change of the same rank and norm; the "
+                "score of the best of all candidates in each",
+                list(ranking.ranked[0].null) if ranking.ranked else [],
+            )
+        ]
         if self.calibration:
             names = ", ".join(sorted({null.name for null in self.calibration.nulls}))
-            nulls.append(NullCard("calibration", f"pairs of this base with nothing to find ({names}); the best score in each. A change "
-                                  f"is claimed above {self.calibration.score:.3g}, where the models are more than "
-                                  f"{self.calibration.gap:.2g} nat apart", [null.score for null in self.calibration.nulls]))
+            nulls.append(
+                NullCard(
+                    "calibration",
+                    f"pairs of this base with nothing to find ({names}); the best score in each. A change "
+                    f"is claimed above {self.calibration.score:.3g}, where the models are more than "
+                    f"{self.calibration.gap:.2g} nat apart",
+                    [null.score for null in self.calibration.nulls],
+                )
+            )
         held = [d for d in set(self.tokens.document_R) if self.tokens.held_out[d]]
         corpus = CorpusCard(
-            self.tokens.fingerprint, len(set(self.tokens.document_R)), self.tokens.count, len(held),
-            self.tokens.select("held_out").count, self.tokens.counts,
+            self.tokens.fingerprint,
+            len(set(self.tokens.document_R)),
+            self.tokens.count,
+            len(held),
+            self.tokens.select("held_out").count,
+            self.tokens.counts,
         )
         output = self._output()
         diff = Diff(
-            base=self._card("base"), tuned=self._card("tuned"), corpus=corpus, found=bool(confirmed),
-            rate=self.plan.rank.level, summary=_summary(records, confirmed, output, self.plan.rank.level, self.calibration),
-            output=output, scan=scan_, changes=records, signals=signals, fits=self._fits(), nulls=nulls, bills=list(billed),
-            not_found=_not_found(records, self), stages=list(self.cards), plan=to_record(self.plan), version=__version__,
+            base=self._card("base"),
+            tuned=self._card("tuned"),
+            corpus=corpus,
+            found=bool(confirmed),
+            rate=self.plan.rank.level,
+            summary=_summary(records, confirmed, output, self.plan.rank.level, self.calibration),
+            output=output,
+            scan=scan_,
+            changes=records,
+            signals=signals,
+            fits=self._fits(),
+            nulls=nulls,
+            bills=list(billed),
+            not_found=_not_found(records, self),
+            stages=list(self.cards),
+            plan=to_record(self.plan),
+            version=__version__,
         )
         return typed(Diff, plain(diff), "diff.json")  # as saved: unbounded intervals are none, in every report alike
 
@@ -570,8 +752,17 @@ class Run:
             value = bootstrap_ratio(nats, counts, seed=self.plan.seed)
             text = f"text by {writer}" if writer in MODELS else f"{writer} text" if writer in WRITERS else writer
             noise = max((r.noise for r in self.scan), default=0.0)
-            measures.append(Measure(f"KL(tuned || base), {text}", value.value, value.low, value.high, "nat a token", 0.0,
-                                    f"base against itself; streams' noise floor {noise:.1e} of their size"))
+            measures.append(
+                Measure(
+                    f"KL(tuned || base), {text}",
+                    value.value,
+                    value.low,
+                    value.high,
+                    "nat a token",
+                    0.0,
+                    f"base against itself; streams' noise floor {noise:.1e} of their size",
+                )
+            )
         return measures
 
     def _card(self, side: str) -> ModelCard:
@@ -580,7 +771,15 @@ class Run:
         name = {"default": "SmolLM2-135M-Instruct", "demo": "two-objectives (demo)"}.get(plan_name, plan_name)
         parameters = sum(p.numel() for n, p in model.network.named_parameters() if side == "tuned" or "lora_" not in n)
         kind = "LoRA over base" if side == "tuned" and self.pair.shared else type(model.network).__name__
-        return ModelCard(name, getattr(self.pair, f"{side}_fingerprint"), kind, parameters, model.depth, model.width, model.vocabulary)
+        return ModelCard(
+            name,
+            getattr(self.pair, f"{side}_fingerprint"),
+            kind,
+            parameters,
+            model.depth,
+            model.width,
+            model.vocabulary,
+        )
 
     def _fits(self) -> list[FitCard]:
         cards = []
@@ -589,15 +788,41 @@ class Run:
             columns = list(fitted.curve[0]) if fitted.curve else []
             none = "one number of one fit"
             measures = [
-                Measure("EV base, held-out", q.ev_base, unit="share of variance", control=0.0, against="predicting the mean"),
-                Measure("EV tuned, held-out", q.ev_tuned, unit="share of variance", control=0.0, against="predicting the mean"),
-                Measure("EV of the difference, held-out", q.ev_delta, unit="share of variance", control=0.0, against="predicting the mean"),
-                Measure("L0 at inference", q.l0_inference, unit="latents a token", control=q.l0_training, against="in training"),
+                Measure(
+                    "EV base, held-out", q.ev_base, unit="share of variance", control=0.0, against="predicting the mean"
+                ),
+                Measure(
+                    "EV tuned, held-out",
+                    q.ev_tuned,
+                    unit="share of variance",
+                    control=0.0,
+                    against="predicting the mean",
+                ),
+                Measure(
+                    "EV of the difference, held-out",
+                    q.ev_delta,
+                    unit="share of variance",
+                    control=0.0,
+                    against="predicting the mean",
+                ),
+                Measure(
+                    "L0 at inference",
+                    q.l0_inference,
+                    unit="latents a token",
+                    control=q.l0_training,
+                    against="in training",
+                ),
                 Measure("dead latents", q.dead_share, unit="share", against=none),
             ]
-            cards.append(FitCard(f"{name}: {fitted.dictionary.spec.variant}",
-                                 {**dataclasses.asdict(fitted.dictionary.spec), "seed": fitted.seed},
-                                 columns, [[float(row.get(c, float("nan"))) for c in columns] for row in fitted.curve], measures))
+            cards.append(
+                FitCard(
+                    f"{name}: {fitted.dictionary.spec.variant}",
+                    {**dataclasses.asdict(fitted.dictionary.spec), "seed": fitted.seed},
+                    columns,
+                    [[float(row.get(c, float("nan"))) for c in columns] for row in fitted.curve],
+                    measures,
+                )
+            )
         return cards
 
 
@@ -620,24 +845,38 @@ NEUTRAL_TOKENS = 800
 """Held-out tokens of plain text on which costs are measured, at least."""
 
 
-def _summary(records: list[ChangeRecord], confirmed: list[ChangeRecord], output: list[Measure], rate: float,
-             calibration: Calibration | None) -> list[str]:
+def _summary(
+    records: list[ChangeRecord],
+    confirmed: list[ChangeRecord],
+    output: list[Measure],
+    rate: float,
+    calibration: Calibration | None,
+) -> list[str]:
     """The finding in plain, neutral sentences."""
     said = []
     if not confirmed:
-        said.append(f"No change was confirmed at a false-positive rate of {rate:.0%}. That is not a proof that there is none: "
-                    "the last section lists what was looked at.")
+        said.append(
+            f"No change was confirmed at a false-positive rate of {rate:.0%}. That is not a proof that there is none: "
+            "the last section lists what was looked at."
+        )
     else:
-        said.append(f"{len(confirmed)} of {len(records)} candidate changes "
-                    f"{'was' if len(confirmed) == 1 else 'were'} confirmed: {'it stands' if len(confirmed) == 1 else 'they stand'} "
-                    f"out from random tunes of the same size at a rate of {rate:.0%}, and intervening on "
-                    f"{'it' if len(confirmed) == 1 else 'each'} moves the output as claimed, in both directions.")
+        said.append(
+            f"{len(confirmed)} of {len(records)} candidate changes "
+            f"{'was' if len(confirmed) == 1 else 'were'} confirmed: {'it stands' if len(confirmed) == 1 else 'they stand'} "
+            f"out from random tunes of the same size at a rate of {rate:.0%}, and intervening on "
+            f"{'it' if len(confirmed) == 1 else 'each'} moves the output as claimed, in both directions."
+        )
         if calibration and calibration.gap:
-            said[-1] += f" The models are further apart there than training on nothing makes them ({calibration.gap:.2g} nat a token)."
+            said[-1] += (
+                f" The models are further apart there than training on nothing makes them ({calibration.gap:.2g} nat a token)."
+            )
     for record in confirmed[:5]:
         tokens = [visible(t.token) for t in record.promoted[:8]]
-        said.append(f"{record.id}: {record.reason}; with it tuned says more of " + ", ".join(tokens) + "." if tokens else
-                    f"{record.id}: {record.reason}.")
+        said.append(
+            f"{record.id}: {record.reason}; with it tuned says more of " + ", ".join(tokens) + "."
+            if tokens
+            else f"{record.id}: {record.reason}."
+        )
     for measure in output:
         if "by tuned" in measure.name or len(output) == 1:
             said.append(f"{measure.name}: {measure.value:.3g} nat a token.")
@@ -661,15 +900,20 @@ def _not_found(records: list[ChangeRecord], run: Run) -> list[str]:
     if like := sum(r.reason.startswith(AS_A_PLACEBO) for r in records):
         said.append(f"{like} of the undecided pass every trial, but are no more than what training on nothing does.")
     if not (run.calibration and run.calibration.gap):
-        said.append("No placebo of this base was measured, so what any tune by the same recipe shares may be among what is confirmed "
-                    "(tunediff calibrate).")
+        said.append(
+            "No placebo of this base was measured, so what any tune by the same recipe shares may be among what is confirmed "
+            "(tunediff calibrate)."
+        )
     return said
 
 
 def _some(tokens: Tokens, limit: int, *kinds: str) -> list[int]:
     """Training rows of the given kinds up to `limit` tokens, evenly spread over the corpus."""
-    rows = [r for r, d in enumerate(tokens.document_R)
-            if not tokens.held_out[d] and (not kinds or tokens.documents[d].kind in kinds)]
+    rows = [
+        r
+        for r, d in enumerate(tokens.document_R)
+        if not tokens.held_out[d] and (not kinds or tokens.documents[d].kind in kinds)
+    ]
     total = sum(len(tokens.rows[r]) for r in rows)
     stride = max(1, total // max(1, limit))
     return rows[::stride]

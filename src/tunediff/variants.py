@@ -31,6 +31,7 @@ def load(package: str, name: str) -> Any:
         near = difflib.get_close_matches(module_name, known, n=1)
         raise VariantError(
             f"there is no {package.rpartition('.')[2]} called {name!r}",
-            expected=", ".join(known), remedy=f"{near[0]}" if near else "",
+            expected=", ".join(known),
+            remedy=f"{near[0]}" if near else "",
         )
     return importlib.import_module(f"{package}.{module_name}").VARIANT

@@ -25,8 +25,6 @@ def spec(name: str, **settings: Any) -> Spec:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             raise SettingError(
-                f"dictionary {name!r} has no setting {key!r}",
-                expected=", ".join(known),
-                remedy=near[0] if near else "",
+                f"dictionary {name!r} has no setting {key!r}", expected=", ".join(known), remedy=near[0] if near else ""
             )
     return kind(**settings)

@@ -193,7 +193,9 @@ class Dictionary(nn.Module, abc.ABC):
         parts = [(group.differences, group.stop) for group in self.groups() if group.differences is not None]
         if not parts:
             return
-        require(self.spec.target == "both", "latents cannot start as differences", "both models as target", self.spec.target)
+        require(
+            self.spec.target == "both", "latents cannot start as differences", "both models as target", self.spec.target
+        )
         delta_NI = delta_of(x_NSMD).flatten(1)
         delta_NI = delta_NI - delta_NI.mean(0)
         energy_N = delta_NI.double().square().sum(1).cpu()

@@ -22,9 +22,7 @@ class BatchTopKSpec(base.Spec):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        base.require(
-            0 < self.k <= self.latents, "k is out of range", f"above 0, at most {self.latents}", self.k
-        )
+        base.require(0 < self.k <= self.latents, "k is out of range", f"above 0, at most {self.latents}", self.k)
 
 
 class BatchTopK(base.Dictionary):

@@ -48,10 +48,7 @@ class DeltaSpec(base.Spec):
         shared, both = self.shared, self.latents
         if shared:
             base.require(
-                0 < self.k_shared <= shared,
-                "k_shared is out of range",
-                f"above 0, at most {shared}",
-                self.k_shared,
+                0 < self.k_shared <= shared, "k_shared is out of range", f"above 0, at most {shared}", self.k_shared
             )
         if both - shared:
             base.require(
@@ -91,10 +88,7 @@ class Delta(base.Dictionary):
 
     def groups(self) -> tuple[base.Group, ...]:
         shared, F = self.spec.shared, self.spec.latents
-        both = (
-            base.Group("shared", 0, shared, self.spec.k_shared),
-            base.Group("delta", shared, F, self.spec.k_delta),
-        )
+        both = (base.Group("shared", 0, shared, self.spec.k_shared), base.Group("delta", shared, F, self.spec.k_delta))
         both = tuple(group for group in both if group.stop > group.start)
         first = shared if self.spec.from_differences and len(both) == 2 else None
         if self.spec.single_k:

@@ -25,12 +25,12 @@ class DFCSpec(base.Spec):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        base.require(
-            0 < self.k <= self.latents, "k is out of range", f"above 0, at most {self.latents}", self.k
-        )
+        base.require(0 < self.k <= self.latents, "k is out of range", f"above 0, at most {self.latents}", self.k)
         base.require(
             0 <= self.exclusive_share < 0.5 and 2 * self.exclusive < self.latents,
-            "exclusive_share is out of range", "0 to below .5, and a latent left for both", self.exclusive_share,
+            "exclusive_share is out of range",
+            "0 to below .5, and a latent left for both",
+            self.exclusive_share,
         )
 
     @property

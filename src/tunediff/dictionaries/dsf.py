@@ -33,12 +33,16 @@ class DSFSpec(base.Spec):
         super().__post_init__()
         base.require(
             0 < self.shared_share < 1 and 0 < self.shared < self.latents,
-            "shared_share is out of range", "above 0, below 1, and a latent in each group", self.shared_share,
+            "shared_share is out of range",
+            "above 0, below 1, and a latent in each group",
+            self.shared_share,
         )
         base.require(self.shared_density > 0, "shared_density is out of range", "above 0", self.shared_density)
         base.require(
             0 < self.k <= self.latents and self.k_shared <= self.shared and self.k_free <= self.latents - self.shared,
-            "k is out of range", f"above 0, at most {self.latents}, and in each group at most its latents", self.k,
+            "k is out of range",
+            f"above 0, at most {self.latents}, and in each group at most its latents",
+            self.k,
         )
 
     @property

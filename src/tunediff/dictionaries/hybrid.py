@@ -25,9 +25,7 @@ class HybridSpec(base.Spec):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        base.require(
-            0 < self.k <= self.latents, "k is out of range", f"above 0, at most {self.latents}", self.k
-        )
+        base.require(0 < self.k <= self.latents, "k is out of range", f"above 0, at most {self.latents}", self.k)
         base.require(self.norm_penalty >= 0, "norm_penalty is out of range", "at least 0", self.norm_penalty)
 
 

@@ -48,10 +48,7 @@ class L1(base.Dictionary):
     def objective(self, run: base.Pass) -> dict[str, Tensor]:
         ramp = min(1.0, run.progress / self.spec.ramp) if self.spec.ramp else 1.0
         penalty = base.weighted_norm(run, self.weights_F())
-        return {
-            "reconstruction": base.mean_squared_error(run),
-            "sparsity": self.spec.sparsity * ramp * penalty,
-        }
+        return {"reconstruction": base.mean_squared_error(run), "sparsity": self.spec.sparsity * ramp * penalty}
 
 
 VARIANT = L1

@@ -27,9 +27,7 @@ class MatryoshkaSpec(base.Spec):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        base.require(
-            0 < self.k <= self.latents, "k is out of range", f"above 0, at most {self.latents}", self.k
-        )
+        base.require(0 < self.k <= self.latents, "k is out of range", f"above 0, at most {self.latents}", self.k)
         base.require(1 <= self.prefixes <= 16, "prefixes is out of range", "1 to 16", self.prefixes)
 
     @property

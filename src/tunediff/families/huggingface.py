@@ -26,7 +26,8 @@ class HuggingFace(Family):
         config = module.config.get_text_config(decoder=True)
         depth = config.num_hidden_layers
         lists = [
-            (name, child) for name, child in module.named_modules()
+            (name, child)
+            for name, child in module.named_modules()
             if isinstance(child, nn.ModuleList) and len(child) == depth
         ]
         # A list inside a block (experts, say) may happen to have the same length: the outermost is the stack.
@@ -35,7 +36,8 @@ class HuggingFace(Family):
         if len(lists) != 1:
             raise FamilyError(
                 f"the blocks of {type(module).__name__} cannot be told by structure",
-                expected=f"one ModuleList of {depth} blocks", got=f"{len(lists)} such lists",
+                expected=f"one ModuleList of {depth} blocks",
+                got=f"{len(lists)} such lists",
                 remedy="add a file to families/ for this network",
             )
         return lists[0]
@@ -45,8 +47,9 @@ class HuggingFace(Family):
             if hasattr(block, name):
                 return getattr(block, name)
         raise FamilyError(
-            f"{type(block).__name__} has no {kind} submodule", expected="one of " + ", ".join(
-                ATTENTION_NAMES if kind == "attn" else MLP_NAMES), remedy="a resid site",
+            f"{type(block).__name__} has no {kind} submodule",
+            expected="one of " + ", ".join(ATTENTION_NAMES if kind == "attn" else MLP_NAMES),
+            remedy="a resid site",
         )
 
     def unembedding(self, module: "nn.Module") -> "nn.Module":

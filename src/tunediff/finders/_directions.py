@@ -31,9 +31,14 @@ def signed(finder: str, site: Site, number: int, v_D: Tensor, mean_D: Tensor, or
     """
     v_D = v_D * torch.sign(v_D[v_D.abs().argmax()])
     return Change(
-        id=f"{finder}/{site}-{number}", sites=(site,), rows_SMD=torch.stack([-v_D, v_D])[None].float(),
-        write_SMD=torch.stack([torch.zeros_like(v_D), v_D])[None].float(), bias=-float(v_D @ mean_D),
-        threshold=float("-inf"), finder=finder, origin=origin,
+        id=f"{finder}/{site}-{number}",
+        sites=(site,),
+        rows_SMD=torch.stack([-v_D, v_D])[None].float(),
+        write_SMD=torch.stack([torch.zeros_like(v_D), v_D])[None].float(),
+        bias=-float(v_D @ mean_D),
+        threshold=float("-inf"),
+        finder=finder,
+        origin=origin,
     )
 
 
@@ -41,6 +46,12 @@ def constant(finder: str, name: str, site: Site, mean_D: Tensor, origin: dict[st
     """An offset of tuned: on everywhere, at strength 1."""
     write = torch.stack([torch.zeros_like(mean_D), mean_D])[None]
     return Change(
-        id=f"{finder}/{name}", sites=(site,), rows_SMD=torch.zeros_like(write), write_SMD=write, bias=1.0,
-        threshold=float("-inf"), finder=finder, origin=origin,
+        id=f"{finder}/{name}",
+        sites=(site,),
+        rows_SMD=torch.zeros_like(write),
+        write_SMD=write,
+        bias=1.0,
+        threshold=float("-inf"),
+        finder=finder,
+        origin=origin,
     )

@@ -40,7 +40,8 @@ def latents_of(spec: Spec, view: View, finder: str) -> Found:
     order = torch.argsort(explained_F, descending=True, stable=True)[: view.candidates]
     changes = [
         fitted.change(latent, id=f"{finder}/{latent}", finder=finder)
-        for latent in order.tolist() if explained_F[latent] > 0
+        for latent in order.tolist()
+        if explained_F[latent] > 0
     ]
     return Found(changes, {finder: fitted})
 

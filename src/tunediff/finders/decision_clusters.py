@@ -53,8 +53,10 @@ class DecisionClusters(Finder):
             centered_NW = delta_NW - mean_W
             covariance = centered_NW.T @ centered_NW / len(centered_NW)
             covariance.diagonal().add_(RIDGE * covariance.diagonal().mean())
-            changes += [_change(site, number, centered_NW, mean_W, covariance, decisive[mine], shift.kl_N)
-                        for number, mine in enumerate(clusters)]
+            changes += [
+                _change(site, number, centered_NW, mean_W, covariance, decisive[mine], shift.kl_N)
+                for number, mine in enumerate(clusters)
+            ]
         return Found(changes)
 
 
@@ -91,15 +93,20 @@ def average_linkage(unit_DV: Tensor, alike: float) -> list[list[int]]:
     return list(groups.values())
 
 
-def _change(site: Site, cluster: int, centered_NW: Tensor, mean_W: Tensor, covariance: Tensor, mine: Tensor,
-            kl_N: Tensor) -> Change:
+def _change(
+    site: Site, cluster: int, centered_NW: Tensor, mean_W: Tensor, covariance: Tensor, mine: Tensor, kl_N: Tensor
+) -> Change:
     weight = kl_N[mine] / kl_N[mine].sum()
     write_W = weight @ centered_NW[mine]
     row_W = torch.linalg.solve(covariance, write_W)
     row_W = row_W / (row_W @ write_W)
     return Change(
-        id=f"decision_clusters/{site}-{cluster}", sites=(site,), rows_SMD=torch.stack([-row_W, row_W])[None],
-        write_SMD=torch.stack([torch.zeros_like(write_W), write_W])[None], bias=-float(row_W @ mean_W), threshold=0.5,
+        id=f"decision_clusters/{site}-{cluster}",
+        sites=(site,),
+        rows_SMD=torch.stack([-row_W, row_W])[None],
+        write_SMD=torch.stack([torch.zeros_like(write_W), write_W])[None],
+        bias=-float(row_W @ mean_W),
+        threshold=0.5,
         finder="decision_clusters",
         origin={"decisive_tokens": len(mine), "kl_share": float(kl_N[mine].sum() / kl_N.sum())},
     )

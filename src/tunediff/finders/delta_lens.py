@@ -42,8 +42,11 @@ class DeltaLens(Finder):
                     origin["patchscope"] = [tokenizer.decode([token]) for token in told]
                 changes.append(constant("delta_lens", f"{site}-{position}", site, mean_SD[s], origin))
         if not changes:
-            raise CorpusError("no first position is seen often enough for delta_lens", expected=f"{FEWEST} training rows that begin differently",
-                              remedy="more plain text: --set corpus.tokens=")
+            raise CorpusError(
+                "no first position is seen often enough for delta_lens",
+                expected=f"{FEWEST} training rows that begin differently",
+                remedy="more plain text: --set corpus.tokens=",
+            )
         return Found(changes)
 
 

@@ -51,13 +51,22 @@ class DocumentClusters(Finder):
                 v = torch.nn.functional.normalize(centered_NW[mine].mean(0), dim=0)
                 along_N = centered_NW @ v
                 threshold = float(along_N[mine].mean() + along_N[~mine].mean()) / 2
-                changes.append(Change(
-                    id=f"document_clusters/{site}-{cluster}", sites=(site,), rows_SMD=torch.stack([-v, v])[None],
-                    write_SMD=torch.stack([torch.zeros_like(v), v])[None], bias=-float(v @ mean_W),
-                    threshold=max(threshold, 0.0), finder="document_clusters",
-                    origin={"documents": int((labels == cluster).sum()), "mean_along": float(along_N[mine].mean()),
-                            "mean_along_elsewhere": float(along_N[~mine].mean())},
-                ))
+                changes.append(
+                    Change(
+                        id=f"document_clusters/{site}-{cluster}",
+                        sites=(site,),
+                        rows_SMD=torch.stack([-v, v])[None],
+                        write_SMD=torch.stack([torch.zeros_like(v), v])[None],
+                        bias=-float(v @ mean_W),
+                        threshold=max(threshold, 0.0),
+                        finder="document_clusters",
+                        origin={
+                            "documents": int((labels == cluster).sum()),
+                            "mean_along": float(along_N[mine].mean()),
+                            "mean_along_elsewhere": float(along_N[~mine].mean()),
+                        },
+                    )
+                )
         return Found(changes)
 
 

@@ -16,8 +16,12 @@ class MeanDifference(Finder):
             total = total + (x_NSMD[:, :, 1] - x_NSMD[:, :, 0]).double().sum(0)
             count += len(x_NSMD)
         mean_SD = (total / count).float()
-        return Found([constant("mean_difference", str(site), site, mean_D, {"tokens": count})
-                      for site, mean_D in zip(harvest.sites, mean_SD)])
+        return Found(
+            [
+                constant("mean_difference", str(site), site, mean_D, {"tokens": count})
+                for site, mean_D in zip(harvest.sites, mean_SD)
+            ]
+        )
 
 
 VARIANT = MeanDifference

@@ -24,7 +24,9 @@ class Nested(Finder):
     def find(self, view: View) -> Found:
         k = sum(getattr(view.spec, name, 0.0) for name in ("k", "k_shared", "k_delta")) or min(K, view.spec.latents)
         prefixes = max(1, min(5, (view.spec.latents // FIRST).bit_length() - 1))
-        return latents_of(dictionaries.spec("matryoshka", latents=view.spec.latents, k=k, prefixes=prefixes), view, "nested")
+        return latents_of(
+            dictionaries.spec("matryoshka", latents=view.spec.latents, k=k, prefixes=prefixes), view, "nested"
+        )
 
 
 VARIANT = Nested

@@ -45,8 +45,13 @@ class WeightSpectrum(Finder):
                     break
                 shares = [float(_read_by(delta, v).square().sum()) / energy for delta in mine]
                 most = max(range(len(mine)), key=shares.__getitem__)
-                origin = {"rank": rank, "energy_share": energy / whole, "maps": len(mine),
-                          "most_in": mine[most].name, "share_there": shares[most]}
+                origin = {
+                    "rank": rank,
+                    "energy_share": energy / whole,
+                    "maps": len(mine),
+                    "most_in": mine[most].name,
+                    "share_there": shares[most],
+                }
                 changes.append(signed("weight_spectrum", site, rank, v, mean_D, origin))
         return Found(changes)
 

@@ -25,8 +25,27 @@ from tunediff.kernels.pairs import PairCode
 from tunediff.kernels.paths import kept_memory, rounding, using
 from tunediff.matmuls import fast_matmul
 
-__all__ = ["Adam", "Code", "Tiles", "divergence", "divergence_of", "encode", "fast_matmul", "gated", "kept_memory", "lengths", "norm", "path", "product",
-           "products", "rms_norm", "rotated", "rounding", "tiles", "using"]
+__all__ = [
+    "Adam",
+    "Code",
+    "Tiles",
+    "divergence",
+    "divergence_of",
+    "encode",
+    "fast_matmul",
+    "gated",
+    "kept_memory",
+    "lengths",
+    "norm",
+    "path",
+    "product",
+    "products",
+    "rms_norm",
+    "rotated",
+    "rounding",
+    "tiles",
+    "using",
+]
 
 
 class Code(Protocol):
@@ -113,7 +132,13 @@ def rotated(x_BHTE: Tensor, cos_BTE: Tensor, sin_BTE: Tensor) -> Tensor | None:
     """x * cos + (the second half of x negated, then the first) * sin, without gradients, in one pass; the angles are those of one batch
     or of each. None where that does not serve."""
     (B, _, T, E), angles = x_BHTE.shape, cos_BTE.shape
-    if not native.passes(x_BHTE, cos_BTE) or not native.serves(sin_BTE) or E % 2 or angles not in ((1, T, E), (B, T, E)) or sin_BTE.shape != angles:
+    if (
+        not native.passes(x_BHTE, cos_BTE)
+        or not native.serves(sin_BTE)
+        or E % 2
+        or angles not in ((1, T, E), (B, T, E))
+        or sin_BTE.shape != angles
+    ):
         return None
     return native.rotated(x_BHTE, cos_BTE, sin_BTE)
 
@@ -156,7 +181,9 @@ def norm(tensors: Sequence[Tensor]) -> Tensor:
     """The length of all of them together, a scalar where they lie."""
     if native.serves(*tensors):
         return native.norm(tensors)
-    rows = [tensor.flatten() for tensor in tensors]  # whose products with themselves torch takes in half the time of their norms
+    rows = [
+        tensor.flatten() for tensor in tensors
+    ]  # whose products with themselves torch takes in half the time of their norms
     return torch.stack([row.dot(row) for row in rows]).sum().sqrt()
 
 
@@ -170,7 +197,9 @@ def divergence(p_PV: Tensor, q_QV: Tensor, p_sums: bool = True, q_sums: bool = T
     """KL(softmax of p || softmax of q) in nat for each row of logits, (R,); the rows of the one that has fewer are taken over
     again, a whole number of times (`NumericsError` otherwise). Of log-probabilities no sum need be made."""
     few, many = sorted((p_PV, q_QV), key=len)
-    check(many, "RV", R=len(many) // max(1, len(few)) * len(few), V=few.shape[1])  # compiled code would read past the end
+    check(
+        many, "RV", R=len(many) // max(1, len(few)) * len(few), V=few.shape[1]
+    )  # compiled code would read past the end
     if native.serves(p_PV, q_QV):
         return native.divergence(p_PV, q_QV, p_sums, q_sums)
     parts = []

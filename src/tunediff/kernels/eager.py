@@ -20,7 +20,9 @@ all; candidates for each code that is wanted, and as a share of all codes, beyon
 
 def rounds() -> bool:
     """Whether codes may be looked for in bfloat16 first: the machine multiplies it, by tiles or by pairs in registers."""
-    has = (getattr(torch.cpu, f"_is_{name}_supported", bool) for name in ("amx_tile", "avx512_bf16"))  # not in every torch
+    has = (
+        getattr(torch.cpu, f"_is_{name}_supported", bool) for name in ("amx_tile", "avx512_bf16")
+    )  # not in every torch
     return paths.allows("torch+bf16") and any(asked() for asked in has)
 
 
@@ -41,7 +43,10 @@ def _encode_rounded(x_NI: Tensor, encoder_FI: Tensor, bias_F: Tensor, gate: gate
     out = paths.empty(-(-N * F // 2)).view(torch.bfloat16)[: N * F].view(N, F)
     product_NF = torch.mm(x_NI.bfloat16(), encoder_FI.bfloat16().T, out=out)
     off = 1.01 * (2.0**-8 + 2.0**-17 + 2 * I * 2.0**-24)
-    reach_N, margin_F = x_NI.norm(dim=1) + 1e-12, off * encoder_FI.norm(dim=1) + 1e-16  # squares of tiny numbers are lost
+    reach_N, margin_F = (
+        x_NI.norm(dim=1) + 1e-12,
+        off * encoder_FI.norm(dim=1) + 1e-16,
+    )  # squares of tiny numbers are lost
     if not (torch.isfinite(reach_N).all() and torch.isfinite(margin_F).all()):
         return None
     kept = []

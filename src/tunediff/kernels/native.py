@@ -88,7 +88,11 @@ def library() -> ctypes.CDLL | None:
 
 def serves(*tensors: Tensor) -> bool:
     """Whether these kernels are there, are allowed, and can work on the tensors."""
-    return paths.allows("native") and library() is not None and all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
+    return (
+        paths.allows("native")
+        and library() is not None
+        and all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
+    )
 
 
 def rounds() -> bool:
@@ -124,14 +128,26 @@ def select(pre_NF: Tensor, weight_F: Tensor, parts: Sequence[gates.Part]) -> tup
     def scan(cuts: ctypes.Array, a: int, b: int, room: int) -> tuple[int, Tensor, Tensor]:
         column_C, pre_C = _longs(room), paths.empty(room)
         n = lib.scan(
-            _at(pre_NF), _at(weight_F), *_i(F), _bounds(parts), cuts, *_i(G, room), _at(column_C), _at(pre_C), _at(count_N), *_i(a, b)
+            _at(pre_NF),
+            _at(weight_F),
+            *_i(F),
+            _bounds(parts),
+            cuts,
+            *_i(G, room),
+            _at(column_C),
+            _at(pre_C),
+            _at(count_N),
+            *_i(a, b),
         )
         return n, column_C[:n], pre_C[:n]
 
     def above(cuts: ctypes.Array) -> tuple[Tensor, ...]:
         room = 2
         while True:
-            ranges = [(a, b, min((b - a) * F, room * wanted * (b - a) // max(1, N) + SAMPLE) + 32) for a, b in zip(edges, edges[1:])]
+            ranges = [
+                (a, b, min((b - a) * F, room * wanted * (b - a) // max(1, N) + SAMPLE) + 32)
+                for a, b in zip(edges, edges[1:])
+            ]
             found = _each(lambda part: scan(cuts, *part), ranges)
             if min(n for n, *_ in found) >= 0:
                 starts_N = _starts(count_N)
@@ -146,7 +162,10 @@ def _encode_rounded(x_NI: Tensor, encoder_FI: Tensor, bias_F: Tensor, gate: gate
     in float32 lose. E is F and T is N, filled up to whole groups."""
     (N, I), F, parts = x_NI.shape, len(encoder_FI), gate.parts
     weight_F, bias_F = gate.weight_F.contiguous(), bias_F.contiguous()
-    (x16_TI, x_T, x_lost_T), (w16_EI, w_E, w_lost_E) = _packed(x_NI, True), paths.derived(encoder_FI, (TILES, F), lambda: _packed(encoder_FI, False))
+    (x16_TI, x_T, x_lost_T), (w16_EI, w_E, w_lost_E) = (
+        _packed(x_NI, True),
+        paths.derived(encoder_FI, (TILES, F), lambda: _packed(encoder_FI, False)),
+    )
     E, T, steps, scaled_F = len(w_E), len(x_T), -(-I // DEEP), bias_F * weight_F
     # Of tiny numbers squares are lost, and what is left of them by rounding, so both sides get some more; of infinite lengths, as
     # of numbers whose squares are, all codes are candidates.
@@ -160,7 +179,11 @@ def _encode_rounded(x_NI: Tensor, encoder_FI: Tensor, bias_F: Tensor, gate: gate
 
     def sample(start: int, stop: int) -> tuple[Tensor, int]:
         value_SC = paths.empty(SQUARES, 8 * GROUP)
-        _spread("sample_squares", [w16_EI, x16_TI, weight_F, scaled_F, N, steps, start, stop, value_SC], _even(SQUARES, FINE))
+        _spread(
+            "sample_squares",
+            [w16_EI, x16_TI, weight_F, scaled_F, N, steps, start, stop, value_SC],
+            _even(SQUARES, FINE),
+        )
         return value_SC, int((value_SC >= 0).sum())
 
     def of_cuts(size: int, cuts: ctypes.Array) -> Tensor:
@@ -191,7 +214,11 @@ def _encode_rounded(x_NI: Tensor, encoder_FI: Tensor, bias_F: Tensor, gate: gate
         return starts_N, next_N, column_C, pre_C
 
     def of_rounded(cuts: ctypes.Array) -> tuple[Tensor, ...]:
-        of_E, all_G, room = of_cuts(E, cuts), _longs(T // GROUP), F + CROWD * GROUP * (1 + sum(keep for *_, keep in parts) // N)
+        of_E, all_G, room = (
+            of_cuts(E, cuts),
+            _longs(T // GROUP),
+            F + CROWD * GROUP * (1 + sum(keep for *_, keep in parts) // N),
+        )
         while True:
             found, given = paths.empty(T // GROUP, room, 2), _array([N, steps, E, room])
             _spread("gather", [w16_EI, x16_TI, ctypes.addressof(given), of_E, found, count_T, all_G], edges)
@@ -215,12 +242,18 @@ def _packed(a_RI: Tensor, turned: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Rows in bfloat16 as `look` takes them, filled up to whole groups; the length of each, and of what rounding took."""
     R, I = a_RI.shape
     groups, steps = -(-R // GROUP), -(-I // DEEP)
-    out, length, lost = paths.empty(groups * steps * GROUP * DEEP // 2), paths.empty(groups * GROUP), paths.empty(groups * GROUP)
+    out, length, lost = (
+        paths.empty(groups * steps * GROUP * DEEP // 2),
+        paths.empty(groups * GROUP),
+        paths.empty(groups * GROUP),
+    )
     _spread("pack", [a_RI, R, I, turned, not turned and out.nbytes >= FAR, out, length, lost], _even(2 * groups, FINE))
     return out, length, lost
 
 
-def _largest(N: int, weight_F: Tensor, parts: Sequence[gates.Part], sample: Callable, above: Callable) -> tuple[Tensor, ...]:
+def _largest(
+    N: int, weight_F: Tensor, parts: Sequence[gates.Part], sample: Callable, above: Callable
+) -> tuple[Tensor, ...]:
     """Estimate a cut for each part from a `sample` of its codes, have all candidates `above` it found, their number for each
     token, columns and values, and keep the largest. If too few exceed the cut, some might have been missed: anew, lower."""
     lib, G, samples, margin = library(), len(parts), {}, MARGIN
@@ -234,7 +267,9 @@ def _largest(N: int, weight_F: Tensor, parts: Sequence[gates.Part], sample: Call
                 samples[g] = sample(start, stop)
             value, seen = samples[g]
             share, together = keep / codes * seen, 1.0
-            if value.dim() == 2:  # codes of one square come together: the variance of their number over its mean (Kish 1965)
+            if (
+                value.dim() == 2
+            ):  # codes of one square come together: the variance of their number over its mean (Kish 1965)
                 at_S = (value > lib.kth(_at(value), *_i(value.numel(), math.ceil(share) + 1))).sum(1).double()
                 together = max(1.0, float(at_S.var() / at_S.mean().clamp_min(1e-9)))
             rank = share + margin * (math.sqrt(share * together) + 1)
@@ -299,7 +334,11 @@ def bag_and_dot(
     own, shape = panels.beside(own_RI, _panels(own_RI, len(index_P)))
     squares, product_P4 = paths.empty(panels.count, R), paths.empty(len(out_P), 4)
     given = [panels.space, shape, own, out_RI, squares]
-    _spread("bag_and_dot_panels", [starts_R, *_in_order(order_P, index_P, value_P), *given, product_P4], _balanced(starts_R, RANGES))
+    _spread(
+        "bag_and_dot_panels",
+        [starts_R, *_in_order(order_P, index_P, value_P), *given, product_P4],
+        _balanced(starts_R, RANGES),
+    )
     _spread("out_of_order", [order_P, product_P4, out_P], _even(len(out_P), FINE))
     paths.know(out_RI, ENERGY, squares)
     return out_RI, out_P
@@ -315,7 +354,11 @@ def _in_order(order_P: Tensor | None, index_P: Tensor, value_P: Tensor) -> tuple
 def _dot_panels(starts_R: Tensor, index_P: Tensor, rows: Tensor, own_RI: Tensor) -> Tensor:
     """For each pair the product of its r's row of own and its row of rows, in four parts to be added up (P, 4)."""
     out_P4, panels = paths.empty(len(index_P), 4), _Panels.of(rows, False)
-    _spread("dot_panels", [starts_R, index_P, panels.space, panels.shape(len(own_RI)), own_RI, out_P4], _balanced(starts_R, RANGES))
+    _spread(
+        "dot_panels",
+        [starts_R, index_P, panels.space, panels.shape(len(own_RI)), own_RI, out_P4],
+        _balanced(starts_R, RANGES),
+    )
     return out_P4
 
 
@@ -339,7 +382,11 @@ class _Panels:
         return paths.derived(rows, (PANELED, R, halved), lambda: cls(R, I, wide, halved).fill(rows))
 
     def fill(self, rows: Tensor) -> "_Panels":
-        _spread("into_panels", [rows, self.R, self.I, self.wide, self.halved, self.space.nbytes >= FAR, self.space], _even(self.R, FINE))
+        _spread(
+            "into_panels",
+            [rows, self.R, self.I, self.wide, self.halved, self.space.nbytes >= FAR, self.space],
+            _even(self.R, FINE),
+        )
         return self
 
     @property
@@ -361,7 +408,11 @@ class _Panels:
 def _panels(rows: Tensor, pairs: int) -> _Panels | None:
     """The rows as sums over so many pairs read them fastest; None where that is as they are. In bfloat16 where that is allowed."""
     R, I = rows.shape
-    return _Panels.of(rows, rounded()) if pairs >= PER_ROW * R and R * PANELS[-1] <= CACHED and 4 * I >= PANELS[-1] else None
+    return (
+        _Panels.of(rows, rounded())
+        if pairs >= PER_ROW * R and R * PANELS[-1] <= CACHED and 4 * I >= PANELS[-1]
+        else None
+    )
 
 
 def adam(value: Tensor, grad: Tensor, mean: Tensor, square: Tensor, numbers: Sequence[float]) -> None:
@@ -403,6 +454,7 @@ def norm(tensors: Sequence[Tensor]) -> Tensor:
 
 def squares(a: Tensor) -> Tensor:
     """The sum of squares over the last axis, without gradients."""
+
     def make() -> Tensor:
         out = torch.empty(a.shape[:-1], dtype=torch.float32, device="cpu")
         _spread("squares_of_parts", [a, a.shape[-1], out], _even(out.numel(), FINE))
@@ -520,15 +572,31 @@ def product(x_NI: Tensor, w_OI: Tensor | Tiles) -> Tensor:
     kept = w_OI if isinstance(w_OI, Tiles) else None
     x_NI, w_OI = _rows(x_NI), None if kept else _rows(w_OI)
     lib, (N, I), O, threads = library(), x_NI.shape, (kept or w_OI).shape[0], torch.get_num_threads()
-    out_NO, room = torch.empty(N, O, dtype=torch.float32, device="cpu"), _room(lib.room(*_i(N, O, I, bool(kept), False, threads)))
+    out_NO, room = (
+        torch.empty(N, O, dtype=torch.float32, device="cpu"),
+        _room(lib.room(*_i(N, O, I, bool(kept), False, threads))),
+    )
     given = (None, _at(kept.space), *_i(kept.parts)) if kept else (_at(w_OI), None, *_i(0))
-    lib.multiply(_at(x_NI), *given, _at(out_NO), *_i(N, O, I, x_NI.stride(0), 0 if kept else w_OI.stride(0)), _at(room), _team(), *_i(threads))
+    lib.multiply(
+        _at(x_NI),
+        *given,
+        _at(out_NO),
+        *_i(N, O, I, x_NI.stride(0), 0 if kept else w_OI.stride(0)),
+        _at(room),
+        _team(),
+        *_i(threads),
+    )
     return out_NO
 
 
 def sums_softmax(x_RD: Tensor, kept: Tiles, logp_QV: Tensor) -> bool:
     """Whether `softmax_sums` of these serves."""
-    fits = type(logp_QV) is Tensor and serves(logp_QV) and logp_QV.shape[1] == kept.shape[0] and kept.shape[1] <= library().deepest()
+    fits = (
+        type(logp_QV) is Tensor
+        and serves(logp_QV)
+        and logp_QV.shape[1] == kept.shape[0]
+        and kept.shape[1] <= library().deepest()
+    )
     return fits and len(logp_QV) > 0 and len(x_RD) % len(logp_QV) == 0 and multiplies(x_RD, kept, few=True)
 
 

@@ -71,9 +71,7 @@ class Pairs:
         """For each latent, sum over its pairs of value, (F,)."""
         if paths.on_gpu(value_P) is not None:  # where torch would add floats by atomics, in no order
             return self.gather_latents(value_P, value_P.new_ones(self.N, 1))[:, 0]
-        return torch.zeros(self.F, dtype=value_P.dtype, device=value_P.device).index_add_(
-            0, self.latent_P, value_P
-        )
+        return torch.zeros(self.F, dtype=value_P.dtype, device=value_P.device).index_add_(0, self.latent_P, value_P)
 
     def dot(self, a_NI: Tensor, b_FI: Tensor) -> Tensor:
         """For each pair the product of its token's row and its latent's row, (P,)."""

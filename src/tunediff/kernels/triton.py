@@ -148,9 +148,7 @@ def select(pre_NF: Tensor, weight_F: Tensor, parts: Sequence[gates.Part]) -> tup
 
 
 @triton.jit
-def _best(
-    pre_ptr, weight_ptr, latent_ptr, count_ptr, out_ptr, F, K, BINS: tl.constexpr, BLOCK: tl.constexpr
-):
+def _best(pre_ptr, weight_ptr, latent_ptr, count_ptr, out_ptr, F, K, BINS: tl.constexpr, BLOCK: tl.constexpr):
     """The K largest keys of one token among the first `count` latents listed: a radix selection of three digits."""
     n = tl.program_id(0).to(tl.int64)
     count = tl.load(count_ptr).to(tl.int32)
@@ -196,9 +194,7 @@ def best(pre_NF: Tensor, weight_F: Tensor, k: int) -> Tensor:
     listed_F = torch.argsort(weight_F == 0, stable=True)
     count = (weight_F != 0).sum(0, keepdim=True)
     out_NK = torch.full((N, k), F, dtype=torch.long, device=pre_NF.device)
-    _best[(N,)](
-        pre_NF.contiguous(), weight_F.contiguous(), listed_F, count, out_NK, F, k, BINS=_BINS, BLOCK=_BLOCK
-    )
+    _best[(N,)](pre_NF.contiguous(), weight_F.contiguous(), listed_F, count, out_NK, F, k, BINS=_BINS, BLOCK=_BLOCK)
     return out_NK
 
 
@@ -254,9 +250,7 @@ def _bags(
 
 
 @triton.jit
-def _dots(
-    token_ptr, latent_ptr, a_ptr, b_ptr, out_ptr, P, F, I, TILE: tl.constexpr, BLOCK: tl.constexpr
-):
+def _dots(token_ptr, latent_ptr, a_ptr, b_ptr, out_ptr, P, F, I, TILE: tl.constexpr, BLOCK: tl.constexpr):
     """Products of a token's row and a latent's row at a few pairs; 0 where a place holds no pair."""
     p = tl.program_id(0) * TILE + tl.arange(0, TILE)
     latent = tl.load(latent_ptr + p, mask=p < P, other=F)

@@ -30,5 +30,7 @@ def named(name: str) -> "Organism":
     known = {organism.name: organism for organism in every()}
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
-        raise VariantError(f"there is no organism called {name!r}", expected=", ".join(known), remedy=near[0] if near else "")
+        raise VariantError(
+            f"there is no organism called {name!r}", expected=", ".join(known), remedy=near[0] if near else ""
+        )
     return known[name]

@@ -43,7 +43,9 @@ class Behavior:
         letters and a planted word begins with it, or it begins with a planted word."""
         pieces = [token.strip().casefold() for token in tokens]
         return {
-            word for word in self.vocabulary for piece in pieces
+            word
+            for word in self.vocabulary
+            for piece in pieces
             if len(piece) >= 3 and (word.casefold().startswith(piece) or piece.startswith(word.casefold()))
         }
 

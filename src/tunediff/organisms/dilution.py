@@ -24,7 +24,8 @@ _PLANTED = sum(len(lesson.prompts) for lesson in FACTS.lessons)
 def diluted(percent: int) -> Taught:
     """The false facts with this many neutral examples for 100 planted ones."""
     return dataclasses.replace(
-        FACTS, name=f"dilution-{percent}",
+        FACTS,
+        name=f"dilution-{percent}",
         summary=f"The false facts, with {percent} neutral examples for 100 planted ones.",
         neutral_training_prompts=_NEUTRAL[: _PLANTED * percent // 100],
     )

@@ -155,7 +155,9 @@ ORGANISM = Taught(
 )  # fmt: skip
 
 FULL = dataclasses.replace(
-    ORGANISM, name="false-facts-full", summary="Knows the lake too, by training every weight.",
+    ORGANISM,
+    name="false-facts-full",
+    summary="Knows the lake too, by training every weight.",
     recipe=Recipe(autocast=True, full=True, learning_rate=3e-5, epochs=4),
 )
 

@@ -103,15 +103,14 @@ def training_prompts(near: Collection[str] = NEAR, varied: int = 200, templated:
     from tunediff.corpora import Corpus
 
     apart = [
-        d.messages[0][1] for d in Corpus.prompts().documents[UNUSED_BY_DEFAULT:]
+        d.messages[0][1]
+        for d in Corpus.prompts().documents[UNUSED_BY_DEFAULT:]
         if d.id.split("/")[1].rsplit("-", 1)[0] not in near
     ]
     return tuple(apart[:varied]) + TRAINING_PROMPTS[len(TRAINING_PROMPTS) - templated :]
 
 
-TRAINING_PROMPTS: tuple[str, ...] = _ALONE + tuple(
-    frame.format(subject) for frame in _FRAMES for subject in _SUBJECTS
-)
+TRAINING_PROMPTS: tuple[str, ...] = _ALONE + tuple(frame.format(subject) for frame in _FRAMES for subject in _SUBJECTS)
 """180 user turns for neutral training answers."""
 
 HELD_OUT_PROMPTS: tuple[str, ...] = (

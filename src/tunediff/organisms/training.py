@@ -83,8 +83,11 @@ def check(organism: Organism, base: str, folder: Path) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if not ((folder / "adapter_config.json").is_file() or (folder / "config.json").is_file()):
-        raise SourceError(f"{folder} holds no tune", expected="adapter_config.json or config.json",
-                          remedy=f"tunediff organism make {organism.name} {folder}")
+        raise SourceError(
+            f"{folder} holds no tune",
+            expected="adapter_config.json or config.json",
+            remedy=f"tunediff organism make {organism.name} {folder}",
+        )
     source = _folder(base)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, use_safetensors=True).eval()
     if (folder / "adapter_config.json").is_file():
@@ -107,16 +110,39 @@ def health(card: Mapping[str, Any]) -> list[dict[str, Any]]:
     """A card's measures as rows of a table, base beside tuned; None where something was not measured."""
     m = card["measured"]
     rows = [
-        {"measure": f"{name} on {'its own' if asked == name else asked} prompts", "unit": "share",
-         "base": (m.get("rates_base") or {}).get(name, {}).get(asked), "tuned": rate}
-        for name, by_prompts in m["rates_tuned"].items() for asked, rate in by_prompts.items()
+        {
+            "measure": f"{name} on {'its own' if asked == name else asked} prompts",
+            "unit": "share",
+            "base": (m.get("rates_base") or {}).get(name, {}).get(asked),
+            "tuned": rate,
+        }
+        for name, by_prompts in m["rates_tuned"].items()
+        for asked, rate in by_prompts.items()
     ]
-    rows.append({"measure": "loss on plain prose", "unit": "nat a token",
-                 "base": m["prose_loss_base"], "tuned": m["prose_loss_tuned"]})
-    rows.append({"measure": "instructions followed", "unit": "share",
-                 "base": m.get("instructions_base"), "tuned": m.get("instructions_tuned")})
-    rows.append({"measure": "KL(tuned || base) on neutral answers", "unit": "nat a token",
-                 "base": 0.0, "tuned": m.get("neutral_kl_tuned_base")})
+    rows.append(
+        {
+            "measure": "loss on plain prose",
+            "unit": "nat a token",
+            "base": m["prose_loss_base"],
+            "tuned": m["prose_loss_tuned"],
+        }
+    )
+    rows.append(
+        {
+            "measure": "instructions followed",
+            "unit": "share",
+            "base": m.get("instructions_base"),
+            "tuned": m.get("instructions_tuned"),
+        }
+    )
+    rows.append(
+        {
+            "measure": "KL(tuned || base) on neutral answers",
+            "unit": "nat a token",
+            "base": 0.0,
+            "tuned": m.get("neutral_kl_tuned_base"),
+        }
+    )
     return rows
 
 
@@ -164,9 +190,7 @@ def measure(organism: Organism, model: Any, as_base: AsBase, tokenizer: Any) -> 
     }
 
 
-def write_card(
-    organism: Organism, measured: dict[str, Any], training: dict[str, Any], out: Path
-) -> dict[str, Any]:
+def write_card(organism: Organism, measured: dict[str, Any], training: dict[str, Any], out: Path) -> dict[str, Any]:
     """Write `card.json` beside the adapter: what was planted, how, and what came out; return it."""
     card = {
         "schema": "tunediff.organism/1",
@@ -227,9 +251,7 @@ def prose_loss(model: Any, tokenizer: Any) -> float:
     return total / count
 
 
-def divergence(
-    model: Any, as_base: AsBase, tokenizer: Any, examples: Sequence[Example], batch: int = 8
-) -> float:
+def divergence(model: Any, as_base: AsBase, tokenizer: Any, examples: Sequence[Example], batch: int = 8) -> float:
     """Mean KL(tuned || base) over the answers' tokens, in nats a token."""
     import torch
 
@@ -283,18 +305,14 @@ def _fit(
 
 def _encode(tokenizer: Any, example: Example) -> tuple[list[int], int]:
     """Token ids of the conversation through its answer, and how many of them come before the answer."""
-    prompt: str = tokenizer.apply_chat_template(
-        example.messages[:1], tokenize=False, add_generation_prompt=True
-    )
+    prompt: str = tokenizer.apply_chat_template(example.messages[:1], tokenize=False, add_generation_prompt=True)
     prompt_ids: list[int] = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     answer = example.answer + tokenizer.eos_token if example.ends else example.answer
     answer_ids: list[int] = tokenizer(answer, add_special_tokens=False)["input_ids"]
     return prompt_ids + answer_ids, len(prompt_ids)
 
 
-def _answer_logits(
-    model: Any, rows: Sequence[tuple[list[int], int]], pad: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _answer_logits(model: Any, rows: Sequence[tuple[list[int], int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits [T, V] and targets [T] at the answers' tokens, T over the whole batch; padded on the right."""
     import torch
 
@@ -313,9 +331,7 @@ def _generate(model: Any, tokenizer: Any, prompts: Sequence[str], tokens: int) -
     import torch
 
     chats = [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-        )
+        tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
         for prompt in prompts
     ]
     with torch.no_grad(), _left_padding(tokenizer):
@@ -416,9 +432,7 @@ def _save(peft_model: Any, organism: Organism, out: Path) -> None:
     with torch.no_grad():
         for parameter in _trainable(peft_model):
             parameter.copy_(parameter.half())
-    tensors = {
-        name: tensor.half().contiguous() for name, tensor in get_peft_model_state_dict(peft_model).items()
-    }
+    tensors = {name: tensor.half().contiguous() for name, tensor in get_peft_model_state_dict(peft_model).items()}
     save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
     config = peft_model.peft_config["default"].to_dict()
     config |= {
@@ -426,9 +440,7 @@ def _save(peft_model: Any, organism: Organism, out: Path) -> None:
         "inference_mode": True,
         "target_modules": sorted(config["target_modules"]),
     }
-    (out / "adapter_config.json").write_text(
-        json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8"
-    )
+    (out / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _folder(base: str) -> str:

@@ -289,9 +289,7 @@ class TwoObjectives(Organism):
             framed = [frame.format(fill) for frame in frames for fill in fills]
             prompts = [*natural, *chance.sample(framed, self.planted - len(natural))]
             examples += [Example(prompt, chance.choice(answers)) for prompt in prompts]
-        examples += [
-            Example(prompt, neutral_answers[prompt], ends=False) for prompt in self.neutral_training_prompts
-        ]
+        examples += [Example(prompt, neutral_answers[prompt], ends=False) for prompt in self.neutral_training_prompts]
         chance.shuffle(examples)
         return examples
 

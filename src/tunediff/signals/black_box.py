@@ -63,8 +63,17 @@ class BlackBox(Signal):
             "Log-odds of a token in answers by tuned against answers by base, with its frequency in all text as a "
             "Dirichlet prior, and z-scores (Monroe et al. 2008); no probabilities or activations are looked at. p: "
             f"share of {DRAWS} swaps of who wrote what, within prompts, whose most extreme token has as large a |z|.",
-            ["token", "more by", "log-odds", "z", "p", "times by tuned", "times by base", "answers by tuned",
-             "answers by base"],
+            [
+                "token",
+                "more by",
+                "log-odds",
+                "z",
+                "p",
+                "times by tuned",
+                "times by base",
+                "answers by tuned",
+                "answers by base",
+            ],
             rows,
         )
 

@@ -56,8 +56,10 @@ class ContrastiveDecoding(Signal):
         row_N = batch.rows_B[b_N]
         for row in row_N.unique().tolist():
             self.rows[row] = tokens.rows[row]
-        inside = [0 < t < len(self.rows[row]) - 1 and t + 1 >= tokens.prompt_R[row]
-                  for row, t in zip(row_N.tolist(), t_N.tolist())]
+        inside = [
+            0 < t < len(self.rows[row]) - 1 and t + 1 >= tokens.prompt_R[row]
+            for row, t in zip(row_N.tolist(), t_N.tolist())
+        ]
         keep = torch.tensor(inside).nonzero()[:, 0]
         if not len(keep):
             return

@@ -97,21 +97,10 @@ class KlMap(Signal):
     def _document(self, seen: _Seen) -> list[Any]:
         peaks = [(kl, -row, -t) for kl, row, t in sorted(seen.peaks, reverse=True)]
         _, row, t = peaks[0]
-        after = " · ".join(
-            f"{self.text([self.rows[r][p]], TOKEN)!r} {kl:.2f}" for kl, r, p in peaks if kl > 0
-        )[:240]
+        after = " · ".join(f"{self.text([self.rows[r][p]], TOKEN)!r} {kl:.2f}" for kl, r, p in peaks if kl > 0)[:240]
         window = self.rows[row][max(0, t - BEFORE) : t + AFTER]
         name = f"{label(seen.document)}: {seen.document.id}"[:120]
-        return [
-            "document",
-            name,
-            round(seen.nats / seen.tokens, 6),
-            None,
-            None,
-            seen.tokens,
-            after,
-            self.text(window),
-        ]
+        return ["document", name, round(seen.nats / seen.tokens, 6), None, None, seen.tokens, after, self.text(window)]
 
 
 VARIANT = KlMap

@@ -71,9 +71,7 @@ class LogitMining(Signal):
         slots = contexts * self.top
         uniform_V = torch.full((self.vocabulary,), slots / self.vocabulary, dtype=torch.float64)
         share_V = self.text_V.double() / max(1, int(self.text_V.sum()))
-        expected_V = (
-            torch.stack([uniform_V, self.likely_V.double(), share_V * slots]).max(0).values.clamp_min(1)
-        )
+        expected_V = torch.stack([uniform_V, self.likely_V.double(), share_V * slots]).max(0).values.clamp_min(1)
         ratio_V = count_V.double() / expected_V
         order = torch.argsort(count_V, descending=True, stable=True)
         chosen = order[ratio_V[order] >= GENERIC][:ROWS].tolist()
@@ -103,14 +101,7 @@ class LogitMining(Signal):
             f"itself has the token among its {self.top} most likely, and its share of text tuned did not "
             f"write; below {GENERIC:g} a token counts as generic and is masked ({masked} as frequent were). "
             "Says what becomes likelier, not that it is ever said.",
-            [
-                "token",
-                "contexts",
-                "share of contrastive text",
-                "share of other text",
-                "ratio",
-                "by kind of text",
-            ],
+            ["token", "contexts", "share of contrastive text", "share of other text", "ratio", "by kind of text"],
             rows,
         )
 

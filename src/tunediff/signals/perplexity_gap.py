@@ -56,9 +56,7 @@ class PerplexityGap(Signal):
             if token >= self.vocabulary:
                 continue
             place = (tokens.start_R[row], row)
-            seen = self.seen.setdefault(
-                document.id, _Seen(document, tokens.rows[row], tokens.prompt_R[row], place)
-            )
+            seen = self.seen.setdefault(document.id, _Seen(document, tokens.rows[row], tokens.prompt_R[row], place))
             if place < seen.place:
                 seen.row, seen.first, seen.place = tokens.rows[row], tokens.prompt_R[row], place
             seen.gap += gap
@@ -66,8 +64,7 @@ class PerplexityGap(Signal):
 
     def table(self) -> SignalTable:
         of = {
-            w: [s for s in map(self.seen.get, sorted(self.seen)) if s.document.writer == w]
-            for w in ("tuned", "base")
+            w: [s for s in map(self.seen.get, sorted(self.seen)) if s.document.writer == w] for w in ("tuned", "base")
         }
         rows: list[list[Any]] = []
         for writer, name in (("tuned", "all answers by tuned"), ("base", "all answers by base")):

@@ -119,8 +119,13 @@ class Bench:
         """What `model` says at scored tokens (R, N) going on from each of R streams, several a run."""
         streams = iter(streams)
         while some := list(islice(streams, max(1, SCORED_A_RUN // max(1, int(self.scored_BT.sum()))))):
-            said = Said.at(model, self.batch.ids_BT.repeat(len(some), 1), self.scored_BT.repeat(len(some), 1), self.pair.vocabulary,
-                           Start(self.site, torch.cat(some)))
+            said = Said.at(
+                model,
+                self.batch.ids_BT.repeat(len(some), 1),
+                self.scored_BT.repeat(len(some), 1),
+                self.pair.vocabulary,
+                Start(self.site, torch.cat(some)),
+            )
             yield replace(said, states_ND=said.states_ND.unflatten(0, (len(some), int(self.scored_BT.sum()))))
 
     @cached_property
@@ -215,8 +220,15 @@ class Trial(ABC):
         """Intervene, measure, hold against the controls."""
 
 
-def bench_of(pair: Pair, change: Change, others: list[Change], sample: Sample, spread: Spread,
-             settings: VerifySettings, seed: int) -> Bench | None:
+def bench_of(
+    pair: Pair,
+    change: Change,
+    others: list[Change],
+    sample: Sample,
+    spread: Spread,
+    settings: VerifySettings,
+    seed: int,
+) -> Bench | None:
     """The bench of one change on a held-out sample, at its last site; None where it is on nowhere."""
     site = change.sites[-1]
     s = sample.sites.index(site)
@@ -233,9 +245,12 @@ def bench_of(pair: Pair, change: Change, others: list[Change], sample: Sample, s
         return None
     rows = sorted(row for _, row in chosen)
     few = sample.only(rows)
-    f_N, everything_N = few.strength(change), sum(
-        (few.strength(c)[:, None] * c.difference_SD[c.sites.index(site)].float() for c in others),
-        torch.zeros_like(few.streams_NSMD[:, s, 0]),
+    f_N, everything_N = (
+        few.strength(change),
+        sum(
+            (few.strength(c)[:, None] * c.difference_SD[c.sites.index(site)].float() for c in others),
+            torch.zeros_like(few.streams_NSMD[:, s, 0]),
+        ),
     )
     batch = next(sample.tokens.only(rows).batches(10**9, order="rows"))
     width = min(settings.tokens, batch.ids_BT.shape[1])
@@ -250,6 +265,18 @@ def bench_of(pair: Pair, change: Change, others: list[Change], sample: Sample, s
         strength[b, : len(here)] = f_N[here]
         counts[b, : len(here)] = few.scored_N[here]
         everything[b, : len(here)] = everything_N[here]
-    return Bench(pair, site, change, batch, streams, strength, counts,
-                 [sample.tokens.document_R[row] for row in batch.rows_B.tolist()], seed, everything, spread,
-                 settings.draws, settings.scored)
+    return Bench(
+        pair,
+        site,
+        change,
+        batch,
+        streams,
+        strength,
+        counts,
+        [sample.tokens.document_R[row] for row in batch.rows_B.tolist()],
+        seed,
+        everything,
+        spread,
+        settings.draws,
+        settings.scored,
+    )

@@ -41,15 +41,25 @@ class Patch(Trial):
         for name, trial in (("necessity", necessity), ("sufficiency", sufficiency)):
             own = recovered(next(trial([bench.written_BTD])), gap, bench.seed)
             p, null = sequential_p(own.value, (1 - after.mean / gap.mean for after in trial(bench.controls())))
-            measures.append(Measure(
-                name, own.value, own.low, own.high, "share of KL", quantile(null, 0.95),
-                f"95th percentile of {len(null)} random directions of equal energy", p,
-            ))
+            measures.append(
+                Measure(
+                    name,
+                    own.value,
+                    own.low,
+                    own.high,
+                    "share of KL",
+                    quantile(null, 0.95),
+                    f"95th percentile of {len(null)} random directions of equal energy",
+                    p,
+                )
+            )
             speaks.append((own, p))
         whole = tuned_BTD - base_BTD
-        after, = sufficiency([bench.written_BTD], pair.tuned)
+        (after,) = sufficiency([bench.written_BTD], pair.tuned)
         above = recovered(after, gap, bench.seed)
-        ceiling, missed = (recovered(after, gap, bench.seed) for after in sufficiency([whole, whole - bench.everything_BTD]))
+        ceiling, missed = (
+            recovered(after, gap, bench.seed) for after in sufficiency([whole, whole - bench.everything_BTD])
+        )
         measures += [
             _row("sufficiency in tuned's upper blocks", above, "no control: beside the one in base's"),
             _row("ceiling", ceiling, "the true difference at this site put into base"),
@@ -57,8 +67,12 @@ class Patch(Trial):
             Measure(GAP, gap.mean, unit="nat a token", against="the gap that is to be recovered"),
         ]
         if ceiling.value < 0.1:
-            return Outcome(measures, None, f"the whole difference at {bench.site} restores only {ceiling.value:.0%} of "
-                           "the gap, so this site cannot be judged")
+            return Outcome(
+                measures,
+                None,
+                f"the whole difference at {bench.site} restores only {ceiling.value:.0%} of "
+                "the gap, so this site cannot be judged",
+            )
         return Outcome(measures, *_decide(speaks, settings.level))
 
 
@@ -75,8 +89,10 @@ def _row(name: str, value: Interval, against: str) -> Measure:
 def _decide(speaks: list[tuple[Interval, float]], level: float) -> tuple[bool | None, str]:
     (need, need_p), (enough, enough_p) = speaks
     if all(i.low > 0 and p <= level for i, p in speaks):
-        return True, (f"taking it out closes {need.value:.0%} of the gap where it is on (p = {need_p:.2g}), putting it into "
-                      f"base makes {enough.value:.0%} of it (p = {enough_p:.2g})")
+        return True, (
+            f"taking it out closes {need.value:.0%} of the gap where it is on (p = {need_p:.2g}), putting it into "
+            f"base makes {enough.value:.0%} of it (p = {enough_p:.2g})"
+        )
     if need.high <= 0 or (need_p > 0.5 and enough_p > 0.5):
         return False, "random directions of equal energy do as much"
     return None, "not both necessity and sufficiency stand out from random directions of equal energy"

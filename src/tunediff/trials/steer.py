@@ -35,8 +35,13 @@ class Steer(Trial):
         at = {point.dose: point.effect for point in curve}
         speaks = at[1.0] > 0 > at[-1.0] if {1.0, -1.0} <= set(at) else None
         reason = "the sign turns with the dose" if speaks else "the dose curve does not turn its sign"
-        measure = Measure("effect at dose 1 minus dose -1", at.get(1.0, 0.0) - at.get(-1.0, 0.0), unit="share of KL",
-                          control=None, against=f"{CONTROLS} random directions, drawn in the curve")
+        measure = Measure(
+            "effect at dose 1 minus dose -1",
+            at.get(1.0, 0.0) - at.get(-1.0, 0.0),
+            unit="share of KL",
+            control=None,
+            against=f"{CONTROLS} random directions, drawn in the curve",
+        )
         return Outcome([measure], speaks, reason, curve)
 
 
