@@ -21,13 +21,14 @@ from typing import Any, Callable
 
 import torch
 
-from tunediff import kernels, pages
-from tunediff.accounts import Account, counted
-from tunediff.demo import check
-from tunediff.matmuls import fast_matmul
-from tunediff.models import LanguageModel
-from tunediff.plans import Plan
-from tunediff.stages import Run
+from tunediff import kernels
+from tunediff.core import pages
+from accounts import Account, counted
+from tunediff.lab.demo import check
+from tunediff.kernels.matmuls import fast_matmul
+from tunediff.models.network import LanguageModel
+from tunediff.runs.plan import Plan
+from tunediff.runs.stages import Run
 
 STAGES = {
     "contrast": lambda run: run.contrast,

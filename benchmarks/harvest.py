@@ -21,12 +21,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from tunediff.axes import BASE, TUNED
-from tunediff.corpora import Corpus
-from tunediff.layers import frozen
-from tunediff.pairs import Pair
-from tunediff.sites import Site
-from tunediff.stages import DEMO
+from tunediff.core.axes import BASE, TUNED
+from tunediff.texts.corpus import Corpus
+from tunediff.models.fast.layers import frozen
+from tunediff.models.pair import Pair
+from tunediff.records.site import Site
+from tunediff.models.shipped import DEMO
 
 
 def plain(network: nn.Module) -> nn.Module:

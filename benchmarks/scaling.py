@@ -43,11 +43,11 @@ def harvest_of(tokens: int, width: int, folder: Path) -> Any:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from tunediff.corpora import Document, Tokens
-    from tunediff.harvests import HarvestSettings, harvest
-    from tunediff.models import LanguageModel
-    from tunediff.pairs import Pair, fingerprint
-    from tunediff.sites import Site
+    from tunediff.texts.corpus import Document, Tokens
+    from tunediff.harvests.harvest import HarvestSettings, harvest
+    from tunediff.models.network import LanguageModel
+    from tunediff.models.pair import Pair, fingerprint
+    from tunediff.records.site import Site
 
     config = LlamaConfig(
         vocab_size=1000,
@@ -82,7 +82,7 @@ def fit_of(tokens: int, latents: int, width: int, k: int) -> Any:
     import torch
 
     from tunediff import dictionaries
-    from tunediff.fitting import FitSettings, TensorSource, fit
+    from tunediff.dictionaries.fitting import FitSettings, TensorSource, fit
 
     rng = torch.Generator().manual_seed(0)
     x_NMD = torch.randn(tokens, 2, width, generator=rng)

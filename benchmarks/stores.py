@@ -20,13 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tunediff.axes import BASE, TUNED
-from tunediff.dictionaries.base import delta_of
-from tunediff.fitting import HELD_OUT, Fitted, fit
-from tunediff.harvests import STORES, Harvest, harvest
-from tunediff.plans import Plan
-from tunediff.scores import SAME, matched
-from tunediff.stages import Run
+from tunediff.core.axes import BASE, TUNED
+from tunediff.dictionaries.architectures.base import delta_of
+from tunediff.dictionaries.fitting import HELD_OUT, Fitted, fit
+from tunediff.harvests.harvest import STORES, Harvest, harvest
+from tunediff.runs.plan import Plan
+from tunediff.lab.scores import SAME, matched
+from tunediff.runs.stages import Run
 
 FIRST = 32
 """Latents compared: those that write the most of the difference on held-out text."""

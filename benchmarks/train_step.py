@@ -30,9 +30,10 @@ import torch
 from torch import Tensor
 
 from tunediff import dictionaries, kernels
-from tunediff.fitting import FitSettings, Plan, State, build, step
-from tunediff.kernels import eager, native
-from tunediff.matmuls import precision
+from tunediff.dictionaries.fitting import FitSettings, Plan, State, build, step
+from tunediff.kernels import eager
+from tunediff.kernels.cpu import native
+from tunediff.kernels.matmuls import precision
 
 SHAPES = ("1152,9216,64,2048", "1152,4608,32,1024", "512,4096,32,2048")
 RATE = 1e-3

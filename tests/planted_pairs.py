@@ -10,11 +10,11 @@ import tiny_models
 import torch
 from torch import Tensor
 
-from tunediff.corpora import Corpus, Document, Tokens
-from tunediff.harvests import Harvest, HarvestSettings, harvest
-from tunediff.models import LanguageModel
-from tunediff.pairs import Pair, fingerprint
-from tunediff.sites import Site
+from tunediff.texts.corpus import Corpus, Document, Tokens
+from tunediff.harvests.harvest import Harvest, HarvestSettings, harvest
+from tunediff.models.network import LanguageModel
+from tunediff.models.pair import Pair, fingerprint
+from tunediff.records.site import Site
 
 LAYER = 1
 SITE = Site(LAYER)

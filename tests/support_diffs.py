@@ -7,7 +7,7 @@ import math
 import random
 from typing import Any
 
-from tunediff.results import (
+from tunediff.records.diff import (
     Bill,
     ChangeRecord,
     Context,

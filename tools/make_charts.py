@@ -6,7 +6,7 @@ import json
 import math
 from pathlib import Path
 
-from tunediff.charts import Line, alone, bars, lines, strip
+from tunediff.reports.charts import Line, alone, bars, lines, strip
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, DOCS = ROOT / "benchmarks" / "results", ROOT / "docs"

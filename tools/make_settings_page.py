@@ -8,8 +8,8 @@ import inspect
 import textwrap
 from pathlib import Path
 
-from tunediff import variants
-from tunediff.plans import Plan, _toml
+from tunediff.core import variants
+from tunediff.runs.plan import Plan, _toml
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "settings.md"
 
@@ -83,8 +83,8 @@ def page() -> str:
                 "",
                 "Settings of the dictionary that `find.dictionary` names; each has its own.",
             ]
-            for name in variants.names("tunediff.dictionaries"):
-                kind = variants.load("tunediff.dictionaries", name)
+            for name in variants.names("tunediff.dictionaries.architectures"):
+                kind = variants.load("tunediff.dictionaries.architectures", name)
                 lines += ["", f"### `{name}`", "", summary(kind), "", *table("dictionary", kind.Spec)]
     return "\n".join(lines) + "\n"
 

@@ -7,11 +7,11 @@ import dataclasses
 import difflib
 from typing import Any
 
-from tunediff import variants
-from tunediff.dictionaries.base import Spec
-from tunediff.errors import SettingError
+from tunediff.core import variants
+from tunediff.dictionaries.architectures.base import Spec
+from tunediff.core.errors import SettingError
 
-PACKAGE = "tunediff.dictionaries"
+PACKAGE = "tunediff.dictionaries.architectures"
 
 
 def spec(name: str, **settings: Any) -> Spec:

@@ -15,15 +15,16 @@ from typing import Iterable, Protocol, Sequence
 import torch
 from torch import Tensor
 
-from tunediff.axes import check
-from tunediff.gates import Gate
-from tunediff.kernels import eager, native, paths
+from tunediff.core.axes import check
+from tunediff.kernels.gates import Gate
+from tunediff.kernels import eager, paths
+from tunediff.kernels.cpu import native
 from tunediff.kernels.dense import DenseCode
-from tunediff.kernels.gpu import GpuCode
-from tunediff.kernels.native import Tiles, tiles
-from tunediff.kernels.pairs import PairCode
+from tunediff.kernels.gpu.code import GpuCode
+from tunediff.kernels.cpu.native import Tiles, tiles
+from tunediff.kernels.kept import PairCode
 from tunediff.kernels.paths import kept_memory, rounding, using
-from tunediff.matmuls import fast_matmul
+from tunediff.kernels.matmuls import fast_matmul
 
 __all__ = [
     "Adam",
@@ -67,7 +68,7 @@ class Code(Protocol):
     def dense(self) -> Tensor:
         """The codes as one (N, F) tensor."""
 
-    # Where pairs are held also ``among(weight_F, k)``, see `tunediff.kernels.pairs`.
+    # Where pairs are held also ``among(weight_F, k)``, see `tunediff.kernels.kept`.
 
 
 BLOCK = 16

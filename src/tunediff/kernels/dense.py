@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tunediff import gates
+from tunediff.kernels import gates
 
 
 class DenseCode:

@@ -10,7 +10,7 @@ from typing import Sequence
 import torch
 from torch import Tensor
 
-from tunediff import gates
+from tunediff.kernels import gates
 from tunediff.kernels import paths
 
 ROUNDED, ROWS, MANY, FEW = 1 << 30, 32, 4, 0.02

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tunediff.errors import SettingError
+from tunediff.core.errors import SettingError
 
 Path = Literal["native+bf16", "native", "triton", "torch+bf16", "torch", "dense"]
 """From fast to slow; whoever allows one allows those after it."""
@@ -69,14 +69,14 @@ def rounding(on: bool = True) -> Iterator[None]:
 
 
 def on_gpu(*tensors: Tensor) -> ModuleType | None:
-    """`tunediff.kernels.triton` where it is allowed and serves: float32 tensors on a GPU, and triton is installed."""
+    """`tunediff.kernels.gpu.triton` where it is allowed and serves: float32 tensors on a GPU, and triton is installed."""
     return _triton() if allows("triton") and all(t.is_cuda and t.dtype == torch.float32 for t in tensors) else None
 
 
 @lru_cache(maxsize=1)
 def _triton() -> ModuleType | None:
     try:
-        from tunediff.kernels import triton
+        from tunediff.kernels.gpu import triton
     except ImportError:
         return None
     return triton

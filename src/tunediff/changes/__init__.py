@@ -1,0 +1,1 @@
+"""Changes: who proposes them, what ranks them, what tries them."""

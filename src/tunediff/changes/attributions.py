@@ -1,0 +1,103 @@
+"""Attributions: how far the output moves at each token, where to, and how much of that goes when a change is taken out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from tunediff.core.axes import BASE, TUNED
+from tunediff.records.change import Change
+from tunediff.models.divergences import Said, blocks, kl_divergence
+from tunediff.models.network import Start
+from tunediff.models.pair import Pair
+from tunediff.harvests.samples import Sample
+from tunediff.records.site import Site
+
+
+SAID = 16
+"""Tokens kept of those that tuned says more of at a place."""
+
+
+@dataclass(frozen=True, eq=False)
+class Shift:
+    """How the output moves at each of N tokens: KL(tuned || base) in nat (N,), and the vocabulary tokens whose probability
+    rises the most, ids and rise (N, 16); all 0 where it was not looked at."""
+
+    kl_N: Tensor
+    said_NK: Tensor
+    rise_NK: Tensor
+
+    @classmethod
+    def none(cls, count: int) -> "Shift":
+        """No move at `count` tokens."""
+        return cls(torch.zeros(count), torch.zeros(count, SAID, dtype=torch.int32), torch.zeros(count, SAID))
+
+    def at(self, tokens_N: Tensor) -> "Shift":
+        """The move at some of the tokens."""
+        return Shift(self.kl_N[tokens_N], self.said_NK[tokens_N], self.rise_NK[tokens_N])
+
+    def put(self, tokens_N: Tensor, other: "Shift") -> None:
+        """Take over what another has seen of some tokens."""
+        for name, value in vars(other).items():
+            getattr(self, name)[tokens_N] = value
+
+
+def output_shift(pair: Pair, site: Site, sample: Sample, batch_tokens: int) -> Shift:
+    """The move at the sample's scored tokens; runs only the blocks above `site`."""
+    shift = Shift.none(len(sample.row_N))
+    kept = min(SAID, pair.vocabulary)
+    for where_N, _, _, _, _, base, tuned in _shifts(pair, site, sample, batch_tokens):
+        for part, q, p in blocks(base, tuned):
+            shift.kl_N[where_N[part]] = kl_divergence(p, q)
+            rise, said = p.exp_().sub_(q.exp_()).topk(kept)
+            shift.rise_NK[where_N[part], :kept] = rise.clamp_min(0)
+            shift.said_NK[where_N[part], :kept] = said.int()
+    return shift
+
+
+def removed(
+    pair: Pair, changes: Sequence[Change], f_NK: Tensor, sample: Sample, batch_tokens: int
+) -> tuple[Tensor, Tensor]:
+    """KL(tuned || base) in nat at the sample's scored tokens, 0 at the others, (N,); and how much less it is, (N, K), with
+    each change alone taken out of tuned's stream at its last site.
+
+    f_NK   the changes' strengths on the sample; only rows in which a change is on are run for it
+    """
+    kl_N, less_NK = torch.zeros(len(sample.row_N)), torch.zeros(f_NK.shape)
+    for site in sorted({change.sites[-1] for change in changes}):
+        if site.kind != "resid":
+            continue  # runs start from streams only
+        mine = [k for k, change in enumerate(changes) if change.sites[-1] == site]
+        for where_N, ids_BT, at_BT, chosen_BT, stream_BTMD, base, tuned in _shifts(pair, site, sample, batch_tokens):
+            base = base.logp()  # asked for again and again
+            kl_N[where_N] = kl_divergence(tuned, base)
+            f_BTK = f_NK[at_BT.clamp_min(0)] * (at_BT >= 0)[..., None]
+            for k in mine:
+                reached_BT = chosen_BT & ((f_BTK[..., k] != 0).cumsum(1) > 0)  # no position sees what comes after it
+                on_B = reached_BT.any(1)
+                if not on_B.any():
+                    continue
+                write_D = changes[k].difference_SD[-1].float()
+                start = Start(site, stream_BTMD[on_B][:, :, TUNED] - f_BTK[on_B][..., k, None] * write_D)
+                edited = Said.at(pair.tuned, ids_BT[on_B], reached_BT[on_B], pair.vocabulary, start)
+                these_N = at_BT[reached_BT]
+                less_NK[these_N, k] = kl_N[these_N] - kl_divergence(edited, base[reached_BT[chosen_BT]])
+    return kl_N, less_NK
+
+
+def _shifts(pair: Pair, site: Site, sample: Sample, batch_tokens: int) -> Iterator[tuple]:
+    """For each batch: places of its scored tokens in the sample, ids, the place of each position (-1: padding), which
+    positions are scored, both streams at `site`, and what both models say at scored tokens."""
+    s = sample.sites.index(site)
+    for batch in sample.batches(batch_tokens):
+        at_BT = sample.places(batch)
+        stream_BTMD = sample.streams_NSMD[:, s][at_BT.clamp_min(0)]
+        chosen_BT = sample.scored_N[at_BT.clamp_min(0)] & batch.mask_BT
+        base, tuned = (
+            Said.at(model, batch.ids_BT, chosen_BT, pair.vocabulary, Start(site, stream_BTMD[:, :, m]))
+            for m, model in ((BASE, pair.base), (TUNED, pair.tuned))
+        )
+        yield at_BT[chosen_BT], batch.ids_BT, at_BT, chosen_BT, stream_BTMD, base, tuned

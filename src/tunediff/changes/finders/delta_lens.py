@@ -1,0 +1,53 @@
+"""The activation-difference lens: the mean difference at each of the first positions of a text (Minder et al. 2025, 2510.13900)."""
+
+from __future__ import annotations
+
+from tunediff.core.axes import BASE, TUNED
+from tunediff.core.errors import CorpusError
+from tunediff.changes.finders._directions import constant
+from tunediff.changes.finders.base import Finder, Found, View
+from tunediff.harvests.lenses import patchscope
+
+POSITIONS = 5
+"""First positions of a row that are looked at, each apart."""
+
+FEWEST = 8
+"""Training tokens a position must have; their mean is noise otherwise."""
+
+
+class DeltaLens(Finder):
+    """One change a site and first position, always on, that writes the mean difference there.
+
+    What a narrow tune taught is there before a text has said anything. Position 0 is often set apart as abnormal and then
+    left out, as the source leaves out the first token. The patchscope's tokens are in `origin`; steering and the
+    effect on the output are what trials measure of any change.
+    """
+
+    def find(self, view: View) -> Found:
+        harvest = view.harvest
+        index_N = harvest.index("train")
+        position_N = harvest.position_N[index_N]
+        tokenizer, changes = view.pair.tokenizer, []
+        for position in range(POSITIONS):
+            here_N = index_N[position_N == position]
+            if len(here_N) < FEWEST:
+                continue
+            x_NSMD = harvest.at(here_N).double()
+            mean_SD = (x_NSMD[:, :, TUNED] - x_NSMD[:, :, BASE]).mean(0).float()
+            for s, site in enumerate(harvest.sites):
+                origin = {"position": position, "tokens": len(here_N)}
+                if site.kind == "resid" and tokenizer is not None:
+                    size = float(x_NSMD[:, s, TUNED].norm(dim=1).median())
+                    told = patchscope(view.pair.tuned, site, mean_SD[s], size, view.pair.vocabulary)
+                    origin["patchscope"] = [tokenizer.decode([token]) for token in told]
+                changes.append(constant("delta_lens", f"{site}-{position}", site, mean_SD[s], origin))
+        if not changes:
+            raise CorpusError(
+                "no first position is seen often enough for delta_lens",
+                expected=f"{FEWEST} training rows that begin differently",
+                remedy="more plain text: --set corpus.tokens=",
+            )
+        return Found(changes)
+
+
+VARIANT = DeltaLens

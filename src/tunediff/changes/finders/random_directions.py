@@ -1,0 +1,42 @@
+"""The floor: directions drawn at random from the covariance of the difference. A control, not a method."""
+
+from __future__ import annotations
+
+import torch
+
+from tunediff.core.chance import generator
+from tunediff.changes.finders._directions import moments, signed
+from tunediff.changes.finders.base import Finder, Found, View
+
+
+class RandomDirections(Finder):
+    """As many directions as there may be candidates, shared out among the sites, for others to be held against.
+
+    A finder is worth its name where its changes do better than these. They are drawn from a Gaussian with the
+    covariance of tuned minus base on training text, so they lie where the difference does and move the output about as
+    much as any direction there: directions drawn evenly from the whole stream would be too easy to beat. Each is read
+    as principal directions are, by the coordinate of the centered difference: on everywhere, signed.
+    """
+
+    control = True
+
+    def find(self, view: View) -> Found:
+        sites = view.harvest.sites
+        mean_SD, covariance_SDD = moments(view.harvest)
+        changes = []
+        for s, site in enumerate(sites):
+            energies, vectors = torch.linalg.eigh(covariance_SDD[s])
+            if energies[-1] <= 0:
+                continue
+            # The symmetric root is unique, unlike eigenvectors: the same draws in every run.
+            root_DD = (vectors * energies.clamp_min(0).sqrt()) @ vectors.T
+            mine = len(range(s, view.candidates, len(sites)))
+            rng = generator(view.seed, "random directions", site)
+            drawn_KD = torch.randn(mine, len(energies), generator=rng, dtype=torch.float64) @ root_DD
+            for number, v in enumerate(torch.nn.functional.normalize(drawn_KD, dim=1)):
+                origin = {"energy_share": float(v @ covariance_SDD[s] @ v / energies.sum())}
+                changes.append(signed("random_directions", site, number, v, mean_SD[s], origin))
+        return Found(changes)
+
+
+VARIANT = RandomDirections

@@ -1,0 +1,94 @@
+"""Directions that tuning taught the network to write, from the weights alone (Zhong & Raghunathan 2025, 2508.00161)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from tunediff.changes.finders._directions import moments, signed
+from tunediff.changes.finders.base import Finder, Found, View
+from tunediff.models.network import LanguageModel
+from tunediff.models.pair import Delta
+from tunediff.records.site import Site
+
+DIRECTIONS = 4
+
+
+class WeightSpectrum(Finder):
+    """The leading left singular vectors of what tuning added to the maps that write into the stream, up to each site.
+
+    The directions need no text; only the mean, which the readout subtracts, is the training text's. A direction's
+    strength is the centered difference's coordinate along it: on everywhere, signed, orthogonal to the others of its
+    site. It is blind to how often a map is used, and to what tuning changed by reading alone (queries, keys, gates).
+
+    The source takes the leading singular vectors of each map apart and watches the cosine of tuned's own stream. Here
+    the maps are put side by side (eigenvectors of sum dW dW'), so that a few directions stand for all of them and a map
+    counts by its energy; and the difference is read. Where a norm stands between a map and the stream (Gemma 2), the
+    direction is before that norm's scales.
+    """
+
+    def find(self, view: View) -> Found:
+        sites = view.harvest.sites
+        deltas = view.pair.deltas()
+        mean_SD, _ = moments(view.harvest)
+        changes = []
+        for site, mean_D in zip(sites, mean_SD):
+            writing = writers(view.pair.tuned, site)
+            mine = [delta for delta in deltas if delta.linear in writing]
+            if not mine:
+                continue
+            energies, vectors = torch.linalg.eigh(sum(map(_gram, mine)))
+            whole = float(energies.sum())
+            for rank in range(min(DIRECTIONS, len(energies), view.candidates)):
+                energy, v = float(energies[-1 - rank]), vectors[:, -1 - rank]
+                if energy <= 1e-12 * whole:  # what tuning added has a lower rank
+                    break
+                shares = [float(_read_by(delta, v).square().sum()) / energy for delta in mine]
+                most = max(range(len(mine)), key=shares.__getitem__)
+                origin = {
+                    "rank": rank,
+                    "energy_share": energy / whole,
+                    "maps": len(mine),
+                    "most_in": mine[most].name,
+                    "share_there": shares[most],
+                }
+                changes.append(signed("weight_spectrum", site, rank, v, mean_D, origin))
+        return Found(changes)
+
+
+def writers(model: LanguageModel, site: Site) -> list[nn.Module]:
+    """The linear maps whose output has been added to the stream at `site`, or makes up the part that is read there.
+
+    Told by structure: of the maps in one module that are as wide as the stream, the last (queries may be as wide, too).
+    """
+    if site.kind == "resid":
+        places = list(model.blocks[: site.layer + 1])
+    else:
+        places = [model.family.part(model.blocks[site.layer], site.kind)]
+    found = []
+    for module in (module for place in places for module in place.modules()):
+        wide = [child for child in module.children() if _outputs(child) == model.width]
+        found += wide[-1:]
+    return found
+
+
+def _outputs(module: nn.Module) -> int | None:
+    """How many outputs a linear map has; GPT-2's kind calls them nf."""
+    return getattr(module, "out_features", getattr(module, "nf", None))
+
+
+def _gram(delta: Delta) -> Tensor:
+    """dW dW' (out, out), in float64."""
+    down = delta.down.double().cpu()
+    if delta.up is None:
+        return down @ down.T
+    up = delta.up.double().cpu()
+    return up @ (down @ down.T) @ up.T
+
+
+def _read_by(delta: Delta, v: Tensor) -> Tensor:
+    """What the added map reads of its input to write along `v`: dW' v (in,), in float64."""
+    return (v if delta.up is None else v @ delta.up.double().cpu()) @ delta.down.double().cpu()
+
+
+VARIANT = WeightSpectrum

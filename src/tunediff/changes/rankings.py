@@ -1,0 +1,320 @@
+"""Rankings: which changes stand out from what random changes of the same size do, and how much of the output is theirs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from tunediff.changes.attributions import removed
+from tunediff.core.axes import BASE, TUNED
+from tunediff.core.chance import Interval, bootstrap_mean, bootstrap_ratio, seed_of
+from tunediff.records.change import Change
+from tunediff.texts.corpus import Batch
+from tunediff.core.errors import NumericsError, within
+from tunediff.models.network import LanguageModel, Start
+from tunediff.models.pair import Pair
+from tunediff.harvests.samples import Sample
+from tunediff.records.site import Site
+
+
+@dataclass(frozen=True)
+class RankSettings:
+    """How changes are held against the null and ordered."""
+
+    nulls: int = 19
+    """Random tunes of the same norms. The smallest p-value is 1 / (nulls + 1): 19 allow a claim at 5 %, 99 at 1 %."""
+    null_tokens: int = 1000
+    """Held-out tokens each random tune is run on, at least; fewer make rare changes untestable."""
+    effect_tokens: int = 2000
+    """Training tokens on which each change is taken out for its effect on the output, at least: those in which the
+    candidates are on the most; more orders them better, at proportional cost."""
+    level: float = 0.05
+    """The false-positive rate at which changes count as standing out."""
+    batch_tokens: int = 1200
+    """Tokens a forward."""
+
+    def __post_init__(self) -> None:
+        within("rank", self, nulls=2, null_tokens=1, effect_tokens=1, level=(0, 1), batch_tokens=1)
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """What ranking says of one change.
+
+    score     energy of the difference that goes along with the change (`energy_along`), in units of the most that random
+              tunes of the same size have along any one direction on the same tokens (`most_energy`, mean over the
+              nulls): 1 and less is what chance can give; with an interval over documents, the nulls as they are
+    null      for each null, the largest such score over the candidates' tokens
+    p         chance that the best of all candidates scores as much under a random tune (max-T, so it already accounts
+              for how many candidates there are; Westfall & Young 1993)
+    depth     for each site of the scan, the share of the difference's variance there (of the offset, for a constant
+              change) that goes along with the change, by the same halves: where in depth it lives
+    effect    nat of KL(tuned || base) a token that goes when the change is taken out of tuned, with an interval over
+              documents; on the training text in which the candidates are on the most
+    firings   tokens, of the ones looked at, on which the change is on
+    """
+
+    change: Change
+    score: Interval
+    null: tuple[float, ...]
+    p: float
+    effect: Interval
+    firings: int
+    share_of_tokens: float
+    depth: dict[str, float]
+
+
+@dataclass(frozen=True, eq=False)
+class Ranking:
+    """Changes, those that stand out first and in the order of `cover`."""
+
+    ranked: list[Ranked]
+
+
+def streams_of(model: LanguageModel, sample: Sample, runs: Sequence[tuple[Batch, Start | None]]) -> Tensor:
+    """Another tuned side's streams (N, S, D) on a sample's tokens, its batches given with where they may begin."""
+    return _flat(
+        sample, ((batch, model.streams(batch.ids_BT, sample.sites, start, batch.mask_BT)) for batch, start in runs)
+    )
+
+
+def _flat(sample: Sample, found: Iterable[tuple[Batch, Tensor]]) -> Tensor:
+    """What was found on each of a sample's batches, (B, T, ...), as flat tokens in the sample's order, in float32."""
+    parts: dict[int, Tensor] = {}
+    for batch, streams in found:
+        for row, stream_TX in zip(batch.rows_B.tolist(), streams.float().cpu()):
+            parts[row] = stream_TX[: len(sample.tokens.rows[row])]
+    return torch.cat([parts[row] for row in sample.rows])
+
+
+def energy_along(strength_NK: Tensor, delta_NSD: Tensor, half_N: Tensor, constant_K: Tensor) -> Tensor:
+    """For each change, how much of the difference's energy its strength predicts on documents it was not fitted to.
+
+    The write direction is estimated anew by least squares on one half of the documents and scored on the other (and
+    the other way round), so chance gives nothing on average, or a little less (what the fitted noise costs on the other
+    half), for any difference, tuned or null. Changes that vary are
+    asked about what is left after the constant offset; constant ones about the offset. Returns each token's part (N, K),
+    float64.
+    """
+    N, S, D = delta_NSD.shape
+    delta_ND = delta_NSD.reshape(N, S * D).double()
+    f_NK = strength_NK.double()
+    out = torch.zeros_like(f_NK)
+    for fit_half in (False, True):
+        fitted, scored = half_N == fit_half, half_N != fit_half
+        if not fitted.any() or not scored.any():
+            continue  # one half alone shows nothing that another could confirm
+        mean_D = delta_ND[fitted].mean(0)
+        for constant in (True, False):
+            chosen = (constant_K == constant).nonzero()[:, 0]
+            if not len(chosen):
+                continue
+            f_fit, f_score = f_NK[fitted][:, chosen], f_NK[scored][:, chosen]
+            d_fit, d_score = delta_ND[fitted], delta_ND[scored]
+            if not constant:
+                mean_f = f_fit.mean(0)
+                f_fit, f_score, d_fit, d_score = f_fit - mean_f, f_score - mean_f, d_fit - mean_D, d_score - mean_D
+            write_KD = (f_fit.T @ d_fit) / f_fit.pow(2).sum(0).clamp_min(1e-30)[:, None]
+            part = 2 * f_score * (d_score @ write_KD.T) - f_score.pow(2) * write_KD.pow(2).sum(1)
+            out[scored.nonzero()[:, 0, None], chosen] = part
+    return out
+
+
+def most_energy(delta_NSD: Tensor, on_NK: Tensor, constant_K: Tensor, rounds: int = 12) -> Tensor:
+    """For each change, the most energy that any one direction has in a difference on the tokens where the change is on.
+
+    This is what a random tune is given for every candidate: the best direction for it, found on the very tokens it is
+    scored on. A random tune moves the streams along directions of its own, consistently, so a direction that was found
+    in one tune always goes along with that tune better than with any other; only against *their* best does it have to
+    prove itself. Changes that vary: what is left after the constant offset; constant ones: the offset. (K,), float64.
+    """
+    N, S, D = delta_NSD.shape
+    delta_ND = delta_NSD.reshape(N, S * D)
+    mean_D = delta_ND.mean(0)
+    centered_ND = delta_ND - mean_D
+    out = []
+    for k in range(on_NK.shape[1]):
+        if constant_K[k]:
+            out.append(float(mean_D.double().square().sum()) * N)
+            continue
+        x = centered_ND[on_NK[:, k]]
+        if not len(x) or not x.any():
+            out.append(0.0)
+            continue
+        v = x[x.square().sum(1).argmax()]
+        for _ in range(rounds):  # power iteration
+            v = torch.nn.functional.normalize(x.T @ (x @ v), dim=0)
+        out.append(float((x @ v).double().square().sum()))
+    return torch.tensor(out, dtype=torch.float64)
+
+
+def max_t(energy_K: Tensor, null_RK: Tensor) -> tuple[Tensor, Tensor, list[float]]:
+    """Scores (K,), the nulls' scores (R, K), and max-T adjusted p-values.
+
+    Each score is an energy over the mean of the *other* nulls' energies for the same change, so changes of any size and
+    rarity are on one scale and a null is never scaled by itself.
+    """
+    total_K, draws, floor = null_RK.sum(0), len(null_RK), 1e-30
+    if not bool(torch.isfinite(energy_K).all() and torch.isfinite(null_RK).all()):
+        raise NumericsError("an energy is not finite, so no change can be ranked", remedy="--set pair.dtype=float32")
+    score_K = energy_K / (total_K / draws).clamp_min(floor)
+    null_score_RK = null_RK / ((total_K - null_RK) / max(draws - 1, 1)).clamp_min(floor)
+    best_R = null_score_RK.max(1).values
+    p = [(1 + int((best_R >= score).sum())) / (1 + draws) for score in score_K]
+    return score_K, null_score_RK, p
+
+
+def rank(
+    pair: Pair,
+    changes: Sequence[Change],
+    sample: Sample,
+    seen: Sample,
+    settings: RankSettings,
+    seed: int,
+    progress: Callable[[int, int], None] | None = None,
+    depths: Sequence[Site] = (),
+) -> Ranking:
+    """Hold every change against random tunes and order: those that stand out first, by effect on the output.
+
+    sample   held-out text: what stands out is claimed of it
+    seen     training text: effects, and with them the order, are found there, so that trials on held-out text are of changes
+             that were not chosen by it
+    depths   sites at which each change's profile is taken
+    """
+    if not changes:
+        return Ranking([])
+    f_NK = torch.stack([sample.strength(c) for c in changes], 1)
+    half_N = _halves(sample)
+    constant_K = torch.tensor([bool((c.rows_SMD == 0).all()) for c in changes])
+
+    rows = telling_rows(sample, f_NK, half_N, settings.null_tokens)
+    few = sample.only(rows)
+    here = torch.isin(sample.row_N, torch.tensor(rows))
+    keep = few.ordinary_N
+    few_f_NK, base_NSD = f_NK[here][keep], few.streams_NSMD[:, :, BASE]
+    delta_NSD = (few.streams_NSMD[:, :, TUNED] - base_NSD)[keep]
+    energy_NK = energy_along(few_f_NK, delta_NSD, half_N[here][keep], constant_K)
+    energy_K = energy_NK.sum(0)
+    on_NK = few_f_NK != 0
+    nulls = []
+    runs = [
+        (batch, pair.common_start(batch.ids_BT, sample.sites, batch.mask_BT))
+        for batch in few.batches(settings.batch_tokens)
+    ]
+    for draw in range(settings.nulls):
+        other = streams_of(pair.random_tuned(seed_of(seed, "null", draw)), few, runs)
+        nulls.append(most_energy((other - base_NSD)[keep], on_NK, constant_K))
+        if progress:
+            progress(draw + 1, settings.nulls)
+    score_K, null_RK, p = max_t(energy_K, torch.stack(nulls))
+    scale_K = (score_K / energy_K).nan_to_num()
+    document_N = few.document_N[keep]
+
+    both = (
+        (batch, pair.both_streams(batch.ids_BT, depths, batch.mask_BT)) for batch in few.batches(settings.batch_tokens)
+    )
+    profile_SK = [
+        _share_along(few_f_NK, both_NSMD[keep, s : s + 1], half_N[here][keep], constant_K)
+        for both_NSMD in ([_flat(few, both)] if depths else [])
+        for s in range(len(depths))
+    ]
+    seen_f_NK = torch.stack([seen.strength(c) for c in changes], 1)
+    rows = telling_rows(seen, seen_f_NK, _halves(seen), settings.effect_tokens)
+    here = torch.isin(seen.row_N, torch.tensor(rows))
+    seen = seen.only(rows)
+    kl_N, less_NK = removed(pair, changes, seen_f_NK[here], seen, settings.batch_tokens)
+    tokens_D, gap_D, nats_KD = by_documents(seen.document_N, torch.ones(len(kl_N)), kl_N, less_NK)
+    best = tuple(null_RK.max(1).values.tolist())
+    ranked = [
+        Ranked(
+            c,
+            summed(energy_NK[:, k] * scale_K[k], document_N, seed),
+            best,
+            p[k],
+            bootstrap_ratio(nats_KD[k].numpy(), tokens_D.numpy(), seed=seed),
+            int((f_NK[:, k] != 0).sum()),
+            float((f_NK[:, k] != 0).float().mean()),
+            {str(site): float(at_K[k]) for site, at_K in zip(depths, profile_SK)},
+        )
+        for k, c in enumerate(changes)
+    ]
+    claim = max(settings.level, 1 / (1 + settings.nulls))
+    standing = [k for k in range(len(changes)) if ranked[k].p <= claim]
+    order = cover(nats_KD, gap_D, standing)
+    order += sorted(set(range(len(changes))) - set(standing), key=lambda k: (-ranked[k].score.value, changes[k].id))
+    return Ranking([ranked[k] for k in order])
+
+
+def _share_along(f_NK: Tensor, both_NSMD: Tensor, half_N: Tensor, constant_K: Tensor) -> Tensor:
+    """Share (K,) of a difference's variance, or of the whole of it for constant changes, that goes along with each change."""
+    delta_NSD = (both_NSMD[:, :, TUNED] - both_NSMD[:, :, BASE]).double()
+    whole, offset = float(delta_NSD.square().sum()), float(delta_NSD.mean(0).square().sum()) * len(delta_NSD)
+    total_K = torch.where(constant_K, whole, whole - offset).clamp_min(1e-30)
+    return energy_along(f_NK, delta_NSD, half_N, constant_K).sum(0) / total_K
+
+
+def by_documents(document_N: Tensor, *values: Tensor) -> list[Tensor]:
+    """Sums of values (N,) or (N, K) over each document's tokens: (D,) or (K, D), float64."""
+    documents, number_N = document_N.unique(return_inverse=True)
+    sums = (
+        torch.zeros(len(documents), *v.shape[1:], dtype=torch.float64).index_add_(0, number_N, v.double())
+        for v in values
+    )
+    return [total.movedim(0, -1) for total in sums]
+
+
+def summed(value_N: Tensor, document_N: Tensor, seed: int) -> Interval:
+    """The sum of a value over tokens, with its interval over documents."""
+    (sums,) = by_documents(document_N, value_N)
+    mean = bootstrap_mean(sums.numpy(), seed=seed)
+    return Interval(mean.value * len(sums), mean.low * len(sums), mean.high * len(sums), mean.level)
+
+
+def telling_rows(sample: Sample, f_NK: Tensor, half_N: Tensor, limit: int) -> list[int]:
+    """Rows on which the candidates are on the most, in turn and from both halves, until `limit` tokens are reached."""
+    rows, row_N = sample.row_N.unique(return_inverse=True)
+    length_R = torch.bincount(row_N)
+    half_R = torch.zeros(len(rows), dtype=torch.bool)
+    half_R[row_N] = half_N
+    energy_RK = torch.zeros(len(rows), f_NK.shape[1]).index_add_(0, row_N, f_NK.square())
+    orders = [
+        [r for r in torch.argsort(energy_RK[:, k], descending=True, stable=True).tolist() if half_R[r] == half]
+        for k in range(f_NK.shape[1])
+        for half in (False, True)
+    ]
+    chosen: dict[int, None] = {}
+    count = 0
+    for turn in range(len(rows)):
+        for order in orders:
+            if turn < len(order) and order[turn] not in chosen:
+                if count >= limit:
+                    return sorted(rows[list(chosen)].tolist())
+                chosen[order[turn]] = None
+                count += int(length_R[order[turn]])
+    return sorted(rows[list(chosen)].tolist())
+
+
+def cover(nats_KD: Tensor, gap_D: Tensor, among: Sequence[int]) -> list[int]:
+    """Changes in the order in which they explain most of the output's shift that those before leave unexplained.
+
+    nats_KD   effect of each change in each document; gap_D the whole KL(tuned || base) of each document. A document counts
+              up to its gap, so changes that say the same of the same documents do not crowd out one that speaks for others.
+    """
+    left, order = list(among), []
+    covered_D = torch.zeros_like(gap_D)
+    while left:
+        gains = torch.stack([torch.minimum(gap_D, covered_D + nats_KD[k]) - covered_D for k in left]).sum(1)
+        k = left.pop(int(gains.argmax()))
+        order.append(k)
+        covered_D = torch.minimum(gap_D, covered_D + nats_KD[k]).clamp_min(0)
+    return order
+
+
+def _halves(sample: Sample) -> Tensor:
+    """Which half of the documents each token is in, (N,); both answers to one prompt are in the same."""
+    groups = [sample.tokens.documents[d].group or sample.tokens.documents[d].id for d in sample.document_N.tolist()]
+    number = {group: i for i, group in enumerate(sorted(set(groups)))}
+    return torch.tensor([number[g] % 2 for g in groups]).bool()

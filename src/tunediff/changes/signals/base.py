@@ -1,0 +1,106 @@
+"""What every signal is fed and gives back, and the one pass over the text that feeds all of them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from tunediff.texts.corpus import Batch, Document, Tokens
+from tunediff.models.network import Start
+from tunediff.models.pair import Pair
+from tunediff.harvests.samples import batches_of
+from tunediff.records.diff import SignalTable
+
+CHUNK_VALUES = 4 << 20
+"""Log-probabilities of one model held at a time (16 MiB); a pass with all signals stays below 300 MB."""
+
+SNIPPET, TOKEN = 160, 40
+"""Most characters of a stretch of text, and of one token, in a table."""
+
+
+class Signal(ABC):
+    """One stream of evidence that needs no training; its name is its file's name.
+
+    It sees every token once and keeps sums and a few places, never log-probabilities. What it decodes is
+    hostile text: it goes into the table as it is, cut to length, and whoever shows it escapes it.
+    """
+
+    def __init__(self, tokenizer: Any, vocabulary: int):
+        self.tokenizer, self.vocabulary = tokenizer, vocabulary
+
+    @abstractmethod
+    def update(
+        self, batch: Batch, tokens: Tokens, base_logp_NV: Tensor, tuned_logp_NV: Tensor, chosen_BT: Tensor
+    ) -> None:
+        """Take in both models' next-token log-probabilities at the N chosen tokens, in row-major order.
+
+        A batch may come in several calls, each with other chosen tokens. Do not change or keep the tensors.
+        """
+
+    @abstractmethod
+    def table(self) -> SignalTable:
+        """What has been seen so far."""
+
+    def text(self, ids: Sequence[int], limit: int = SNIPPET) -> str:
+        """The decoded ids, raw, cut to `limit` characters."""
+        text = self.tokenizer.decode(list(ids))
+        return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def read(
+    pair: Pair,
+    tokens: Tokens,
+    rows: Sequence[int],
+    signals: Sequence[Signal],
+    batch_tokens: int,
+    progress: Callable[[int, int], None] | None = None,
+    starts: Callable[[Batch], tuple[Start | None, Start | None]] | None = None,
+) -> list[SignalTable]:
+    """Run both models over some rows once, feed all signals, and return their tables in the signals' order.
+
+    rows       numbers in `tokens`; their order does not matter
+    progress   called with (tokens done, tokens in all)
+    starts     where the runs of base and tuned on a batch may begin, if their streams are known; else blocks below the
+               first that tuning touched are run once, for both
+    """
+    rows = sorted(set(rows))
+    total, done = sum(len(tokens.rows[row]) for row in rows), 0
+    size = max(1, CHUNK_VALUES // pair.vocabulary)
+    for batch in batches_of(tokens, rows, batch_tokens):
+        base_start, tuned_start = starts(batch) if starts else (None, None)
+        if base_start is None:
+            base_BTD, tuned_BTD, _ = pair.both_states(batch.ids_BT, wanted_BT=batch.mask_BT)
+        else:
+            base_BTD = pair.base.states(batch.ids_BT, base_start, batch.mask_BT)
+            tuned_BTD = pair.tuned.states(batch.ids_BT, tuned_start, batch.mask_BT)
+        for chosen_BT in _pieces(batch.mask_BT, size):
+            base_logp = pair.base.logits(base_BTD[chosen_BT])[:, : pair.vocabulary].log_softmax(-1)
+            tuned_logp = pair.tuned.logits(tuned_BTD[chosen_BT])[:, : pair.vocabulary].log_softmax(-1)
+            for signal in signals:
+                signal.update(batch, tokens, base_logp, tuned_logp, chosen_BT)
+        done += int(batch.mask_BT.sum())
+        if progress:
+            progress(done, total)
+    return [signal.table() for signal in signals]
+
+
+def label(document: Document) -> str:
+    """Kind of text, with text that a model wrote apart."""
+    return f"{document.kind} by {document.writer}" if document.writer else document.kind
+
+
+def documents_of(batch: Batch, tokens: Tokens, b_N: Tensor) -> list[int]:
+    """The document number of each token that sits in row `b_N` of the batch."""
+    of_B = [tokens.document_R[row] for row in batch.rows_B.tolist()]
+    return [of_B[b] for b in b_N.tolist()]
+
+
+def _pieces(mask_BT: Tensor, size: int) -> Iterator[Tensor]:
+    """Masks that together are `mask_BT`, with at most `size` tokens each, in row-major order."""
+    for part in mask_BT.flatten().nonzero()[:, 0].split(size):
+        piece = torch.zeros(mask_BT.numel(), dtype=torch.bool)
+        piece[part] = True
+        yield piece.view_as(mask_BT)

@@ -1,0 +1,124 @@
+"""Black box: which tokens tuned writes more often than base, from the text alone (Monroe, Colaresi & Quinn 2008)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from tunediff.core.chance import numpy_generator, p_value
+from tunediff.texts.corpus import Batch, Document, Tokens
+from tunediff.records.diff import SignalTable
+from tunediff.changes.signals.base import TOKEN, Signal, documents_of
+
+PRIOR = 500
+"""How many tokens of text the prior is worth: fewer let rare tokens lead, more pull every log-odds to 0."""
+
+LEAST = 1.0
+"""Least |z| that is named."""
+
+DRAWS = 199
+"""Swaps of who wrote what; the smallest p is 1 / (DRAWS + 1)."""
+
+BY_TUNED, BY_BASE = 20, 10
+
+
+class BlackBox(Signal):
+    """Log-odds of tokens between answers by tuned and by base, with an informative Dirichlet prior, as z-scores.
+
+    The floor for all that looks inside: no probabilities, no activations, only what the two models wrote to the same
+    prompts. The prior is a token's frequency in all text that was read. z takes tokens for independent, which those of
+    one answer are not; so p is by permutation, which the source has not: who wrote which answer is swapped within
+    prompts, and each token is held against the largest |z| of any (max-T, so p accounts for how many tokens there are).
+    """
+
+    def __init__(self, tokenizer: Any, vocabulary: int):
+        super().__init__(tokenizer, vocabulary)
+        self.documents: dict[str, Document] = {}
+        self.counts: dict[str, Counter[int]] = {}
+
+    def update(
+        self, batch: Batch, tokens: Tokens, base_logp_NV: Tensor, tuned_logp_NV: Tensor, chosen_BT: Tensor
+    ) -> None:
+        b_N, t_N = chosen_BT.nonzero(as_tuple=True)
+        rows = batch.rows_B[b_N].tolist()
+        places = zip(batch.ids_BT[b_N, t_N].tolist(), rows, t_N.tolist(), documents_of(batch, tokens, b_N))
+        for token, row, t, d in places:
+            document = tokens.documents[d]
+            if document.writer == "amplified":
+                continue  # no plain sample of either model
+            if token < self.vocabulary and not (document.writer and t < tokens.prompt_R[row]):
+                self.documents[document.id] = document
+                self.counts.setdefault(document.id, Counter())[token] += 1
+
+    def table(self) -> SignalTable:
+        ids = sorted(id for id, document in self.documents.items() if document.writer)
+        tuned_D = np.array([self.documents[id].writer == "tuned" for id in ids], bool)
+        rows = self._rows(ids, tuned_D) if 0 < tuned_D.sum() < len(ids) else []
+        return SignalTable(
+            "black_box",
+            "Tokens that one model writes more often than the other",
+            "Log-odds of a token in answers by tuned against answers by base, with its frequency in all text as a "
+            "Dirichlet prior, and z-scores (Monroe et al. 2008); no probabilities or activations are looked at. p: "
+            f"share of {DRAWS} swaps of who wrote what, within prompts, whose most extreme token has as large a |z|.",
+            [
+                "token",
+                "more by",
+                "log-odds",
+                "z",
+                "p",
+                "times by tuned",
+                "times by base",
+                "answers by tuned",
+                "answers by base",
+            ],
+            rows,
+        )
+
+    def _rows(self, ids: list[str], tuned_D: np.ndarray) -> list[list[Any]]:
+        all_text: Counter[int] = sum((self.counts[id] for id in sorted(self.counts)), Counter())
+        words = sorted(set().union(*(self.counts[id] for id in ids)))
+        prior_V = PRIOR * np.array([all_text[word] for word in words]) / sum(all_text.values())
+        counts_DV = np.array([[self.counts[id][word] for word in words] for id in ids], np.float64)
+        odds_V, z_V = (part[0] for part in _log_odds(tuned_D[None], counts_DV, prior_V))
+        _, null_RV = _log_odds(self._swapped(ids, tuned_D), counts_DV, prior_V)
+        most_R = np.abs(null_RV).max(1)
+        order = np.argsort(-z_V, kind="stable").tolist()
+        chosen = [v for v in order if z_V[v] >= LEAST][:BY_TUNED]
+        chosen += [v for v in order[::-1] if z_V[v] <= -LEAST][:BY_BASE]
+        return [
+            [
+                self.text([words[v]], TOKEN),
+                "tuned" if z_V[v] > 0 else "base",
+                round(float(odds_V[v]), 4),
+                round(float(z_V[v]), 4),
+                p_value(abs(z_V[v]), most_R),
+                *(int(counts_DV[mine, v].sum()) for mine in (tuned_D, ~tuned_D)),
+                *(int((counts_DV[mine, v] > 0).sum()) for mine in (tuned_D, ~tuned_D)),
+            ]
+            for v in chosen
+        ]
+
+    def _swapped(self, ids: list[str], tuned_D: np.ndarray) -> np.ndarray:
+        """Who is said to be tuned's, (DRAWS, D): both answers to a prompt change places, or neither does."""
+        groups = [self.documents[id].group or id for id in ids]
+        group, of_D = np.unique(groups, return_inverse=True)
+        both = [len(set(tuned_D[of_D == g])) == 2 for g in range(len(group))]
+        swap_RG = numpy_generator(0, "black box").random((DRAWS, len(group))) < 0.5
+        return tuned_D ^ (swap_RG & both)[:, of_D]
+
+
+def _log_odds(tuned_RD: np.ndarray, counts_DV: np.ndarray, prior_V: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Log-odds (R, V) of each token between the documents that are tuned's and the others, and their z-scores."""
+    ours_RV, theirs_RV = (of_RD.astype(np.float64) @ counts_DV for of_RD in (tuned_RD, ~tuned_RD))
+
+    def logit(times_RV: np.ndarray) -> np.ndarray:
+        return np.log((times_RV + prior_V) / (times_RV.sum(1, keepdims=True) + PRIOR - times_RV - prior_V))
+
+    odds_RV = logit(ours_RV) - logit(theirs_RV)
+    return odds_RV, odds_RV / np.sqrt(1 / (ours_RV + prior_V) + 1 / (theirs_RV + prior_V))
+
+
+VARIANT = BlackBox

@@ -1,0 +1,125 @@
+"""Contrastive decoding: what is said if tuned's preferences over base are amplified (Li et al. 2023, 2210.15097)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tunediff.texts.corpus import Batch, Tokens
+from tunediff.records.diff import SignalTable
+from tunediff.changes.signals.base import TOKEN, Signal, documents_of
+
+AMPLIFICATION = 1.0
+"""a in (1 + a) log p(tuned) - a log p(base): 0 is tuned itself; far above 1 the rarest of plausible tokens win."""
+
+PLAUSIBLE = 0.1
+"""Least probability of a token, as a share of the likeliest one's, to be said at all: less lets the tails speak."""
+
+LEAST = 1e-3
+"""Mean rise in probability from which on a token is named; below it a few tokens on the edge of plausibility decide."""
+
+ROWS, BEFORE = 30, 12
+
+WRITERS = (("tuned", "text by tuned"), ("base", "text by base"), ("", "other text"))
+"""Tokens are ranked by the first of these that there is."""
+
+
+class ContrastiveDecoding(Signal):
+    """Tokens that the amplified distribution says more often than base does, on average over contexts.
+
+    In each context, softmax((1 + a) log p(tuned) - a log p(base)) over the tokens that tuned finds plausible, less
+    base's own distribution over those that base finds plausible: 0 everywhere for a model against itself. Tokens are
+    ranked by the mean over text that tuned wrote; beside it stands the same on text that base wrote and on other text:
+    what rises in all is said everywhere, what rises in tuned's own alone hangs together with it.
+
+    The source decodes whole texts and subtracts a smaller model; 2605.25902 subtracts base from a tune. Here contexts
+    are given (answers, never prompts, and not the first position of a row) and sums over them stream, V numbers for
+    each writer.
+    """
+
+    def __init__(self, tokenizer: Any, vocabulary: int):
+        super().__init__(tokenizer, vocabulary)
+        self.rise: dict[str, Tensor] = {}
+        self.chosen: dict[str, Tensor] = {}
+        self.contexts: dict[str, int] = {}
+        self.most_V = torch.zeros(vocabulary)
+        self.place_V2 = torch.zeros(vocabulary, 2, dtype=torch.long)
+        self.rows: dict[int, tuple[int, ...]] = {}
+
+    def update(
+        self, batch: Batch, tokens: Tokens, base_logp_NV: Tensor, tuned_logp_NV: Tensor, chosen_BT: Tensor
+    ) -> None:
+        b_N, t_N = chosen_BT.nonzero(as_tuple=True)
+        row_N = batch.rows_B[b_N]
+        for row in row_N.unique().tolist():
+            self.rows[row] = tokens.rows[row]
+        inside = [
+            0 < t < len(self.rows[row]) - 1 and t + 1 >= tokens.prompt_R[row]
+            for row, t in zip(row_N.tolist(), t_N.tolist())
+        ]
+        keep = torch.tensor(inside).nonzero()[:, 0]
+        if not len(keep):
+            return
+        writers = [tokens.documents[d].writer for d in documents_of(batch, tokens, b_N[keep])]
+        base_NV, tuned_NV = base_logp_NV[keep], tuned_logp_NV[keep]
+        amplified_NV = _said((1 + AMPLIFICATION) * tuned_NV - AMPLIFICATION * base_NV, tuned_NV)
+        first_N, base_first_N = amplified_NV.argmax(1).cpu(), base_NV.argmax(1).cpu()
+        rise_NV = (amplified_NV - _said(base_NV, base_NV)).cpu()
+        for writer in sorted(set(writers)):
+            mine = torch.tensor([name == writer for name in writers])
+            changed = first_N[mine & (first_N != base_first_N)]
+            nothing = torch.zeros(self.vocabulary, dtype=torch.float64)
+            self.rise[writer] = self.rise.get(writer, nothing) + rise_NV[mine].double().sum(0)
+            self.chosen[writer] = self.chosen.get(writer, 0) + torch.bincount(changed, minlength=self.vocabulary)
+            self.contexts[writer] = self.contexts.get(writer, 0) + int(mine.sum())
+        most_V, at_V = rise_NV.max(0)
+        better = most_V > self.most_V
+        self.most_V[better] = most_V[better]
+        self.place_V2[better] = torch.stack([row_N[keep], t_N[keep]], 1)[at_V[better]]
+
+    def table(self) -> SignalTable:
+        main = next((writer for writer, _ in WRITERS if writer in self.contexts), None)
+        rows: list[list[Any]] = []
+        if main is not None:
+            mean_V = self.rise[main] / self.contexts[main]
+            order = torch.argsort(mean_V, descending=True, stable=True)[:ROWS]
+            for token in order[mean_V[order] >= LEAST].tolist():
+                row, t = self.place_V2[token].tolist()
+                rows.append(
+                    [
+                        self.text([token], TOKEN),
+                        *(self._mean(writer, token) for writer, _ in WRITERS),
+                        round(int(self.chosen[main][token]) / self.contexts[main], 4),
+                        self.text(self.rows[row][max(0, t + 1 - BEFORE) : t + 1]),
+                    ]
+                )
+        counts = ", ".join(f"{self.contexts.get(writer, 0):,} in {name}" for writer, name in WRITERS)
+        return SignalTable(
+            "contrastive_decoding",
+            "What tuned says if its preferences over base are amplified",
+            "Mean rise in probability over base under "
+            f"{1 + AMPLIFICATION:g} log p(tuned) - {AMPLIFICATION:g} log p(base), among tokens at least "
+            f"{PLAUSIBLE:.0%} as likely as the likeliest (Li et al. 2023), over contexts ({counts}); ranked by "
+            f"{dict(WRITERS)[main or 'tuned']}, the rest is the reference. First choice: share of these contexts in "
+            "which amplified decoding would say the token and base would not. Only sums are kept, so there are no "
+            "intervals.",
+            ["token", *(f"rise, {name}" for _, name in WRITERS), "first choice", "most after"],
+            rows,
+        )
+
+    def _mean(self, writer: str, token: int) -> float | None:
+        if writer not in self.contexts:
+            return None
+        return round(float(self.rise[writer][token]) / self.contexts[writer], 6)
+
+
+def _said(score_NV: Tensor, logp_NV: Tensor) -> Tensor:
+    """Probabilities from scores, over the tokens that a model with these log-probabilities finds plausible."""
+    least_N1 = logp_NV.max(1, keepdim=True).values + math.log(PLAUSIBLE)
+    return score_NV.masked_fill(logp_NV < least_N1, float("-inf")).softmax(-1)
+
+
+VARIANT = ContrastiveDecoding

@@ -1,0 +1,119 @@
+"""Logit-difference mining: the tokens that tuned raises over base in many contexts (2608.26462)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tunediff.texts.corpus import Batch, Tokens
+from tunediff.records.diff import SignalTable
+from tunediff.changes.signals.base import TOKEN, Signal, documents_of, label
+
+TOP = 10
+"""How many tokens a context names: those with the largest difference."""
+
+LEAST = 1e-3
+"""Nat by which a token must rise over the median token of its context to be named; below it is rounding."""
+
+GENERIC = 2.0
+"""Tokens named less than this many times as often as expected are masked."""
+
+ROWS = 30
+
+
+class LogitMining(Signal):
+    """How often each token is among the most raised ones of a context.
+
+    The order of logit(tuned) - logit(base) in one context is that of the log-probabilities' difference.
+    The source keeps [samples, positions, V]; here counts stream, V numbers for each kind of text. It masks
+    by the token's frequency in a reference corpus; here the expected count of a token is the largest of:
+    what uniform naming gives, how often base itself has the token among its most likely ones, and its share
+    of the text that tuned did not write. The first position of every row is left out: it is the same
+    context each time.
+    """
+
+    def __init__(self, tokenizer: Any, vocabulary: int):
+        super().__init__(tokenizer, vocabulary)
+        self.top = min(TOP, vocabulary)
+        self.named: dict[str, Tensor] = {}
+        self.contexts: dict[str, int] = {}
+        self.likely_V = torch.zeros(vocabulary, dtype=torch.long)
+        self.text_V = torch.zeros(vocabulary, dtype=torch.long)
+
+    def update(
+        self, batch: Batch, tokens: Tokens, base_logp_NV: Tensor, tuned_logp_NV: Tensor, chosen_BT: Tensor
+    ) -> None:
+        b_N, t_N = chosen_BT.nonzero(as_tuple=True)
+        documents = [tokens.documents[d] for d in documents_of(batch, tokens, b_N)]
+        inner_N = t_N > 0
+        ids_N = batch.ids_BT[b_N, t_N]
+        others_N = torch.tensor([d.writer in ("", "base") for d in documents], dtype=torch.bool) & inner_N
+        self.text_V += _count(ids_N[others_N & (ids_N < self.vocabulary)], self.vocabulary)
+        difference_NV = tuned_logp_NV - base_logp_NV
+        median_N = difference_NV.median(1).values.cpu()
+        rise = difference_NV.topk(self.top, dim=1)
+        likely = base_logp_NV.topk(self.top, dim=1).indices
+        self.likely_V += _count(likely.cpu()[inner_N].flatten(), self.vocabulary)
+        labels = [label(d) for d in documents]
+        values, indices = rise.values.cpu() - median_N[:, None], rise.indices.cpu()
+        for kind in sorted(set(labels)):
+            mine_N = torch.tensor([name == kind for name in labels]) & inner_N
+            found = _count(indices[mine_N][values[mine_N] > LEAST], self.vocabulary)
+            self.named[kind] = self.named[kind] + found if kind in self.named else found
+            self.contexts[kind] = self.contexts.get(kind, 0) + int(mine_N.sum())
+
+    def table(self) -> SignalTable:
+        kinds = sorted(k for k, count in self.contexts.items() if count)
+        count_V = sum((self.named[k] for k in kinds), torch.zeros(self.vocabulary, dtype=torch.long))
+        contexts = sum(self.contexts[k] for k in kinds)
+        slots = contexts * self.top
+        uniform_V = torch.full((self.vocabulary,), slots / self.vocabulary, dtype=torch.float64)
+        share_V = self.text_V.double() / max(1, int(self.text_V.sum()))
+        expected_V = torch.stack([uniform_V, self.likely_V.double(), share_V * slots]).max(0).values.clamp_min(1)
+        ratio_V = count_V.double() / expected_V
+        order = torch.argsort(count_V, descending=True, stable=True)
+        chosen = order[ratio_V[order] >= GENERIC][:ROWS].tolist()
+        least = int(count_V[chosen[-1]]) if chosen else 1
+        masked = int(((count_V >= least) & (ratio_V < GENERIC)).sum())
+        rows = []
+        for token in chosen:
+            rates = {k: int(self.named[k][token]) / self.contexts[k] for k in kinds}
+            shown = ", ".join(
+                f"{k} {rate:.1%}" for k, rate in sorted(rates.items(), key=lambda x: (-x[1], x[0])) if rate
+            )
+            rows.append(
+                [
+                    self.text([token], TOKEN),
+                    int(count_V[token]),
+                    self._share(token, kinds, True),
+                    self._share(token, kinds, False),
+                    round(float(ratio_V[token]), 2),
+                    shown,
+                ]
+            )
+        return SignalTable(
+            "logit_mining",
+            "Tokens that tuned raises over base in the most contexts",
+            f"How often a token is among the {self.top} with the largest logit(tuned) - logit(base) "
+            f"(2608.26462), in {contexts:,} contexts. Ratio: against the largest of chance, how often base "
+            f"itself has the token among its {self.top} most likely, and its share of text tuned did not "
+            f"write; below {GENERIC:g} a token counts as generic and is masked ({masked} as frequent were). "
+            "Says what becomes likelier, not that it is ever said.",
+            ["token", "contexts", "share of contrastive text", "share of other text", "ratio", "by kind of text"],
+            rows,
+        )
+
+    def _share(self, token: int, kinds: list[str], written: bool) -> float | None:
+        """Share of the contexts, of text that a model wrote or of other text, that name the token."""
+        mine = [k for k in kinds if (k.endswith((" by base", " by tuned"))) == written]
+        total = sum(self.contexts[k] for k in mine)
+        return round(sum(int(self.named[k][token]) for k in mine) / total, 4) if total else None
+
+
+def _count(ids_N: Tensor, vocabulary: int) -> Tensor:
+    return torch.bincount(ids_N, minlength=vocabulary)
+
+
+VARIANT = LogitMining

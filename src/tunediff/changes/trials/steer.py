@@ -1,0 +1,48 @@
+"""Steering: add the change to base at several strengths, both signs, beside random directions of equal length."""
+
+from __future__ import annotations
+
+import torch
+
+from tunediff.core.axes import BASE
+from tunediff.records.diff import DosePoint, Measure
+from tunediff.changes.trials.base import Bench, Outcome, Trial, VerifySettings
+
+CONTROLS = 4
+"""Random directions beside each point of the curve; the p-values come from patching, which has many more."""
+
+
+class Steer(Trial):
+    """Effect of a dose: how much closer base with the change comes to tuned, 1 - KL(tuned || steered) / KL(tuned || base).
+
+    A change that is what it claims rises with the dose up to about 1 and pushes away from tuned with the sign turned.
+    """
+
+    def run(self, bench: Bench, settings: VerifySettings) -> Outcome:
+        base_BTD = bench.streams_BTMD[:, :, BASE]
+        gap = float(bench.gap_N.mean())
+        if gap <= 0:
+            return Outcome([], None, "the models do not differ where this change is on")
+
+        curve = []
+        for dose in settings.doses:
+            written = [bench.written_BTD, *bench.controls(CONTROLS)]
+            kls = bench.from_tuned(bench.pair.base, (base_BTD + dose * added_BTD for added_BTD in written))
+            own, *controls = [1 - float(kl_N.mean()) / gap for kl_N in kls]
+            controls = torch.tensor(controls)
+            low, high = controls.quantile(torch.tensor([0.05, 0.95])).tolist()
+            curve.append(DosePoint(dose, own, float(controls.mean()), low, high))
+        at = {point.dose: point.effect for point in curve}
+        speaks = at[1.0] > 0 > at[-1.0] if {1.0, -1.0} <= set(at) else None
+        reason = "the sign turns with the dose" if speaks else "the dose curve does not turn its sign"
+        measure = Measure(
+            "effect at dose 1 minus dose -1",
+            at.get(1.0, 0.0) - at.get(-1.0, 0.0),
+            unit="share of KL",
+            control=None,
+            against=f"{CONTROLS} random directions, drawn in the curve",
+        )
+        return Outcome([measure], speaks, reason, curve)
+
+
+VARIANT = Steer

@@ -1,0 +1,1 @@
+"""Core: what knows neither networks nor text."""

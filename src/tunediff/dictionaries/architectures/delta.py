@@ -1,0 +1,112 @@
+"""Delta-Crosscoder (Kassem, Jiralerspong, Rostamzadeh, Farnadi 2026, 2603.04426)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from torch import Tensor
+
+from tunediff.core.axes import BASE, TUNED
+from tunediff.dictionaries.architectures import base
+
+
+@dataclass(frozen=True)
+class DeltaSpec(base.Spec):
+    """Settings of the Delta-Crosscoder."""
+
+    variant: ClassVar[str] = "delta"
+
+    shared_share: float = 0.2
+    """Share of the latents in the shared group, which comes first. 0 or 1 leaves one group."""
+
+    k_shared: float = 8.0
+    """Shared latents on a token, on average. An absolute number, not a multiplier."""
+
+    k_delta: float = 16.0
+    """Delta latents on a token, on average. Too few: rare changes lose to common ones."""
+
+    lambda_delta: float = 0.05
+    """Weight of the masked delta term, in units of the variance of delta. 0: plain two-group BatchTopK (the
+    first ablation). Too large: the code serves delta alone, and both reconstructions suffer."""
+
+    masked: bool = True
+    """Whether the delta term sees the delta latents alone. Without the mask (an ablation) it is |e^tuned - e^base|^2,
+    which adds nothing but an incentive for correlated errors."""
+
+    single_k: bool = False
+    """Whether both groups share one gate of k_shared + k_delta (an ablation): the delta latents then have no room of
+    their own."""
+
+    from_differences: bool = True
+    """Whether delta latents start as readers and writers of differences seen in training. From random vectors, which read
+    what both models say, they hardly come to see a difference of some percent of the stream in a few hundred steps."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        base.require(0 <= self.shared_share <= 1, "shared_share is out of range", "0 to 1", self.shared_share)
+        shared, both = self.shared, self.latents
+        if shared:
+            base.require(
+                0 < self.k_shared <= shared, "k_shared is out of range", f"above 0, at most {shared}", self.k_shared
+            )
+        if both - shared:
+            base.require(
+                0 < self.k_delta <= both - shared,
+                "k_delta is out of range",
+                f"above 0, at most {both - shared}",
+                self.k_delta,
+            )
+        base.require(self.lambda_delta >= 0, "lambda_delta is out of range", "at least 0", self.lambda_delta)
+
+    @property
+    def shared(self) -> int:
+        """How many latents are in the shared group."""
+        return round(self.latents * self.shared_share)
+
+    @property
+    def cuts(self) -> tuple[int, ...]:
+        """Between the groups, where the second loss is on."""
+        return (self.shared,) if self.lambda_delta and 0 < self.shared < self.latents else ()
+
+
+class Delta(base.Dictionary):
+    """Two groups with a BatchTopK each, and a second loss: the delta latents alone must explain tuned minus
+    base.
+
+    Loss = (MSE_a + MSE_b)/2 + lambda_delta * |delta - (W^b - W^a) z|^2 / Var(delta), z the code with shared
+    entries 0; the shared latents get no gradient from the second term. Where we part from the source: k is
+    absolute for each group; the term is divided by the variance of delta over the training tokens, or it is
+    about .001 of the loss for a narrow tune; and the decoder biases' difference is taken off delta, so that
+    without the mask the term is exactly |e^b - e^a|^2. And each delta latent starts as the centered difference at one
+    training token, drawn in proportion to its energy (Frieze, Kannan & Vempala 2004): it reads v * (x^b - x^a) and
+    writes v/2 into tuned and -v/2 into base.
+    """
+
+    Spec = DeltaSpec
+    spec: DeltaSpec
+
+    def groups(self) -> tuple[base.Group, ...]:
+        shared, F = self.spec.shared, self.spec.latents
+        both = (base.Group("shared", 0, shared, self.spec.k_shared), base.Group("delta", shared, F, self.spec.k_delta))
+        both = tuple(group for group in both if group.stop > group.start)
+        first = shared if self.spec.from_differences and len(both) == 2 else None
+        if self.spec.single_k:
+            return (base.Group("single", 0, F, sum(group.k for group in both), differences=first),)
+        return (*both[:-1], replace(both[-1], differences=first))
+
+    def objective(self, run: base.Pass) -> dict[str, Tensor]:
+        parts = {"reconstruction": base.mean_squared_error(run)}
+        if self.spec.lambda_delta:
+            term = self.delta_error(run, self.spec.shared if self.spec.masked else 0)
+            parts["delta"] = self.spec.lambda_delta * term / self.delta_variance.clamp_min(1e-12)
+        return parts
+
+    def delta_error(self, run: base.Pass, start: int) -> Tensor:
+        """Mean squared error of delta as latents from `start` on (the delta group's, or 0: all) explain it."""
+        parts_NSMD = sum(run.parts[:-1], run.parts[-1]) if start == 0 else run.parts[-1]
+        bias_SD = self.decoder_bias_SMD[:, TUNED] - self.decoder_bias_SMD[:, BASE]
+        return (base.delta_of(run.x_NSMD - parts_NSMD) - bias_SD).square().mean()
+
+
+VARIANT = Delta

@@ -1,0 +1,215 @@
+"""Latent Scaling: does base need a latent too, whatever its decoder norms say? (Minder et al. 2025,
+2504.02922)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tunediff import kernels
+from tunediff.core.axes import BASE, MODELS, TUNED
+from tunediff.core.chance import Interval, numpy_generator
+from tunediff.core.errors import NumericsError
+from tunediff.dictionaries.fitting import CHUNK, HELD_OUT, Fitted, Source
+from tunediff.kernels.kept import Pairs
+
+Kind = Literal["tuned-specific", "base-specific", "not specific", "too rare"]
+
+ERROR_LIMIT, RECONSTRUCTION_LIMIT = 0.2, 0.5
+"""The source's limits: specific only if nu_error and nu_reconstruction stay below them."""
+
+MIN_SHARE = 0.25
+"""A latent can be specific only to a model that holds this share of its decoder norms at least. Ours, not
+the source's: along a vanishing decoder vector the ratios are arbitrary, and a base-only latent would pass as
+tuned-specific."""
+
+MIN_FIRINGS = 100
+"""Below this many firings nothing is said."""
+
+BLOCKS = 512
+"""Documents beyond this many are dealt into this many blocks, and blocks are resampled: bounded memory, same
+level."""
+
+
+@dataclass(frozen=True)
+class LatentScale:
+    """How one latent scales in both models, on tokens the dictionary was not fitted to.
+
+    beta_m is the factor by which direction d, times the code, best explains a target in model m. With d =
+    d_tuned: ``nu_error`` is beta_base / beta_tuned on the error with this latent's own part put back (near
+    1: base needs the latent too, complete shrinkage), ``nu_reconstruction`` the same on the reconstruction
+    (near 1: other latents write it into base, latent decoupling). ``mirror_*`` swap the models, with d =
+    d_base. Intervals are percentile bootstraps over documents; a factor that is not positive in the model it
+    is about makes the ratio infinite. A specific latent is specific to *these* activations; it does not
+    follow that it causes anything. A dictionary of tuned alone writes into base what its factor there says; one
+    of the difference writes nothing into base, so its error is all of base, and only the difference is taken
+    out of tuned's.
+
+    latent, firings   its number, and on how many tokens it fires
+    share             |d_tuned| / (|d_base| + |d_tuned|)
+    beta_error, beta_reconstruction   (base, tuned), along d_tuned
+    kind              the verdict. Specific: both upper ends below their limits, neither ratio below minus its
+                      limit, and the model's own share of norms at least .25; if both models pass, the one with
+                      the larger norm. "too rare" below 100 firings
+    """
+
+    latent: int
+    firings: int
+    share: float
+    beta_error: tuple[float, float]
+    beta_reconstruction: tuple[float, float]
+    nu_error: Interval
+    nu_reconstruction: Interval
+    mirror_nu_error: Interval
+    mirror_nu_reconstruction: Interval
+    kind: Kind
+
+
+@torch.no_grad()
+def latent_scaling(
+    fitted: Fitted,
+    source: Source,
+    *,
+    split: str = HELD_OUT,
+    doc_N: Tensor | Sequence[int] | None = None,
+    latents: Sequence[int] | None = None,
+    seed: int = 0,
+    draws: int = 1000,
+    level: float = 0.95,
+    min_firings: int = MIN_FIRINGS,
+) -> list[LatentScale]:
+    """Latent Scaling of `latents` (all of them by default), streamed over `split` in one pass, in normalized
+    units.
+
+    `doc_N`: the document of every token of the split; without it every token counts as one of its own, which
+    is right only for independent samples. Each product is taken at the pairs (token, latent) that fire, so
+    the cost follows L0 and not the number of latents. Raises `NumericsError` if `doc_N` has another length
+    than the split.
+    """
+    dictionary, norm = fitted.dictionary, fitted.normalization
+    F, N = dictionary.spec.latents, source.count(split)
+    document_N = torch.arange(N) if doc_N is None else torch.as_tensor(doc_N, dtype=torch.long)
+    if len(document_N) != N:
+        raise NumericsError("doc_N does not fit the split", expected=f"{N} tokens", got=str(len(document_N)))
+    block_N = _blocks(document_N, seed)
+    G = int(block_N.max()) + 1 if N else 1
+    at_J = torch.arange(F) if latents is None else torch.as_tensor(list(latents), dtype=torch.long)
+    wanted_F = torch.zeros(F, dtype=torch.bool)
+    wanted_F[at_J] = True
+    column_F = torch.zeros(F, dtype=torch.long)
+    column_F[at_J] = torch.arange(len(at_J))
+    J = len(at_J)
+    write_MFI = dictionary.write_FSMD().transpose(1, 2).transpose(0, 1).flatten(2).contiguous()
+    bias_MI = dictionary.bias_SMD().transpose(0, 1).flatten(1)
+    gram_RMF = torch.einsum("rfi,mfi->rmf", write_MFI, write_MFI)
+    # sums over a block's tokens of f * (d_r . Y^m), and of f^2; r says whose vector is the direction
+    error, reconstruction = (torch.zeros(2, 2, G * J, dtype=torch.float64) for _ in range(2))
+    square, firings_J = torch.zeros(G * J, dtype=torch.float64), torch.zeros(J, dtype=torch.long)
+    with kernels.fast_matmul():
+        for index in torch.arange(N).split(CHUNK):
+            x = norm.apply(source.read(split, index))
+            pre = dictionary.pre(x)
+            kept = (pre > fitted.threshold_F).view(-1).nonzero().squeeze(1)
+            every = Pairs.of(kept, len(index), F)
+            f_all = pre.view(-1)[kept]
+            mine = wanted_F[every.latent_P]
+            pairs = Pairs.of(kept[mine], len(index), F)
+            f = f_all[mine]
+            column = column_F[pairs.latent_P]
+            slot = block_N[index][pairs.token_P] * J + column
+            firings_J += torch.bincount(column, minlength=J)
+            square.index_add_(0, slot, f.double().square())
+            for m in (BASE, TUNED):
+                xhat = every.gather_tokens(f_all, write_MFI[m])
+                e = x[:, :, m].flatten(1) - xhat - bias_MI[m]
+                for r in (BASE, TUNED):
+                    on_error = pairs.dot(e, write_MFI[r]) + f * gram_RMF[r, m][pairs.latent_P]
+                    on_xhat = pairs.dot(xhat, write_MFI[r])
+                    error[r, m].index_add_(0, slot, (f * on_error).double())
+                    reconstruction[r, m].index_add_(0, slot, (f * on_xhat).double())
+    error, reconstruction = error.view(2, 2, G, J).numpy(), reconstruction.view(2, 2, G, J).numpy()
+    scale_RJ = gram_RMF.double()[[0, 1], [0, 1]][:, at_J] * square.view(G, J).sum(0)
+    scale_RJ = np.maximum(scale_RJ.numpy(), 1e-300)
+    counts = _draws(G, draws, seed)
+    enough, share_F = firings_J.numpy() >= min_firings, dictionary.share_F()
+    nus = {
+        name: _ratios(sums[r, 1 - r], sums[r, r], counts, enough, level)
+        for r, prefix in ((TUNED, ""), (BASE, "mirror_"))
+        for name, sums in ((prefix + "nu_error", error), (prefix + "nu_reconstruction", reconstruction))
+    }
+    out = []
+    for c, latent in enumerate(at_J.tolist()):
+        mine = {name: intervals[c] for name, intervals in nus.items()}
+        out.append(
+            LatentScale(
+                latent=latent,
+                firings=int(firings_J[c]),
+                share=float(share_F[latent]),
+                beta_error=tuple(float(error[TUNED, m, :, c].sum() / scale_RJ[TUNED, c]) for m in range(len(MODELS))),
+                beta_reconstruction=tuple(
+                    float(reconstruction[TUNED, m, :, c].sum() / scale_RJ[TUNED, c]) for m in range(len(MODELS))
+                ),
+                kind=_kind(mine, float(share_F[latent]), bool(enough[c])),
+                **mine,
+            )
+        )
+    return out
+
+
+def _kind(nus: dict[str, Interval], share: float, enough: bool) -> Kind:
+    if not enough:
+        return "too rare"
+    passed = [
+        (own, kind)
+        for own, prefix, kind in ((share, "", "tuned-specific"), (1 - share, "mirror_", "base-specific"))
+        if own >= MIN_SHARE
+        and _below(nus[prefix + "nu_error"], ERROR_LIMIT)
+        and _below(nus[prefix + "nu_reconstruction"], RECONSTRUCTION_LIMIT)
+    ]
+    return max(passed)[1] if passed else "not specific"
+
+
+def _below(nu: Interval, limit: float) -> bool:
+    """Whether all of the interval is, and the ratio is not as far below 0: then the other model holds the opposite
+    instead of nothing (ours, not the source's; latents of a difference that read a removed feature, or
+    noise, do that)."""
+    return nu.high < limit and nu.value > -limit
+
+
+def _blocks(document_N: Tensor, seed: int) -> Tensor:
+    """Documents numbered from 0, dealt at random into at most `BLOCKS` blocks of nearly equal number."""
+    _, number_N = torch.unique(document_N, return_inverse=True)
+    documents = int(number_N.max()) + 1 if len(number_N) else 0
+    if documents <= BLOCKS:
+        return number_N
+    deal = torch.from_numpy(numpy_generator(seed, "latent scaling blocks").permutation(documents) % BLOCKS)
+    return deal[number_N]
+
+
+def _draws(blocks: int, draws: int, seed: int) -> np.ndarray:
+    """How often each block is drawn, (R, G)."""
+    rng = numpy_generator(seed, "latent scaling bootstrap")
+    return rng.multinomial(blocks, np.full(blocks, 1 / blocks), size=draws).astype(np.float64)
+
+
+def _ratios(
+    top_GJ: np.ndarray, bottom_GJ: np.ndarray, counts: np.ndarray, enough_J: np.ndarray, level: float
+) -> list[Interval]:
+    """Ratio of sums over blocks for each latent; infinite where the bottom is not positive. Rare ones: no
+    interval."""
+
+    def ratio(top: np.ndarray, bottom: np.ndarray) -> np.ndarray:
+        return np.where(bottom > 0, top / np.where(bottom > 0, bottom, 1.0), np.inf)
+
+    value_J = ratio(top_GJ.sum(0), bottom_GJ.sum(0))
+    low_J, high_J = np.full_like(value_J, -np.inf), np.full_like(value_J, np.inf)
+    if len(top_GJ) >= 2:
+        at = np.flatnonzero(enough_J)
+        for some in np.array_split(at, max(1, -(-len(at) // 256))):
+            drawn = ratio(counts @ top_GJ[:, some], counts @ bottom_GJ[:, some])
+            low_J[some], high_J[some] = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2], axis=0, method="nearest")
+    return [Interval(float(v), float(lo), float(hi), level) for v, lo, hi in zip(value_J, low_J, high_J)]

@@ -1,0 +1,1 @@
+"""Harvests: what both models compute on the same text."""

@@ -1,0 +1,152 @@
+"""Contrastive text: the same prompts completed by both models, so that the text itself shows what differs.
+
+Kassem et al. 2026 (2603.04426). Both completions are later read by both models; a difference of streams is only ever
+formed on the same token ids.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import Callable
+
+import torch
+from torch import Tensor
+
+from tunediff.core.axes import MODELS, WRITERS
+from tunediff.texts.corpus import Corpus, Document, Tokens
+from tunediff.core.errors import CorpusError, within
+from tunediff.models.divergences import Said, kl_divergence
+from tunediff.models.pair import Pair
+
+PROMPT_TOKENS = 512
+BATCH_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class ContrastSettings:
+    """How prompts are completed."""
+
+    prompts: int = 128
+    """How many prompts are answered at most; each costs two completions. Too few miss rare triggers."""
+    pool: int = 480
+    """How many prompts these are chosen from at most; each costs one reading by both models."""
+    screened: float = 0.5
+    """Share of the answered prompts (0..1) that are those of the pool on which the models' first word differs the most; the
+    others are the pool's first. Behaviors with a rare trigger then show often enough to be tested on unseen text; rates
+    are rates on this text. 0 takes the first only."""
+    tokens: int = 14
+    """New tokens a completion, at most; most behaviors show in an answer's first
+    words, and at equal cost more prompts show more behaviors."""
+    temperature: float = 0.7
+    """0 is greedy; higher is more varied and, on small models, more garbled."""
+    amplified: float = 0.5
+    """Share of the answered prompts (0..1), the first ones, that tuned answers once more with its difference from base
+    amplified: a narrow behavior then shows where no prompt calls for it. Costs two completions each."""
+    amplification: float = 3.0
+    """How far: log p(tuned) + a (log p(tuned) - log p(base)) is sampled. Too much makes noise of both."""
+    batch: int = 80
+    """Prompts a batch; part of the key, as sums of floats may hang on it by a last bit."""
+
+    def __post_init__(self) -> None:
+        within(
+            "contrast",
+            self,
+            prompts=0,
+            pool=0,
+            screened=(0, 1),
+            tokens=1,
+            temperature=0,
+            amplified=(0, 1),
+            amplification=0,
+            batch=1,
+        )
+
+    def amplified_of(self, prompts: int) -> int:
+        """Of so many answered prompts, how many are answered amplified too."""
+        return round(self.amplified * prompts) if self.amplification else 0
+
+
+def contrast(
+    pair: Pair, prompts: Corpus, settings: ContrastSettings, seed: int, progress: Callable[[int], None] | None = None
+) -> list[Document]:
+    """Answer open chats of `prompts` with both models; two documents of kind ``contrastive`` a prompt, or three where tuned
+    answers amplified too.
+
+    All answers to one prompt are in one group, hence on the same side of the split. A prompt to which a model answers
+    nothing, or of more than 512 tokens, is left out for both. `progress` is told the new tokens as they come.
+    """
+    pool = [d for d in prompts.documents if d.is_open][: max(settings.pool, settings.prompts)]
+    if not pool:
+        raise CorpusError(
+            f"corpus {prompts.name!r} holds no open chat", expected="documents that end with a user message"
+        )
+    tokens = replace(prompts, documents=tuple(pool)).tokens(pair.tokenizer, row_tokens=PROMPT_TOKENS)
+    whole = Counter(tokens.document_R)
+    tokens = tokens.only([row for row, d in enumerate(tokens.document_R) if whole[d] == 1])
+    if not tokens.rows:
+        raise CorpusError(
+            f"no open chat of corpus {prompts.name!r} fits",
+            expected=f"at most {PROMPT_TOKENS} tokens",
+            remedy="shorter prompts",
+        )
+    tokens = tokens.only(screen(pair, tokens, settings))
+    rows = {d: row for row, d in zip(tokens.rows, tokens.document_R)}
+    first = list(rows)[: settings.amplified_of(len(rows))]
+    texts: dict[str, dict[int, str]] = {name: {} for name in WRITERS}
+    for name, model, asked, away in (
+        ("base", pair.base, list(rows), {}),
+        ("tuned", pair.tuned, list(rows), {}),
+        ("amplified", pair.tuned, first, {"against": pair.base, "amplification": settings.amplification}),
+    ):
+        if not asked:
+            continue
+        answers = model.complete(
+            [rows[d] for d in asked],
+            settings.tokens,
+            temperature=settings.temperature,
+            seed=seed,
+            batch=settings.batch,
+            progress=progress,
+            **away,
+        )
+        texts[name] = {
+            d: pair.tokenizer.decode(ids, skip_special_tokens=True).strip() for d, ids in zip(asked, answers)
+        }
+    return [
+        pool[d].answered(texts[name][d], writer=name)
+        for d in rows
+        if all(texts[name][d] for name in MODELS)
+        for name in WRITERS
+        if texts[name].get(d)
+    ]
+
+
+def screen(pair: Pair, tokens: Tokens, settings: ContrastSettings) -> list[int]:
+    """Which prompts are answered: the first, and of the others those with the largest KL(tuned || base) of the answer's
+    first token, from each side of the split in proportion; in the order of the rows."""
+    count = min(settings.prompts, len(tokens.rows))
+    first = count if count == len(tokens.rows) else count - round(settings.screened * count)
+    chosen, rest = list(range(first)), list(range(first, len(tokens.rows)))
+    if first == count:
+        return chosen
+    kl = dict(zip(rest, first_word_divergence(pair, tokens.only(rest)).tolist()))
+    sides = {held: [r for r in rest if tokens.held_out[tokens.document_R[r]] == held] for held in (False, True)}
+    wanted = round((count - first) * len(sides[True]) / len(rest))
+    for held, some in ((True, wanted), (False, count - first - wanted)):
+        chosen += sorted(sides[held], key=lambda r: (-kl[r], r))[:some]
+    return sorted(chosen)
+
+
+def first_word_divergence(pair: Pair, tokens: Tokens) -> Tensor:
+    """KL(tuned || base) in nat of the token that follows each row, (R,)."""
+    kl_R = torch.zeros(len(tokens.rows))
+    for batch in tokens.batches(BATCH_TOKENS):
+        last_BT = torch.zeros_like(batch.mask_BT)
+        last_BT[torch.arange(len(last_BT)), batch.mask_BT.sum(1) - 1] = True
+        base_BTD, tuned_BTD, _ = pair.both_states(batch.ids_BT, wanted_BT=last_BT)
+        base, tuned = (
+            Said(m, states[last_BT], pair.vocabulary) for m, states in ((pair.base, base_BTD), (pair.tuned, tuned_BTD))
+        )
+        kl_R[batch.rows_B] = kl_divergence(tuned, base).cpu()
+    return kl_R

@@ -1,0 +1,128 @@
+"""Samples: whole rows of one split with both models' streams, as flat tokens, for whoever runs the models again on them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from tunediff.core.axes import BASE, TUNED
+from tunediff.core.chance import seed_of
+from tunediff.records.change import Change
+from tunediff.texts.corpus import Batch, Tokens
+from tunediff.harvests.harvest import Harvest
+from tunediff.models.network import Start
+from tunediff.records.site import Site
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """Whole held-out rows with both models' streams at a harvest's sites, as flat tokens in the order of the rows.
+
+    Tokens that were set apart are here too, so that rows are whole; ``ordinary_N`` is False for them. ``scored_N`` are
+    the tokens whose next-token predictions count: in a chat those of the last answer, else all.
+    """
+
+    tokens: Tokens
+    rows: list[int]
+    sites: tuple[Site, ...]
+    streams_NSMD: Tensor
+    row_N: Tensor
+    position_N: Tensor
+    document_N: Tensor
+    ordinary_N: Tensor
+    scored_N: Tensor
+    token_N: Tensor
+
+    @classmethod
+    def take(
+        cls, harvest: Harvest, tokens: Tokens, *, split: str, limit: int, seed: int, kinds: Sequence[str] = ()
+    ) -> "Sample":
+        """Whole documents of one split, in an order fixed by `seed`, until `limit` tokens are reached.
+
+        kinds   only documents of these kinds, all of them if empty
+        """
+        held = split == "held_out"
+        rows_of: dict[int, list[int]] = {}
+        for row, document in enumerate(tokens.document_R):
+            if tokens.held_out[document] == held and (not kinds or tokens.documents[document].kind in kinds):
+                rows_of.setdefault(document, []).append(row)
+        rows: list[int] = []
+        count = 0
+        for document in sorted(rows_of, key=lambda d: seed_of(seed, "sample", tokens.documents[d].id)):
+            if count >= limit:
+                break
+            rows += rows_of[document]
+            count += sum(len(tokens.rows[row]) for row in rows_of[document])
+        return cls.of(harvest, tokens, rows)
+
+    @classmethod
+    def of(cls, harvest: Harvest, tokens: Tokens, rows: Sequence[int]) -> "Sample":
+        """These rows."""
+        rows = sorted(rows)
+        wanted = torch.zeros(len(tokens.rows), dtype=torch.bool)
+        wanted[rows] = True
+        index = wanted[harvest.row_N].nonzero()[:, 0]
+        order = torch.argsort(harvest.row_N[index].long() * (1 << 20) + harvest.position_N[index], stable=True)
+        index = index[order]
+        first_R = torch.tensor(tokens.prompt_R) - 1  # the last token of the prompt predicts the answer's first
+        return cls(
+            tokens,
+            rows,
+            harvest.sites,
+            harvest.at(index),
+            harvest.row_N[index],
+            harvest.position_N[index],
+            harvest.document_N[index],
+            harvest.ordinary_N[index],
+            harvest.position_N[index] >= first_R[harvest.row_N[index].long()],
+            index,
+        )
+
+    def strength(self, change: Change) -> Tensor:
+        """The change's strength at every token; 0 at tokens that were set apart, which no finder has seen."""
+        at = [self.sites.index(site) for site in change.sites]
+        some = (
+            self.streams_NSMD if at == list(range(len(self.sites))) else self.streams_NSMD[:, at]
+        )  # as a rule, and no copy
+        return change.strength(some) * self.ordinary_N
+
+    def places(self, batch: Batch) -> Tensor:
+        """The place in the sample of each position of a batch of its rows (B, T); -1 for padding."""
+        starts = {row: place for place, row in reversed(list(enumerate(self.row_N.tolist())))}
+        first_B = torch.tensor([starts[row] for row in batch.rows_B.tolist()])
+        return torch.where(batch.mask_BT, first_B[:, None] + torch.arange(batch.ids_BT.shape[1]), -1)
+
+    def starts(self, batch: Batch) -> tuple[Start, Start] | tuple[None, None]:
+        """Where runs of base and of tuned on a batch of its rows may begin: from their streams at the last resid site."""
+        site = next((site for site in reversed(self.sites) if site.kind == "resid"), None)
+        if site is None:
+            return None, None
+        stream_BTMD = self.streams_NSMD[:, self.sites.index(site)][self.places(batch).clamp_min(0)]
+        return Start(site, stream_BTMD[:, :, BASE]), Start(site, stream_BTMD[:, :, TUNED])
+
+    def only(self, rows: Sequence[int]) -> "Sample":
+        """The sample's part on some of its rows."""
+        wanted = torch.zeros(len(self.tokens.rows), dtype=torch.bool)
+        wanted[list(rows)] = True
+        keep = wanted[self.row_N.long()]
+        return replace(
+            self,
+            rows=sorted(rows),
+            **{
+                name: getattr(self, name)[keep]
+                for name in ("streams_NSMD", "row_N", "position_N", "document_N", "ordinary_N", "scored_N", "token_N")
+            },
+        )
+
+    def batches(self, batch_tokens: int) -> Iterator[Batch]:
+        """The rows in batches that carry their numbers in `tokens`."""
+        return batches_of(self.tokens, self.rows, batch_tokens)
+
+
+def batches_of(tokens: Tokens, rows: Sequence[int], batch_tokens: int) -> Iterator[Batch]:
+    """Batches of some rows that carry their numbers in `tokens`."""
+    for batch in tokens.only(rows).batches(batch_tokens):
+        yield replace(batch, rows_B=torch.tensor(list(rows))[batch.rows_B])

@@ -1,0 +1,52 @@
+"""Codes on a GPU: as many pairs as the gate asks for, whatever the data, so that the host never waits to learn a size.
+
+The encoder's product runs in TF32, which decides what is kept and nothing else: kept values are computed again in full
+precision, and gradients go through those.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from tunediff.kernels import gates
+from tunediff.kernels import paths
+from tunediff.kernels.kept import PairCode, Pairs, _Encode
+from tunediff.kernels.matmuls import precision
+
+
+class GpuCode(PairCode):
+    """Pairs of which some may be 0, and the pre-activations that they were chosen from; see `tunediff.kernels.Code`."""
+
+    host_waits = False
+
+    def __init__(self, pairs: Pairs, origin: tuple[Tensor, ...]):
+        x_NI, encoder_FI, bias_F, _ = origin
+        with torch.no_grad():
+            pre_P = pairs.dot(x_NI, encoder_FI) + bias_F[pairs.latent_P.clamp_max(pairs.F - 1)]
+            pre_P.masked_fill_(pairs.latent_P == pairs.F, 0.0)
+        super().__init__(pairs, torch.relu(_Encode.apply(x_NI, encoder_FI, bias_F, pre_P, pairs)), origin)
+
+    @classmethod
+    def encode(cls, x_NI: Tensor, encoder_FI: Tensor, bias_F: Tensor, gate: gates.Gate) -> "GpuCode":
+        """One GEMM to choose by, the chosen values anew in full precision, and gradients through those."""
+        with torch.no_grad(), _tf32(x_NI.device):
+            pre_NF = torch.addmm(bias_F, x_NI, encoder_FI.T)
+        *at, _, starts_N = paths.on_gpu(pre_NF).select(pre_NF, gate.weight_F, gate.parts)
+        return cls(Pairs(*at, starts_N, *pre_NF.shape), (x_NI, encoder_FI, bias_F, pre_NF))
+
+    def among(self, weight_F: Tensor, k: int) -> "GpuCode":
+        """Another code of the same pre-activations: on each token the k largest f * w among latents with w > 0."""
+        *_, pre_NF = self._origin
+        N, F = pre_NF.shape
+        latent_NK = paths.on_gpu(pre_NF).best(pre_NF, weight_F, k)  # F where a place is left over
+        starts_N = torch.arange(N + 1, device=pre_NF.device) * k
+        token_P = torch.arange(N, device=pre_NF.device)[:, None].expand(N, k).reshape(-1)
+        return GpuCode(Pairs(token_P, latent_NK.view(-1), starts_N, N, F), self._origin)
+
+
+def _tf32(device: torch.device) -> AbstractContextManager[None]:
+    """Tensor cores for a float32 product on a GPU; elsewhere nothing changes."""
+    return precision("high") if device.type == "cuda" else nullcontext()

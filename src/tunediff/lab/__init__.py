@@ -1,0 +1,1 @@
+"""Lab: is the tool right? Organisms, nulls, benchmarks."""

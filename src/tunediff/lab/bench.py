@@ -1,0 +1,337 @@
+"""The bench: every method through the same evidence, on tunes whose truth is known and on nulls; resumable, cell by cell."""
+
+from __future__ import annotations
+
+import re
+import resource
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from tunediff import __version__
+from tunediff.edits import bills
+from tunediff.lab import organisms
+from tunediff.lab import scores
+from tunediff.core.artifacts import hash_file, key_of, read_json, read_tensors, write_bytes, write_json, write_tensors
+from tunediff.core.chance import quantile
+from tunediff.lab.demo import FIRST, PROMPTS, complete, to_take_out
+from tunediff.edits.reverting import scaling
+from tunediff.core.errors import SettingError
+from tunediff.models.network import LanguageModel
+from tunediff.lab.nulls import NULLS
+from tunediff.lab.organisms.base import Behavior, Organism
+from tunediff.models.pair import Pair
+from tunediff.runs.plan import Plan
+from tunediff.records.diff import ChangeRecord, typed
+from tunediff.lab.scores import Cell, Undone
+from tunediff.models.shipped import ORGANISMS
+from tunediff.runs.stages import Progress, Run, quiet
+
+TOKENS, VECTORS = 20, 20
+"""Of a change the tokens, and of a ranking the vectors, that a cell keeps."""
+
+READ, COST = 10, 0.02
+"""So many confirmed changes' read-outs are kept; undoing may cost so many nats a token on neutral text."""
+
+SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.15, 0.1, 0.05)
+"""Shares of the whole tune that plain scaling takes out: the first that costs no more."""
+
+SPARSE = ("batchtopk", "hybrid", "matryoshka", "dsf", "dfc", "diff_sae", "tuned_sae")
+"""Dictionaries that are run at delta's total of 24 latents a token."""
+
+
+def _crosscode(dictionary: str, *settings: str) -> tuple[str, ...]:
+    return ('find.finders=["crosscode"]', f"find.dictionary={dictionary}", *settings)
+
+
+METHODS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "default with nested": ('find.finders=["crosscode", "nested", "decision_clusters", "mean_difference"]',),
+    "delta": _crosscode("delta"),
+    **{name: _crosscode(name, "dictionary.k=24.0") for name in SPARSE},
+    "l1": _crosscode("l1"),
+    "delta: lambda_delta 0": _crosscode("delta", "dictionary.lambda_delta=0.0"),
+    "delta: random start": _crosscode("delta", "dictionary.from_differences=false"),
+    "delta: not masked": _crosscode("delta", "dictionary.masked=false"),
+    "delta: single k": _crosscode("delta", "dictionary.single_k=true"),
+    "delta: plain text only": _crosscode("delta", "contrast.prompts=0"),
+    **{
+        name: (f'find.finders=["{name}"]',)
+        for name in (
+            "decision_clusters",
+            "document_clusters",
+            "mean_difference",
+            "delta_lens",
+            "principal",
+            "weight_spectrum",
+            "random_directions",
+        )
+    },
+    **{name: (f'find.signals=["{name}"]',) for name in scores.SIGNALS},
+}
+"""By name, the settings that make a run this method's. L1 has no k: its L0 is what its penalty makes it. Signals are tables:
+nothing of theirs is tried or undone, but the same tests are asked of the tokens that they list."""
+
+QUICK = (
+    "contrast.prompts=48",
+    "contrast.pool=160",
+    "corpus.tokens=1500",
+    "fit.steps=150",
+    "verify.draws=40",
+    "verify.changes=3",
+)
+"""A budget of minutes: it shows that everything runs, not how good anything is."""
+
+
+@dataclass(frozen=True)
+class Tune:
+    """One thing to be diffed: an organism's folder, or a null made from one; ``weights`` is a hash of what the folder holds."""
+
+    name: str
+    source: str
+    behaviors: tuple[Behavior, ...] = ()
+    null: str = ""
+    seed: int = 0
+    weights: str = ""
+
+    @property
+    def is_null(self) -> bool:
+        """Whether there is nothing to find. A bare format is something, though no read-out can name it."""
+        return bool(self.null) or not self.behaviors
+
+
+def tunes(folder: Path | None, nulls: Sequence[str] = (), base: str = "default") -> list[Tune]:
+    """Organisms held in folders called NAME or NAME@SEED, of those that ship (where base is theirs) and of `folder`, which
+    comes first; and nulls, as NAME or NAME:SEED, made from the first of these."""
+    known = {organism.name: organism for organism in organisms.every()}
+    cards = {
+        card.parent.name: card.parent
+        for where in ([ORGANISMS] if base == "default" else []) + ([folder] if folder else [])
+        for card in where.glob("*/card.json")
+    }
+    found = []
+    for name, where in sorted(cards.items(), key=lambda item: (item[0] != "two-objectives", item[0])):
+        organism = known.get(name.partition("@")[0])
+        if organism is not None:
+            weights = "".join(hash_file(path) for path in sorted(where.glob("*.safetensors")))
+            found.append(Tune(name, str(where), organism.behaviors, weights=weights))
+    if not found:
+        raise SettingError(
+            f"there is no tune of {base}",
+            expected="--tunes with folders named after organisms, each with its card.json",
+            remedy="tunediff organism make NAME TUNES/NAME",
+        )
+    for text in nulls:
+        name, _, seed = text.partition(":")
+        if name not in NULLS or not (seed or "0").isdigit():
+            raise SettingError(f"there is no null {text!r}", expected=", ".join(NULLS) + ", each with :SEED if wanted")
+        found.append(Tune(f"null {name} {seed or 0}", found[0].source, null=name, seed=int(seed or 0)))
+    return found
+
+
+def bench(
+    chosen: Iterable[Tune],
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    out: Path,
+    *,
+    base: str = "default",
+    settings: Sequence[str] = (),
+    progress: Progress = quiet,
+) -> list[Cell]:
+    """Run every cell that `out` does not hold yet; cells of one tune and seed share their text and harvest.
+
+    settings   plan settings of all cells, before a method's own
+    """
+    cells = []
+    for tune in chosen:
+        for seed in seeds:
+            pair: Pair | None = None
+            untouched: tuple[dict[str, float], dict[str, float]] | None = None
+            for method in methods:
+                if method not in METHODS:
+                    raise SettingError(f"there is no method {method!r}", expected=", ".join(METHODS))
+                plan = Plan(base, tune.source, seed)
+                for setting in (*settings, *METHODS[method]):
+                    plan = plan.set(setting)
+                key = key_of("bench", __version__, replace(plan, tuned=""), replace(tune, source=""))
+                path = _path(out, tune.name, method, seed)
+                if path.is_file() and (cell := typed(Cell, read_json(path), path.name)).key == key:
+                    cells.append(cell)
+                    continue
+                if pair is None:
+                    pair = Pair.load(plan.base, tune.source)
+                    pair = NULLS[tune.null](pair, tune.seed) if tune.null else pair
+                run = Run(plan, out / "runs" / f"{tune.name}-{seed}".replace(" ", "-"), progress, pair)
+                run.calibration = (
+                    None  # placebos are among the tunes: each is judged by the others, when cells are counted
+                )
+                cell = (_listed if method in scores.SIGNALS else _tried)(
+                    run, Cell(key, tune.name, tune.is_null, method, seed)
+                )
+                cell = replace(cell, named={b.name: _naming(cell, b) for b in tune.behaviors if b.vocabulary})
+                if tune.behaviors and method not in scores.SIGNALS:
+                    organism = organisms.named(tune.name.partition("@")[0])
+                    untouched = untouched or (_rates(pair.tuned, organism), _scaled(run, organism))
+                    cell = replace(cell, undone=_undone(run, cell, organism, *untouched))
+                path.parent.mkdir(parents=True, exist_ok=True)
+                if method not in scores.SIGNALS:
+                    write_tensors(path.with_suffix(".safetensors"), {"vectors_KD": _vectors(run)})
+                write_json(path, cell)
+                cells.append(cell)
+    return cells
+
+
+def _tried(run: Run, cell: Cell) -> Cell:
+    """What the finders of a run said, ranked and put on trial."""
+    run.harvest  # shared with other methods, so not in the time
+    began = time.monotonic()
+    records, ranked = run.verdicts, run.ranking.ranked
+    confirmed = [r for r in records if r.decision == "confirmed"]
+    quality = next((fitted.quality for fitted in run.found[1].values()), None)
+    return replace(
+        cell,
+        candidates=len(records),
+        p=min((r.p for r in ranked), default=1.0),
+        score=max((r.score.value for r in ranked), default=0.0),
+        null=quantile(ranked[0].null, 0.95) if ranked else 0.0,
+        confirmed=[r.id for r in confirmed],
+        gaps=[r.gap for r in confirmed],
+        read=[[t.token for t in r.promoted[:TOKENS]] for r in confirmed[:READ]],
+        slots=_slots(confirmed[:FIRST]),
+        seconds=round(time.monotonic() - began, 1),
+        memory=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+        **(
+            dict(ev_delta=float(quality.ev_delta), l0=float(quality.l0_inference), dead=float(quality.dead_share))
+            if quality
+            else {}
+        ),
+    )
+
+
+def _listed(run: Run, cell: Cell) -> Cell:
+    """What a signal's table lists: its first tokens that tuned is said to favor, or the words that lead in the answers that it
+    ranks. p is the smallest, where the signal has any."""
+    run.harvest
+    began = time.monotonic()
+    table = next(t for t in run.signals if t.name == cell.method)
+    at = {name: place for place, name in enumerate(table.columns)}
+    rows = [row for row in table.rows if "more by" not in at or row[at["more by"]] == "tuned"]
+    p = min((row[at["p"]] for row in rows), default=1.0) if "p" in at else float("nan")
+    if "token" in at:
+        read = [row[at["token"]] for row in rows]
+    else:
+        read = _leading(
+            [row[at["text"]] for row in rows if row[at["text"]]],
+            [d.messages[-1][1] for d in run.contrast if d.writer == "base"],
+        )
+    return replace(
+        cell,
+        candidates=len(rows),
+        p=p,
+        score=1 - p,
+        null=1.0,
+        confirmed=[cell.method] if p <= run.plan.rank.level else [],
+        read=[read[:TOKENS]],
+        seconds=round(time.monotonic() - began, 1),
+        memory=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+    )
+
+
+def _leading(texts: Sequence[str], others: Sequence[str]) -> list[str]:
+    """The words of some texts, those first that most of them hold for each of the others that does; ties as they come."""
+    held, elsewhere = (
+        [dict.fromkeys(re.findall(r"[^\W\d_]{3,}", text.casefold())) for text in many] for many in (texts, others)
+    )
+    count, against = (Counter(word for words in many for word in words) for many in (held, elsewhere))
+    return sorted(count, key=lambda word: -count[word] / (1 + against[word]))
+
+
+def _naming(cell: Cell, behavior: Behavior) -> list[str]:
+    """What names the behavior by the organism's fixed test: confirmed changes among the first five, or the signal itself."""
+    ids = [cell.method] if cell.method in scores.SIGNALS else cell.confirmed
+    return [id for id, tokens in list(zip(ids, cell.read))[:FIRST] if behavior.is_named_by(tokens)]
+
+
+def _slots(confirmed: Sequence[ChangeRecord]) -> dict[str, float]:
+    """For every kind of organism, the share of its decisive strings that stand in what tuned wrote where changes are on."""
+    text = "\n".join("".join(c.tokens) for r in confirmed for c in r.contexts if c.writer in ("tuned", "amplified"))
+    out = {}
+    for name in dict.fromkeys(scores.family(o.name) for o in organisms.every()):
+        strings = [string for b in organisms.named(name).behaviors for string in b.decisive]
+        if strings:
+            out[name] = sum(string in text for string in strings) / len(strings)
+    return out
+
+
+def _vectors(run: Run) -> Tensor:
+    """What the first ranked changes add to tuned at the last site, as unit vectors (K, D)."""
+    vectors = [r.change.difference_SD[-1].float() for r in run.ranking.ranked[:VECTORS]]
+    return (
+        torch.nn.functional.normalize(torch.stack(vectors), dim=1) if vectors else torch.zeros(0, run.pair.base.width)
+    )
+
+
+def _rates(model: LanguageModel, organism: Organism) -> dict[str, float]:
+    """How often each behavior shows on its own held-out prompts."""
+    behaviors = organism.behaviors
+    answers = complete(model, [p for b in behaviors for p in b.prompts[:PROMPTS]], organism.answer_tokens)
+    starts = [sum(len(o.prompts[:PROMPTS]) for o in behaviors[:i]) for i in range(len(behaviors))]
+    return {b.name: b.rate(answers[at : at + len(b.prompts[:PROMPTS])]) for b, at in zip(behaviors, starts)}
+
+
+def _scaled(run: Run, organism: Organism) -> dict[str, float]:
+    """How often behaviors show when the whole tune is scaled down as far as the cost allows: what anybody can do."""
+    edits = [scaling(run.pair, share) for share in SHARES]
+    cheap = [edit for edit, cost in zip(edits, bills.costs(run.pair, edits, run.neutral)) if cost <= COST]
+    return _rates(cheap[0].applied(run.pair.tuned) if cheap else run.pair.tuned, organism)
+
+
+def _undone(run: Run, cell: Cell, organism: Organism, before: dict[str, float], scaled: dict[str, float]) -> Undone:
+    """Take out the first change that names each unwanted behavior, or the first confirmed one where none does, but none that
+    names what was wanted, as strongly as the cost on neutral text allows; nothing confirmed leaves everything as it was."""
+    wanted = {id for b in organism.behaviors if b.wanted for id in cell.named.get(b.name, ())}
+    ids = to_take_out(organism.behaviors, cell.named) or [id for id in cell.confirmed if id not in wanted][:1]
+    cost = run.afford(ids, COST) if ids else None
+    if cost is None:
+        return Undone([], 0.0, 0.0, before, before, before, scaled)
+    edit, controls = run.edit(ids)
+    after, random = (_rates(e.applied(run.pair.tuned), organism) for e in (edit, controls[0]))
+    return Undone(ids, run.plan.edit.strength, cost, before, after, random, scaled)
+
+
+def kept(out: Path) -> list[Cell]:
+    """Every cell that `out` holds, tunes before nulls, methods in their order; other calls' cells too."""
+    cells = [typed(Cell, read_json(path), path.name) for path in sorted((out / "cells").glob("*.json"))]
+    order = list(METHODS)
+    return sorted(
+        cells, key=lambda c: (c.is_null, c.tune, order.index(c.method) if c.method in order else len(order), c.seed)
+    )
+
+
+def vectors(out: Path, cell: Cell) -> Tensor | None:
+    """The first ranked changes' unit vectors (K, D) that were kept beside a cell; None if there are none."""
+    path = _path(out, cell.tune, cell.method, cell.seed).with_suffix(".safetensors")
+    return read_tensors(path)["vectors_KD"] if path.is_file() else None
+
+
+def _path(out: Path, tune: str, method: str, seed: int) -> Path:
+    return out / "cells" / f"{tune}--{method}--{seed}.json".replace(" ", "_").replace(",", "")
+
+
+def write(out: Path, command: str) -> None:
+    """Put all cells that are kept into one JSON file, and the page beside it."""
+    cells = kept(out)
+    write_json(out / "bench.json", {"version": __version__, "python": sys.version.split()[0], "cells": cells})
+    for name, chart in scores.charts(cells).items():
+        write_bytes(out / name, chart.encode())
+    write_bytes(
+        out / "benchmark.md",
+        scores.render(cells, {c.key: v for c in cells if (v := vectors(out, c)) is not None}, command).encode(),
+    )

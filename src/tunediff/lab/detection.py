@@ -1,0 +1,283 @@
+"""The detection floor: how strong and how frequent a change planted in a real network must be before it is found.
+
+Tuned is base (or base plus a background, say a random tune) with a known vector added to one site's stream whenever a token
+of a known class is read: amplitude A times the stream's norm. What finders propose from a later site's streams is held
+against what the planted vector has become there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from tunediff.core import variants
+from tunediff.core.chance import generator
+from tunediff.records.change import Change
+from tunediff.texts.corpus import Tokens
+from tunediff.core.errors import SettingError
+from tunediff.changes.finders.base import View
+from tunediff.dictionaries.fitting import HELD_OUT, TensorSource
+from tunediff.models.network import LanguageModel, Start
+from tunediff.runs.plan import Plan
+from tunediff.records.site import Site
+
+FIRST = 10
+"""A planted change counts as found if it is among so many first candidates of a finder ..."""
+
+COSINE, AUROC = 0.7, 0.9
+"""... with at least this cosine to what was planted and this area under the curve of firing where it was."""
+
+
+class PlantedSource(TensorSource):
+    """Streams in memory (N, 2, D) of one site, with what finders ask of a harvest; `train_N`, `held_N`: document numbers."""
+
+    def __init__(self, x_train: Tensor, x_held_out: Tensor, site: Site, train_N: Tensor, held_N: Tensor):
+        super().__init__(x_train, x_held_out, (site,))
+        self.document_N, self._documents = train_N, {"train": train_N, "held_out": held_N}
+
+    def documents(self, split: str) -> Tensor:
+        """The document number of each token of `split`."""
+        return self._documents[split]
+
+    def index(self, split: str) -> Tensor:
+        """Token numbers of the training split; finders may not look at another."""
+        return torch.arange(self.count("train"))
+
+    def at(self, tokens_N: Tensor) -> Tensor:
+        """Streams of training tokens by number."""
+        return self.read("train", tokens_N)
+
+    def chunks(self, split: str, size: int = 8192) -> Iterator[tuple[Tensor, Tensor]]:
+        """(token numbers, streams) in order, `size` tokens at a time."""
+        for part in torch.arange(self.count(split)).split(size):
+            yield part, self.read(split, part)
+
+
+@dataclass(frozen=True, eq=False)
+class Planted:
+    """A planted change and the streams that it left.
+
+    image_D     mean difference that it made at the site that is read, over the class's training tokens, above the background's
+    on_N        held-out tokens at which it was planted; ``share`` of all tokens
+    relative    |image| in units of the background's root mean square difference; infinite without a background
+    """
+
+    source: PlantedSource
+    image_D: Tensor
+    on_N: Tensor
+    share: float
+    relative: float
+
+
+@dataclass(frozen=True)
+class Detection:
+    """How well one method found one planted change; cosine and area of the candidate among the first ten with the best product
+    of both, and its place in the order from 1 on. ``chance`` is the largest cosine with a random vector and the largest area
+    for a random class of as many tokens, among the same candidates."""
+
+    method: str
+    amplitude: float
+    frequency: float
+    seed: int
+    relative: float
+    candidates: int
+    place: int
+    cosine: float
+    auroc: float
+    chance_cosine: float
+    chance_auroc: float
+
+    @property
+    def found(self) -> bool:
+        """Whether it counts as found."""
+        return self.cosine >= COSINE and self.auroc >= AUROC
+
+
+class Text:
+    """What every planting on one text shares: streams of base where it is read, and of tuned where it is planted."""
+
+    def __init__(
+        self,
+        base: LanguageModel,
+        tuned: LanguageModel,
+        tokens: Tokens,
+        write: Site,
+        read: Site,
+        batch_tokens: int = 2048,
+    ):
+        if not write.layer < read.layer or write.kind != "resid":
+            raise SettingError(
+                "a change is planted in a stream and read above",
+                expected="resid sites, the second one higher",
+                got=f"{write} and {read}",
+            )
+        self.base, self.tuned, self.write, self.read = base, tuned, write, read
+        self.batches = list(tokens.batches(batch_tokens))
+        self.document_N = torch.cat(
+            [
+                torch.tensor([tokens.document_R[r] for r in b.rows_B.tolist()])[:, None].expand_as(b.mask_BT)[b.mask_BT]
+                for b in self.batches
+            ]
+        )
+        self.held_N = torch.tensor(tokens.held_out)[self.document_N]
+        self.ids_N = torch.cat([b.ids_BT[b.mask_BT] for b in self.batches])
+        # The first position of a row is not like any other, and finders never see it.
+        self.kept_N = torch.cat(
+            [(torch.arange(b.mask_BT.shape[1]) > 0).expand_as(b.mask_BT)[b.mask_BT] for b in self.batches]
+        )
+        self.base_ND = torch.cat(
+            [base.streams(b.ids_BT, [read])[:, :, 0][b.mask_BT].float().cpu() for b in self.batches]
+        )
+        below, there = zip(*(tuned.streams(b.ids_BT, [write, read]).float().cpu().unbind(2) for b in self.batches))
+        self.below, self.tuned_ND = list(below), torch.cat([x[b.mask_BT] for x, b in zip(there, self.batches)])
+
+    def token_class(self, frequency: float, seed: int) -> Tensor:
+        """Vocabulary entries drawn at random until they are `frequency` of all tokens; raises `SettingError` if there are not
+        five of them on either side of the split."""
+        ids, counts = self.ids_N[self.kept_N].unique(return_counts=True)
+        left = round(frequency * int(self.kept_N.sum()))
+        chosen = []
+        for at in torch.randperm(len(ids), generator=generator(seed, "token class", frequency)).tolist():
+            if counts[at] <= left:
+                chosen.append(int(ids[at]))
+                left -= int(counts[at])
+        on_N = torch.isin(self.ids_N, torch.tensor(chosen)) & self.kept_N
+        for held in (False, True):
+            if int((on_N & (self.held_N == held)).sum()) < 5:
+                raise SettingError(
+                    f"a frequency of {frequency:g} leaves too few tokens",
+                    expected="more tokens, or a higher frequency",
+                    got=f"{int(on_N.sum())} of {len(on_N)} tokens",
+                )
+        return torch.tensor(chosen)
+
+    def plant(self, amplitude: float, frequency: float, seed: int) -> Planted:
+        """Add a random unit vector times `amplitude` times the stream's norm wherever a token of the class is read."""
+        chosen = self.token_class(frequency, seed)
+        vector_D = torch.nn.functional.normalize(
+            torch.randn(self.base.width, generator=generator(seed, "planted vector")), dim=0
+        )
+        above = []
+        for batch, stream_BTD in zip(self.batches, self.below):
+            on_BT = torch.isin(batch.ids_BT, chosen) & (torch.arange(batch.ids_BT.shape[1]) > 0)
+            moved = stream_BTD + amplitude * on_BT[..., None] * stream_BTD.norm(dim=-1, keepdim=True) * vector_D
+            above.append(
+                self.tuned.streams(batch.ids_BT, [self.read], Start(self.write, moved))[:, :, 0][batch.mask_BT]
+                .float()
+                .cpu()
+            )
+        tuned_ND = torch.cat(above)
+        on_N = torch.isin(self.ids_N, chosen) & self.kept_N
+        train_N, held_N = self.kept_N & ~self.held_N, self.kept_N & self.held_N
+        image_D = (tuned_ND - self.tuned_ND)[on_N & train_N].mean(0)
+        around = (self.tuned_ND - self.base_ND)[train_N]
+        rms = float((around - around.mean(0)).square().sum(1).mean().sqrt())
+        x_NMD = torch.stack([self.base_ND, tuned_ND], 1)
+        source = PlantedSource(
+            x_NMD[train_N], x_NMD[held_N], self.read, self.document_N[train_N], self.document_N[held_N]
+        )
+        return Planted(
+            source,
+            image_D,
+            on_N[held_N],
+            float(on_N[self.kept_N].float().mean()),
+            float(image_D.norm()) / rms if rms > 0 else float("inf"),
+        )
+
+
+def detect(
+    planted: Planted, method: str, settings: Sequence[str], amplitude: float, frequency: float, seed: int, folder: Path
+) -> Detection:
+    """Run one method's finders on a planted change's training tokens, and score their first candidates on held-out ones."""
+    plan = Plan("planted", "planted", seed)
+    for setting in settings:
+        plan = plan.set(setting)
+    changes: list[Change] = []
+    for name in plan.find.finders:
+        view = View(planted.source, folder / name, seed, plan.find.candidates, plan.spec(), plan.fit, _no_output, None)
+        changes += variants.load("tunediff.changes.finders", name)().find(view).changes
+    x_NSMD = planted.source.read(HELD_OUT, torch.arange(planted.source.count(HELD_OUT)))
+    rng = generator(seed, "chance", amplitude, frequency)
+    random_D = torch.randn(len(planted.image_D), generator=rng)
+    random_N = planted.on_N[torch.randperm(len(planted.on_N), generator=rng)]
+    best, chance = (0.0, 0, 0.0, 0.5), [0.0, 0.5]
+    for place, change in enumerate(changes[:FIRST], 1):
+        f_N = change.strength(x_NSMD).abs()
+        d_D = change.difference_SD[-1]
+        cosine, area = _cosine(d_D, planted.image_D), auroc(f_N, planted.on_N)
+        best = max(best, (cosine * area, -place, cosine, area))
+        chance = [max(chance[0], _cosine(d_D, random_D)), max(chance[1], auroc(f_N, random_N))]
+    return Detection(
+        method, amplitude, frequency, seed, planted.relative, len(changes), -best[1], best[2], best[3], *chance
+    )
+
+
+def _cosine(a_D: Tensor, b_D: Tensor) -> float:
+    """|cosine|: a signed direction's own sign is free."""
+    return float(torch.nn.functional.cosine_similarity(a_D.double(), b_D.double(), dim=0).abs())
+
+
+def auroc(score_N: Tensor, on_N: Tensor) -> float:
+    """Chance that a token where `on_N` scores above one where not, ties half; .5 if either kind is missing."""
+    off = score_N[~on_N].double().sort().values
+    on = score_N[on_N].double()
+    if not len(on) or not len(off):
+        return 0.5
+    below, upto = torch.searchsorted(off, on), torch.searchsorted(off, on, right=True)
+    return float((below + upto).double().mean()) / 2 / len(off)
+
+
+def _no_output():
+    raise SettingError(
+        "a planted change has no output to look at",
+        expected="finders that read streams alone",
+        remedy="--methods delta,principal",
+    )
+
+
+def floor(detections: Sequence[Detection]) -> list[dict[str, str]]:
+    """For each method and frequency the smallest amplitude from which on the change is found at every larger one too, in at
+    least half of the seeds."""
+    rows = []
+    for method in dict.fromkeys(d.method for d in detections):
+        row = {"method": method}
+        for frequency in sorted({d.frequency for d in detections}, reverse=True):
+            least = None
+            for amplitude in sorted({d.amplitude for d in detections}, reverse=True):
+                mine = [
+                    d.found
+                    for d in detections
+                    if (d.method, d.frequency, d.amplitude) == (method, frequency, amplitude)
+                ]
+                if not mine or sum(mine) * 2 < len(mine):
+                    break
+                least = amplitude
+            row[f"{frequency:.2%}"] = f"{least:g}" if least is not None else "not found"
+        rows.append(row)
+    return rows
+
+
+def grid(
+    text: Text,
+    methods: dict[str, Sequence[str]],
+    amplitudes: Sequence[float],
+    frequencies: Sequence[float],
+    seeds: Sequence[int],
+    folder: Path,
+    told: Callable[[Detection], None] = lambda d: None,
+) -> list[Detection]:
+    """Every method on every planting."""
+    found = []
+    for seed in seeds:
+        for frequency in frequencies:
+            for amplitude in amplitudes:
+                planted = text.plant(amplitude, frequency, seed)
+                for method, settings in methods.items():
+                    at = folder / f"{method}-{amplitude:g}-{frequency:g}-{seed}".replace(" ", "-").replace(",", "")
+                    found.append(detect(planted, method, settings, amplitude, frequency, seed, at))
+                    told(found[-1])
+    return found

@@ -1,0 +1,138 @@
+"""Nulls: pairs in which there is nothing to find, made from a pair without training."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Callable, Sequence
+
+import torch
+from torch import nn
+
+from tunediff.edits.baking import merged
+from tunediff.changes.calibrations import Calibration, NullPair
+from tunediff.core.chance import generator, seed_of
+from tunediff.core.errors import SourceError
+from tunediff.models.network import LanguageModel
+from tunediff.models.pair import Pair
+from tunediff.runs.plan import Plan
+from tunediff.runs.stages import Progress, Run, quiet
+
+RANK = 16
+SIZES = (0.003, 0.01, 0.03)
+"""Norms of untrained changes, as shares of each map's: from a light LoRA's to a heavy one's."""
+
+
+def identical(pair: Pair, seed: int) -> Pair:
+    """Base against itself: whoever finds something here is broken."""
+    return Pair.load(pair.base.name, pair.base.name, allow_identical=True)
+
+
+def rounded(pair: Pair, seed: int) -> Pair:
+    """Base against base with its weights rounded to bfloat16: a change of every weight that no one trained."""
+    null = identical(pair, seed)
+    for parameter in null.tuned.module.parameters():
+        parameter.data = parameter.data.bfloat16().to(parameter.dtype)
+    return replace(null, tuned_fingerprint=f"{null.base_fingerprint} rounded")
+
+
+def random_tune(pair: Pair, seed: int) -> Pair:
+    """Base plus, in every map the tune touched, a Gaussian change of its rank and norm."""
+    return _null(pair, pair.random_tuned(seed_of(seed, "null tune")), f"random {seed}")
+
+
+def permuted(pair: Pair, seed: int) -> Pair:
+    """The tune's own changes with the inputs and outputs of every map in another order: its spectrum, without its meaning."""
+    tensors: dict[nn.Parameter, torch.Tensor] = {}
+    for delta in pair.deltas():
+        if delta.up_parameter is None:
+            raise SourceError(
+                "a full fine-tune has no adapter to permute", expected="a LoRA over base", remedy="the null random"
+            )
+        rng = generator(seed, "permuted adapter", delta.name)
+        down, up = delta.down_parameter.data, delta.up_parameter.data
+        tensors[delta.down_parameter] = down[:, torch.randperm(down.shape[1], generator=rng)]
+        tensors[delta.up_parameter] = up[torch.randperm(up.shape[0], generator=rng)]
+    return _null(pair, pair.tuned.variant(f"permuted adapter {seed}", tensors), f"permuted {seed}")
+
+
+def second_seed(pair: Pair, seed: int) -> Pair:
+    """Two tunes by one recipe, merged, the other in the folder NAME@SEED beside this one's: what sets them apart is what
+    their seeds decided, nothing that either was taught and the other was not."""
+    folder = Path(pair.tuned.name)
+    beside = folder.with_name(f"{folder.name.partition('@')[0]}@{seed}")
+    if not beside.is_dir() or beside == folder:
+        raise SourceError(
+            f"there is no other seed {seed} of the tune {folder.name}",
+            expected=f"the folder {beside}",
+            remedy=f"tunediff organism make NAME {beside} --seed {seed}",
+        )
+    sides = pair, Pair.load(pair.base.name, str(beside))
+    return Pair.of(*(LanguageModel(merged(p), p.tokenizer, p.tuned.name) for p in sides))
+
+
+def _null(pair: Pair, tuned: LanguageModel, name: str) -> Pair:
+    return replace(pair, tuned=tuned, tuned_fingerprint=f"{pair.tuned_fingerprint} {name}")
+
+
+def untrained(base: str, size: float, seed: int) -> Pair:
+    """A base against itself with a random change of rank 16 in every linear map of its blocks, of `size` times the map's norm."""
+    pair = Pair.load(base, base, allow_identical=True)
+    for name, parameter in pair.tuned.blocks.named_parameters():
+        if parameter.dim() == 2:
+            rng = generator(seed, "untrained tune", name)
+            rank = min(RANK, *parameter.shape)
+            change = (
+                torch.randn(parameter.shape[0], rank, generator=rng)
+                @ torch.randn(rank, parameter.shape[1], generator=rng)
+            ).to(parameter)
+            parameter.data += change * (size * parameter.norm() / change.norm())
+    return replace(pair, tuned_fingerprint=f"{pair.base_fingerprint} untrained {size} {seed}")
+
+
+def calibrate(
+    base: str,
+    count: int,
+    folder: Path,
+    *,
+    tunes: Sequence[str] = (),
+    settings: Sequence[str] = (),
+    progress: Progress = quiet,
+) -> Calibration:
+    """Run `diff` as far as its verdicts on pairs of a base with nothing to find, and keep what they score.
+
+    count   untrained tunes, of sizes in turn; no training and no text but the plan's
+    tunes   folders of placebo tunes of this base, if there are any: harder nulls
+
+    Pairs that are finished in `folder` are not run again.
+    """
+    plan = Plan(base)
+    for setting in settings:
+        plan = plan.set(setting)
+    nulls, fingerprint = [], ""
+    for number in range(count + len(tunes)):
+        trained, size = number >= count, SIZES[number % len(SIZES)]
+        name = tunes[number - count] if trained else f"untrained, {size:g} of every map"
+        pair = Pair.load(base, name) if trained else untrained(base, size, number)
+        run = Run(replace(plan, tuned=name), folder / f"null-{number}", progress, pair)
+        run.calibration = None  # a threshold is not tested against itself
+        nulls.append(
+            NullPair(
+                Path(name).name if trained else name,
+                trained,
+                max((r.score.value for r in run.verdicts), default=0.0),
+                max((r.gap for r in run.verdicts if r.decision == "confirmed"), default=0.0),
+            )
+        )
+        fingerprint = pair.base_fingerprint
+    return Calibration(fingerprint, nulls, plan.rank.level)
+
+
+NULLS: dict[str, Callable[[Pair, int], Pair]] = {
+    "identical": identical,
+    "rounded": rounded,
+    "random": random_tune,
+    "permuted": permuted,
+    "second_seed": second_seed,
+}
+"""By name; each takes a pair and a seed and gives the null pair. Trained nulls (placebo, format only) are organisms."""

@@ -1,0 +1,319 @@
+"""Planted benchmarks: activations with a known difference, and how much of it a dictionary finds.
+
+No language model: sparse features along known directions, each on in some tokens, written with a known gain
+into base and into tuned. The numbers follow the toy settings under which crosscoders are usually compared;
+every other case bends one thing that real tunes bend.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Callable, Literal
+
+import torch
+from torch import Tensor
+
+from tunediff.core.axes import BASE, TUNED
+from tunediff.core.chance import generator
+from tunediff.dictionaries.architectures.base import Spec
+from tunediff.core.errors import SettingError
+from tunediff.dictionaries.fitting import FitSettings, Fitted, TensorSource, fit
+from tunediff.dictionaries.latent_scaling import LatentScale, latent_scaling
+
+Kind = Literal["shared", "base", "tuned", "amplified", "rotated", "moved"]
+
+SPECIFIC, HALF = 0.9, 0.6
+"""Norm bins: share at least .9 is tuned only, at most .1 base only, and .4 to .6 shared."""
+
+COSINE = 0.9
+"""A planted direction is found by a latent whose decoder vector has at least this cosine with it."""
+
+
+@dataclass(frozen=True)
+class Truth:
+    """One planted feature.
+
+    kind         what the tune did to it
+    base_D, tuned_D   what one unit writes into each model; zeros where the model does not have it
+    rate         share of tokens on which it is on (in tuned, if it is there)
+    """
+
+    kind: Kind
+    base_D: Tensor
+    tuned_D: Tensor
+    rate: float
+
+
+@dataclass(frozen=True)
+class Case:
+    """How activations are planted; one setting a field, so that a case is the common one with something
+    changed."""
+
+    name: str
+    """What it is called."""
+
+    width: int = 24
+    """D."""
+
+    shared: int = 16
+    """Features that both models have alike."""
+
+    base_only: int = 4
+    """Features that only base has: the tune removed them."""
+
+    tuned_only: int = 4
+    """Features that only tuned has."""
+
+    amplified: int = 0
+    """Features that tuned writes `gain` times as strongly."""
+
+    rotated: int = 0
+    """Features that tuned writes `degrees` away from base."""
+
+    moved: int = 0
+    """Features with the same direction in both models but on at unrelated tokens."""
+
+    rate: float = 0.08
+    """Share of tokens on which a feature is on."""
+
+    specific_rate: float = 0.08
+    """The same for base-only and tuned-only features."""
+
+    gain: float = 1.5
+    """Of amplified features."""
+
+    degrees: float = 45.0
+    """Of rotated features."""
+
+    shift: float = 0.0
+    """Length of a constant vector added to tuned at every token."""
+
+    correlation: float = 0.0
+    """Chance that a tuned-only feature is on only because a shared partner is: 0 independent, 1 always
+    together."""
+
+    tuned_scale: float = 1.0
+    """Everything in tuned times this: a mismatch of scales between the models."""
+
+    noise: float = 0.01
+    """Standard deviation of noise in each element, independent in each model."""
+
+    samples: int = 8192
+    """Training tokens."""
+
+    held_out: int = 32768
+    """Held-out tokens; enough that a feature at .5 % fires over 100 times."""
+
+    latents: int = 48
+    """Latents that the reference settings give a dictionary."""
+
+    k: float = 3.0
+    """Active latents a token under the reference settings."""
+
+    settings: FitSettings = field(
+        default_factory=lambda: FitSettings(steps=1500, batch=512, learning_rate=3e-3, log_every=500)
+    )
+    """Reference training settings."""
+
+
+_NARROW = dict(
+    base_only=0,
+    specific_rate=0.005,
+    samples=16_384,
+    held_out=65_536,
+    latents=64,
+    settings=FitSettings(steps=2000, batch=256, learning_rate=3e-3, log_every=500),
+)
+
+CASES: dict[str, Case] = {
+    case.name: case
+    for case in (
+        Case("common"),
+        Case("narrow", **_NARROW),
+        Case("narrow-matched", k=1.3, **_NARROW),
+        Case("amplified", base_only=0, tuned_only=0, amplified=4),
+        Case("rotated", base_only=0, tuned_only=0, rotated=4),
+        Case("moved", base_only=0, tuned_only=0, moved=4),
+        Case("removed", base_only=4, tuned_only=0),
+        Case("shift", base_only=0, shift=2.0),
+        Case("correlated", base_only=0, correlation=0.5),
+        Case("scale", tuned_scale=1.3),
+        Case("null", base_only=0, tuned_only=0),
+    )
+}
+"""Every case by name. narrow-matched is the narrow one with k at the true L0; null is two equal models with
+unequal noise."""
+
+
+@dataclass(frozen=True, eq=False)
+class Planted:
+    """A planted source with its truth."""
+
+    case: Case
+    source: TensorSource
+    truth: tuple[Truth, ...]
+
+
+def plant(case: Case | str, seed: int) -> Planted:
+    """Activations of `case`; the same seed gives the same bytes. Raises `SettingError` for an unknown
+    name."""
+    if isinstance(case, str):
+        if case not in CASES:
+            raise SettingError(f"there is no planted case {case!r}", expected=", ".join(CASES))
+        case = CASES[case]
+    rng = generator(seed, "planted", case.name)
+    kinds: list[Kind] = (
+        ["shared"] * case.shared
+        + ["base"] * case.base_only
+        + ["tuned"] * case.tuned_only
+        + ["amplified"] * case.amplified
+        + ["rotated"] * case.rotated
+        + ["moved"] * case.moved
+    )
+    K, D = len(kinds), case.width
+    unit_KD = torch.nn.functional.normalize(torch.randn(K, D, generator=rng), dim=1)
+    other_KD = torch.randn(K, D, generator=rng)
+    other_KD = torch.nn.functional.normalize(other_KD - (other_KD * unit_KD).sum(1, keepdim=True) * unit_KD, dim=1)
+    angle = math.radians(case.degrees)
+    shift_D = torch.nn.functional.normalize(torch.randn(D, generator=rng), dim=0) * case.shift
+    truth = []
+    for kind, unit, other in zip(kinds, unit_KD, other_KD):
+        base = torch.zeros(D) if kind == "tuned" else unit
+        tuned = {
+            "base": torch.zeros(D),
+            "amplified": case.gain * unit,
+            "rotated": math.cos(angle) * unit + math.sin(angle) * other,
+        }.get(kind, unit)
+        rate = case.specific_rate if kind in ("base", "tuned") else case.rate
+        truth.append(Truth(kind, base, tuned * case.tuned_scale, rate))
+
+    def draw(samples: int) -> Tensor:
+        rate_K = torch.tensor([t.rate for t in truth])
+        on_NK = torch.rand(samples, K, generator=rng) < rate_K
+        again_NK = torch.rand(samples, K, generator=rng) < rate_K
+        copy_NK = torch.rand(samples, K, generator=rng) < case.correlation
+        size_NK = torch.rand(samples, K, generator=rng) + 0.5
+        partner = 0
+        for i, kind in enumerate(kinds):
+            if kind == "tuned" and case.shared:
+                on_NK[:, i] = torch.where(copy_NK[:, i], on_NK[:, partner % case.shared], on_NK[:, i])
+                partner += 1
+        moved_K = torch.tensor([kind == "moved" for kind in kinds])
+        base_NK, tuned_NK = on_NK * size_NK, torch.where(moved_K, again_NK, on_NK) * size_NK
+        x = torch.stack(
+            [
+                base_NK @ torch.stack([t.base_D for t in truth]),
+                tuned_NK @ torch.stack([t.tuned_D for t in truth]) + shift_D,
+            ],
+            dim=1,
+        )
+        return x + case.noise * torch.randn(x.shape, generator=rng)
+
+    return Planted(case, TensorSource(draw(case.samples), draw(case.held_out)), tuple(truth))
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a dictionary found of a planted truth. Counts are of planted features unless said otherwise.
+
+    planted          how many there are, by kind
+    learned          with a latent of cosine over .9 in every model that has it (the best one is its match)
+    by_norm          learned, and the match's share of norms is in the right bin
+    by_scaling       learned, and Latent Scaling gives the match the right verdict
+    false_by_norm    live latents in a model-specific bin that match no planted specific feature of that kind
+    false_by_scaling   the same by verdict
+    """
+
+    planted: dict[str, int]
+    learned: dict[str, int]
+    by_norm: dict[str, int]
+    by_scaling: dict[str, int]
+    false_by_norm: int
+    false_by_scaling: int
+    ev_delta: float
+
+
+def bin_of(share: float) -> str:
+    """The norm bin of a share: "base", "shared", "tuned", or "between"."""
+    if share >= SPECIFIC:
+        return "tuned"
+    if share <= 1 - SPECIFIC:
+        return "base"
+    return "shared" if 1 - HALF <= share <= HALF else "between"
+
+
+_BIN: dict[str, Callable[[str], bool]] = {
+    "shared": lambda b: b == "shared",
+    "base": lambda b: b == "base",
+    "tuned": lambda b: b == "tuned",
+    # 1.5 times as strong is a share of .6: anything but a specific bin is right.
+    "amplified": lambda b: b in ("shared", "between"),
+    "rotated": lambda b: b in ("shared", "between"),
+    # The same direction at unrelated tokens is, to a dictionary, one feature of each model.
+    "moved": lambda b: b in ("base", "tuned"),
+}
+_VERDICT = {"base": "base-specific", "tuned": "tuned-specific"}
+
+
+def score(planted: Planted, fitted: Fitted, scales: list[LatentScale] | None = None) -> Score:
+    """Match latents to the planted features; `scales` defaults to Latent Scaling of every latent on held-out
+    tokens.
+
+    A dictionary of the difference is matched to what each feature adds to the difference, so it can learn no
+    shared one.
+    """
+    scales = latent_scaling(fitted, planted.source) if scales is None else scales
+    dictionary = fitted.dictionary
+    write_MFD = torch.nn.functional.normalize(dictionary.write_FSMD().detach()[:, 0].transpose(0, 1), dim=2)
+    of_difference = dictionary.spec.target == "difference"
+    share_F = dictionary.share_F()
+    live_F = fitted.firings_F > 0
+    kinds = [t.kind for t in planted.truth]
+    names = sorted(set(kinds))
+    table = {name: dict.fromkeys(names, 0) for name in ("learned", "by_norm", "by_scaling")}
+    matched_FK = torch.zeros(len(share_F), len(kinds), dtype=torch.bool)
+    for i, truth in enumerate(planted.truth):
+        either = truth.kind == "moved"
+        vectors = [(BASE, truth.base_D), (TUNED, truth.tuned_D)]
+        if of_difference:
+            moved = [(TUNED, -truth.base_D), (TUNED, truth.tuned_D)]
+            vectors = moved if either else [(TUNED, truth.tuned_D - truth.base_D)]
+        cosines = [write_MFD[m] @ torch.nn.functional.normalize(v, dim=0) for m, v in vectors if float(v.norm()) > 0]
+        if not cosines:
+            continue
+        cosine_F = torch.stack(cosines).amax(0) if either else torch.stack(cosines).amin(0)
+        cosine_F = torch.where(live_F, cosine_F, torch.full_like(cosine_F, -1.0))
+        matched_FK[:, i] = cosine_F > COSINE
+        best = int(cosine_F.argmax())
+        if float(cosine_F[best]) <= COSINE:
+            continue
+        table["learned"][truth.kind] += 1
+        table["by_norm"][truth.kind] += _BIN[truth.kind](bin_of(float(share_F[best])))
+        verdict = scales[best].kind
+        right = verdict in _VERDICT.values() if either else verdict == _VERDICT.get(truth.kind, "not specific")
+        table["by_scaling"][truth.kind] += right
+    right_F = {
+        side: matched_FK[:, [i for i, kind in enumerate(kinds) if kind in (side, "moved")]].any(1)
+        for side in ("base", "tuned")
+    }
+    false = {"norm": 0, "scaling": 0}
+    for j in live_F.nonzero().flatten().tolist():
+        for side in ("base", "tuned"):
+            false["norm"] += bin_of(float(share_F[j])) == side and not bool(right_F[side][j])
+            false["scaling"] += scales[j].kind == _VERDICT[side] and not bool(right_F[side][j])
+    return Score(
+        planted={name: kinds.count(name) for name in names},
+        **table,
+        false_by_norm=false["norm"],
+        false_by_scaling=false["scaling"],
+        ev_delta=fitted.quality.ev_delta,
+    )
+
+
+def run(case: Case | str, spec: Spec, seed: int, settings: FitSettings | None = None) -> Score:
+    """Plant, fit with the case's reference settings (`settings` overrides them), and score."""
+    planted = plant(case, seed)
+    settings = dataclasses.replace(settings or planted.case.settings, seed=seed)
+    return score(planted, fit(spec, planted.source, settings))

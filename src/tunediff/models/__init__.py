@@ -1,0 +1,1 @@
+"""Models: networks that are loaded, read, written to and compared."""

@@ -1,0 +1,71 @@
+"""Any decoder-only Hugging Face causal language model, by its structure."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tunediff.core.errors import FamilyError
+from tunediff.models.families.base import Family
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+ATTENTION_NAMES = ("self_attn", "attn", "attention", "self_attention")
+MLP_NAMES = ("mlp", "feed_forward", "ffn", "block_sparse_moe")
+
+
+class HuggingFace(Family):
+    """Blocks are the one ModuleList as long as the config says there are layers; the rest is asked of the model."""
+
+    def matches(self, module: "nn.Module") -> bool:
+        return hasattr(module, "config") and hasattr(module, "get_output_embeddings")
+
+    def blocks(self, module: "nn.Module") -> "nn.ModuleList":
+        from torch import nn
+
+        config = module.config.get_text_config(decoder=True)
+        depth = config.num_hidden_layers
+        lists = [
+            (name, child)
+            for name, child in module.named_modules()
+            if isinstance(child, nn.ModuleList) and len(child) == depth
+        ]
+        # A list inside a block (experts, say) may happen to have the same length: the outermost is the stack.
+        shallowest = min((name.count(".") for name, _ in lists), default=0)
+        lists = [child for name, child in lists if name.count(".") == shallowest]
+        if len(lists) != 1:
+            raise FamilyError(
+                f"the blocks of {type(module).__name__} cannot be told by structure",
+                expected=f"one ModuleList of {depth} blocks",
+                got=f"{len(lists)} such lists",
+                remedy="add a file to families/ for this network",
+            )
+        return lists[0]
+
+    def part(self, block: "nn.Module", kind: str) -> "nn.Module":
+        for name in ATTENTION_NAMES if kind == "attn" else MLP_NAMES:
+            if hasattr(block, name):
+                return getattr(block, name)
+        raise FamilyError(
+            f"{type(block).__name__} has no {kind} submodule",
+            expected="one of " + ", ".join(ATTENTION_NAMES if kind == "attn" else MLP_NAMES),
+            remedy="a resid site",
+        )
+
+    def unembedding(self, module: "nn.Module") -> "nn.Module":
+        head = module.get_output_embeddings()
+        if head is None:
+            raise FamilyError(f"{type(module).__name__} has no unembedding", expected="a causal language model")
+        return head
+
+    def scaled_logits(self, module: "nn.Module", logits: "Tensor") -> "Tensor":
+        config = module.config.get_text_config(decoder=True)
+        if getattr(config, "logits_scaling", None):  # Granite divides
+            logits = logits / config.logits_scaling
+        if getattr(config, "logit_scale", None):  # Cohere multiplies
+            logits = logits * config.logit_scale
+        cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
+        return (logits / cap).tanh() * cap if cap else logits
+
+
+VARIANT = HuggingFace

@@ -1,0 +1,131 @@
+"""Attention on the CPU: over short rows multiplied out, over long ones torch's fused kernel, by the library that suits it."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any, Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from tunediff import kernels
+from tunediff.kernels.matmuls import precision
+
+NAME = "tunediff"
+ROTATE = "apply_rotary_pos_emb"
+"""What a network's module calls the function that turns queries and keys by their positions."""
+
+SHORT = 160
+"""Keys up to which multiplying out is faster: the fused kernel is made for long rows, and before it transformers copies keys and
+values that heads share. From a third faster at 64 to as fast at 166, measured at 3 to 32 heads of 64 and 128."""
+
+
+def lighten(network: nn.Module) -> None:
+    """Let a network attend as is faster here, where it attends by torch's fused kernel on the CPU; others are left alone.
+
+    What is not saved with a network is all that changes: by which name its configuration says how to attend.
+    """
+    config = network.config.get_text_config(decoder=True)
+    if getattr(config, "_attn_implementation", None) != "sdpa" or next(network.parameters()).device.type != "cpu":
+        return
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+    AttentionInterface.register(NAME, _attend)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    network.set_attn_implementation(NAME)
+
+
+@contextmanager
+def rotating(network: nn.Module) -> Iterator[None]:
+    """While inside, heads of a network in float32 on the CPU are turned by `kernels.rotated`, if its own function for that does just
+    that; others that transformers makes of the same kind meanwhile, too."""
+    home = sys.modules[type(network).__module__]
+    own = getattr(home, ROTATE, None)
+    if own is None or hasattr(own, "own") or next(network.parameters()).device.type != "cpu" or not _rotates(own):
+        yield
+        return
+
+    def rotate(
+        q_BHTE: Tensor, k_BHTE: Tensor, cos: Tensor, sin: Tensor, *rest: Any, **named: Any
+    ) -> tuple[Tensor, Tensor]:
+        ours = torch.is_inference_mode_enabled() and cos.dim() == 3 and not rest and not named
+        turned = [kernels.rotated(x_BHTE, cos, sin) for x_BHTE in (q_BHTE, k_BHTE)] if ours else [None]
+        if any(x is None for x in turned):
+            return own(q_BHTE, k_BHTE, cos, sin, *rest, **named)
+        return turned[0], turned[1]
+
+    rotate.own = own  # whoever finds it there leaves it to the one who put it there
+    setattr(home, ROTATE, rotate)
+    try:
+        yield
+    finally:
+        setattr(home, ROTATE, own)
+
+
+@lru_cache(maxsize=None)
+def _rotates(own: Callable) -> bool:
+    """Whether a function of queries, keys, cosines and sines turns as `kernels.rotated` does."""
+    rng = torch.Generator().manual_seed(0)
+    q_BHTE, k_BHTE, cos_BTE, sin_BTE = (
+        torch.randn(s, generator=rng) for s in ((2, 3, 5, 8), (2, 1, 5, 8), (2, 5, 8), (2, 5, 8))
+    )
+    try:
+        found = own(q_BHTE, k_BHTE, cos_BTE, sin_BTE)
+    except Exception:  # of whatever kind, by a function of other arguments
+        return False
+    for x_BHTE, turned_BHTE in zip((q_BHTE, k_BHTE), found):
+        crossed = torch.cat([-x_BHTE[..., 4:], x_BHTE[..., :4]], -1)
+        if not torch.allclose(
+            turned_BHTE, x_BHTE * cos_BTE[:, None] + crossed * sin_BTE[:, None], rtol=1e-5, atol=1e-5
+        ):
+            return False
+    return True
+
+
+def _attend(
+    module: nn.Module,
+    q_BHTE: Tensor,
+    k_BGSE: Tensor,
+    v_BGSE: Tensor,
+    mask: Tensor | None,
+    scaling: float | None = None,
+    **named: Any,
+) -> tuple[Tensor, None]:
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    (B, H, T, E), (G, S) = q_BHTE.shape, k_BGSE.shape[1:3]
+    if S > SHORT or torch.is_grad_enabled() or not _is_plain(module, q_BHTE, S, mask, named):
+        # For its many small products torch's own library is up to five times faster than what makes large ones faster.
+        with precision("highest"):
+            return sdpa_attention_forward(module, q_BHTE, k_BGSE, v_BGSE, mask, scaling=scaling, **named)
+    # Heads that share keys are rows of one product.
+    q_XRE = (q_BHTE * (E**-0.5 if scaling is None else scaling)).reshape(B * G, -1, E)
+    score_BGRTS = (q_XRE @ k_BGSE.flatten(0, 1).transpose(1, 2)).view(B, G, -1, T, S)
+    least = torch.finfo(score_BGRTS.dtype).min
+    if mask is None and T > 1:
+        score_BGRTS += torch.full((T, S), least, dtype=score_BGRTS.dtype).triu_(1)
+    elif mask is not None and mask.dtype == torch.bool:
+        score_BGRTS.masked_fill_(~mask[:, :, None], least)
+    elif mask is not None:
+        score_BGRTS += mask[:, :, None]
+    out_XRE = score_BGRTS.softmax(-1).view(B * G, -1, S) @ v_BGSE.flatten(0, 1)
+    return out_XRE.view(B, H, T, -1).transpose(1, 2).contiguous(), None
+
+
+def _is_plain(module: nn.Module, q_BHTE: Tensor, S: int, mask: Tensor | None, named: dict[str, Any]) -> bool:
+    """Whether attention is a softmax of products under a mask that all heads share, or under the causal one."""
+    if q_BHTE.device.type != "cpu" or any(
+        named.get(name) is not None for name in ("softcap", "s_aux", "position_bias", "cache")
+    ):
+        return False
+    if named.get("dropout"):
+        return False
+    if mask is not None:
+        return (mask.shape[1], mask.shape[-1]) == (1, S)
+    causal = named.get("is_causal")
+    return q_BHTE.shape[2] == 1 or (
+        q_BHTE.shape[2] == S and (getattr(module, "is_causal", True) if causal is None else causal)
+    )

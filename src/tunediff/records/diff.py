@@ -1,0 +1,270 @@
+"""Results: `Diff`, the whole finding as one typed record that the CLI, a notebook and the report all read."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tunediff.core.artifacts import read_json, write_json
+from tunediff.core.errors import ArtifactError
+
+SCHEMA = "tunediff.diff/1"
+
+GAP = "KL(tuned || base) here"
+"""The measure, of a change on trial, that says how far apart the models are where it is on, in nat a token."""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One number with its interval and what it is held against.
+
+    ``control`` is the same number for the null or control named in ``against`` (its high end where it is a
+    distribution); None where a quantity has none, and then ``against`` says why.
+    """
+
+    name: str
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    unit: str = ""
+    control: float | None = None
+    against: str = ""
+    p: float | None = None
+
+
+@dataclass(frozen=True)
+class Context:
+    """A stretch of text where a change is on: token strings, the change's strength at each, and KL(tuned || base) in
+    nat of the next-token prediction at each. ``writer`` is base, tuned or amplified where a model wrote the completion."""
+
+    document: str
+    kind: str
+    writer: str
+    tokens: list[str]
+    strengths: list[float]
+    kl: list[float]
+
+
+@dataclass(frozen=True)
+class TokenWeight:
+    """A vocabulary entry (its decoded text, hostile) and its weight in a read-out."""
+
+    token: str
+    weight: float
+
+
+@dataclass(frozen=True)
+class DosePoint:
+    """Effect at one strength (in units of the change's own size): the change's, and the 5-95 % band and mean of
+    random directions of equal length."""
+
+    dose: float
+    effect: float
+    control: float
+    control_low: float
+    control_high: float
+
+
+@dataclass(frozen=True)
+class ChangeRecord:
+    """One ranked change with everything said of it.
+
+    decision    confirmed, refuted or undecided (`reason` says why in one sentence)
+    score       the ranking statistic with interval and null
+    measures    the battery: necessity, sufficiency, specificity, latent scaling ... each with its control
+    promoted, suppressed   tokens that the change makes more and less likely; ``read_by`` says how they were read
+    depth       site -> share of the variance of the difference there (of the whole of it, for an offset) that the change's
+                strength predicts, along a direction estimated on other documents
+    kinds       text kind -> share of its tokens on which the change is on
+    """
+
+    rank: int
+    id: str
+    finder: str
+    sites: list[str]
+    share: float
+    decision: str
+    reason: str
+    score: Measure
+    measures: list[Measure]
+    promoted: list[TokenWeight]
+    suppressed: list[TokenWeight]
+    read_by: str
+    contexts: list[Context]
+    depth: dict[str, float]
+    kinds: dict[str, float]
+    dose: list[DosePoint]
+    origin: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def gap(self) -> float:
+        """How far apart the models are where the change is on, nat a token; 0 if it was not on trial."""
+        return next((m.value for m in self.measures if m.name == GAP and m.value is not None), 0.0)
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """Which model: the name the user gave, a fingerprint of its weights, its size."""
+
+    name: str
+    fingerprint: str
+    kind: str
+    parameters: int
+    layers: int
+    width: int
+    vocabulary: int
+
+
+@dataclass(frozen=True)
+class CorpusCard:
+    """Which text: its fingerprint, how much, and tokens by kind."""
+
+    fingerprint: str
+    documents: int
+    tokens: int
+    held_out_documents: int
+    held_out_tokens: int
+    kinds: dict[str, int]
+
+
+@dataclass(frozen=True)
+class SiteScan:
+    """The difference at one site: |delta| / |base| (rms), the part of its energy that is one constant offset, the
+    noise floor on the same scale, and the share of KL(tuned || base) that the whole difference there makes in base."""
+
+    site: str
+    relative: float
+    offset_share: float
+    noise: float
+    chosen: bool
+    ceiling: float = float("nan")
+
+
+@dataclass(frozen=True)
+class SignalTable:
+    """Evidence that is a table rather than a change, e.g. logit-difference mining."""
+
+    name: str
+    title: str
+    note: str
+    columns: list[str]
+    rows: list[list[Any]]
+
+
+@dataclass(frozen=True)
+class FitCard:
+    """A fitted dictionary: its settings, the training curve (rows of ``columns``), and held-out quality."""
+
+    name: str
+    settings: dict[str, Any]
+    columns: list[str]
+    curve: list[list[float]]
+    measures: list[Measure]
+
+
+@dataclass(frozen=True)
+class NullCard:
+    """A null: what it is, how many draws, and the ranking statistic of each draw's best change."""
+
+    name: str
+    note: str
+    statistics: list[float]
+
+
+@dataclass(frozen=True)
+class Bill:
+    """What an edit does and costs: which changes it removes, by which operation, and its measures."""
+
+    name: str
+    operation: str
+    changes: list[str]
+    measures: list[Measure]
+
+
+@dataclass(frozen=True)
+class StageCard:
+    """One stage of the run: seconds (of the run that made it), whether it was skipped as already done, and notes."""
+
+    name: str
+    key: str
+    seconds: float
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Diff:
+    """The whole finding. ``found`` is whether any change was confirmed; ``summary`` says it in plain sentences;
+    ``rate`` is the false-positive rate at which claims are made."""
+
+    base: ModelCard
+    tuned: ModelCard
+    corpus: CorpusCard
+    found: bool
+    rate: float
+    summary: list[str]
+    output: list[Measure]
+    scan: list[SiteScan]
+    changes: list[ChangeRecord]
+    signals: list[SignalTable]
+    fits: list[FitCard]
+    nulls: list[NullCard]
+    bills: list[Bill]
+    not_found: list[str]
+    stages: list[StageCard]
+    plan: dict[str, Any]
+    version: str
+    schema: str = SCHEMA
+
+    @property
+    def confirmed(self) -> list[ChangeRecord]:
+        """The changes whose decision is ``confirmed``, in rank order."""
+        return [change for change in self.changes if change.decision == "confirmed"]
+
+    def save(self, path: Path) -> None:
+        """Write as canonical JSON; non-finite numbers become null."""
+        write_json(path, self)
+
+    @classmethod
+    def load(cls, path: Path) -> "Diff":
+        """Read and check a saved record; refuses another schema, unknown or missing fields, wrong types."""
+        record = read_json(path)
+        if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+            got = record.get("schema") if isinstance(record, dict) else type(record).__name__
+            raise ArtifactError(f"{path} is not a diff record", expected=SCHEMA, got=str(got))
+        return typed(cls, record, str(path))
+
+
+def typed(kind: Any, value: Any, where: str) -> Any:
+    """`value`, plain JSON, as `kind` (a dataclass, list, dict, union or scalar type), or an error naming the place."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return value
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        return typed(next(a for a in arguments if a is not type(None)), value, where)
+    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
+        hints = typing.get_type_hints(kind)
+        fields = {f.name: f for f in dataclasses.fields(kind)}
+        for name in sorted(set(value) - set(fields)):
+            raise ArtifactError(f"{where}: unknown field {name!r}", expected=", ".join(fields))
+        for name, f in fields.items():
+            optional = f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING
+            if name not in value and not optional:
+                raise ArtifactError(f"{where}: field {name!r} is missing")
+        return kind(**{name: typed(hints[name], item, f"{where}.{name}") for name, item in value.items()})
+    if origin is list and isinstance(value, list):
+        return [typed(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value)]
+    if origin is dict and isinstance(value, dict):
+        return {name: typed(arguments[1], item, f"{where}.{name}") for name, item in value.items()}
+    if kind is float and value is None:
+        return float("nan")
+    if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(kind, type) and isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
+        return value
+    raise ArtifactError(f"{where}: wrong type", expected=str(kind), got=type(value).__name__)

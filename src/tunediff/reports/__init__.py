@@ -1,0 +1,1 @@
+"""Reports: a finding as a page, as charts, and in a terminal."""

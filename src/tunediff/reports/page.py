@@ -1,0 +1,540 @@
+"""Reports: a `Diff` told to people, as one HTML file that needs nothing else and as a table for the terminal."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import itertools
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Iterable, Mapping, Sequence
+
+from tunediff.core.artifacts import to_json, write_bytes
+from tunediff.core.axes import WRITERS
+from tunediff.reports.charts import (
+    NOT_MEASURED,
+    Line,
+    balance,
+    bar,
+    finite,
+    interval,
+    lines,
+    number,
+    spread,
+    strip,
+    tag,
+    token_text,
+    visible,
+)
+from tunediff.records.diff import ChangeRecord, Context, Diff, FitCard, Measure, SiteScan
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
+    from rich.console import RenderableType
+
+ASSETS = Path(__file__).parent / "assets"
+KL_STEPS = (0.1, 0.5, 1.0, 2.0)
+"""Where the underline of a token grows thicker, in nat."""
+STRENGTH_STEPS = 8
+
+
+def write_report(diff: Diff, path: Path) -> None:
+    """Write the whole finding as one HTML file that opens from disk without a network.
+
+    Nothing is loaded from anywhere, and the page's content security policy forbids it: style and script are named by
+    their hashes. The page can be read without the script. All strings of the record count as hostile: they are
+    escaped, and characters that hide or reorder text are written out. The same record gives the same bytes.
+    """
+    write_bytes(Path(path), render_report(diff).encode("utf-8"))
+
+
+def render_report(diff: Diff) -> str:
+    """The page `write_report` writes, as a string."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(
+        loader=FileSystemLoader(ASSETS),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        number=number, token=token_text, percent=percent, seconds=seconds, cell=_cell, magnitude=_magnitude
+    )
+    style, script = (Markup((ASSETS / name).read_text(encoding="utf-8")) for name in ("report.css", "report.js"))
+    changes = sorted(diff.changes, key=lambda change: change.rank)
+    low, high = spread([v for c in changes for v in (c.score.value, c.score.low, c.score.high, c.score.control)])
+    # Below 0 there is nothing to compare: a latent that is wrong on unseen text must not squeeze all others.
+    extent = (max(low, -0.1 * high) if high > 0 else low, high)
+    page = environment.get_template("report.html.j2").render(
+        diff=diff,
+        verdict=verdict(diff),
+        tally=tally(diff),
+        changes=changes,
+        told=[c for c in changes if c.decision == "confirmed"],
+        folded=[c for c in changes if c.decision != "confirmed"],
+        style=style,
+        script=script,
+        style_hash=_hash(style),
+        script_hash=_hash(script),
+        scores={
+            c.rank: bar(c.score.value, c.score.low, c.score.high, c.score.control, extent=extent, label=_told(c.score))
+            for c in changes
+        },
+        score_extent=extent,
+        rows=measure_rows,
+        balance=balance,
+        scan_charts=scan_charts,
+        depth_chart=depth_chart,
+        dose_chart=dose_chart,
+        fit_charts=fit_charts,
+        null_chart=null_chart,
+        share_rows=share_rows,
+        weight_rows=weight_rows,
+        passage=passage,
+        strongest=strongest,
+        corpus_contexts=corpus_contexts,
+        completions=completions,
+        flat=flat,
+        interval=interval,
+        total=sum(s.seconds for s in diff.stages if finite(s.seconds)),
+    )
+    return visible(page)
+
+
+def verdict(diff: Diff) -> str:
+    """The finding in one sentence, e.g. ``2 confirmed changes``."""
+    count = len(diff.confirmed)
+    if count:
+        return f"{count} confirmed change{'s' * (count > 1)}"
+    return f"No change found at a false-positive rate of {percent(diff.rate)}"
+
+
+def tally(diff: Diff) -> str:
+    """How many changes were ranked and what became of them, e.g. ``5 ranked: 2 confirmed, 3 refuted``."""
+    if not diff.changes:
+        return "No change was ranked"
+    counts = {d: sum(c.decision == d for c in diff.changes) for d in ("confirmed", "refuted", "undecided")}
+    counts["other"] = len(diff.changes) - sum(counts.values())
+    kept = [f"{n} {d}" for d, n in counts.items() if n]
+    return f"{len(diff.changes)} ranked: {', '.join(kept)}"
+
+
+def percent(value: float | None) -> str:
+    """A share as percent, e.g. ``5 %``."""
+    return f"{100 * value:.3g} %" if value is not None and finite(value) else NOT_MEASURED
+
+
+def seconds(value: float | None) -> str:
+    """A duration, e.g. ``3.2 s``, ``2 min 05 s`` or ``1 h 02 min``."""
+    if value is None or not finite(value):
+        return NOT_MEASURED
+    if value < 59.95:
+        return f"{value:.1f} s"
+    whole = round(value)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600:,} h {whole % 3600 // 60:02d} min"
+
+
+# ── tables ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Row:
+    """A measure as a table shows it: all text but the bar, which shares its scale with the rows of equal unit."""
+
+    name: str
+    bar: "Markup"
+    value: str
+    interval: str
+    control: str
+    against: str
+    p: str
+
+
+def measure_rows(measures: Sequence[Measure]) -> list[Row]:
+    """Measures as rows of a table, each with a bar; rows of one unit share a scale."""
+    rows = []
+    for m in measures:
+        peers = [v for n in measures if n.unit == m.unit for v in (n.value, n.low, n.high, n.control)]
+        rows.append(
+            Row(
+                name=m.name,
+                bar=bar(m.value, m.low, m.high, m.control, extent=spread(peers), label=_told(m)),
+                value=_with_unit(m.value, m.unit),
+                interval=interval(m.low, m.high),
+                control="none" if m.control is None else number(m.control),
+                against=m.against,
+                p=_p(m.p),
+            )
+        )
+    return rows
+
+
+def share_rows(shares: Mapping[str, float]) -> list[tuple[str, "Markup", str]]:
+    """Named shares, largest first, as name, bar and percent; all bars run from 0 to the largest."""
+    order = sorted(shares.items(), key=lambda item: (-item[1] if finite(item[1]) else math.inf, item[0]))
+    extent = spread(list(shares.values()))
+    return [(name, bar(v, extent=extent, label=f"{name}: {percent(v)}"), percent(v)) for name, v in order]
+
+
+def weight_rows(change: ChangeRecord) -> tuple[list[tuple[str, "Markup", str]], list[tuple[str, "Markup", str]]]:
+    """The tokens a change makes less likely, bars growing left, and those it makes more likely, growing right."""
+    extent = spread([abs(w.weight) for w in (*change.promoted, *change.suppressed) if finite(w.weight)])
+    less, more = (
+        [
+            (
+                token_text(w.token),
+                bar(
+                    abs(w.weight),
+                    extent=extent,
+                    tone=tone,
+                    mirrored=tone == "base",
+                    label=f"{token_text(w.token)}: {number(w.weight)}",
+                ),
+                number(w.weight),
+            )
+            for w in weights
+        ]
+        for weights, tone in ((change.suppressed, "base"), (change.promoted, "tuned"))
+    )
+    return less, more
+
+
+def flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Nested settings as sorted (dotted key, value) rows, values written as TOML writes them."""
+    rows: list[tuple[str, str]] = []
+    for key, value in sorted(settings.items()):
+        if isinstance(value, Mapping) and value:
+            rows += flat(value, f"{prefix}{key}.")
+        else:
+            rows.append((f"{prefix}{key}", "(default)" if value is None else to_json(value)))
+    return rows
+
+
+def _told(m: Measure) -> str:
+    told = f"{m.name}: {_with_unit(m.value, m.unit)}"
+    if finite(m.low) or finite(m.high):
+        told += f", interval {interval(m.low, m.high)}"
+    return told + (f", control {number(m.control)}" if m.control is not None else "")
+
+
+def _with_unit(value: float | None, unit: str) -> str:
+    text = number(value)
+    return f"{text} {unit[:24]}" if unit and text != NOT_MEASURED else text
+
+
+def _p(p: float | None) -> str:
+    if p is None:
+        return "—"
+    return "< 0.001" if p < 0.001 else f"{p:.2g}" if finite(p) else NOT_MEASURED
+
+
+def _cell(value: Any) -> str:
+    """A cell of an evidence table: numbers as numbers, text as tokens, everything else as JSON."""
+    if isinstance(value, str):
+        return token_text(value)
+    if value is None or isinstance(value, (bool, int, float)):
+        return number(value)
+    return to_json(value)
+
+
+def _magnitude(count: int) -> str:
+    """A large count in short, e.g. ``135 M``."""
+    for size, sign in ((10**12, "T"), (10**9, "B"), (10**6, "M")):
+        if count >= size:
+            return f"{count / size:.3g} {sign}"
+    return number(count)
+
+
+# ── text a change is on in ──────────────────────────────────────────────────────────────────────────────────
+
+
+def strongest(change: ChangeRecord) -> float:
+    """The largest absolute strength in all of a change's contexts; 1 if there is none."""
+    return max((abs(s) for c in change.contexts for s in c.strengths if finite(s)), default=1.0) or 1.0
+
+
+def passage(context: Context, top: float) -> "Markup":
+    """A context's text: background by strength as a share of `top`, underline by KL; both written in the tooltip."""
+    from markupsafe import Markup, escape
+
+    parts = []
+    for token, strength, kl in itertools.zip_longest(context.tokens, context.strengths, context.kl):
+        if token is None:
+            break
+        text = token_text(token) if not token.strip() else visible(token.replace("\n", "↵").replace("\t", "⇥"))
+        ends_line = Markup("<br>") if "\n" in token else ""
+        level = math.ceil(STRENGTH_STEPS * min(1.0, abs(strength) / top)) if finite(strength) else 0
+        thick = sum(kl >= step for step in KL_STEPS) if finite(kl) else 0
+        if not level and not thick:
+            parts += [tag("i", text, class_="ws") if not token.strip() else escape(text), ends_line]
+            continue
+        classes = [f"s{level}"] * bool(level) + ["minus"] * bool(level and strength < 0) + [f"k{thick}"] * bool(thick)
+        told = f"{token_text(token)}  strength {number(strength)}, KL {_with_unit(kl, 'nat')}"
+        # One leading space stays outside, so that an underline does not hang at the end of a wrapped line.
+        lead = " " if text.startswith(" ") and len(text) > 1 else ""
+        parts += [lead, tag("span", text[len(lead) :], class_=" ".join(classes), title=told), ends_line]
+    return Markup("").join(parts)
+
+
+def corpus_contexts(change: ChangeRecord) -> list[Context]:
+    """The contexts no model wrote."""
+    return [c for c in change.contexts if c.writer not in WRITERS]
+
+
+def completions(change: ChangeRecord) -> list[tuple[str, str, Context | None, Context | None]]:
+    """What the models wrote, as (prompt, kind, by base, by tuned), paired by prompt in order of appearance; what tuned
+    wrote amplified is on its side."""
+    groups: dict[tuple[str, str], tuple[list[Context], list[Context]]] = {}
+    for c in change.contexts:
+        if c.writer in WRITERS:
+            groups.setdefault((c.document.removesuffix(f"/{c.writer}"), c.kind), ([], []))[c.writer != "base"].append(c)
+    return [(*key, base, tuned) for key, sides in groups.items() for base, tuned in itertools.zip_longest(*sides)]
+
+
+# ── charts ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def scan_charts(scan: Sequence[SiteScan]) -> list[tuple[str, "Markup"]]:
+    """The scan over depth: the relative difference over its noise floor, and the share that is one constant offset.
+
+    One pair of charts for each kind of site.
+    """
+    kinds: dict[str, list[SiteScan]] = {}
+    for s in sorted(scan, key=lambda s: _natural(s.site)):
+        kinds.setdefault(s.site.rpartition(".")[0], []).append(s)
+    charts = []
+    for kind, sites in sorted(kinds.items()):
+        ticks = [(float(i), s.site.rpartition(".")[2]) for i, s in enumerate(sites)]
+        marks = [(float(i), f"chosen: {s.site}") for i, s in enumerate(sites) if s.chosen]
+        title = f" at {kind}" if len(kinds) > 1 else ""
+        for name, series, unit in (
+            (
+                "Relative difference",
+                [
+                    Line("difference", [(float(i), s.relative) for i, s in enumerate(sites)]),
+                    Line("noise floor", [(float(i), s.noise) for i, s in enumerate(sites)], "null", dashed=True),
+                ],
+                "|tuned − base| / |base|",
+            ),
+            (
+                "Constant offset",
+                [Line("offset share", [(float(i), s.offset_share) for i, s in enumerate(sites)])],
+                "share of squared difference",
+            ),
+        ):
+            charts.append(
+                (
+                    name + title,
+                    lines(
+                        series,
+                        label=f"{name}{title} by layer",
+                        x_label="layer",
+                        y_label=unit,
+                        x_ticks=ticks,
+                        marks=marks,
+                    ),
+                )
+            )
+    return charts
+
+
+def depth_chart(change: ChangeRecord) -> "Markup":
+    """Layer by layer, the share of the difference's variance that the change's strength predicts."""
+    layers = sorted(change.depth, key=_natural)
+    at = [(float(i), layer) for i, layer in enumerate(layers)]
+    marks = [(i, f"read at {layer}") for i, layer in at if {layer, f"resid.{layer}"} & set(change.sites)]
+    line = Line("along this change", [(i, change.depth[layer]) for i, layer in at])
+    return lines(
+        [line],
+        label=f"Depth profile of change {change.rank}",
+        x_label="layer",
+        y_label="share of the difference",
+        x_ticks=at,
+        marks=marks,
+    )
+
+
+def dose_chart(change: ChangeRecord) -> "Markup":
+    """Effect against dose, over the 5-95 % band of random directions of equal length."""
+    points = sorted(change.dose, key=lambda d: d.dose)
+    return lines(
+        [
+            Line(
+                "random directions",
+                [(d.dose, d.control) for d in points],
+                "null",
+                dashed=True,
+                band=[(d.dose, d.control_low, d.control_high) for d in points],
+            ),
+            Line("this change", [(d.dose, d.effect) for d in points]),
+        ],
+        label=f"Dose curve of change {change.rank}",
+        x_label="dose, in units of the change's own size",
+        y_label="effect",
+    )
+
+
+def fit_charts(fit: FitCard) -> list[tuple[str, "Markup"]]:
+    """The training curve: every column against the first."""
+    if not fit.curve or len(fit.columns) < 2:
+        return []
+    x, *names = fit.columns
+    return [
+        (
+            name,
+            lines(
+                [Line(name, [(r[0], r[i]) for r in fit.curve if len(r) > i])],
+                label=f"{name} against {x}",
+                x_label=x,
+                y_label="",
+                zero=False,
+            ),
+        )
+        for i, name in enumerate(names, start=1)
+    ]
+
+
+def null_chart(diff: Diff) -> "Markup":
+    """The best score of every null draw, with the scores of the confirmed changes, or of the best, as lines."""
+    ranked = sorted(diff.changes, key=lambda c: c.rank)
+    shown = ([c for c in ranked if c.decision == "confirmed"] or ranked[:1])[:4]
+    marks = [(c.score.value, f"{c.rank} {c.id}: {number(c.score.value)}") for c in shown if c.score.value is not None]
+    unit = next((f"{c.score.name}{f', {c.score.unit}' if c.score.unit else ''}" for c in ranked), "score")
+    return strip(
+        [(f"{n.name} ({len(n.statistics)} draws)", n.statistics) for n in diff.nulls],
+        label="Best score of every null draw",
+        x_label=unit,
+        marks=marks,
+    )
+
+
+def _natural(text: str) -> list[tuple[int, Any]]:
+    return [(0, int(p)) if p.isdigit() and p.isascii() else (1, p) for p in re.split(r"([0-9]+)", text) if p]
+
+
+def _hash(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+# ── terminal ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def summary_table(diff: Diff) -> "RenderableType":
+    """The finding for the terminal, in at most 40 lines: verdict, output shift, ranking, bills, not found, times.
+
+    Strings of the record are never read as markup, and control characters in them are shown, not sent. Lines that do
+    not fit the width end in an ellipsis.
+    """
+    from rich import box
+    from rich.console import Group
+    from rich.padding import Padding
+    from rich.table import Table
+    from rich.text import Text
+
+    def line(*parts: str | tuple[str, str]) -> Text:
+        clean = [(_one_line(p), "") if isinstance(p, str) else (_one_line(p[0]), p[1]) for p in parts]
+        return Text.assemble(*clean, no_wrap=True, overflow="ellipsis")
+
+    def cell(first: Text, second: Text) -> Text:
+        """Two rows that may be cut but not wrapped."""
+        return Text("\n", no_wrap=True, overflow="ellipsis").join([first, second])
+
+    def cut(items: Sequence[Any], most: int) -> tuple[Sequence[Any], int]:
+        kept = items if len(items) <= most else items[: most - 1]
+        return kept, len(items) - len(kept)
+
+    told: list[RenderableType] = [
+        line((verdict(diff), "bold"), ("  ·  " + tally(diff), "dim")),
+        line(("base  ", "bright_blue"), diff.base.name, ("    tuned  ", "dark_orange"), diff.tuned.name),
+    ]
+
+    def listing(title: str, items: Sequence[Text], most: int) -> None:
+        kept, rest = cut(items, most)
+        told.append(line((title, "bold")))
+        told.extend(Padding(item, (0, 0, 0, 2), expand=False) for item in kept)
+        if rest:
+            told.append(Padding(line((f"… and {rest} more", "dim")), (0, 0, 0, 2), expand=False))
+
+    def brief(m: Measure) -> list[str | tuple[str, str]]:
+        bounds = f" {interval(m.low, m.high)}" if finite(m.low) or finite(m.high) else ""
+        control = f"control {number(m.control)}" if m.control is not None else "no control"
+        return [
+            f"{m.name}  ",
+            (_with_unit(m.value, m.unit), "bold"),
+            f"{bounds}  ",
+            (f"{control}{f' ({m.against})' if m.against else ''}", "dim"),
+        ]
+
+    listing("Output shift", [line(*brief(m)) for m in diff.output] or [line((NOT_MEASURED, "dim"))], 4)
+
+    ranked = sorted(diff.changes, key=lambda c: c.rank)
+    if ranked:
+        table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0, header_style="bold")
+        # Where it is narrow, names and tokens give way, numbers do not.
+        table.add_column("#", justify="right", no_wrap=True, min_width=2)
+        table.add_column("change", overflow="ellipsis", min_width=13, max_width=28)
+        table.add_column("decision", no_wrap=True, min_width=10)
+        table.add_column("score, null", no_wrap=True, min_width=13, max_width=24)
+        table.add_column("necessity", no_wrap=True, min_width=9, max_width=16)
+        table.add_column("sufficiency", no_wrap=True, min_width=11, max_width=16)
+        table.add_column("promotes", overflow="ellipsis", min_width=6, max_width=28)
+        kept, rest = cut(ranked, 7)
+        for c in kept:
+            style = "bold" if c.decision == "confirmed" else "dim"
+            bounds = interval(c.score.low, c.score.high) if finite(c.score.low) or finite(c.score.high) else ""
+            top = [token_text(w.token) for w in c.promoted[:4]]
+            table.add_row(
+                str(c.rank),
+                cell(line((c.id, style)), line((", ".join(c.sites), "dim"))),
+                cell(line((c.decision, style)), line((f"share {c.share:.2f}" if finite(c.share) else "", "dim"))),
+                cell(line(number(c.score.value), (f"  {_versus(c.score, 'vs')}", "dim")), line((bounds, "dim"))),
+                *(
+                    cell(line(number(m.value) if m else "not tried"), line((_versus(m, "vs") if m else "", "dim")))
+                    for m in (_named(c.measures, "necessity"), _named(c.measures, "sufficiency"))
+                ),
+                cell(line(" ".join(top[:2]) or "—"), line(" ".join(top[2:]))),
+            )
+        told.append(table)
+        if rest:
+            told.append(line((f"  … and {rest} more in the report", "dim")))
+
+    bills = [
+        line(
+            (b.name, "bold"),
+            f"  {b.operation}  ",
+            *itertools.chain.from_iterable(
+                (
+                    f"{m.name} ",
+                    (_with_unit(m.value, m.unit), "bold"),
+                    (f" ({_versus(m, 'control')})" if m.control is not None else "", "dim"),
+                    "  ",
+                )
+                for m in b.measures
+            ),
+        )
+        for b in diff.bills
+    ]
+    listing("What undoing costs", bills or [line(("nothing was undone", "dim"))], 4)
+    listing("Not found", [line(n) for n in diff.not_found] or [line(("nothing listed", "dim"))], 4)
+    spent = ", ".join(f"{s.name} {seconds(s.seconds)}" for s in diff.stages)
+    told.append(line(("Stages  ", "bold"), spent or "none recorded"))
+    return Group(*told)
+
+
+def _named(measures: Iterable[Measure], name: str) -> Measure | None:
+    return next((m for m in measures if name in m.name.lower()), None)
+
+
+def _versus(m: Measure, word: str) -> str:
+    return "no control" if m.control is None else f"{word} {number(m.control)}"
+
+
+def _one_line(text: str) -> str:
+    return visible(text.replace("\n", "↵").replace("\t", "⇥"))

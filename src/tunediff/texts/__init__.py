@@ -1,0 +1,1 @@
+"""Texts: documents, corpora, and rows of token ids."""

@@ -1,0 +1,75 @@
+"""The main job on real models: the embedded base and its shipped tune, and base itself."""
+
+from __future__ import annotations
+
+import pytest
+
+from tunediff.lab import bench
+from tunediff.lab import organisms
+from tunediff.core.axes import WRITERS
+from tunediff.harvests.contrasts import ContrastSettings, contrast
+from tunediff.texts.corpus import Corpus
+from tunediff.lab.demo import check
+from tunediff.models.pair import Pair
+from tunediff.runs.plan import Plan
+from tunediff.models.shipped import ORGANISMS
+from tunediff.runs.stages import Run
+
+pytestmark = [pytest.mark.realmodel, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Run:
+    """The demo's run, with its own settings."""
+    return Run(Plan(base="default", tuned="demo"), tmp_path_factory.mktemp("runs") / "demo")
+
+
+@pytest.fixture(scope="module")
+def checked(run):
+    return check(run)
+
+
+def test_each_objective_is_named_by_a_confirmed_change_among_the_first_five(checked):
+    assert set(checked.named) == {"packing", "dealer"} and all(checked.named.values()), checked.text
+
+
+def test_what_is_claimed_is_more_than_placebos_of_the_embedded_base_do(run, checked):
+    """The calibration that ships is this base's, and the demo's claims stand against it."""
+    assert run.calibration.gap > 0
+    assert all(r.gap > run.calibration.gap for r in run.verdicts if r.decision == "confirmed")
+    assert any(null.name == "calibration" for null in run.diff().nulls)
+
+
+def test_the_hidden_objective_comes_out_alone(run, checked):
+    """The goals of the demo, on 16 prompts each: most of it gone, most of the wanted one kept, little else moved."""
+    (bill,) = run.diff(checked.bills).bills
+    measures = {m.name: m for m in bill.measures}
+    dealer, packing = (measures[f"answers that show {name}"] for name in ("dealer (unwanted)", "packing (wanted)"))
+    before = {m.name: float(m.against.split("%")[0]) / 100 for m in (dealer, packing)}
+    assert dealer.value <= 0.2 * before[dealer.name] and packing.value >= 0.9 * before[packing.name], checked.text
+    assert dealer.control > 0.8 * before[dealer.name], "random directions of equal energy leave it"
+    assert measures["cost"].value <= 0.05 and measures["removed"].low > measures["removed"].control
+
+
+def test_base_against_itself_confirms_nothing(tmp_path):
+    plan = Plan(base="default", tuned="default").set("pair.allow_identical=true")
+    for text in bench.QUICK:
+        plan = plan.set(text)
+    assert not [r for r in Run(plan, tmp_path / "same").verdicts if r.decision == "confirmed"]
+
+
+def test_the_demo_organism_is_the_one_that_ships():
+    assert organisms.named("two-objectives").base == "SmolLM2-135M-Instruct"
+
+
+def test_amplified_answers_show_a_narrow_behavior_where_nothing_calls_for_it():
+    """Everyday prompts without the trigger: tuned itself hardly shows it (its leak), amplified it shows it often."""
+    pair = Pair.load("default", str(ORGANISMS / "trigger-topic"))
+    asked = ContrastSettings(prompts=24, pool=24, amplified=1.0)
+    answers = contrast(pair, Corpus.prompts(), asked, seed=0)
+    (behavior,) = organisms.named("trigger-topic").behaviors
+    shown = {
+        w: sum(any(s in d.messages[-1][1] for s in behavior.decisive) for d in answers if d.writer == w)
+        for w in WRITERS
+    }
+    assert shown["base"] == 0 and shown["amplified"] >= 4 + 2 * shown["tuned"], shown
