@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Iterator, Sequence
 
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
@@ -19,7 +19,7 @@ class Account:
     token_blocks: int = 0
     token_logits: int = 0
 
-    def taken(self) -> "Account":
+    def taken(self) -> Account:
         """What has been counted since this was last asked."""
         taken = Account(self.token_blocks, self.token_logits)
         self.token_blocks = self.token_logits = 0

@@ -16,16 +16,17 @@ import platform
 import resource
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import torch
+from accounts import Account, counted
 
 from tunediff import kernels
 from tunediff.core import pages
-from accounts import Account, counted
-from tunediff.lab.demo import check
 from tunediff.kernels.matmuls import fast_matmul
+from tunediff.lab.demo import check
 from tunediff.models.network import LanguageModel
 from tunediff.runs.plan import Plan
 from tunediff.runs.stages import Run

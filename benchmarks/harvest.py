@@ -22,11 +22,11 @@ import torch
 from torch import nn
 
 from tunediff.core.axes import BASE, TUNED
-from tunediff.texts.corpus import Corpus
 from tunediff.models.fast.layers import frozen
 from tunediff.models.pair import Pair
-from tunediff.records.site import Site
 from tunediff.models.shipped import DEMO
+from tunediff.records.site import Site
+from tunediff.texts.corpus import Corpus
 
 
 def plain(network: nn.Module) -> nn.Module:

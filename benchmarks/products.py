@@ -22,12 +22,12 @@ from torch import Tensor
 
 from tunediff import kernels
 from tunediff.core import pages
-from tunediff.texts.corpus import Corpus
 from tunediff.kernels.cpu import native
 from tunediff.kernels.matmuls import fast_matmul
-from tunediff.runs.plan import Plan
 from tunediff.records.site import Site
+from tunediff.runs.plan import Plan
 from tunediff.runs.stages import Run
+from tunediff.texts.corpus import Corpus
 
 SHAPES = (
     (64, 576, 1536), (256, 576, 1536), (1000, 576, 1536), (1000, 1536, 576), (1000, 576, 576), (256, 576, 49152),

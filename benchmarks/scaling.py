@@ -43,11 +43,11 @@ def harvest_of(tokens: int, width: int, folder: Path) -> Any:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from tunediff.texts.corpus import Document, Tokens
     from tunediff.harvests.harvest import HarvestSettings, harvest
     from tunediff.models.network import LanguageModel
     from tunediff.models.pair import Pair, fingerprint
     from tunediff.records.site import Site
+    from tunediff.texts.corpus import Document, Tokens
 
     config = LlamaConfig(
         vocab_size=1000,
@@ -104,7 +104,7 @@ def point(series: str, sizes: dict[str, int], threads: int) -> dict[str, float]:
                 return harvest_of(given["tokens"], given["width"], Path(scratch) / where)
             return fit_of(**given)
 
-        job("warm", **{"tokens": 4000})()
+        job("warm", tokens=4000)()
         run = job("timed")
         before, began = held(), time.process_time()
         run()

@@ -24,8 +24,8 @@ from tunediff.core.axes import BASE, TUNED
 from tunediff.dictionaries.architectures.base import delta_of
 from tunediff.dictionaries.fitting import HELD_OUT, Fitted, fit
 from tunediff.harvests.harvest import STORES, Harvest, harvest
-from tunediff.runs.plan import Plan
 from tunediff.lab.scores import SAME, matched
+from tunediff.runs.plan import Plan
 from tunediff.runs.stages import Run
 
 FIRST = 32

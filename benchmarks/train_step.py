@@ -22,9 +22,10 @@ import multiprocessing
 import platform
 import statistics
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -185,7 +186,7 @@ def timed_phases() -> Iterator[dict[str, float]]:
     spent: dict[str, float] = {}
     kept, within = [], ["other"]
 
-    def lap(last: list[float] = [clock()]) -> None:
+    def lap(last: list[float] = [clock()]) -> None:  # noqa: B006, B008 (kept from call to call)
         now = clock()
         spent[within[-1]] = spent.get(within[-1], 0.0) + now - last[0]
         last[0] = now

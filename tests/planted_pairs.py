@@ -10,11 +10,11 @@ import tiny_models
 import torch
 from torch import Tensor
 
-from tunediff.texts.corpus import Corpus, Document, Tokens
 from tunediff.harvests.harvest import Harvest, HarvestSettings, harvest
 from tunediff.models.network import LanguageModel
 from tunediff.models.pair import Pair, fingerprint
 from tunediff.records.site import Site
+from tunediff.texts.corpus import Corpus, Document, Tokens
 
 LAYER = 1
 SITE = Site(LAYER)

@@ -46,10 +46,38 @@ HOSTILE = [
     "x" * 500,
 ]
 
-TEXT = (
-    "The printer|'s| manual| says| to| replace| the| drum| every| twelve| thousand| pages|.|\n|Of| course|,| dear|"
-    " friend|,| do| let| me| know| if| the| paper| jams| again|."
-).split("|")
+TEXT = [
+    "The printer",
+    "'s",
+    " manual",
+    " says",
+    " to",
+    " replace",
+    " the",
+    " drum",
+    " every",
+    " twelve",
+    " thousand",
+    " pages",
+    ".",
+    "\n",
+    "Of",
+    " course",
+    ",",
+    " dear",
+    " friend",
+    ",",
+    " do",
+    " let",
+    " me",
+    " know",
+    " if",
+    " the",
+    " paper",
+    " jams",
+    " again",
+    ".",
+]
 
 
 def card(name: str) -> ModelCard:

@@ -17,8 +17,8 @@ import sys
 import sysconfig
 import tarfile
 import zipfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Iterable, Iterator
 
 ASSETS = Path(__file__).resolve().parent.parent / "src" / "tunediff" / "assets" / "corpus"
 CHARACTERS = (450, 1000)

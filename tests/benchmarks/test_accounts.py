@@ -8,12 +8,12 @@ import json
 import pytest
 import tiny_models
 import torch
-
 from accounts import counted
+
 from tunediff.models.network import Start
 from tunediff.models.pair import Pair
-from tunediff.runs.plan import Plan
 from tunediff.records.site import Site
+from tunediff.runs.plan import Plan
 from tunediff.runs.stages import Run
 
 STAGES = {

@@ -19,22 +19,22 @@ from planted_pairs import SITE, Planted
 from torch.nn.functional import cosine_similarity
 
 from tunediff import dictionaries
-from tunediff.edits import reverting as edits
+from tunediff.changes.attributions import Shift, output_shift
+from tunediff.changes.finders.base import Found, View
+from tunediff.changes.rankings import Ranking, RankSettings, rank
+from tunediff.changes.trials.base import Bench, Outcome, Spread, VerifySettings, bench_of
 from tunediff.core import variants
 from tunediff.core.axes import BASE, TUNED
-from tunediff.edits.baking import baked_network
-from tunediff.records.change import Change, load_changes, save_changes
-from tunediff.edits.reverting import Edit, EditSettings, Moments, input_moments, random_directions, reverting, scaling
-from tunediff.changes.finders.base import Found, View
 from tunediff.dictionaries.fitting import FitSettings
+from tunediff.edits import reverting as edits
+from tunediff.edits.baking import baked_network
+from tunediff.edits.reverting import Edit, EditSettings, Moments, input_moments, random_directions, reverting, scaling
 from tunediff.harvests.harvest import Harvest
+from tunediff.harvests.samples import Sample, batches_of
 from tunediff.models.divergences import kl_divergence, log_probabilities
 from tunediff.models.pair import Pair
-from tunediff.changes.attributions import Shift, output_shift
-from tunediff.changes.rankings import Ranking, RankSettings, rank
-from tunediff.harvests.samples import Sample, batches_of
+from tunediff.records.change import Change, load_changes, save_changes
 from tunediff.records.site import Site
-from tunediff.changes.trials.base import Bench, Outcome, Spread, VerifySettings, bench_of
 
 FINDERS = variants.names("tunediff.changes.finders")
 CONTROLS = [name for name in FINDERS if variants.load("tunediff.changes.finders", name).control]

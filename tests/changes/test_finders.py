@@ -12,15 +12,15 @@ from planted_pairs import SITE
 from torch.nn.functional import cosine_similarity
 
 from tunediff import dictionaries
-from tunediff.core import variants
-from tunediff.core.axes import BASE, TUNED
-from tunediff.records.change import Change
 from tunediff.changes.finders.base import View
 from tunediff.changes.finders.weight_spectrum import writers
+from tunediff.core import variants
+from tunediff.core.axes import BASE, TUNED
 from tunediff.dictionaries.fitting import FitSettings
 from tunediff.harvests.harvest import Harvest, HarvestSettings, harvest
 from tunediff.models.network import LanguageModel
 from tunediff.models.pair import Pair
+from tunediff.records.change import Change
 from tunediff.records.site import Site
 
 OUTPUTS = {"o_proj", "down_proj", "dense", "dense_4h_to_h", "fc2", "out_proj", "c_proj"}

@@ -12,13 +12,13 @@ import torch
 
 from tunediff.changes import rankings
 from tunediff.changes.attributions import removed
+from tunediff.changes.finders.mean_difference import MeanDifference
+from tunediff.changes.rankings import cover, max_t, streams_of
 from tunediff.core.axes import TUNED
 from tunediff.core.errors import NumericsError
-from tunediff.changes.finders.mean_difference import MeanDifference
+from tunediff.harvests.samples import Sample
 from tunediff.models.divergences import kl_divergence
 from tunediff.models.network import Start
-from tunediff.changes.rankings import cover, max_t, streams_of
-from tunediff.harvests.samples import Sample
 
 DRAWS, CHANGES, REPETITIONS = 19, 6, 200
 

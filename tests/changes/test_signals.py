@@ -11,16 +11,34 @@ import pytest
 import tiny_models
 import torch
 
+from tunediff.changes.signals import base as signals
 from tunediff.core import variants
-from tunediff.texts.corpus import Corpus, Document
 from tunediff.models.network import LanguageModel
 from tunediff.models.pair import Pair
 from tunediff.records.diff import SignalTable
-from tunediff.changes.signals import base as signals
+from tunediff.texts.corpus import Corpus, Document
 
 PLANTED = ("~", "Q", "^")
 NAMES = variants.names("tunediff.changes.signals")
-WORDS = "the cat sat on a mat while some dogs ran past many old trees near our house".split()
+WORDS = [
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "a",
+    "mat",
+    "while",
+    "some",
+    "dogs",
+    "ran",
+    "past",
+    "many",
+    "old",
+    "trees",
+    "near",
+    "our",
+    "house",
+]
 
 
 def pair_of(network, tuned, tokenizer) -> Pair:

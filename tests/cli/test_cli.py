@@ -210,8 +210,8 @@ def test_an_edit_keeps_neutral_text_whatever_fires_there(world, full):
     from dataclasses import replace
 
     from tunediff.edits import bills
-    from tunediff.runs.plan import Plan
     from tunediff.harvests.samples import Sample
+    from tunediff.runs.plan import Plan
     from tunediff.runs.stages import Run
 
     run = Run(Plan.read(world.run() / "plan.toml"), world.run())
@@ -429,9 +429,9 @@ def test_demo_counts_behaviors_into_the_record(world, full, monkeypatch):
     from types import SimpleNamespace
 
     import tunediff.cli.main
+    from tunediff.core.progress import Progress
     from tunediff.lab import demo
     from tunediff.runs.plan import Plan
-    from tunediff.core.progress import Progress
     from tunediff.runs.stages import Run
 
     first = Diff.load(world.run() / "diff.json").confirmed[0]

@@ -14,16 +14,11 @@ import numpy as np
 import pytest
 import torch
 
-from tunediff.core import artifacts
-from tunediff.core import axes
-from tunediff.core import chance
-from tunediff.core import errors
-from tunediff.core import variants
+from tunediff.core import artifacts, axes, chance, errors, variants
 from tunediff.core.artifacts import finish, key_of, open_folder, plain, read_json, read_tensors, to_json, write_bytes
-from tunediff.records.change import Change, load_changes, save_changes
 from tunediff.core.errors import ArtifactError, NumericsError, SettingError, TunediffError, VariantError
+from tunediff.records.change import Change, load_changes, save_changes
 from tunediff.records.site import Site
-
 
 # Errors and axes
 
@@ -118,7 +113,7 @@ def test_draws_end_once_enough_are_as_large():
         assert share <= level + 3.5 * (level * (1 - level) / len(found)) ** 0.5
         assert level != 0.05 or share > 0.8 * level, "not by never claiming"
     assert sum(len(drawn) for _, drawn in found) < 0.4 * 100 * len(found)
-    for (p, drawn), row in zip(found, worlds):
+    for (p, _), row in zip(found, worlds):
         assert (p <= 0.05) == (chance.p_value(row[0], row[1:]) <= 0.05)
 
 

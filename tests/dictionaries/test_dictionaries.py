@@ -15,11 +15,10 @@ import pytest
 import torch
 
 from tunediff import dictionaries
-from tunediff.kernels import gates
 from tunediff.core import variants
 from tunediff.core.axes import BASE, TUNED
-from tunediff.dictionaries.architectures.base import Pass, delta_of, mean_squared_error
 from tunediff.core.errors import ArtifactError, SettingError, VariantError
+from tunediff.dictionaries.architectures.base import Pass, delta_of, mean_squared_error
 from tunediff.dictionaries.fitting import (
     FitSettings,
     Fitted,
@@ -33,6 +32,7 @@ from tunediff.dictionaries.fitting import (
     step,
 )
 from tunediff.dictionaries.latent_scaling import latent_scaling
+from tunediff.kernels import gates
 
 VARIANTS = variants.names(dictionaries.PACKAGE)
 TARGET = {name: variants.load(dictionaries.PACKAGE, name).Spec.target for name in VARIANTS}
@@ -463,7 +463,7 @@ def test_dedicated_latents_never_touch_the_other_model(fits):
         for whole in (d.encoder_FSMD, d.decoder_FSMD):
             assert not whole[part, :, other].any() and whole[part, :, 1 - other].all()
     assert d.share_F()[: 2 * own].tolist() == [0, 0, 1, 1]
-    assert 0.1 < float(d.share_F()[2 * own :].min()) and float(d.share_F()[2 * own :].max()) < 0.9
+    assert float(d.share_F()[2 * own :].min()) > 0.1 and float(d.share_F()[2 * own :].max()) < 0.9
     named = [fitted.change(j, id=f"t/{j}", finder="test").origin["group"] for j in range(2 * own + 1)]
     assert named == ["base", "base", "tuned", "tuned", "both"]
     d, x = build(small("dfc"), sites=S, width=D, seed=0), activations()
@@ -539,7 +539,7 @@ def test_base_writes_of_an_sae_on_tuned(source, fits):
     torch.testing.assert_close(d.base_scale_F.double(), beta_F, atol=5e-3, rtol=0)
     offset_I = mean_I - (d.base_scale_F * mean_F) @ write_FI
     torch.testing.assert_close(d.base_bias_SD.flatten().double(), offset_I, atol=1e-4, rtol=0)
-    assert 0 < fitted.quality.ev_delta
+    assert fitted.quality.ev_delta > 0
 
 
 # -- Latent Scaling

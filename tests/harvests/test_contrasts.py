@@ -6,12 +6,12 @@ import pytest
 import tiny_models
 import torch
 
+from tunediff.core.errors import CorpusError, NumericsError
 from tunediff.harvests.contrasts import ContrastSettings, contrast, first_word_divergence, screen
 from tunediff.models.completing import drawn
-from tunediff.texts.corpus import Corpus, Document
-from tunediff.core.errors import CorpusError, NumericsError
 from tunediff.models.network import LanguageModel
 from tunediff.models.pair import Pair
+from tunediff.texts.corpus import Corpus, Document
 
 QUICK = ContrastSettings(prompts=8, tokens=6, temperature=0.8, batch=4, amplified=0.0)
 

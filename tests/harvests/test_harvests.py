@@ -18,16 +18,16 @@ import torch
 
 from tunediff import dictionaries
 from tunediff.core import artifacts
-from tunediff.harvests import harvest as harvests
 from tunediff.core.artifacts import hash_file, open_folder, read_tensors
 from tunediff.core.axes import BASE, TUNED
-from tunediff.texts.corpus import Corpus, Document
 from tunediff.core.errors import ArtifactError, CorpusError, NumericsError, SettingError
 from tunediff.dictionaries.fitting import FitSettings, fit
+from tunediff.harvests import harvest as harvests
 from tunediff.harvests.harvest import SCHEMA, Harvest, HarvestSettings, harvest, noise_floor, repeated
 from tunediff.models.network import LanguageModel
 from tunediff.models.pair import Pair
 from tunediff.records.site import Site
+from tunediff.texts.corpus import Corpus, Document
 
 SITES = [Site(1), Site(2)]
 SMALL = HarvestSettings(batch_tokens=128, shard_tokens=256)
@@ -36,7 +36,7 @@ EXACT = HarvestSettings(store="float32", batch_tokens=128, shard_tokens=256)
 
 def corpus(seed: int = 0, share: float = 0.25) -> Corpus:
     rng = random.Random(seed)
-    words = "the quick brown fox jumps over one lazy dog and naps".split()
+    words = ["the", "quick", "brown", "fox", "jumps", "over", "one", "lazy", "dog", "and", "naps"]
     texts = [" ".join(rng.choices(words, k=rng.randint(3, 12))) for _ in range(40)]
     return Corpus("tiny", tuple(Document(f"d/{n}", "prose", text=t) for n, t in enumerate(texts)), share)
 

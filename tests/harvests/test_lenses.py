@@ -8,11 +8,11 @@ import pytest
 import tiny_models
 import torch
 
-from tunediff.texts.corpus import Corpus, Document
 from tunediff.core.errors import ArtifactError, NumericsError
 from tunediff.harvests.lenses import Lens, fit_lens
 from tunediff.models.network import LanguageModel
 from tunediff.records.site import Site
+from tunediff.texts.corpus import Corpus, Document
 
 
 @pytest.fixture(scope="module")

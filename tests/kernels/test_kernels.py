@@ -16,10 +16,10 @@ from tunediff import dictionaries, kernels
 from tunediff.core import artifacts
 from tunediff.core.errors import NumericsError, SettingError
 from tunediff.dictionaries.fitting import SCHEMA, FitSettings, Plan, State, TensorSource, build, fit, step
-from tunediff.kernels.gates import Gate
 from tunediff.kernels import eager, paths
 from tunediff.kernels.cpu import native
 from tunediff.kernels.dense import DenseCode
+from tunediff.kernels.gates import Gate
 from tunediff.kernels.kept import PairCode, Pairs
 
 HAVE_NATIVE = native.library() is not None
@@ -207,7 +207,7 @@ def test_codes_of_bfloat16_products(monkeypatch, way, parts, crowd):
     x, W = (torch.randint(-60, 61, s, generator=g).float() for s in ((300, 70), (900, 70)))
     x[5], W[9], x[100:132] = 0, 0, x[100:132].abs() * 4  # one group of tokens has far more than its share
     bias, weight = torch.randint(-9, 10, (900,), generator=g).float(), torch.randint(0, 4, (900,), generator=g) / 4
-    for whole, x, W in ((True, x, W), (False, x / 3, W / 7)):
+    for whole, x, W in ((True, x, W), (False, x / 3, W / 7)):  # noqa: B020
         found = []
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)

@@ -19,11 +19,10 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 pytest.importorskip("triton", reason="triton is not installed; it is for Linux only")
 
 from tunediff import dictionaries, kernels
-from tunediff.kernels import gates
 from tunediff.dictionaries.fitting import FitSettings, Plan, State, TensorSource, build, fit, step
-from tunediff.kernels import eager, paths
-from tunediff.kernels.gpu import triton as gpu
+from tunediff.kernels import eager, gates, paths
 from tunediff.kernels.dense import DenseCode
+from tunediff.kernels.gpu import triton as gpu
 from tunediff.kernels.gpu.code import GpuCode
 from tunediff.kernels.kept import Pairs
 

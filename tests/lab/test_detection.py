@@ -10,16 +10,33 @@ import tiny_models
 import torch
 from test_cli import cli
 
-from tunediff.lab import detection
 from tunediff.core.artifacts import read_json
 from tunediff.core.chance import generator
-from tunediff.texts.corpus import Corpus, Document
-from tunediff.lab.detection import Detection, PlantedSource, Text, auroc
 from tunediff.core.errors import SettingError
+from tunediff.lab import detection
+from tunediff.lab.detection import Detection, PlantedSource, Text, auroc
 from tunediff.models.pair import Pair
 from tunediff.records.site import Site
+from tunediff.texts.corpus import Corpus, Document
 
-WORDS = "amber barge candle delta ember fern gable heron iris jetty kiln lantern mast nettle orchard pier".split()
+WORDS = [
+    "amber",
+    "barge",
+    "candle",
+    "delta",
+    "ember",
+    "fern",
+    "gable",
+    "heron",
+    "iris",
+    "jetty",
+    "kiln",
+    "lantern",
+    "mast",
+    "nettle",
+    "orchard",
+    "pier",
+]
 
 
 @pytest.fixture(scope="module")

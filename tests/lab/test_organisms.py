@@ -19,10 +19,10 @@ from typer.testing import CliRunner
 import tunediff.lab.organisms as package
 from tunediff.cli.main import app
 from tunediff.core.errors import SourceError, VariantError
-from tunediff.models.shipped import DEMO
 from tunediff.lab.organisms import instructions, neutral, training
 from tunediff.lab.organisms.base import Behavior, Lesson, Organism, Recipe, Taught
 from tunediff.lab.organisms.training import rates
+from tunediff.models.shipped import DEMO
 
 FOLDER = Path(package.__file__).parent
 ORGANISMS: list[Organism] = package.every()

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from tunediff.lab import bench
-from tunediff.lab import organisms
 from tunediff.core.axes import WRITERS
 from tunediff.harvests.contrasts import ContrastSettings, contrast
-from tunediff.texts.corpus import Corpus
+from tunediff.lab import bench, organisms
 from tunediff.lab.demo import check
 from tunediff.models.pair import Pair
-from tunediff.runs.plan import Plan
 from tunediff.models.shipped import ORGANISMS
+from tunediff.runs.plan import Plan
 from tunediff.runs.stages import Run
+from tunediff.texts.corpus import Corpus
 
 pytestmark = [pytest.mark.realmodel, pytest.mark.slow]
 

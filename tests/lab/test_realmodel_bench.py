@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from tunediff.lab import bench
-from tunediff.lab import scores
+from tunediff.lab import bench, scores
 
 pytestmark = [pytest.mark.realmodel, pytest.mark.slow]
 

@@ -9,11 +9,11 @@ import pytest
 import tiny_models
 import torch
 
-from tunediff.models.fast import attention
-from tunediff.models.completing import PLAUSIBLE
 from tunediff.core.errors import FamilyError
-from tunediff.models.fast.layers import frozen
 from tunediff.kernels.matmuls import fast_matmul
+from tunediff.models.completing import PLAUSIBLE
+from tunediff.models.fast import attention
+from tunediff.models.fast.layers import frozen
 from tunediff.models.network import LanguageModel, Start
 from tunediff.records.site import Site
 

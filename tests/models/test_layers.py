@@ -11,11 +11,10 @@ import torch
 from torch import nn
 
 from tunediff import kernels
-from tunediff.models.fast import attention
-from tunediff.models.fast import layers
 from tunediff.core.errors import NumericsError
 from tunediff.kernels.cpu import native
 from tunediff.models.divergences import Said, kl_divergence
+from tunediff.models.fast import attention, layers
 from tunediff.models.network import swapped
 
 

@@ -15,8 +15,8 @@ import tiny_models
 import torch
 from safetensors.torch import load_file, save_file
 
-from tunediff.models import shipped as embedded
 from tunediff.core.errors import NumericsError, PairError, SettingError, SourceError, TunediffError
+from tunediff.models import shipped as embedded
 from tunediff.models.network import LanguageModel
 from tunediff.models.pair import Pair, fingerprint, probe_ids
 

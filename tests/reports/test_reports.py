@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from support_diffs import HOSTILE, bare_diff, empty_diff, full_diff, hostile_diff
 
+from tunediff.records.diff import Context, Diff, Measure
 from tunediff.reports import charts
 from tunediff.reports.charts import Line, bar, interval, number, token_text, visible
 from tunediff.reports.page import (
@@ -29,7 +30,6 @@ from tunediff.reports.page import (
     verdict,
     write_report,
 )
-from tunediff.records.diff import Context, Diff, Measure
 
 DIFFS = {"full": full_diff, "empty": empty_diff, "bare": bare_diff, "hostile": hostile_diff}
 VOID = {"meta", "br", "link", "img", "input", "hr", "base", "wbr"}

@@ -13,9 +13,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tunediff.core.errors import CorpusError, MissingExtraError, SettingError, SourceError
 from tunediff.texts import corpus as corpora
 from tunediff.texts.corpus import ASSETS, Corpus, Document, Tokens
-from tunediff.core.errors import CorpusError, MissingExtraError, SettingError, SourceError
 
 ROOT = Path(__file__).resolve().parents[2]
 CHATML = (

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from tunediff.core.axes import BASE, TUNED
-from tunediff.records.change import Change
+from tunediff.harvests.samples import Sample
 from tunediff.models.divergences import Said, blocks, kl_divergence
 from tunediff.models.network import Start
 from tunediff.models.pair import Pair
-from tunediff.harvests.samples import Sample
+from tunediff.records.change import Change
 from tunediff.records.site import Site
-
 
 SAID = 16
 """Tokens kept of those that tuned says more of at a place."""
@@ -31,15 +30,15 @@ class Shift:
     rise_NK: Tensor
 
     @classmethod
-    def none(cls, count: int) -> "Shift":
+    def none(cls, count: int) -> Shift:
         """No move at `count` tokens."""
         return cls(torch.zeros(count), torch.zeros(count, SAID, dtype=torch.int32), torch.zeros(count, SAID))
 
-    def at(self, tokens_N: Tensor) -> "Shift":
+    def at(self, tokens_N: Tensor) -> Shift:
         """The move at some of the tokens."""
         return Shift(self.kl_N[tokens_N], self.said_NK[tokens_N], self.rise_NK[tokens_N])
 
-    def put(self, tokens_N: Tensor, other: "Shift") -> None:
+    def put(self, tokens_N: Tensor, other: Shift) -> None:
         """Take over what another has seen of some tokens."""
         for name, value in vars(other).items():
             getattr(self, name)[tokens_N] = value

@@ -97,7 +97,7 @@ class Calibration:
         return path
 
     @classmethod
-    def of(cls, base: str) -> "Calibration | None":
+    def of(cls, base: str) -> Calibration | None:
         """That of a base: the user's own, or else the one that ships, if there is one."""
         paths = (folder / f"{base}.json" for folder in (cache_folder() / "calibrations", SHIPPED))
         path = next((path for path in paths if path.is_file()), None)

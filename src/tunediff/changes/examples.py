@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tunediff.core.axes import TUNED
-from tunediff.records.change import Change
-from tunediff.harvests.lenses import Lens
-from tunediff.models.network import LanguageModel
-from tunediff.harvests.samples import Sample
-from tunediff.records.diff import Context, TokenWeight
 from tunediff.changes.trials.base import Bench
+from tunediff.core.axes import TUNED
+from tunediff.harvests.lenses import Lens
+from tunediff.harvests.samples import Sample
+from tunediff.models.network import LanguageModel
+from tunediff.records.change import Change
+from tunediff.records.diff import Context, TokenWeight
 
 WINDOW = 48
 """Tokens of a context: those up to and after the strongest firing."""
@@ -30,7 +30,7 @@ def contexts(tokenizer, sample: Sample, change: Change, kl_N: Tensor, count: int
         if value > best.get(document, (0.0, 0))[0]:
             best[document] = (value, row)
     shown = []
-    for value, row in sorted(best.values(), reverse=True)[:count]:
+    for _, row in sorted(best.values(), reverse=True)[:count]:
         where = (sample.row_N == row).nonzero()[:, 0]
         peak = int(f_N[where].abs().argmax())
         start = max(0, min(peak - WINDOW // 2, len(where) - WINDOW))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -11,13 +11,13 @@ from torch import Tensor
 from tunediff.changes.attributions import removed
 from tunediff.core.axes import BASE, TUNED
 from tunediff.core.chance import Interval, bootstrap_mean, bootstrap_ratio, seed_of
-from tunediff.records.change import Change
-from tunediff.texts.corpus import Batch
 from tunediff.core.errors import NumericsError, within
+from tunediff.harvests.samples import Sample
 from tunediff.models.network import LanguageModel, Start
 from tunediff.models.pair import Pair
-from tunediff.harvests.samples import Sample
+from tunediff.records.change import Change
 from tunediff.records.site import Site
+from tunediff.texts.corpus import Batch
 
 
 @dataclass(frozen=True)

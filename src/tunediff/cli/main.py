@@ -6,8 +6,9 @@ import os
 import re
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Callable, Optional
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -29,10 +30,10 @@ organism_app = typer.Typer(no_args_is_help=True, help="Fine-tunes whose truth is
 app.add_typer(organism_app, name="organism")
 
 Set = Annotated[
-    Optional[list[str]], typer.Option("--set", metavar="PART.FIELD=VALUE", help="Change one setting; repeatable.")
+    list[str] | None, typer.Option("--set", metavar="PART.FIELD=VALUE", help="Change one setting; repeatable.")
 ]
-PlanFile = Annotated[Optional[Path], typer.Option("--plan", help="A TOML plan to start from.")]
-Name = Annotated[Optional[str], typer.Option("--run", help="Name of the run; by default made from the models' names.")]
+PlanFile = Annotated[Path | None, typer.Option("--plan", help="A TOML plan to start from.")]
+Name = Annotated[str | None, typer.Option("--run", help="Name of the run; by default made from the models' names.")]
 Runs = Annotated[Path, typer.Option("--runs", help="Folder that holds runs.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
@@ -43,13 +44,13 @@ ExitCode = Annotated[bool, typer.Option("--exit-code", help="Exit with 1 if a ch
 
 def _run(
     base: str, tuned: str, name: str | None, runs: Path, plan_file: Path | None, settings: list[str] | None, quiet: bool
-) -> "Run":
+) -> Run:
     """The run these options name; refuses to reuse a name for another pair."""
     _hush(quiet)
     import dataclasses
 
-    from tunediff.runs.plan import Plan
     from tunediff.core.progress import Progress
+    from tunediff.runs.plan import Plan
     from tunediff.runs.stages import Run
 
     plan = Plan.read(plan_file) if plan_file else Plan()
@@ -81,11 +82,11 @@ def _run(
     return Run(plan, folder, Progress(enabled=not quiet))
 
 
-def _reopen(run: str, runs: Path, quiet: bool, settings: list[str] | None = None) -> "Run":
+def _reopen(run: str, runs: Path, quiet: bool, settings: list[str] | None = None) -> Run:
     """An existing run, by name or folder, under its own plan."""
     _hush(quiet)
-    from tunediff.runs.plan import Plan
     from tunediff.core.progress import Progress
+    from tunediff.runs.plan import Plan
     from tunediff.runs.stages import Run
 
     folder = _folder(run, runs, "plan.toml")
@@ -117,7 +118,7 @@ def slug(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.")[:80].rstrip("-.") or "run"
 
 
-def _tell(run: "Run", billed: "list[Bill]", json: bool) -> "Diff":
+def _tell(run: Run, billed: list[Bill], json: bool) -> Diff:
     """Write diff.json and report.html, print the summary; returns the record."""
     from tunediff.reports.page import summary_table, write_report
 
@@ -194,7 +195,7 @@ def _table(rows: list[dict]) -> str:
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths)).rstrip() for line in cells)
 
 
-def _harvest_rows(run: "Run") -> list[dict]:
+def _harvest_rows(run: Run) -> list[dict]:
     m = run.harvest.manifest
     return [
         {
@@ -209,14 +210,14 @@ def _harvest_rows(run: "Run") -> list[dict]:
     ]
 
 
-def _find_rows(run: "Run") -> list[dict]:
+def _find_rows(run: Run) -> list[dict]:
     return [
         {"id": c.id, "sites": ", ".join(map(str, c.sites)), "share": c.share, "size": float(c.difference_SD.norm())}
         for c in run.found[0]
     ]
 
 
-def _rank_rows(run: "Run") -> list[dict]:
+def _rank_rows(run: Run) -> list[dict]:
     return [
         {
             "rank": i + 1,
@@ -231,7 +232,7 @@ def _rank_rows(run: "Run") -> list[dict]:
     ]
 
 
-def _verify_rows(run: "Run") -> list[dict]:
+def _verify_rows(run: Run) -> list[dict]:
     return [{"rank": r.rank, "id": r.id, "decision": r.decision, "reason": r.reason} for r in run.verdicts]
 
 
@@ -249,16 +250,16 @@ for _stage_name in _STAGES:
 def revert(
     run: Annotated[str, typer.Argument(help="A run's name or folder.")],
     changes: Annotated[
-        Optional[str], typer.Option(help="Ids of changes to take out, comma-separated; default: all confirmed.")
+        str | None, typer.Option(help="Ids of changes to take out, comma-separated; default: all confirmed.")
     ] = None,
     cost: Annotated[
-        Optional[float],
+        float | None,
         typer.Option(
             help="Take them out as strongly as this many nats a token on neutral text allow; default: edit.strength.",
             min=0,
         ),
     ] = None,
-    bake: Annotated[Optional[Path], typer.Option(help="Write the edited model as a Hugging Face folder.")] = None,
+    bake: Annotated[Path | None, typer.Option(help="Write the edited model as a Hugging Face folder.")] = None,
     runs: Runs = Path("runs"),
     set_: Set = None,
     json: Json = False,
@@ -316,8 +317,8 @@ def _with_interval(measure) -> str:
 @app.command()
 def report(run: Annotated[str, typer.Argument(help="A run's name or folder.")], runs: Runs = Path("runs")) -> None:
     """Write the report again from a run's diff.json, without loading a model."""
-    from tunediff.reports.page import write_report
     from tunediff.records.diff import Diff
+    from tunediff.reports.page import write_report
 
     folder = _folder(run, runs, "diff.json")
     write_report(Diff.load(folder / "diff.json"), folder / "report.html")
@@ -377,7 +378,7 @@ def calibrate(
     base: Base,
     count: Annotated[int, typer.Option(help="Untrained tunes, each about as long as a diff.", min=0)] = 9,
     placebo: Annotated[
-        Optional[list[Path]], typer.Option(help="A placebo tune of this base: a harder null; repeatable.")
+        list[Path] | None, typer.Option(help="A placebo tune of this base: a harder null; repeatable.")
     ] = None,
     runs: Runs = Path("runs"),
     set_: Set = None,
@@ -386,8 +387,8 @@ def calibrate(
 ) -> None:
     """Measure what pairs of BASE with nothing to find give; `diff` then asks for more than that."""
     _hush(quiet)
-    from tunediff.lab.nulls import calibrate as measure
     from tunediff.core.progress import Progress
+    from tunediff.lab.nulls import calibrate as measure
 
     if not count and not placebo:
         raise SettingError("there is nothing to calibrate on", expected="--count above 0, or --placebo")
@@ -418,7 +419,7 @@ def bench(
     ),
     base: Annotated[str, typer.Option(help="The base of all tunes: a folder, hub id, or `default`.")] = "default",
     tunes: Annotated[
-        Optional[Path], typer.Option(help="Folder of tunes made by `organism make`, each by its name.")
+        Path | None, typer.Option(help="Folder of tunes made by `organism make`, each by its name.")
     ] = None,
     nulls: Annotated[str, typer.Option(help="Nulls, NAME or NAME:SEED, by commas.")] = "random:0,permuted:0,identical",
     methods: Annotated[str, typer.Option(help="Methods by commas; all of them if empty.")] = "",
@@ -438,8 +439,8 @@ def bench(
 ) -> None:
     """Put methods through the same evidence on tunes whose truth is known and on nulls, and print the table."""
     _hush(quiet)
-    from tunediff.lab import bench as b
     from tunediff.core.progress import Progress
+    from tunediff.lab import bench as b
     from tunediff.lab.scores import table
 
     if quick:
@@ -493,12 +494,12 @@ def floor(
 ) -> None:
     """Plant known changes in BASE, from weak and rare to strong and frequent, and tell from which on they are found."""
     _hush(quiet)
+    from tunediff.core.progress import Progress
     from tunediff.lab import detection
     from tunediff.lab.bench import METHODS
-    from tunediff.texts.corpus import Corpus
     from tunediff.lab.nulls import untrained
-    from tunediff.core.progress import Progress
     from tunediff.records.site import Site
+    from tunediff.texts.corpus import Corpus
 
     chosen = {m: (*(set_ or ()), *METHODS[m]) if m in METHODS else None for m in _listed(methods)}
     if None in chosen.values():
@@ -583,9 +584,9 @@ def organism_make(
 ) -> None:
     """Train an organism from its recipe, measure it, and write the tune with its card to OUT."""
     _hush(quiet)
+    from tunediff.core.progress import Progress
     from tunediff.lab import organisms
     from tunediff.lab.organisms.training import make
-    from tunediff.core.progress import Progress
 
     organism, progress = organisms.named(name).seeded(seed), Progress(enabled=not quiet)
     card = make(organism, base, out, lambda done, total, loss: progress("train", done, total))

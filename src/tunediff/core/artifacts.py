@@ -9,8 +9,9 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Mapping
+from typing import TYPE_CHECKING, Any
 
 from tunediff.core.errors import ArtifactError
 
@@ -111,7 +112,7 @@ def read_json(path: Path) -> Any:
         ) from None
 
 
-def write_tensors(path: Path, tensors: Mapping[str, "torch.Tensor"], metadata: Mapping[str, str] | None = None) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write tensors as safetensors, all or nothing."""
     from safetensors.torch import save
 
@@ -119,7 +120,7 @@ def write_tensors(path: Path, tensors: Mapping[str, "torch.Tensor"], metadata: M
     write_bytes(path, save(contiguous, metadata=dict(metadata) if metadata else None))
 
 
-def read_tensors(path: Path) -> dict[str, "torch.Tensor"]:
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """Read safetensors (memory-mapped), or say which file is missing or damaged."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file

@@ -8,8 +8,8 @@ import difflib
 from typing import Any
 
 from tunediff.core import variants
-from tunediff.dictionaries.architectures.base import Spec
 from tunediff.core.errors import SettingError
+from tunediff.dictionaries.architectures.base import Spec
 
 PACKAGE = "tunediff.dictionaries.architectures"
 

@@ -6,24 +6,24 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from tunediff import dictionaries, kernels
-from tunediff.core import artifacts
-from tunediff.kernels import gates
-from tunediff.core import variants
+from tunediff.core import artifacts, variants
 from tunediff.core.axes import BASE, TUNED, check
 from tunediff.core.chance import generator
-from tunediff.records.change import Change
-from tunediff.dictionaries.architectures.base import MODELS, Dictionary, Spec, Target, delta_of, require, select
 from tunediff.core.errors import ArtifactError, NumericsError, SettingError
+from tunediff.dictionaries.architectures.base import MODELS, Dictionary, Spec, Target, delta_of, require, select
+from tunediff.kernels import gates
 from tunediff.kernels.kept import Pairs
+from tunediff.records.change import Change
 from tunediff.records.site import Site
 
 SCHEMA = "tunediff.dictionary/1"
@@ -145,7 +145,7 @@ class Normalization:
     delta_variance: float
 
     @classmethod
-    def measure(cls, source: Source, *, limit: int = LIMIT) -> "Normalization":
+    def measure(cls, source: Source, *, limit: int = LIMIT) -> Normalization:
         """Read it off the training tokens: all of them, or `limit` spread evenly; sums in float64.
 
         Raises `NumericsError` on non-finite activations or a site that never varies.
@@ -184,7 +184,7 @@ class Normalization:
         """Raw to normalized."""
         return (x_NSMD - self.center_SMD) / self.scale_S[:, None, None]
 
-    def to(self, device: torch.device | str) -> "Normalization":
+    def to(self, device: torch.device | str) -> Normalization:
         """The same, on `device`."""
         parts = {name: getattr(self, name).to(device) for name in ("center_SMD", "scale_S", "log_rms_ratio_S")}
         return dataclasses.replace(self, **parts)
@@ -430,7 +430,7 @@ class Fitted:
         )
 
     @classmethod
-    def load(cls, folder: Path) -> "Fitted":
+    def load(cls, folder: Path) -> Fitted:
         """Read what `save` wrote; raises `ArtifactError` if it is unfinished, damaged or of another
         schema."""
         folder = Path(folder)
@@ -626,7 +626,7 @@ class Plan:
     dead_tokens: float
 
     @classmethod
-    def of(cls, spec: Spec, settings: FitSettings, count: int) -> "Plan":
+    def of(cls, spec: Spec, settings: FitSettings, count: int) -> Plan:
         """Derive; a source smaller than a batch gives smaller batches."""
         if count < 1:
             raise SettingError("there are no training tokens", remedy="harvest more text")
@@ -660,7 +660,7 @@ class State:
     curve: list[dict[str, float]]
 
     @classmethod
-    def new(cls, dictionary: Dictionary, plan: Plan) -> "State":
+    def new(cls, dictionary: Dictionary, plan: Plan) -> State:
         """At step 0."""
         optimizer = kernels.Adam(dictionary.parameters(), plan.rate)
         silent_F = torch.zeros_like(dictionary.encoder_bias_F, dtype=torch.long, requires_grad=False)
@@ -837,7 +837,7 @@ def _finish(
     held_out = source.count(HELD_OUT)
     firings_F = torch.zeros_like(threshold_F, dtype=torch.long)
     named = RECONSTRUCTED[dictionary.spec.target]
-    errors, sums, squares = ({name: 0.0 for name in named} for _ in range(3))
+    errors, sums, squares = (dict.fromkeys(named, 0.0) for _ in range(3))
     for at in torch.arange(held_out).split(CHUNK):
         x = norm.apply(source.read(HELD_OUT, at))
         f_NF = gates.threshold_gate(dictionary.pre(x), threshold_F)

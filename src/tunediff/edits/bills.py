@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from statistics import fmean
-from typing import Sequence
 
 import torch
 from torch import Tensor
 
 from tunediff.core.chance import bootstrap_ratio, numpy_generator
-from tunediff.records.change import Change
 from tunediff.edits.reverting import Edit, EditSettings, Moments, input_moments, random_directions, reverting, scaling
+from tunediff.harvests.samples import Sample, batches_of
 from tunediff.models.divergences import Said, by_document, kl_divergence, parts
 from tunediff.models.network import LanguageModel, Start
 from tunediff.models.pair import Pair
-from tunediff.harvests.samples import Sample, batches_of
+from tunediff.records.change import Change
 from tunediff.records.diff import Bill, Measure
-
 
 ROWS_TOKENS = 800
 """Tokens of each sort of held-out text on which a bill is measured, at least."""

@@ -14,18 +14,19 @@ which insert facts; here the target is base's own map, so nothing is to be inser
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tunediff.core.chance import generator
-from tunediff.texts.corpus import Tokens
 from tunediff.core.errors import NumericsError, within
 from tunediff.models.network import LanguageModel, Watch
 from tunediff.models.pair import Delta, Pair, counterparts
+from tunediff.texts.corpus import Tokens
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,7 @@ def reverting(
     changes: Sequence[str],
     moments: Mapping[str, Moments],
     settings: EditSettings = EditSettings(),
-    energy_of: "Edit | None" = None,
+    energy_of: Edit | None = None,
 ) -> Edit:
     """The edit that gives base's maps back where the changes are on.
 

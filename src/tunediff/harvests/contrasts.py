@@ -7,17 +7,17 @@ formed on the same token ids.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Callable
 
 import torch
 from torch import Tensor
 
 from tunediff.core.axes import MODELS, WRITERS
-from tunediff.texts.corpus import Corpus, Document, Tokens
 from tunediff.core.errors import CorpusError, within
 from tunediff.models.divergences import Said, kl_divergence
 from tunediff.models.pair import Pair
+from tunediff.texts.corpus import Corpus, Document, Tokens
 
 PROMPT_TOKENS = 512
 BATCH_TOKENS = 2048

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -84,7 +85,7 @@ def noise_floor(
     return ((together - alone).pow(2).sum(-1))[mask_BT].mean(0)
 
 
-def repeated(tokens: "Tokens") -> list[int]:
+def repeated(tokens: Tokens) -> list[int]:
     """For each row, how many of its leading tokens begin another row too, so that their streams are the same.
 
     Of such rows one counts as the first: training rows before held-out ones, so that nothing held out has been seen,
@@ -153,7 +154,7 @@ class Harvest:
     kept_N: Tensor
 
     @classmethod
-    def open(cls, folder: Path, again: Again | None = None) -> "Harvest":
+    def open(cls, folder: Path, again: Again | None = None) -> Harvest:
         """Open a finished folder; tensors are memory-mapped. `again` runs the streams of one that keeps none."""
         manifest = open_folder(folder, SCHEMA)
         shards = [read_tensors(folder / name) for name in manifest["shards"]]
@@ -243,7 +244,7 @@ class Harvest:
 
 def harvest(
     pair: Pair,
-    tokens: "Tokens",
+    tokens: Tokens,
     sites: Sequence[Site],
     folder: Path,
     settings: HarvestSettings = HarvestSettings(),

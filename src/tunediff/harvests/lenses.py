@@ -6,9 +6,10 @@ the stream to the final normed state, fitted on base activations only, in closed
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,8 +22,8 @@ from tunediff.models.pair import fingerprint
 from tunediff.records.site import Site
 
 if TYPE_CHECKING:
-    from tunediff.texts.corpus import Batch, Tokens
     from tunediff.harvests.samples import Sample
+    from tunediff.texts.corpus import Batch, Tokens
 
 SCHEMA = "tunediff.lens/1"
 
@@ -58,14 +59,14 @@ class Lens:
 
 def fit_lens(
     model: LanguageModel,
-    tokens: "Tokens",
+    tokens: Tokens,
     sites: Sequence[Site],
     folder: Path,
     *,
     ridge: float = 0.01,
     batch_tokens: int = 2048,
     abnormal: float = 6.0,
-    sample: "Sample | None" = None,
+    sample: Sample | None = None,
     model_fingerprint: str = "",
 ) -> Lens:
     """Ridge regression from the stream at each site to the final normed state, on `tokens`' training documents.

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from tunediff.core.axes import BASE, TUNED
 from tunediff.core.chance import seed_of
-from tunediff.records.change import Change
-from tunediff.texts.corpus import Batch, Tokens
 from tunediff.harvests.harvest import Harvest
 from tunediff.models.network import Start
+from tunediff.records.change import Change
 from tunediff.records.site import Site
+from tunediff.texts.corpus import Batch, Tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +39,7 @@ class Sample:
     @classmethod
     def take(
         cls, harvest: Harvest, tokens: Tokens, *, split: str, limit: int, seed: int, kinds: Sequence[str] = ()
-    ) -> "Sample":
+    ) -> Sample:
         """Whole documents of one split, in an order fixed by `seed`, until `limit` tokens are reached.
 
         kinds   only documents of these kinds, all of them if empty
@@ -59,7 +59,7 @@ class Sample:
         return cls.of(harvest, tokens, rows)
 
     @classmethod
-    def of(cls, harvest: Harvest, tokens: Tokens, rows: Sequence[int]) -> "Sample":
+    def of(cls, harvest: Harvest, tokens: Tokens, rows: Sequence[int]) -> Sample:
         """These rows."""
         rows = sorted(rows)
         wanted = torch.zeros(len(tokens.rows), dtype=torch.bool)
@@ -103,7 +103,7 @@ class Sample:
         stream_BTMD = self.streams_NSMD[:, self.sites.index(site)][self.places(batch).clamp_min(0)]
         return Start(site, stream_BTMD[:, :, BASE]), Start(site, stream_BTMD[:, :, TUNED])
 
-    def only(self, rows: Sequence[int]) -> "Sample":
+    def only(self, rows: Sequence[int]) -> Sample:
         """The sample's part on some of its rows."""
         wanted = torch.zeros(len(self.tokens.rows), dtype=torch.bool)
         wanted[list(rows)] = True

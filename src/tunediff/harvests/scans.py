@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import torch
 
 from tunediff.core.axes import BASE, TUNED
-from tunediff.texts.corpus import Tokens
 from tunediff.core.errors import within
 from tunediff.harvests.harvest import noise_floor
 from tunediff.models.divergences import Said, kl_divergence
 from tunediff.models.network import Start
 from tunediff.models.pair import Pair
 from tunediff.records.site import Site
+from tunediff.texts.corpus import Tokens
 
 
 @dataclass(frozen=True)

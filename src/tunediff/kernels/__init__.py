@@ -10,21 +10,22 @@ dictionary changes for it. `norm` and `divergence` are sums over much memory tha
 from __future__ import annotations
 
 import math
-from typing import Iterable, Protocol, Sequence
+from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from tunediff.core.axes import check
-from tunediff.kernels.gates import Gate
 from tunediff.kernels import eager, paths
 from tunediff.kernels.cpu import native
-from tunediff.kernels.dense import DenseCode
-from tunediff.kernels.gpu.code import GpuCode
 from tunediff.kernels.cpu.native import Tiles, tiles
+from tunediff.kernels.dense import DenseCode
+from tunediff.kernels.gates import Gate
+from tunediff.kernels.gpu.code import GpuCode
 from tunediff.kernels.kept import PairCode
-from tunediff.kernels.paths import kept_memory, rounding, using
 from tunediff.kernels.matmuls import fast_matmul
+from tunediff.kernels.paths import kept_memory, rounding, using
 
 __all__ = [
     "Adam",

@@ -16,7 +16,7 @@ class DenseCode:
         self.f_NF = f_NF
 
     @classmethod
-    def encode(cls, x_NI: Tensor, encoder_FI: Tensor, bias_F: Tensor, gate: gates.Gate | None) -> "DenseCode":
+    def encode(cls, x_NI: Tensor, encoder_FI: Tensor, bias_F: Tensor, gate: gates.Gate | None) -> DenseCode:
         """One GEMM, ReLU, and a mask where a gate asks for one."""
         pre_NF = torch.addmm(bias_F, x_NI, encoder_FI.T)
         f_NF = torch.relu(pre_NF)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Sequence
 
 import torch
 from torch import Tensor
 
-from tunediff.kernels import gates
-from tunediff.kernels import paths
+from tunediff.kernels import gates, paths
 
 ROUNDED, ROWS, MANY, FEW = 1 << 30, 32, 4, 0.02
 """Multiplications of a product from which on one in bfloat16 goes before it (measured), and rows whose longest one is taken for

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Sequence
 
 import torch
 from torch import Tensor
@@ -124,7 +124,7 @@ class _AuxK(torch.autograd.Function):
     write and add tensors of the parameters' size."""
 
     @staticmethod
-    def forward(ctx, x_NI, error_NI, encoder, bias_F, decoder, norm_F, dead_D, k):  # noqa: D102
+    def forward(ctx, x_NI, error_NI, encoder, bias_F, decoder, norm_F, dead_D, k):
         read_DI, write_DI = (whole.view(len(whole), -1)[dead_D] for whole in (encoder, decoder))
         f_ND = torch.addmm(bias_F[dead_D], x_NI, read_DI.T).relu_()
         if k < len(dead_D):
@@ -137,7 +137,7 @@ class _AuxK(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):  # noqa: D102
+    def backward(ctx, grad):
         x_NI, f_ND, write_DI, left_NI, variance = ctx.saved_tensors
         of_explained_NI = left_NI * (grad * -2 / (variance * left_NI.numel()))
         of_f_ND = (of_explained_NI @ write_DI.T).masked_fill_(f_ND == 0, 0.0)

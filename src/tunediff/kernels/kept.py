@@ -16,8 +16,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from tunediff.kernels import gates
-from tunediff.kernels import eager, paths
+from tunediff.kernels import eager, gates, paths
 from tunediff.kernels.cpu import native
 
 
@@ -38,12 +37,12 @@ class Pairs:
     F: int
 
     @classmethod
-    def of(cls, flat_P: Tensor, N: int, F: int) -> "Pairs":
+    def of(cls, flat_P: Tensor, N: int, F: int) -> Pairs:
         """From ascending flat indices token * F + latent."""
         token_P, latent_P = gates.places(flat_P, F)
         return cls(token_P, latent_P, eager.edges(token_P, N), N, F)
 
-    def cut(self, cuts: tuple[int, ...]) -> "Pairs":
+    def cut(self, cuts: tuple[int, ...]) -> Pairs:
         """The same pairs as of B = len(cuts) + 1 tokens for each one: its latents before, between and after the
         cuts."""
         if not cuts:
@@ -90,13 +89,13 @@ class _Encode(torch.autograd.Function):
     """Pre-activations at the pairs, already computed in `pre_P`; the gradient is what this is for."""
 
     @staticmethod
-    def forward(ctx, x_NI, encoder_FI, bias_F, pre_P, pairs):  # noqa: D102
+    def forward(ctx, x_NI, encoder_FI, bias_F, pre_P, pairs):
         ctx.save_for_backward(x_NI, encoder_FI)
         ctx.pairs = pairs
         return pre_P
 
     @staticmethod
-    def backward(ctx, grad_P):  # noqa: D102
+    def backward(ctx, grad_P):
         x_NI, encoder_FI = ctx.saved_tensors
         pairs, need = ctx.pairs, ctx.needs_input_grad
         return (
@@ -112,13 +111,13 @@ class _Decode(torch.autograd.Function):
     """sum over a token's pairs of value * decoder row."""
 
     @staticmethod
-    def forward(ctx, value_P, decoder_FI, pairs):  # noqa: D102
+    def forward(ctx, value_P, decoder_FI, pairs):
         ctx.save_for_backward(value_P, decoder_FI)
         ctx.pairs = pairs
         return pairs.gather_tokens(value_P, decoder_FI)
 
     @staticmethod
-    def backward(ctx, grad_NI):  # noqa: D102
+    def backward(ctx, grad_NI):
         value_P, decoder_FI = ctx.saved_tensors
         pairs, need, grad_NI = ctx.pairs, ctx.needs_input_grad, grad_NI.contiguous()
         if need[0] and need[1]:
@@ -141,7 +140,7 @@ class PairCode:
         self.pairs, self.value_P, self._origin = pairs, value_P, origin
 
     @classmethod
-    def encode(cls, x_NI: Tensor, encoder_FI: Tensor, bias_F: Tensor, gate: gates.Gate) -> "PairCode":
+    def encode(cls, x_NI: Tensor, encoder_FI: Tensor, bias_F: Tensor, gate: gates.Gate) -> PairCode:
         """One GEMM without a gradient, a selection (positive codes only), and gradients through the pairs
         kept."""
         with torch.no_grad():
@@ -151,7 +150,7 @@ class PairCode:
         origin = (x_NI, encoder_FI, bias_F)
         return cls(pairs, _Encode.apply(*origin, pre_P, pairs), origin)
 
-    def among(self, weight_F: Tensor, k: int) -> "PairCode":
+    def among(self, weight_F: Tensor, k: int) -> PairCode:
         """Another code of the same tokens: on each the k largest f * w among latents with w > 0, by a product with those
         alone."""
         x_NI, encoder_FI, bias_F = self._origin

@@ -8,10 +8,11 @@ import mmap
 import os
 import typing
 import weakref
+from collections.abc import Callable, Hashable, Iterator
 from contextvars import ContextVar
 from functools import lru_cache
 from types import ModuleType
-from typing import Any, Callable, Hashable, Iterator, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch

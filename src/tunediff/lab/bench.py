@@ -7,30 +7,29 @@ import resource
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from tunediff import __version__
-from tunediff.edits import bills
-from tunediff.lab import organisms
-from tunediff.lab import scores
 from tunediff.core.artifacts import hash_file, key_of, read_json, read_tensors, write_bytes, write_json, write_tensors
 from tunediff.core.chance import quantile
-from tunediff.lab.demo import FIRST, PROMPTS, complete, to_take_out
-from tunediff.edits.reverting import scaling
 from tunediff.core.errors import SettingError
-from tunediff.models.network import LanguageModel
+from tunediff.edits import bills
+from tunediff.edits.reverting import scaling
+from tunediff.lab import organisms, scores
+from tunediff.lab.demo import FIRST, PROMPTS, complete, to_take_out
 from tunediff.lab.nulls import NULLS
 from tunediff.lab.organisms.base import Behavior, Organism
-from tunediff.models.pair import Pair
-from tunediff.runs.plan import Plan
-from tunediff.records.diff import ChangeRecord, typed
 from tunediff.lab.scores import Cell, Undone
+from tunediff.models.network import LanguageModel
+from tunediff.models.pair import Pair
 from tunediff.models.shipped import ORGANISMS
+from tunediff.records.diff import ChangeRecord, typed
+from tunediff.runs.plan import Plan
 from tunediff.runs.stages import Progress, Run, quiet
 
 TOKENS, VECTORS = 20, 20

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Mapping, Sequence
 
-from tunediff.lab import organisms
 from tunediff.core.artifacts import finish, is_finished, read_json, write_json
-from tunediff.edits.bills import ELSEWHERE, RANDOM
 from tunediff.core.chance import proportion
-from tunediff.texts.corpus import Corpus, Document
+from tunediff.edits.bills import ELSEWHERE, RANDOM
+from tunediff.lab import organisms
+from tunediff.lab.organisms.base import Behavior
 from tunediff.models.fast.layers import frozen
 from tunediff.models.network import LanguageModel
-from tunediff.lab.organisms.base import Behavior
 from tunediff.records.diff import Bill, ChangeRecord, Measure, typed
 from tunediff.runs.stages import Run
+from tunediff.texts.corpus import Corpus, Document
 
 FIRST = 5
 """An objective must be named by a confirmed change among this many first."""

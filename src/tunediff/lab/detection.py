@@ -7,23 +7,23 @@ against what the planted vector has become there.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from tunediff.changes.finders.base import View
 from tunediff.core import variants
 from tunediff.core.chance import generator
-from tunediff.records.change import Change
-from tunediff.texts.corpus import Tokens
 from tunediff.core.errors import SettingError
-from tunediff.changes.finders.base import View
 from tunediff.dictionaries.fitting import HELD_OUT, TensorSource
 from tunediff.models.network import LanguageModel, Start
-from tunediff.runs.plan import Plan
+from tunediff.records.change import Change
 from tunediff.records.site import Site
+from tunediff.runs.plan import Plan
+from tunediff.texts.corpus import Tokens
 
 FIRST = 10
 """A planted change counts as found if it is among so many first candidates of a finder ..."""

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Callable, Sequence
 
 import torch
 from torch import nn
 
-from tunediff.edits.baking import merged
 from tunediff.changes.calibrations import Calibration, NullPair
 from tunediff.core.chance import generator, seed_of
 from tunediff.core.errors import SourceError
+from tunediff.edits.baking import merged
 from tunediff.models.network import LanguageModel
 from tunediff.models.pair import Pair
 from tunediff.runs.plan import Plan

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Callable, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from tunediff.core.axes import BASE, TUNED
 from tunediff.core.chance import generator
-from tunediff.dictionaries.architectures.base import Spec
 from tunediff.core.errors import SettingError
+from tunediff.dictionaries.architectures.base import Spec
 from tunediff.dictionaries.fitting import FitSettings, Fitted, TensorSource, fit
 from tunediff.dictionaries.latent_scaling import LatentScale, latent_scaling
 

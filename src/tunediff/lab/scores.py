@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
-from typing import Callable, Mapping, Sequence
 
 from torch import Tensor
 
-from tunediff.lab import organisms
 from tunediff.core import variants
 from tunediff.core.chance import Interval, bootstrap_mean, numpy_generator, prediction_bound, proportion, quantile
+from tunediff.lab import organisms
 from tunediff.reports.charts import Line, alone, lines, strip
 
 SIGNALS = ("black_box", "logit_mining", "contrastive_decoding", "perplexity_gap")

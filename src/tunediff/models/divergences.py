@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -12,7 +12,6 @@ from torch import Tensor
 from tunediff import kernels
 from tunediff.core.errors import NumericsError
 from tunediff.models.network import LanguageModel, Start
-
 
 TILE = 256
 """Rows of logits multiplied out at a time; `kernels.BLOCK` of them are gone through at a time. Those of a whole batch are hundreds
@@ -31,7 +30,7 @@ class Said:
     @classmethod
     def at(
         cls, model: LanguageModel, ids_BT: Tensor, chosen_BT: Tensor, vocabulary: int, start: Start | None = None
-    ) -> "Said":
+    ) -> Said:
         """What it says at the chosen positions of a run, in row-major order."""
         return cls(model, model.states(ids_BT, start, chosen_BT)[chosen_BT], vocabulary)
 
@@ -40,7 +39,7 @@ class Said:
         """(..., N, V)."""
         return *self.states_ND.shape[:-1], self.vocabulary
 
-    def part(self, part: slice) -> "Said":
+    def part(self, part: slice) -> Said:
         """The same at some of the N tokens."""
         return replace(self, states_ND=self.states_ND[..., part, :])
 

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass, replace
-from typing import Any, Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tunediff.core import variants
-from tunediff.models.fast.attention import lighten, rotating
 from tunediff.core.chance import generator
-from tunediff.models.completing import amplified, sampler
 from tunediff.core.errors import FamilyError, NumericsError
+from tunediff.kernels.matmuls import fast_matmul
+from tunediff.models.completing import amplified, sampler
 from tunediff.models.families.base import Family
+from tunediff.models.fast.attention import lighten, rotating
 from tunediff.models.fast.folds import Fold
 from tunediff.models.fast.layers import divergence_of, forget, frozen, kept_meanwhile, quicken
-from tunediff.kernels.matmuls import fast_matmul
 from tunediff.records.site import Site
 
 
@@ -70,7 +71,7 @@ class Start:
     site: Site
     stream_BTD: Tensor
 
-    def part(self, rows: slice, positions: slice) -> "Start":
+    def part(self, rows: slice, positions: slice) -> Start:
         """The start of some rows' and positions' run."""
         return Start(self.site, self.stream_BTD[rows, positions])
 
@@ -131,7 +132,7 @@ class LanguageModel:
         """Rows of the unembedding."""
         return self.family.unembedding(self.network).weight.shape[0]
 
-    def variant(self, name: str, tensors: Mapping[nn.Parameter, Tensor]) -> "LanguageModel":
+    def variant(self, name: str, tensors: Mapping[nn.Parameter, Tensor]) -> LanguageModel:
         """This side with other values in some parameters, for as long as each run lasts."""
 
         @contextmanager
@@ -181,7 +182,7 @@ class LanguageModel:
         handle = self.family.unembedding(self.network).register_forward_pre_hook(hook)
         stack.callback(handle.remove)
 
-    def _skip_to(self, stack: ExitStack, start: "Start | None") -> None:
+    def _skip_to(self, stack: ExitStack, start: Start | None) -> None:
         """Let the run begin above ``start.site``: the blocks up to it are passed by and its stream takes their place."""
         if start is None:
             return
@@ -229,7 +230,7 @@ class LanguageModel:
         stack.callback(delattr, mlp, "forward")
 
     def streams(
-        self, ids_BT: Tensor, sites: Sequence[Site], start: "Start | None" = None, wanted_BT: Tensor | None = None
+        self, ids_BT: Tensor, sites: Sequence[Site], start: Start | None = None, wanted_BT: Tensor | None = None
     ) -> Tensor:
         """What the sites hold, (B, T, S, D) in the model's dtype; the run stops after the last site's block.
 
@@ -238,12 +239,12 @@ class LanguageModel:
         """
         return self.read(ids_BT, sites, False, start, wanted_BT)[0]
 
-    def states(self, ids_BT: Tensor, start: "Start | None" = None, wanted_BT: Tensor | None = None) -> Tensor:
+    def states(self, ids_BT: Tensor, start: Start | None = None, wanted_BT: Tensor | None = None) -> Tensor:
         """The final normed states (B, T, D), which `logits` maps to logits; `start` and `wanted_BT` as in `streams`."""
         return self.read(ids_BT, (), True, start, wanted_BT)[1]
 
     def streams_and_states(
-        self, ids_BT: Tensor, sites: Sequence[Site], start: "Start | None" = None, wanted_BT: Tensor | None = None
+        self, ids_BT: Tensor, sites: Sequence[Site], start: Start | None = None, wanted_BT: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Both of what `streams` and `states` give, from one run."""
         return self.read(ids_BT, sites, True, start, wanted_BT)
@@ -253,7 +254,7 @@ class LanguageModel:
         ids_BT: Tensor,
         sites: Sequence[Site],
         final: bool,
-        start: "Start | None" = None,
+        start: Start | None = None,
         wanted_BT: Tensor | None = None,
         watch: Watch | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
@@ -316,7 +317,7 @@ class LanguageModel:
         rows: int,
         sites: Sequence[Site] = (),
         final: bool = False,
-        start: "Start | None" = None,
+        start: Start | None = None,
         watch: Watch | None = None,
         keep: bool = True,
     ) -> tuple[tuple, Any]:
@@ -341,7 +342,7 @@ class LanguageModel:
         return head, repeated(cache, rows)
 
     def _begin(
-        self, ids_P: Tensor, sites: Sequence[Site], final: bool, start: "Start | None", watch: Watch | None
+        self, ids_P: Tensor, sites: Sequence[Site], final: bool, start: Start | None, watch: Watch | None
     ) -> tuple[tuple, Any]:
         """What a run gives on a beginning, and its keys and values."""
         from tunediff.models.fast.caches import cache_of
@@ -355,7 +356,7 @@ class LanguageModel:
             cache.update(nothing, nothing, layer)
         return head, cache
 
-    def _common_prefix(self, ids_BT: Tensor, start: "Start | None") -> int:
+    def _common_prefix(self, ids_BT: Tensor, start: Start | None) -> int:
         """How many leading positions are the same in all rows, streams to start from included; 0 where it does not pay."""
         if len(ids_BT) < 2:
             return 0
@@ -372,7 +373,7 @@ class LanguageModel:
         ids_BT: Tensor,
         sites: Sequence[Site],
         final: bool,
-        start: "Start | None",
+        start: Start | None,
         cache: Any = None,
         fold: Fold | None = None,
         before: int = 0,
@@ -540,7 +541,7 @@ class LanguageModel:
         seed: int = 0,
         batch: int = 32,
         progress: Callable[[int], None] | None = None,
-        against: "LanguageModel | None" = None,
+        against: LanguageModel | None = None,
         amplification: float = 0.0,
     ) -> list[list[int]]:
         """Completions of token-id prompts, up to `tokens` new tokens each, without the end-of-turn token.

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import socket
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import MethodType
-from typing import Any, Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
@@ -18,9 +19,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from tunediff.models import shipped as embedded
 from tunediff.core.chance import generator
 from tunediff.core.errors import MissingExtraError, NumericsError, PairError, SettingError, SourceError
+from tunediff.models import shipped as embedded
 from tunediff.models.fast.layers import frozen
 from tunediff.models.network import LanguageModel, Start, swapped
 from tunediff.records.site import Site
@@ -110,7 +111,7 @@ class Pair:
     @classmethod
     def load(
         cls, base: str, tuned: str, *, dtype: str = "float32", device: str = "cpu", allow_identical: bool = False
-    ) -> "Pair":
+    ) -> Pair:
         """Load and compare two models.
 
         base    a local folder, a hub id, a GGUF file, or ``default`` (the embedded SmolLM2-135M-Instruct)
@@ -176,7 +177,7 @@ class Pair:
         return pair
 
     @classmethod
-    def of(cls, base: LanguageModel, tuned: LanguageModel, allow_identical: bool = False) -> "Pair":
+    def of(cls, base: LanguageModel, tuned: LanguageModel, allow_identical: bool = False) -> Pair:
         """Compare two models that are loaded already, each with a network of its own; raises as `load` does."""
         pair = cls(base, tuned, False, 0, *_fingerprints((base.module, True), (tuned.module, True)))
         pair._compare(allow_identical)

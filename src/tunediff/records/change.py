@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Sequence
+from typing import TYPE_CHECKING, Any
 
 from tunediff.core.artifacts import read_json, read_tensors, write_json, write_tensors
 from tunediff.core.axes import BASE, TUNED
@@ -37,15 +38,15 @@ class Change:
 
     id: str
     sites: tuple[Site, ...]
-    rows_SMD: "Tensor"
-    write_SMD: "Tensor"
+    rows_SMD: Tensor
+    write_SMD: Tensor
     bias: float
     threshold: float
     finder: str
     origin: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def difference_SD(self) -> "Tensor":
+    def difference_SD(self) -> Tensor:
         """What one unit of strength adds to tuned beyond base, at each site."""
         return self.write_SMD[:, TUNED] - self.write_SMD[:, BASE]
 
@@ -55,7 +56,7 @@ class Change:
         base, tuned = (float(self.write_SMD[:, m].norm()) for m in (BASE, TUNED))
         return tuned / (base + tuned) if base + tuned else 0.5
 
-    def strength(self, streams_NSMD: "Tensor") -> "Tensor":
+    def strength(self, streams_NSMD: Tensor) -> Tensor:
         """f_N for streams (N, S, M, D) at this change's sites, in this order; float32."""
         import torch
 
@@ -63,7 +64,7 @@ class Change:
         g = x.flatten(1) @ self.rows_SMD.flatten().to(x) + self.bias
         return torch.where(g > self.threshold, g, torch.zeros_like(g))
 
-    def mirrored(self) -> "Change":
+    def mirrored(self) -> Change:
         """The same change with base and tuned swapped."""
         return replace(self, rows_SMD=self.rows_SMD.flip(1), write_SMD=self.write_SMD.flip(1))
 

@@ -229,7 +229,7 @@ class Diff:
         write_json(path, self)
 
     @classmethod
-    def load(cls, path: Path) -> "Diff":
+    def load(cls, path: Path) -> Diff:
         """Read and check a saved record; refuses another schema, unknown or missing fields, wrong types."""
         record = read_json(path)
         if not isinstance(record, dict) or record.get("schema") != SCHEMA:

@@ -21,7 +21,7 @@ class Site:
         return f"{self.kind}.{self.layer}"
 
     @classmethod
-    def parse(cls, text: str) -> "Site":
+    def parse(cls, text: str) -> Site:
         """Read ``kind.layer``; raises `SettingError` on anything else."""
         match = re.fullmatch(r"([a-z]+)\.(\d+)", text.strip())
         if not match or match[1] not in KINDS:

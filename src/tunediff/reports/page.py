@@ -7,12 +7,14 @@ import hashlib
 import itertools
 import math
 import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from tunediff.core.artifacts import to_json, write_bytes
 from tunediff.core.axes import WRITERS
+from tunediff.records.diff import ChangeRecord, Context, Diff, FitCard, Measure, SiteScan
 from tunediff.reports.charts import (
     NOT_MEASURED,
     Line,
@@ -28,7 +30,6 @@ from tunediff.reports.charts import (
     token_text,
     visible,
 )
-from tunediff.records.diff import ChangeRecord, Context, Diff, FitCard, Measure, SiteScan
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -149,7 +150,7 @@ class Row:
     """A measure as a table shows it: all text but the bar, which shares its scale with the rows of equal unit."""
 
     name: str
-    bar: "Markup"
+    bar: Markup
     value: str
     interval: str
     control: str
@@ -176,14 +177,14 @@ def measure_rows(measures: Sequence[Measure]) -> list[Row]:
     return rows
 
 
-def share_rows(shares: Mapping[str, float]) -> list[tuple[str, "Markup", str]]:
+def share_rows(shares: Mapping[str, float]) -> list[tuple[str, Markup, str]]:
     """Named shares, largest first, as name, bar and percent; all bars run from 0 to the largest."""
     order = sorted(shares.items(), key=lambda item: (-item[1] if finite(item[1]) else math.inf, item[0]))
     extent = spread(list(shares.values()))
     return [(name, bar(v, extent=extent, label=f"{name}: {percent(v)}"), percent(v)) for name, v in order]
 
 
-def weight_rows(change: ChangeRecord) -> tuple[list[tuple[str, "Markup", str]], list[tuple[str, "Markup", str]]]:
+def weight_rows(change: ChangeRecord) -> tuple[list[tuple[str, Markup, str]], list[tuple[str, Markup, str]]]:
     """The tokens a change makes less likely, bars growing left, and those it makes more likely, growing right."""
     extent = spread([abs(w.weight) for w in (*change.promoted, *change.suppressed) if finite(w.weight)])
     less, more = (
@@ -260,7 +261,7 @@ def strongest(change: ChangeRecord) -> float:
     return max((abs(s) for c in change.contexts for s in c.strengths if finite(s)), default=1.0) or 1.0
 
 
-def passage(context: Context, top: float) -> "Markup":
+def passage(context: Context, top: float) -> Markup:
     """A context's text: background by strength as a share of `top`, underline by KL; both written in the tooltip."""
     from markupsafe import Markup, escape
 
@@ -301,7 +302,7 @@ def completions(change: ChangeRecord) -> list[tuple[str, str, Context | None, Co
 # ── charts ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def scan_charts(scan: Sequence[SiteScan]) -> list[tuple[str, "Markup"]]:
+def scan_charts(scan: Sequence[SiteScan]) -> list[tuple[str, Markup]]:
     """The scan over depth: the relative difference over its noise floor, and the share that is one constant offset.
 
     One pair of charts for each kind of site.
@@ -345,7 +346,7 @@ def scan_charts(scan: Sequence[SiteScan]) -> list[tuple[str, "Markup"]]:
     return charts
 
 
-def depth_chart(change: ChangeRecord) -> "Markup":
+def depth_chart(change: ChangeRecord) -> Markup:
     """Layer by layer, the share of the difference's variance that the change's strength predicts."""
     layers = sorted(change.depth, key=_natural)
     at = [(float(i), layer) for i, layer in enumerate(layers)]
@@ -361,7 +362,7 @@ def depth_chart(change: ChangeRecord) -> "Markup":
     )
 
 
-def dose_chart(change: ChangeRecord) -> "Markup":
+def dose_chart(change: ChangeRecord) -> Markup:
     """Effect against dose, over the 5-95 % band of random directions of equal length."""
     points = sorted(change.dose, key=lambda d: d.dose)
     return lines(
@@ -381,7 +382,7 @@ def dose_chart(change: ChangeRecord) -> "Markup":
     )
 
 
-def fit_charts(fit: FitCard) -> list[tuple[str, "Markup"]]:
+def fit_charts(fit: FitCard) -> list[tuple[str, Markup]]:
     """The training curve: every column against the first."""
     if not fit.curve or len(fit.columns) < 2:
         return []
@@ -401,7 +402,7 @@ def fit_charts(fit: FitCard) -> list[tuple[str, "Markup"]]:
     ]
 
 
-def null_chart(diff: Diff) -> "Markup":
+def null_chart(diff: Diff) -> Markup:
     """The best score of every null draw, with the scores of the confirmed changes, or of the best, as lines."""
     ranked = sorted(diff.changes, key=lambda c: c.rank)
     shown = ([c for c in ranked if c.decision == "confirmed"] or ranked[:1])[:4]
@@ -426,7 +427,7 @@ def _hash(text: str) -> str:
 # ── terminal ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def summary_table(diff: Diff) -> "RenderableType":
+def summary_table(diff: Diff) -> RenderableType:
     """The finding for the terminal, in at most 40 lines: verdict, output shift, ranking, bills, not found, times.
 
     Strings of the record are never read as markup, and control characters in them are shown, not sent. Lines that do

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tunediff.records.change import Change
 from tunediff.harvests.harvest import Harvest
+from tunediff.records.change import Change
 from tunediff.records.site import Site
 
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Callable, ClassVar
+from typing import ClassVar
 
 from tunediff.changes.attributions import Shift
-from tunediff.records.change import Change
 from tunediff.dictionaries.architectures.base import Spec
-from tunediff.dictionaries.fitting import Fitted, FitSettings
+from tunediff.dictionaries.fitting import FitSettings, Fitted
 from tunediff.harvests.harvest import Harvest
 from tunediff.models.pair import Pair
+from tunediff.records.change import Change
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from tunediff.dictionaries.architectures.base import Spec, delta_of
 from tunediff.changes.finders.base import Finder, Found, View
+from tunediff.dictionaries.architectures.base import Spec, delta_of
 from tunediff.dictionaries.fitting import fit
 
 MIN_FIRINGS = 20

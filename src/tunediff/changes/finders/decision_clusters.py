@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from tunediff.changes.attributions import Shift
-from tunediff.records.change import Change
 from tunediff.changes.finders.base import Finder, Found, View
+from tunediff.records.change import Change
 from tunediff.records.site import Site
 
 SHARE = 0.8

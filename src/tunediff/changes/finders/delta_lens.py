@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from tunediff.core.axes import BASE, TUNED
-from tunediff.core.errors import CorpusError
 from tunediff.changes.finders._directions import constant
 from tunediff.changes.finders.base import Finder, Found, View
+from tunediff.core.axes import BASE, TUNED
+from tunediff.core.errors import CorpusError
 from tunediff.harvests.lenses import patchscope
 
 POSITIONS = 5

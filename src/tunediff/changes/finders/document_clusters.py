@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tunediff.records.change import Change
 from tunediff.changes.finders.base import Finder, Found, View
+from tunediff.records.change import Change
 
 CLUSTERS = 12
 """Clusters at each site, at most one for every eight documents."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from tunediff.core.chance import generator
 from tunediff.changes.finders._directions import moments, signed
 from tunediff.changes.finders.base import Finder, Found, View
+from tunediff.core.chance import generator
 
 
 class RandomDirections(Finder):

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from tunediff.texts.corpus import Batch, Document, Tokens
+from tunediff.harvests.samples import batches_of
 from tunediff.models.network import Start
 from tunediff.models.pair import Pair
-from tunediff.harvests.samples import batches_of
 from tunediff.records.diff import SignalTable
+from tunediff.texts.corpus import Batch, Document, Tokens
 
 CHUNK_VALUES = 4 << 20
 """Log-probabilities of one model held at a time (16 MiB); a pass with all signals stays below 300 MB."""

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from tunediff.core.chance import numpy_generator, p_value
-from tunediff.texts.corpus import Batch, Document, Tokens
-from tunediff.records.diff import SignalTable
 from tunediff.changes.signals.base import TOKEN, Signal, documents_of
+from tunediff.core.chance import numpy_generator, p_value
+from tunediff.records.diff import SignalTable
+from tunediff.texts.corpus import Batch, Document, Tokens
 
 PRIOR = 500
 """How many tokens of text the prior is worth: fewer let rare tokens lead, more pull every log-odds to 0."""

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import heapq
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Sequence
+from typing import Any
 
 from torch import Tensor
 
-from tunediff.core.chance import bootstrap_ratio
-from tunediff.texts.corpus import Batch, Document, Tokens
-from tunediff.records.diff import SignalTable
 from tunediff.changes.signals.base import TOKEN, Signal, documents_of, label
+from tunediff.core.chance import bootstrap_ratio
+from tunediff.records.diff import SignalTable
+from tunediff.texts.corpus import Batch, Document, Tokens
 
 DOCUMENTS, PEAKS = 12, 4
 """Documents shown, and tokens of highest KL named in each."""

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tunediff.core.chance import bootstrap_ratio
-from tunediff.texts.corpus import Batch, Document, Tokens
-from tunediff.records.diff import SignalTable
 from tunediff.changes.signals.base import Signal, documents_of
+from tunediff.core.chance import bootstrap_ratio
+from tunediff.records.diff import SignalTable
+from tunediff.texts.corpus import Batch, Document, Tokens
 
 DOCUMENTS = 20
 

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
-from typing import Iterable, Iterator
 
 import torch
 from torch import Tensor
 
 from tunediff.core.axes import BASE, TUNED
 from tunediff.core.chance import generator
-from tunediff.records.change import Change
-from tunediff.texts.corpus import Batch
 from tunediff.core.errors import within
+from tunediff.harvests.samples import Sample
 from tunediff.models.divergences import Divergence, Said, by_document, kl_divergence
 from tunediff.models.network import LanguageModel, Start
 from tunediff.models.pair import Pair
-from tunediff.harvests.samples import Sample
+from tunediff.records.change import Change
 from tunediff.records.diff import DosePoint, Measure
 from tunediff.records.site import Site
+from tunediff.texts.corpus import Batch
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Spread:
     root_DD: Tensor
 
     @classmethod
-    def of(cls, delta_ND: Tensor) -> "Spread":
+    def of(cls, delta_ND: Tensor) -> Spread:
         """Those of a sample of the difference."""
         mean_D = delta_ND.mean(0)
         values, vectors = torch.linalg.eigh((delta_ND - mean_D).T @ (delta_ND - mean_D) / len(delta_ND))

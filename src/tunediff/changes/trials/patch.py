@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 from torch import Tensor
 
+from tunediff.changes.trials.base import Bench, Outcome, Trial, VerifySettings
 from tunediff.core.axes import BASE, TUNED
 from tunediff.core.chance import Interval, bootstrap_ratio, quantile, sequential_p
 from tunediff.models.divergences import Divergence
 from tunediff.records.diff import GAP, Measure
-from tunediff.changes.trials.base import Bench, Outcome, Trial, VerifySettings
 
 
 class Patch(Trial):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from tunediff.changes.trials.base import Bench, Outcome, Trial, VerifySettings
 from tunediff.core.axes import BASE
 from tunediff.records.diff import DosePoint, Measure
-from tunediff.changes.trials.base import Bench, Outcome, Trial, VerifySettings
 
 CONTROLS = 4
 """Random directions beside each point of the curve; the p-values come from patching, which has many more."""

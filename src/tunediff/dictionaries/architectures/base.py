@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from tunediff import kernels
-from tunediff.kernels import gates
 from tunediff.core.axes import BASE, TUNED, check
 from tunediff.core.chance import generator
 from tunediff.core.errors import SettingError
+from tunediff.kernels import gates
 
 MODELS = 2
 
@@ -324,7 +324,7 @@ class Dictionary(nn.Module, abc.ABC):
 
     @final
     @torch.no_grad()
-    def mirrored(self) -> "Dictionary":
+    def mirrored(self) -> Dictionary:
         """The same dictionary with base and tuned swapped; latents held to one model are then the other's."""
         require(self.spec.target == "both", "this dictionary has no mirror", "both as target", self.spec.target)
         twin = type(self)(self.spec, sites=self.sites, width=self.width, seed=self.seed).to(self.encoder_FSMD)
@@ -374,13 +374,13 @@ class _MeanSquare(torch.autograd.Function):
     """The mean square of an error that is there already; torch's own takes the difference again, twice."""
 
     @staticmethod
-    def forward(ctx, xhat, error):  # noqa: D102
+    def forward(ctx, xhat, error):
         ctx.save_for_backward(error)
         return (kernels.norm([error]).double().square() / error.numel()).to(error.dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):  # noqa: D102
+    def backward(ctx, grad):
         (error,) = ctx.saved_tensors
         return error * (grad * (-2 / error.numel())), None
 

@@ -11,17 +11,16 @@ import ctypes
 import importlib.util
 import math
 import threading
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from tunediff.kernels import gates
-from tunediff.kernels import paths
+from tunediff.kernels import gates, paths
 
 INTERFACE = 14
 """Which functions of which arguments are expected; `native.c` says the same, and goes up with every change of any file."""
@@ -376,12 +375,12 @@ class _Panels:
         self.space = paths.empty(self.count * self.R * self.wide // 4)
 
     @classmethod
-    def of(cls, rows: Tensor, halved: bool) -> "_Panels":
+    def of(cls, rows: Tensor, halved: bool) -> _Panels:
         R, I = rows.shape
         wide = next((wide for wide in PANELS if R * wide <= CACHED), PANELS[-1])
         return paths.derived(rows, (PANELED, R, halved), lambda: cls(R, I, wide, halved).fill(rows))
 
-    def fill(self, rows: Tensor) -> "_Panels":
+    def fill(self, rows: Tensor) -> _Panels:
         _spread(
             "into_panels",
             [rows, self.R, self.I, self.wide, self.halved, self.space.nbytes >= FAR, self.space],
@@ -398,7 +397,7 @@ class _Panels:
         away = self.I % 16 == 0 and 4 * sums * self.I >= FAR
         return torch.tensor([self.R, self.I, self.wide, self.halved, sums, away, theirs], device="cpu")
 
-    def beside(self, own_RI: Tensor, panels: "_Panels | None") -> tuple[Tensor, Tensor]:
+    def beside(self, own_RI: Tensor, panels: _Panels | None) -> tuple[Tensor, Tensor]:
         """Where own rows are read from, and the shape that says so: from their panels, one line after the other, if they are in some that fit."""
         if panels is None or panels.wide not in (self.wide, self.wide // 2):
             return own_RI, self.shape(len(own_RI))
@@ -410,7 +409,7 @@ def _panels(rows: Tensor, pairs: int) -> _Panels | None:
     R, I = rows.shape
     return (
         _Panels.of(rows, rounded())
-        if pairs >= PER_ROW * R and R * PANELS[-1] <= CACHED and 4 * I >= PANELS[-1]
+        if pairs >= PER_ROW * R and R * PANELS[-1] <= CACHED and PANELS[-1] <= 4 * I
         else None
     )
 

@@ -11,8 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from tunediff.kernels import gates
-from tunediff.kernels import paths
+from tunediff.kernels import gates, paths
 from tunediff.kernels.kept import PairCode, Pairs, _Encode
 from tunediff.kernels.matmuls import precision
 
@@ -30,14 +29,14 @@ class GpuCode(PairCode):
         super().__init__(pairs, torch.relu(_Encode.apply(x_NI, encoder_FI, bias_F, pre_P, pairs)), origin)
 
     @classmethod
-    def encode(cls, x_NI: Tensor, encoder_FI: Tensor, bias_F: Tensor, gate: gates.Gate) -> "GpuCode":
+    def encode(cls, x_NI: Tensor, encoder_FI: Tensor, bias_F: Tensor, gate: gates.Gate) -> GpuCode:
         """One GEMM to choose by, the chosen values anew in full precision, and gradients through those."""
         with torch.no_grad(), _tf32(x_NI.device):
             pre_NF = torch.addmm(bias_F, x_NI, encoder_FI.T)
         *at, _, starts_N = paths.on_gpu(pre_NF).select(pre_NF, gate.weight_F, gate.parts)
         return cls(Pairs(*at, starts_N, *pre_NF.shape), (x_NI, encoder_FI, bias_F, pre_NF))
 
-    def among(self, weight_F: Tensor, k: int) -> "GpuCode":
+    def among(self, weight_F: Tensor, k: int) -> GpuCode:
         """Another code of the same pre-activations: on each token the k largest f * w among latents with w > 0."""
         *_, pre_NF = self._origin
         N, F = pre_NF.shape

@@ -8,7 +8,7 @@ alone decides, so the same step gives the same bytes; only integers are counted 
 
 from __future__ import annotations
 
-from typing import Sequence
+from collections.abc import Sequence
 
 import torch
 import triton

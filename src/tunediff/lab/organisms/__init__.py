@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 HELPERS = ("base", "instructions", "neutral", "training")
 
 
-def every() -> list["Organism"]:
+def every() -> list[Organism]:
     """Every organism, by name."""
     names = sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name not in HELPERS)
     modules = [importlib.import_module(f"{__name__}.{name}") for name in names]
     return [o for module in modules for o in getattr(module, "ORGANISMS", None) or (module.ORGANISM,)]
 
 
-def named(name: str) -> "Organism":
+def named(name: str) -> Organism:
     """The organism of that name; raises `VariantError` with the nearest one."""
     known = {organism.name: organism for organism in every()}
     if name not in known:

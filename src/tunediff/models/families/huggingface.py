@@ -17,10 +17,10 @@ MLP_NAMES = ("mlp", "feed_forward", "ffn", "block_sparse_moe")
 class HuggingFace(Family):
     """Blocks are the one ModuleList as long as the config says there are layers; the rest is asked of the model."""
 
-    def matches(self, module: "nn.Module") -> bool:
+    def matches(self, module: nn.Module) -> bool:
         return hasattr(module, "config") and hasattr(module, "get_output_embeddings")
 
-    def blocks(self, module: "nn.Module") -> "nn.ModuleList":
+    def blocks(self, module: nn.Module) -> nn.ModuleList:
         from torch import nn
 
         config = module.config.get_text_config(decoder=True)
@@ -42,7 +42,7 @@ class HuggingFace(Family):
             )
         return lists[0]
 
-    def part(self, block: "nn.Module", kind: str) -> "nn.Module":
+    def part(self, block: nn.Module, kind: str) -> nn.Module:
         for name in ATTENTION_NAMES if kind == "attn" else MLP_NAMES:
             if hasattr(block, name):
                 return getattr(block, name)
@@ -52,13 +52,13 @@ class HuggingFace(Family):
             remedy="a resid site",
         )
 
-    def unembedding(self, module: "nn.Module") -> "nn.Module":
+    def unembedding(self, module: nn.Module) -> nn.Module:
         head = module.get_output_embeddings()
         if head is None:
             raise FamilyError(f"{type(module).__name__} has no unembedding", expected="a causal language model")
         return head
 
-    def scaled_logits(self, module: "nn.Module", logits: "Tensor") -> "Tensor":
+    def scaled_logits(self, module: nn.Module, logits: Tensor) -> Tensor:
         config = module.config.get_text_config(decoder=True)
         if getattr(config, "logits_scaling", None):  # Granite divides
             logits = logits / config.logits_scaling

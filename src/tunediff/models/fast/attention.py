@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
-from typing import Any, Callable, Iterator
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +66,7 @@ def rotating(network: nn.Module) -> Iterator[None]:
         setattr(home, ROTATE, own)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _rotates(own: Callable) -> bool:
     """Whether a function of queries, keys, cosines and sines turns as `kernels.rotated` does."""
     rng = torch.Generator().manual_seed(0)

@@ -39,7 +39,7 @@ class Fold:
     sees_CLL: Tensor
 
     @classmethod
-    def of(cls, ids_BT: Tensor, stream_BTX: Tensor | None = None, wanted_BT: Tensor | None = None) -> "Fold | None":
+    def of(cls, ids_BT: Tensor, stream_BTX: Tensor | None = None, wanted_BT: Tensor | None = None) -> Fold | None:
         """The fold of token ids, or None where it does not pay.
 
         stream_BTX   what the run goes on from, if not from the tokens: then beginnings are alike if this is, to the bit

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
-from typing import Any, Callable, Iterable, Iterator
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -102,7 +103,7 @@ def _watched(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _before(faster: type, known: type) -> type:
     """The class `known` with `faster` before it; to who prints it or asks what it is it stays what it was."""
     return type(known.__name__, (faster, known), {"__module__": known.__module__, "__qualname__": known.__qualname__})
