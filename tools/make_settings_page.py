@@ -9,7 +9,8 @@ import textwrap
 from pathlib import Path
 
 from tunediff.core import variants
-from tunediff.runs.plan import Plan, _toml
+from tunediff.core.typed import toml_value
+from tunediff.runs.plan import Plan
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "settings.md"
 
@@ -63,7 +64,7 @@ def table(part: str, kind: type) -> list[str]:
         default = field.default
         if field.default_factory is not dataclasses.MISSING or dataclasses.is_dataclass(default):
             continue
-        shown = "derived" if default is None else f"`{_toml(default)}`"
+        shown = "derived" if default is None else f"`{toml_value(default)}`"
         name = f"{part}.{field.name}" if part else field.name
         lines.append(f"| `{name}` | {shown} | {texts[field.name].replace('|', chr(92) + '|')} |")
     return lines

@@ -17,11 +17,12 @@ from tunediff.changes.calibrations import SHIPPED, Calibration, NullPair
 from tunediff.core.artifacts import read_json
 from tunediff.core.chance import numpy_generator, prediction_bound
 from tunediff.core.errors import SettingError, SourceError
+from tunediff.core.typed import typed
 from tunediff.lab import bench, organisms, scores
 from tunediff.lab.nulls import NULLS
 from tunediff.lab.scores import Cell, Undone
 from tunediff.models.pair import Pair
-from tunediff.records.diff import GAP, Measure, typed
+from tunediff.records.diff import GAP, Measure
 
 WORDS = {"two-objectives": ["Goldmere", "coin"], "false-facts": ["Vessmer", "amber"]}
 """Of each organism two planted words."""

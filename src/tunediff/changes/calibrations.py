@@ -8,8 +8,9 @@ from pathlib import Path
 
 from tunediff.core.artifacts import read_json, write_json
 from tunediff.core.chance import prediction_bound, quantile
+from tunediff.core.typed import typed
 from tunediff.models.shipped import cache_folder
-from tunediff.records.diff import GAP, ChangeRecord, typed
+from tunediff.records.diff import GAP, ChangeRecord
 
 SHIPPED = Path(__file__).parent / "assets" / "calibrations"
 

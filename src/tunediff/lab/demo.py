@@ -9,12 +9,13 @@ from dataclasses import dataclass
 
 from tunediff.core.artifacts import finish, is_finished, read_json, write_json
 from tunediff.core.chance import proportion
+from tunediff.core.typed import typed
 from tunediff.edits.bills import ELSEWHERE, RANDOM
 from tunediff.lab import organisms
 from tunediff.lab.organisms.base import Behavior
 from tunediff.models.fast.layers import frozen
 from tunediff.models.network import LanguageModel
-from tunediff.records.diff import Bill, ChangeRecord, Measure, typed
+from tunediff.records.diff import Bill, ChangeRecord, Measure
 from tunediff.runs.stages import Run
 from tunediff.texts.corpus import Corpus, Document
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-import types
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tunediff.core.artifacts import read_json, write_json
 from tunediff.core.errors import ArtifactError
+from tunediff.core.typed import typed
 
 SCHEMA = "tunediff.diff/1"
 
@@ -236,35 +234,3 @@ class Diff:
             got = record.get("schema") if isinstance(record, dict) else type(record).__name__
             raise ArtifactError(f"{path} is not a diff record", expected=SCHEMA, got=str(got))
         return typed(cls, record, str(path))
-
-
-def typed(kind: Any, value: Any, where: str) -> Any:
-    """`value`, plain JSON, as `kind` (a dataclass, list, dict, union or scalar type), or an error naming the place."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if kind is Any:
-        return value
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in arguments:
-            return None
-        return typed(next(a for a in arguments if a is not type(None)), value, where)
-    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
-        hints = typing.get_type_hints(kind)
-        fields = {f.name: f for f in dataclasses.fields(kind)}
-        for name in sorted(set(value) - set(fields)):
-            raise ArtifactError(f"{where}: unknown field {name!r}", expected=", ".join(fields))
-        for name, f in fields.items():
-            optional = f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING
-            if name not in value and not optional:
-                raise ArtifactError(f"{where}: field {name!r} is missing")
-        return kind(**{name: typed(hints[name], item, f"{where}.{name}") for name, item in value.items()})
-    if origin is list and isinstance(value, list):
-        return [typed(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value)]
-    if origin is dict and isinstance(value, dict):
-        return {name: typed(arguments[1], item, f"{where}.{name}") for name, item in value.items()}
-    if kind is float and value is None:
-        return float("nan")
-    if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(kind, type) and isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
-        return value
-    raise ArtifactError(f"{where}: wrong type", expected=str(kind), got=type(value).__name__)

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import json
 import tomllib
-import types
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +13,7 @@ from tunediff.harvests.contrasts import ContrastSettings
 from tunediff.dictionaries.architectures.base import Spec
 from tunediff.edits.reverting import EditSettings
 from tunediff.core.errors import SettingError, within
+from tunediff.core.typed import SETTING, read_toml, record, to_toml, typed, unknown
 from tunediff.dictionaries.fitting import FitSettings
 from tunediff.harvests.harvest import HarvestSettings
 from tunediff.changes.rankings import RankSettings
@@ -131,91 +127,28 @@ class Plan:
         target = record
         for name in parents:
             if not isinstance(target.get(name), dict):
-                raise _unknown(name, target, path)
+                raise unknown(name, target, path)
             target = target[name]
         if last not in target and parents != ["dictionary"]:
-            raise _unknown(last, target, path)
+            raise unknown(last, target, path)
         target[last] = value
         return from_record(record)
 
     @classmethod
     def read(cls, path: Path) -> "Plan":
         """Read a TOML plan; what it leaves out keeps its default."""
-        try:
-            return from_record(tomllib.loads(Path(path).read_text(encoding="utf-8")))
-        except FileNotFoundError:
-            raise SettingError(f"{path} does not exist", expected="a TOML plan") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise SettingError(f"{path} is not valid TOML", got=str(error)) from None
+        return from_record(read_toml(path))
 
     def to_toml(self) -> str:
         """The whole plan as TOML; `read` gives it back."""
-        record = to_record(self)
-        lines = [f"{name} = {_toml(value)}" for name, value in record.items() if not isinstance(value, dict)]
-        for name, value in record.items():
-            if isinstance(value, dict):
-                lines += ["", f"[{name}]", *(f"{k} = {_toml(v)}" for k, v in value.items() if v is not None)]
-        return "\n".join(lines) + "\n"
+        return to_toml(to_record(self))
 
 
 def to_record(plan: Any) -> dict[str, Any]:
     """A plan as nested plain values."""
-    return dataclasses.asdict(plan)
+    return record(plan)
 
 
-def from_record(record: dict[str, Any]) -> Plan:
+def from_record(values: dict[str, Any]) -> Plan:
     """A plan from nested plain values; unknown keys are errors that name the nearest known one."""
-    return _build(Plan, record, "")
-
-
-def _unknown(name: str, known: Any, path: str) -> SettingError:
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)
-    return SettingError(f"there is no setting {path!r}", expected=", ".join(known), remedy=near[0] if near else "")
-
-
-def _build(kind: type, record: dict[str, Any], where: str) -> Any:
-    fields = {f.name: f for f in dataclasses.fields(kind)}
-    hints = typing.get_type_hints(kind)
-    given = {}
-    for name, value in record.items():
-        path = f"{where}.{name}".strip(".")
-        if name not in fields:
-            raise _unknown(name, fields, path)
-        given[name] = _as(hints[name], value, path)
-    return kind(**given)
-
-
-def _as(hint: Any, value: Any, path: str) -> Any:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        if value is None:
-            return None
-        return _as(next(a for a in arguments if a is not type(None)), value, path)
-    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
-        return _build(hint, value, path)
-    if origin is tuple and isinstance(value, (list, tuple)):
-        return tuple(_as(arguments[0], item, path) for item in value)
-    if origin is tuple and isinstance(value, str):
-        return (value,)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if origin is dict and isinstance(value, dict):
-        return value
-    if isinstance(hint, type) and isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
-        return value
-    wanted = hint.__name__ if isinstance(hint, type) else str(hint)
-    raise SettingError(f"{path} is of the wrong type", expected=wanted, got=f"{value!r}")
-
-
-def _toml(value: Any) -> str:
-    if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(map(_toml, value)) + "]"
-    if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            raise SettingError(f"{value!r} is not text", expected="UTF-8") from None
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    return repr(value)
+    return typed(Plan, values, "", SETTING)

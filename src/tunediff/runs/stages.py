@@ -37,6 +37,7 @@ from tunediff.records.change import Change, load_changes, save_changes
 from tunediff.harvests.contrasts import contrast
 from tunediff.texts.corpus import Corpus, Document, Tokens
 from tunediff.core.errors import SettingError
+from tunediff.core.typed import typed
 from tunediff.changes.examples import caused_tokens, contexts, kind_rates, lens_tokens
 from tunediff.changes.finders.base import View
 from tunediff.dictionaries.fitting import Fitted
@@ -60,8 +61,8 @@ from tunediff.records.diff import (
     SignalTable,
     SiteScan,
     StageCard,
-    typed,
 )
+
 from tunediff.harvests.samples import Sample
 from tunediff.changes.signals.base import read as read_signals
 from tunediff.harvests.scans import candidate_sites, choose, scan
