@@ -47,7 +47,8 @@ def harvest_of(tokens: int, width: int, folder: Path) -> Any:
     from tunediff.models.network import LanguageModel
     from tunediff.models.pair import Pair, fingerprint
     from tunediff.records.site import Site
-    from tunediff.texts.corpus import Document, Tokens
+    from tunediff.texts.document import Document
+    from tunediff.texts.tokens import Tokens
 
     config = LlamaConfig(
         vocab_size=1000,

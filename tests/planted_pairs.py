@@ -14,7 +14,9 @@ from tunediff.harvests.harvest import Harvest, HarvestSettings, harvest
 from tunediff.models.network import LanguageModel
 from tunediff.models.pair import Pair, fingerprint
 from tunediff.records.site import Site
-from tunediff.texts.corpus import Corpus, Document, Tokens
+from tunediff.texts.corpus import Corpus
+from tunediff.texts.document import Document
+from tunediff.texts.tokens import Tokens
 
 LAYER = 1
 SITE = Site(LAYER)

@@ -16,7 +16,8 @@ from tunediff.core import variants
 from tunediff.models.network import LanguageModel
 from tunediff.models.pair import Pair
 from tunediff.records.diff import SignalTable
-from tunediff.texts.corpus import Corpus, Document
+from tunediff.texts.corpus import Corpus
+from tunediff.texts.document import Document
 
 PLANTED = ("~", "Q", "^")
 NAMES = variants.names("tunediff.changes.signals")

@@ -11,7 +11,8 @@ from tunediff.harvests.contrasts import ContrastSettings, contrast, first_word_d
 from tunediff.models.completing import drawn
 from tunediff.models.network import LanguageModel
 from tunediff.models.pair import Pair
-from tunediff.texts.corpus import Corpus, Document
+from tunediff.texts.corpus import Corpus
+from tunediff.texts.document import Document
 
 QUICK = ContrastSettings(prompts=8, tokens=6, temperature=0.8, batch=4, amplified=0.0)
 

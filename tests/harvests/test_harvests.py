@@ -27,7 +27,8 @@ from tunediff.harvests.harvest import SCHEMA, Harvest, HarvestSettings, harvest,
 from tunediff.models.network import LanguageModel
 from tunediff.models.pair import Pair
 from tunediff.records.site import Site
-from tunediff.texts.corpus import Corpus, Document
+from tunediff.texts.corpus import Corpus
+from tunediff.texts.document import Document
 
 SITES = [Site(1), Site(2)]
 SMALL = HarvestSettings(batch_tokens=128, shard_tokens=256)

@@ -12,7 +12,8 @@ from tunediff.core.errors import ArtifactError, NumericsError
 from tunediff.harvests.lenses import Lens, fit_lens
 from tunediff.models.network import LanguageModel
 from tunediff.records.site import Site
-from tunediff.texts.corpus import Corpus, Document
+from tunediff.texts.corpus import Corpus
+from tunediff.texts.document import Document
 
 
 @pytest.fixture(scope="module")

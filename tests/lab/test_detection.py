@@ -17,7 +17,8 @@ from tunediff.lab import detection
 from tunediff.lab.detection import Detection, PlantedSource, Text, auroc
 from tunediff.models.pair import Pair
 from tunediff.records.site import Site
-from tunediff.texts.corpus import Corpus, Document
+from tunediff.texts.corpus import Corpus
+from tunediff.texts.document import Document
 
 WORDS = [
     "amber",

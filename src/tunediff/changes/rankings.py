@@ -17,7 +17,7 @@ from tunediff.models.network import LanguageModel, Start
 from tunediff.models.pair import Pair
 from tunediff.records.change import Change
 from tunediff.records.site import Site
-from tunediff.texts.corpus import Batch
+from tunediff.texts.tokens import Batch
 
 
 @dataclass(frozen=True)

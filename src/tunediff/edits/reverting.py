@@ -26,7 +26,7 @@ from tunediff.core.chance import generator
 from tunediff.core.errors import NumericsError, within
 from tunediff.models.network import LanguageModel, Watch
 from tunediff.models.pair import Delta, Pair, counterparts
-from tunediff.texts.corpus import Tokens
+from tunediff.texts.tokens import Tokens
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,9 @@ from tunediff.core.axes import MODELS, WRITERS
 from tunediff.core.errors import CorpusError, within
 from tunediff.models.divergences import Said, kl_divergence
 from tunediff.models.pair import Pair
-from tunediff.texts.corpus import Corpus, Document, Tokens
+from tunediff.texts.corpus import Corpus
+from tunediff.texts.document import Document
+from tunediff.texts.tokens import Tokens
 
 PROMPT_TOKENS = 512
 BATCH_TOKENS = 2048

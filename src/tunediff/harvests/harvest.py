@@ -32,7 +32,7 @@ from tunediff.models.pair import Pair
 from tunediff.records.site import Site
 
 if TYPE_CHECKING:
-    from tunediff.texts.corpus import Tokens
+    from tunediff.texts.tokens import Tokens
 
 SCHEMA = "tunediff.harvest/1"
 WORK = "work.json"

@@ -23,7 +23,7 @@ from tunediff.records.site import Site
 
 if TYPE_CHECKING:
     from tunediff.harvests.samples import Sample
-    from tunediff.texts.corpus import Batch, Tokens
+    from tunediff.texts.tokens import Batch, Tokens
 
 SCHEMA = "tunediff.lens/1"
 

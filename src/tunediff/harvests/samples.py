@@ -14,7 +14,7 @@ from tunediff.harvests.harvest import Harvest
 from tunediff.models.network import Start
 from tunediff.records.change import Change
 from tunediff.records.site import Site
-from tunediff.texts.corpus import Batch, Tokens
+from tunediff.texts.tokens import Batch, Tokens
 
 
 @dataclass(frozen=True, eq=False)

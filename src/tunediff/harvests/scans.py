@@ -13,7 +13,7 @@ from tunediff.models.divergences import Said, kl_divergence
 from tunediff.models.network import Start
 from tunediff.models.pair import Pair
 from tunediff.records.site import Site
-from tunediff.texts.corpus import Tokens
+from tunediff.texts.tokens import Tokens
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from tunediff.models.fast.layers import frozen
 from tunediff.models.network import LanguageModel
 from tunediff.records.diff import Bill, ChangeRecord, Measure
 from tunediff.runs.stages import Run
-from tunediff.texts.corpus import Corpus, Document
+from tunediff.texts.corpus import Corpus
+from tunediff.texts.document import Document
 
 FIRST = 5
 """An objective must be named by a confirmed change among this many first."""

@@ -23,7 +23,7 @@ from tunediff.models.network import LanguageModel, Start
 from tunediff.records.change import Change
 from tunediff.records.site import Site
 from tunediff.runs.plan import Plan
-from tunediff.texts.corpus import Tokens
+from tunediff.texts.tokens import Tokens
 
 FIRST = 10
 """A planted change counts as found if it is among so many first candidates of a finder ..."""

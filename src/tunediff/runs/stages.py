@@ -35,7 +35,9 @@ from tunediff.core.chance import Interval, bootstrap_ratio, quantile
 from tunediff.reports.charts import visible
 from tunediff.records.change import Change, load_changes, save_changes
 from tunediff.harvests.contrasts import contrast
-from tunediff.texts.corpus import Corpus, Document, Tokens
+from tunediff.texts.corpus import Corpus
+from tunediff.texts.document import Document
+from tunediff.texts.tokens import Tokens
 from tunediff.core.errors import SettingError
 from tunediff.core.typed import typed
 from tunediff.changes.examples import caused_tokens, contexts, kind_rates, lens_tokens

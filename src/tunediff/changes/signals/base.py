@@ -13,7 +13,8 @@ from tunediff.harvests.samples import batches_of
 from tunediff.models.network import Start
 from tunediff.models.pair import Pair
 from tunediff.records.diff import SignalTable
-from tunediff.texts.corpus import Batch, Document, Tokens
+from tunediff.texts.document import Document
+from tunediff.texts.tokens import Batch, Tokens
 
 CHUNK_VALUES = 4 << 20
 """Log-probabilities of one model held at a time (16 MiB); a pass with all signals stays below 300 MB."""

@@ -11,7 +11,8 @@ from torch import Tensor
 from tunediff.changes.signals.base import TOKEN, Signal, documents_of
 from tunediff.core.chance import numpy_generator, p_value
 from tunediff.records.diff import SignalTable
-from tunediff.texts.corpus import Batch, Document, Tokens
+from tunediff.texts.document import Document
+from tunediff.texts.tokens import Batch, Tokens
 
 PRIOR = 500
 """How many tokens of text the prior is worth: fewer let rare tokens lead, more pull every log-odds to 0."""

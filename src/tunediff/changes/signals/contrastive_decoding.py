@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tunediff.changes.signals.base import TOKEN, Signal, documents_of
 from tunediff.records.diff import SignalTable
-from tunediff.texts.corpus import Batch, Tokens
+from tunediff.texts.tokens import Batch, Tokens
 
 AMPLIFICATION = 1.0
 """a in (1 + a) log p(tuned) - a log p(base): 0 is tuned itself; far above 1 the rarest of plausible tokens win."""

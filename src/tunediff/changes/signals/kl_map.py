@@ -12,7 +12,8 @@ from torch import Tensor
 from tunediff.changes.signals.base import TOKEN, Signal, documents_of, label
 from tunediff.core.chance import bootstrap_ratio
 from tunediff.records.diff import SignalTable
-from tunediff.texts.corpus import Batch, Document, Tokens
+from tunediff.texts.document import Document
+from tunediff.texts.tokens import Batch, Tokens
 
 DOCUMENTS, PEAKS = 12, 4
 """Documents shown, and tokens of highest KL named in each."""

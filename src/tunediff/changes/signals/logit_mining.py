@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tunediff.changes.signals.base import TOKEN, Signal, documents_of, label
 from tunediff.records.diff import SignalTable
-from tunediff.texts.corpus import Batch, Tokens
+from tunediff.texts.tokens import Batch, Tokens
 
 TOP = 10
 """How many tokens a context names: those with the largest difference."""

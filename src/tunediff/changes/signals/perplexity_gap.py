@@ -11,7 +11,8 @@ from torch import Tensor
 from tunediff.changes.signals.base import Signal, documents_of
 from tunediff.core.chance import bootstrap_ratio
 from tunediff.records.diff import SignalTable
-from tunediff.texts.corpus import Batch, Document, Tokens
+from tunediff.texts.document import Document
+from tunediff.texts.tokens import Batch, Tokens
 
 DOCUMENTS = 20
 
