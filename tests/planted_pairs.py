@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from tunediff.harvests.harvest import Harvest, HarvestSettings, harvest
+from tunediff.models.loading import fingerprint
 from tunediff.models.network import LanguageModel
-from tunediff.models.pair import Pair, fingerprint
+from tunediff.models.pair import Pair
 from tunediff.records.site import Site
 from tunediff.texts.corpus import Corpus
 from tunediff.texts.document import Document

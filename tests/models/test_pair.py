@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from tunediff.core.errors import NumericsError, PairError, SettingError, SourceError, TunediffError
 from tunediff.models import shipped as embedded
+from tunediff.models.loading import fingerprint
 from tunediff.models.network import LanguageModel
-from tunediff.models.pair import Pair, fingerprint, probe_ids
+from tunediff.models.pair import Pair, probe_ids
 
 FAMILIES = ("llama", "gpt2", "gemma2")
 IDS = torch.randint(3, 259, (3, 17), generator=torch.Generator().manual_seed(0))
@@ -478,8 +479,8 @@ def test_an_unknown_hub_id_is_refused_quickly(home, source, told, monkeypatch):
         raise OSError("Network is unreachable")
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", told)
-    monkeypatch.setattr("tunediff.models.pair.getproxies", dict)
-    monkeypatch.setattr("tunediff.models.pair.socket.create_connection", unreachable)
+    monkeypatch.setattr("tunediff.models.loading.getproxies", dict)
+    monkeypatch.setattr("tunediff.models.loading.socket.create_connection", unreachable)
     error = refused(home / "llama" / "base", source, SourceError, "could not be read")
     assert error.got and error.remedy
 

@@ -24,8 +24,9 @@ from torch import Tensor, nn
 
 from tunediff.core.chance import generator
 from tunediff.core.errors import NumericsError, within
+from tunediff.models.deltas import Delta, counterparts
 from tunediff.models.network import LanguageModel, Watch
-from tunediff.models.pair import Delta, Pair, counterparts
+from tunediff.models.pair import Pair
 from tunediff.texts.tokens import Tokens
 
 
@@ -247,7 +248,7 @@ def scaling(pair: Pair, strength: float) -> Edit:
     tensors: dict[nn.Parameter, Tensor] = {
         delta.down_parameter: delta.down * (1 - strength) for delta in pair.deltas() if delta.up is not None
     }
-    for parameter, base in counterparts(pair):
+    for parameter, base in counterparts(pair.base, pair.tuned):
         now, rows = parameter.data, min(len(base), len(parameter))  # tokens that tuning added keep their rows
         if not torch.equal(now[:rows], base[:rows]):
             value = now.clone()

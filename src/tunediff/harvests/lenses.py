@@ -17,8 +17,8 @@ from torch import Tensor
 from tunediff.core.artifacts import finish, is_finished, key_of, open_folder, read_tensors, write_tensors
 from tunediff.core.axes import BASE
 from tunediff.core.errors import ArtifactError, NumericsError
+from tunediff.models.loading import fingerprint
 from tunediff.models.network import LanguageModel
-from tunediff.models.pair import fingerprint
 from tunediff.records.site import Site
 
 if TYPE_CHECKING:

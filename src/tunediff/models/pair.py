@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-import hashlib
-import socket
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from types import MethodType
 from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from tunediff.core.chance import generator
-from tunediff.core.errors import MissingExtraError, NumericsError, PairError, SettingError, SourceError
-from tunediff.models import shipped as embedded
+from tunediff.core.errors import PairError
+from tunediff.models.deltas import MERGE, Delta, counterparts, full_deltas, lora_deltas
 from tunediff.models.fast.layers import frozen
-from tunediff.models.network import LanguageModel, Start, swapped
+from tunediff.models.loading import (
+    adapter_folder,
+    check_finite,
+    check_runtime,
+    fingerprints,
+    peft_layers,
+    read_model,
+    with_adapter,
+)
+from tunediff.models.network import LanguageModel, Start
 from tunediff.records.site import Site
 
 PROBES = (
@@ -32,65 +33,6 @@ PROBES = (
     "In 1969, 3 people went to the Moon; two of them walked on it.",
     "Café, naïve, 東京, Москва — “quotes” and emoji 🙂.",
 )
-MERGE = "merge the adapter (merge_and_unload) and give the merged folder as TUNED"
-UNSAFE = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
-
-
-@dataclass(frozen=True, eq=False)
-class Delta:
-    """What tuning added to one linear map: ``up @ down`` of shape (out, in), and the parameters that hold it.
-
-    For a LoRA, up (out, r) already has the scale in it, and `down_parameter` is the adapter's A. For a full
-    fine-tune, `up` is None, `down` is the whole difference (out, in), `down_parameter` is the tuned weight and
-    `base_weight` the base's, both as the module keeps them.
-    """
-
-    name: str
-    linear: nn.Module
-    down: Tensor
-    up: Tensor | None
-    down_parameter: nn.Parameter
-    up_parameter: nn.Parameter | None
-    transposed: bool = False
-    base_weight: Tensor | None = None
-
-    @property
-    def norm(self) -> float:
-        """Frobenius norm of the added map."""
-        if self.up is None:
-            return float(self.down.double().norm())
-        # |UD|^2 = <U'U, DD'>, without forming the product.
-        up, down = self.up.double(), self.down.double()
-        return float(((up.T @ up) * (down @ down.T)).sum().clamp_min(0).sqrt())
-
-    def with_inputs(self, through: Callable[[Tensor], Tensor]) -> Mapping[nn.Parameter, Tensor]:
-        """Parameters under which the added map is up @ through(down), where `through` takes (any, in) to (any, in), linearly.
-
-        The identity gives tuned's weights to the bit, zeros give base's.
-        """
-        if self.up is not None:
-            return {self.down_parameter: through(self.down.double()).to(self.down)}
-        # `down` is rounded to float32; the difference in float64 is not, and leads back to either end exactly.
-        whole = self.down_parameter.data.double() - self.base_weight.double()
-        return self._over_base(through(whole.T if self.transposed else whole).to(whole))
-
-    def _over_base(self, added: Tensor) -> Mapping[nn.Parameter, Tensor]:
-        """Parameters under which a full fine-tune added `added` (out, in) to base."""
-        weight = self.base_weight.double() + (added.T if self.transposed else added).double()
-        return {self.down_parameter: weight.to(self.down_parameter.dtype)}
-
-    def random(self, seed: int) -> Mapping[nn.Parameter, Tensor]:
-        """Parameters under which the added map is Gaussian, of the same rank (at most 16) and the same norm."""
-        rank = self.down.shape[0] if self.up is not None else min(16, *self.down.shape)
-        out = (self.up if self.up is not None else self.down).shape[0]
-        rng = generator(seed, "random lora", self.name)
-        up = torch.randn(out, rank, generator=rng).to(self.down)
-        down = torch.randn(rank, self.down.shape[1], generator=rng).to(self.down)
-        scale = self.norm / float(((up.double().T @ up.double()) * (down.double() @ down.double().T)).sum().sqrt())
-        if self.up is None:
-            return self._over_base((up.double() @ down.double()) * scale)
-        ratio = float(self.up_parameter.data.norm() / self.up.norm().clamp_min(1e-30))  # undo the adapter's own scale
-        return {self.down_parameter: down * scale, self.up_parameter: up * ratio}
 
 
 @dataclass(eq=False)
@@ -121,21 +63,21 @@ class Pair:
 
         Raises `SourceError` for what cannot be read, `PairError` for what cannot be compared.
         """
-        _check_runtime(dtype, device)
-        module, tokenizer = _read(base, dtype)
+        check_runtime(dtype, device)
+        module, tokenizer = read_model(base, dtype)
         module.to(device).eval().requires_grad_(False)
-        _check_finite(base, module)
-        adapter = _adapter_folder(tuned)
+        check_finite(base, module)
+        adapter = adapter_folder(tuned)
         if adapter:
             untouched = LanguageModel(module, tokenizer, base)
             ids_BT = probe_ids(tokenizer, untouched.vocabulary)
             before = untouched.logits(untouched.states(ids_BT))
-            wrapped = _with_adapter(module, adapter, base)
+            wrapped = with_adapter(module, adapter, base)
             wrapped.to(device).eval().requires_grad_(False)
-            _check_finite(tuned, wrapped, ".lora_", "modules_to_save")
+            check_finite(tuned, wrapped, ".lora_", "modules_to_save")
 
-            layers = [m for m in wrapped.modules() if isinstance(m, _peft_layers())]
-            for delta in _lora_deltas(wrapped):
+            layers = [m for m in wrapped.modules() if isinstance(m, peft_layers())]
+            for delta in lora_deltas(wrapped):
                 delta.linear.forward = MethodType(_lora_forward, delta.linear)
 
             @contextmanager
@@ -155,7 +97,7 @@ class Pair:
                 LanguageModel(wrapped, tokenizer, tuned),
                 True,
                 0,
-                *_fingerprints((module, False), (wrapped, True)),
+                *fingerprints((module, False), (wrapped, True)),
             )
             after = pair.base.logits(pair.base.states(ids_BT))
             if not torch.equal(before, after):
@@ -167,9 +109,9 @@ class Pair:
                     remedy=MERGE,
                 )
         else:
-            other, other_tokenizer = _read(tuned, dtype)
+            other, other_tokenizer = read_model(tuned, dtype)
             other.to(device).eval().requires_grad_(False)
-            _check_finite(tuned, other)
+            check_finite(tuned, other)
             return cls.of(
                 LanguageModel(module, tokenizer, base), LanguageModel(other, other_tokenizer, tuned), allow_identical
             )
@@ -179,7 +121,7 @@ class Pair:
     @classmethod
     def of(cls, base: LanguageModel, tuned: LanguageModel, allow_identical: bool = False) -> Pair:
         """Compare two models that are loaded already, each with a network of its own; raises as `load` does."""
-        pair = cls(base, tuned, False, 0, *_fingerprints((base.module, True), (tuned.module, True)))
+        pair = cls(base, tuned, False, 0, *fingerprints((base.module, True), (tuned.module, True)))
         pair._compare(allow_identical)
         return pair
 
@@ -241,7 +183,7 @@ class Pair:
         """How many of the lowest blocks a shared module's adapter leaves alone: both models agree there exactly."""
         if not self.shared:
             return 0
-        kinds = _peft_layers()
+        kinds = peft_layers()
         blocks = set(map(id, self.base.blocks.modules()))
         outside = any(isinstance(m, kinds) and id(m) not in blocks for m in self.base.network.modules())
         touched = [any(isinstance(m, kinds) for m in block.modules()) for block in self.base.blocks]
@@ -290,7 +232,7 @@ class Pair:
 
     def deltas(self) -> list[Delta]:
         """What tuning added, for every linear map it touched, in the order of the network."""
-        return list(_lora_deltas(self.tuned.module) if self.shared else _full_deltas(self.base, self.tuned))
+        return list(lora_deltas(self.tuned.module) if self.shared else full_deltas(self.base, self.tuned))
 
     def random_tuned(self, seed: int) -> LanguageModel:
         """A null for tuned: base plus, in every linear map, a random change of the tune's own rank and norm.
@@ -301,7 +243,7 @@ class Pair:
         for delta in self.deltas():
             tensors.update(delta.random(seed))
         linear = {id(parameter) for parameter in tensors}
-        for parameter, mine in counterparts(self):
+        for parameter, mine in counterparts(self.base, self.tuned):
             if id(parameter) not in linear:
                 same = mine.shape == parameter.shape
                 tensors[parameter] = mine if same else torch.cat([mine[: len(parameter)], parameter.data[len(mine) :]])
@@ -313,229 +255,6 @@ def probe_ids(tokenizer: Any, vocabulary: int) -> Tensor:
     rows = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in PROBES]
     length = min(map(len, rows))
     return torch.tensor([[i if i < vocabulary else 0 for i in row[:length]] for row in rows])
-
-
-def fingerprint(module: nn.Module, adapters: bool = True) -> str:
-    """A 16-digit hash over every parameter's and buffer's name, shape and bytes.
-
-    Without `adapters`, what PEFT put into a network is passed over: the hash is that of the network before.
-    """
-    tensors = module.state_dict()
-    if not adapters:
-        tensors = {
-            name.replace(".base_layer.", ".").replace(".original_module.", "."): tensor
-            for name, tensor in tensors.items()
-            if ".lora_" not in name and ".modules_to_save." not in name
-        }
-    digest = hashlib.blake2b(digest_size=8)
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def _fingerprints(*of: tuple[nn.Module, bool]) -> list[str]:
-    """Those of several networks at once: hashing gives up the interpreter's lock."""
-    with ThreadPoolExecutor(len(of)) as pool:
-        return list(pool.map(lambda given: fingerprint(*given), of))
-
-
-def counterparts(pair: Pair) -> Iterator[tuple[nn.Parameter, Tensor]]:
-    """Every parameter tuning could change as a whole, with base's value of it; LoRA factors have none."""
-    if pair.shared:
-        from peft.utils.other import ModulesToSaveWrapper
-
-        for wrapper in pair.tuned.network.modules():
-            if isinstance(wrapper, ModulesToSaveWrapper):
-                mine = dict(wrapper.original_module.named_parameters())
-                for name, parameter in wrapper.modules_to_save[wrapper.active_adapter].named_parameters():
-                    yield parameter, mine[name].data
-        return
-    mine = dict(pair.base.network.named_parameters())
-    for name, parameter in pair.tuned.network.named_parameters():
-        if name in mine and mine[name].shape[1:] == parameter.shape[1:]:
-            yield parameter, mine[name].data
-
-
-def _check_runtime(dtype: str, device: str) -> None:
-    if not isinstance(getattr(torch, dtype, None), torch.dtype) or not getattr(torch, dtype).is_floating_point:
-        raise SettingError(f"there is no dtype {dtype!r}", expected="float32, bfloat16, float16 or float64")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise SettingError(
-            f"device {device!r} cannot be used", got=_first_line(error), remedy="cpu, or what torch was installed for"
-        ) from None
-
-
-def _check_finite(name: str, module: nn.Module, *parts: str) -> None:
-    """Refuse weights that are not finite; of those only that have one of `parts` in their name, if given."""
-    for parameter_name, parameter in module.named_parameters():
-        if parts and not any(part in parameter_name for part in parts):
-            continue
-        # A sum passes over memory once and writes nothing; where it is not finite, finite weights may have added up to that.
-        if not (torch.isfinite(parameter.sum()) or torch.isfinite(parameter).all()):
-            raise NumericsError(
-                f"{name}: weight {parameter_name} holds NaN or infinite values",
-                expected="finite weights",
-                remedy="a checkpoint from before it broke",
-            )
-
-
-def _adapter_folder(source: str) -> Path | None:
-    """The folder of a PEFT adapter, if `source` is one."""
-    folder = Path(source).expanduser()
-    return folder if (folder / "adapter_config.json").is_file() else None
-
-
-def _refuse_pickles(folder: Path) -> None:
-    weights = [p for p in folder.iterdir() if p.suffix == ".safetensors"]
-    pickles = [p.name for p in folder.iterdir() if p.suffix in UNSAFE]
-    if pickles and not weights:
-        raise SourceError(
-            f"{folder} holds pickled weights, which can run code when loaded",
-            expected="*.safetensors",
-            got=", ".join(sorted(pickles)[:3]),
-            remedy="save it with safe_serialization=True and try again",
-        )
-
-
-def _read(source: str, dtype: str) -> tuple[nn.Module, Any]:
-    """Model and tokenizer of a folder, hub id, GGUF file or ``default``."""
-    from huggingface_hub import snapshot_download
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    path = embedded.base_folder() if source in ("default", embedded.BASE_NAME) else Path(source).expanduser()
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise SourceError(f"{source} does not exist", expected="a GGUF file", remedy="check the path")
-        model, tokenizer = embedded.load_gguf(path)
-        return model.to(getattr(torch, dtype)), tokenizer
-    if (path / "adapter_config.json").is_file():
-        raise SourceError(
-            f"{source} is an adapter",
-            expected="a whole model as BASE",
-            remedy="the adapter as TUNED, and the model it was trained on as BASE",
-        )
-    if path.suffix in UNSAFE:
-        raise SourceError(
-            f"{source} is a pickled checkpoint, which can run code when loaded",
-            expected="a folder with *.safetensors, a GGUF file or a PEFT adapter",
-            remedy="save it with safe_serialization=True and name the folder",
-        )
-    if path.is_dir():
-        _refuse_pickles(path)
-        if not (path / "config.json").is_file():
-            raise SourceError(
-                f"{source} holds no model",
-                expected="config.json and *.safetensors",
-                got=", ".join(sorted(p.name for p in path.iterdir())[:5]) or "an empty folder",
-                remedy="the folder that holds config.json",
-            )
-    elif path.exists() or source.startswith((".", "/", "~")):
-        raise SourceError(
-            f"{source} is not a model",
-            expected="a folder, a hub id, a GGUF file or a PEFT adapter",
-            got="a file" if path.exists() else "nothing there",
-            remedy="check the path",
-        )
-    try:
-        local = path.is_dir() or not _hub_answers()
-        name = str(path) if path.is_dir() else snapshot_download(source, local_files_only=True) if local else source
-        safely = {"trust_remote_code": False, "local_files_only": local}
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            name, dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True, **safely
-        )
-        tokenizer = AutoTokenizer.from_pretrained(name, **safely)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        if "trust_remote_code" in str(error):
-            raise SourceError(
-                f"{source} brings code of its own, which is not run",
-                expected="an architecture that transformers knows",
-                remedy="a version of the model in transformers' own format",
-            ) from None
-        raise SourceError(
-            f"{source} could not be read",
-            expected="a decoder-only causal language model with its tokenizer, in safetensors",
-            got=_first_line(error),
-            remedy="a whole checkpoint" if path.is_dir() else "download the model once, or name its local folder",
-        ) from error
-    if loading["missing_keys"]:
-        # transformers fills what a checkpoint lacks with random numbers and only warns.
-        raise SourceError(
-            f"{source} lacks {len(loading['missing_keys'])} of its weights",
-            expected="every weight",
-            got=f"no {sorted(loading['missing_keys'])[0]}",
-            remedy="a whole checkpoint",
-        )
-    return model, tokenizer
-
-
-def _hub_answers(seconds: float = 3.0) -> bool:
-    """Whether the hub can be reached. Offline, its client would try again for most of a minute before it gives up."""
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE:
-        return False
-    if getproxies():
-        return True  # the way there is the proxy's, and only a request can tell
-    host = urlsplit(constants.ENDPOINT)
-    try:
-        socket.create_connection((host.hostname, host.port or 443), seconds).close()
-    except OSError:
-        return False
-    return True
-
-
-def _with_adapter(module: nn.Module, folder: Path, base: str) -> nn.Module:
-    try:
-        from peft import PeftModel
-    except ImportError:
-        raise MissingExtraError("reading an adapter needs peft", remedy="pip install 'tunediff[adapters]'") from None
-    _refuse_pickles(folder)
-    weights = folder / "adapter_model.safetensors"
-    if not weights.is_file():
-        raise SourceError(
-            f"{folder} holds no adapter",
-            expected=weights.name,
-            got=", ".join(sorted(p.name for p in folder.iterdir())[:5]),
-            remedy="save it with safe_serialization=True and try again",
-        )
-    try:
-        with safe_open(weights, "pt") as file:
-            given = _lora_names(file.keys())
-        wrapped = PeftModel.from_pretrained(module, str(folder), is_trainable=False)
-    except SafetensorError as error:
-        raise SourceError(
-            f"{weights} is not a whole safetensors file", got=_first_line(error), remedy="a whole checkpoint"
-        ) from None
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
-        raise SourceError(
-            f"the adapter {folder} does not fit {base}",
-            expected="an adapter trained on this base",
-            got=_first_line(error),
-            remedy="the model named in its adapter_config.json as BASE",
-        ) from error
-    for _ in _lora_deltas(wrapped):
-        pass  # what is not a plain LoRA is refused here, before hours are spent on it
-    taken = _lora_names(wrapped.state_dict())
-    if given != taken:
-        # PEFT drops what finds no place and makes up what is missing, and at most warns.
-        raise SourceError(
-            f"the adapter {folder} does not fit {base}",
-            expected=f"{taken} LoRA factors on this base",
-            got=f"{given}",
-            remedy="the model named in its adapter_config.json as BASE",
-        )
-    return wrapped
-
-
-def _peft_layers() -> tuple[type, ...]:
-    """What PEFT puts into a network: adapted layers, and modules that were trained whole."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
-    return BaseTunerLayer, AuxiliaryTrainingWrapper
 
 
 def _lora_forward(layer: nn.Module, x_BTI: Tensor) -> Tensor:
@@ -550,82 +269,3 @@ def _lora_forward(layer: nn.Module, x_BTI: Tensor) -> Tensor:
         return type(layer).forward(layer, x_BTI)
     read_NR = x_BTI.flatten(0, -2) @ down.T
     return out_BTO.flatten(0, -2).addmm_(read_NR, up.T, alpha=layer.scaling[name]).view_as(out_BTO)
-
-
-def _lora_names(names: Iterable[str]) -> int:
-    """How many of `names` are LoRA factors."""
-    return sum(".lora_" in name for name in names)
-
-
-def _first_line(error: Exception) -> str:
-    """What an error says first: its first line, and the next where the first only announces it."""
-    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()] or [type(error).__name__]
-    return " ".join(lines[: 1 + lines[0].endswith(":")])[:200]
-
-
-def _lora_deltas(module: nn.Module) -> Iterator[Delta]:
-    """The LoRA layers of a PEFT model with one active plain-LoRA adapter; other kinds are refused (`SourceError`)."""
-    from peft.tuners.lora import LoraLayer
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    if module.active_peft_config.peft_type != "LORA":
-        raise SourceError(
-            f"the adapter is of kind {str(module.active_peft_config.peft_type.value)}",
-            expected="plain LoRA",
-            remedy=MERGE,
-        )
-    for name, layer in module.named_modules():
-        if not isinstance(layer, BaseTunerLayer):
-            continue
-        active = layer.active_adapters
-        if not isinstance(layer, LoraLayer) or len(active) != 1 or active[0] not in layer.lora_A:
-            raise SourceError(
-                f"{name} is not a plain LoRA layer",
-                expected="one LoRA adapter on linear maps",
-                got=type(layer).__name__,
-                remedy=MERGE,
-            )
-        adapter = active[0]
-        down, up = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-        variant = layer.lora_variant.get(adapter)  # DoRA and its like
-        if variant is not None or layer.lora_bias.get(adapter):
-            raise SourceError(
-                f"{name} uses {type(variant).__name__ if variant else 'a LoRA bias'}",
-                expected="plain LoRA",
-                remedy=MERGE,
-            )
-        yield Delta(name, layer, down.data, up.data * layer.scaling[adapter], down, up)
-
-
-def _full_deltas(base: LanguageModel, tuned: LanguageModel) -> Iterator[Delta]:
-    """The linear maps inside the blocks whose weights differ between two whole models."""
-    theirs = dict(base.blocks.named_modules())
-    shapes = [{n: tuple(p.shape) for n, p in side.blocks.named_parameters() if p.dim() == 2} for side in (base, tuned)]
-    if shapes[0] != shapes[1]:
-        name = min(set(shapes[0].items()) ^ set(shapes[1].items()))[0]
-        raise PairError(
-            f"the blocks of {base.name} and {tuned.name} are built differently",
-            expected=f"{name} of shape {shapes[0].get(name, 'none')} (base)",
-            got=f"{shapes[1].get(name, 'none')} (tuned)",
-            remedy="the model that tuned was made from as BASE",
-        )
-    for name, module in tuned.blocks.named_modules():
-        weight = getattr(module, "weight", None)
-        if not isinstance(weight, nn.Parameter) or weight.dim() != 2 or isinstance(module, nn.Embedding):
-            continue
-        transposed = type(module).__name__ == "Conv1D"  # GPT-2 keeps (in, out)
-        difference = weight.data.float() - theirs[name].weight.data.float()
-        if difference.any():
-            yield Delta(
-                name,
-                module,
-                difference.T if transposed else difference,
-                None,
-                weight,
-                None,
-                transposed,
-                theirs[name].weight.data,
-            )
-
-
-__all__ = ["Delta", "Pair", "fingerprint", "probe_ids", "swapped"]

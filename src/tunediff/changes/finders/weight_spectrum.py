@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from tunediff.changes.finders._directions import moments, signed
 from tunediff.changes.finders.base import Finder, Found, View
+from tunediff.models.deltas import Delta
 from tunediff.models.network import LanguageModel
-from tunediff.models.pair import Delta
 from tunediff.records.site import Site
 
 DIRECTIONS = 4
