@@ -401,3 +401,6 @@ def hostile_diff(strings: list[str] = HOSTILE) -> Diff:
         return value
 
     return poison(full_diff())
+
+
+DIFFS = {"full": full_diff, "empty": empty_diff, "bare": bare_diff, "hostile": hostile_diff}

@@ -120,7 +120,8 @@ def slug(text: str) -> str:
 
 def _tell(run: Run, billed: list[Bill], json: bool) -> Diff:
     """Write diff.json and report.html, print the summary; returns the record."""
-    from tunediff.reports.page import summary_table, write_report
+    from tunediff.reports.page import write_report
+    from tunediff.reports.terminal import summary_table
 
     diff = run.diff(billed)
     diff.save(run.folder / "diff.json")
@@ -183,7 +184,7 @@ def _stage(stage: str):
 
 
 def _table(rows: list[dict]) -> str:
-    from tunediff.reports.charts import visible
+    from tunediff.core.text import visible
 
     if not rows:
         return "nothing"
@@ -622,7 +623,7 @@ def main() -> None:
             raise KeyboardInterrupt
         sys.exit(code)
     except TunediffError as error:
-        from tunediff.reports.charts import visible
+        from tunediff.core.text import visible
 
         typer.echo("error: " + "\n".join(map(visible, error.lines())), err=True)
         sys.exit(2)
@@ -635,7 +636,7 @@ def main() -> None:
             sys.exit(error.exit_code)
         if os.environ.get("TUNEDIFF_DEBUG"):
             raise
-        from tunediff.reports.charts import visible
+        from tunediff.core.text import visible
 
         first = (str(error).strip().splitlines() or [""])[0]
         typer.echo(

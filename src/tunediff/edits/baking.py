@@ -12,11 +12,11 @@ from torch import nn
 
 from tunediff.core.artifacts import write_bytes
 from tunediff.core.errors import ArtifactError, NumericsError
+from tunediff.core.text import visible
 from tunediff.edits.reverting import Edit
 from tunediff.models.network import LanguageModel, swapped
 from tunediff.models.pair import Pair, probe_ids
 from tunediff.records.diff import Bill
-from tunediff.reports.charts import visible
 
 TOLERANCE = 1e-4
 """Largest difference between a baked model's logits and the live edit's, relative to the largest logit."""

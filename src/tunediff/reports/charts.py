@@ -1,87 +1,22 @@
-"""Charts: numbers as text and as inline SVG, pure functions that escape every string they are given.
+"""Charts as inline SVG: pure functions that escape every string they are given.
 
-Colors come from the page's style sheet by class: ``base`` and ``tuned`` mean the models and nothing else, ``ink`` is a
-measured value, ``null`` is what it is held against. Charts are drawn 360 units wide, the width of a phone.
+Colors come from the page's style sheet by class: ``base`` and ``tuned`` mark the two models and nothing else, ``ink``
+a measured value, ``null`` its control.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from markupsafe import Markup, escape
 
+from tunediff.core.text import NOT_MEASURED, finite, number
+
 WIDTH = 360
-NOT_MEASURED = "not measured"
-
-# Characters that hide, reorder or break text: controls, bidi marks, zero widths, invisible fillers, lone surrogates,
-# tags and supplementary variation selectors. Tab and newline are left to the caller.
-UNSEEN = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u2028-\u202e"
-    "\u2060-\u206f\u3164\ufeff\uffa0\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e01ef]"
-)
-MARK = "[\u0300-\u036f\u0483-\u0489\u0e31-\u0e3a\u0e47-\u0e4e\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff\ufe20-\ufe2f]"
-STACK = re.compile(f"({MARK}{{4}})({MARK}+)")
-SPACES = str.maketrans({" ": "␣", "\n": "↵", "\t": "⇥", "\xa0": "⍽"})
-
-
-def visible(text: str) -> str:
-    """`text` with characters that hide or reorder text written out, e.g. ``␀``, ``␛`` or ``‹U+202E›``.
-
-    A letter keeps four marks stacked on it; how many more there were is written out.
-    """
-
-    def name(match: re.Match[str]) -> str:
-        code = ord(match[0])
-        return chr(0x2400 + code) if code < 32 else "␡" if code == 127 else f"‹U+{code:04X}›"
-
-    return STACK.sub(lambda stack: f"{stack[1]}‹+{len(stack[2])}›", UNSEEN.sub(name, text))
-
-
-def token_text(token: str) -> str:
-    """A token for a list: `visible`, with its outer spaces and all of its line breaks and tabs shown as signs."""
-    core = token.strip(" \n\t\xa0")
-    if not core:
-        return visible(token.translate(SPACES)) or "∅"
-    start = token.index(core)
-    head, tail = token[:start].translate(SPACES), token[start + len(core) :].translate(SPACES)
-    return visible(head + core.replace("\n", "↵").replace("\t", "⇥") + tail)
-
-
-def finite(value: float | None) -> bool:
-    """Whether there is a number at all: not None, NaN or infinite."""
-    return value is not None and math.isfinite(value)
-
-
-def number(value: float | None) -> str:
-    """A number for people: three significant digits, grouped thousands, ``1.20×10⁻⁵``, or ``not measured``."""
-    if value is None or value != value:
-        return NOT_MEASURED
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}".replace("-", "−")
-    if math.isinf(value):
-        return "∞" if value > 0 else "−∞"
-    size = abs(value)
-    if size == 0:
-        return "0"
-    if size >= 1e6 or size < 1e-4:
-        mantissa, power = f"{value:.2e}".split("e")
-        raised = str(int(power)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
-        return f"{mantissa}×10{raised}".replace("-", "−")
-    decimals = max(0, 2 - math.floor(math.log10(size)))
-    return f"{value:,.{decimals}f}".replace("-", "−")
-
-
-def interval(low: float | None, high: float | None) -> str:
-    """``[low, high]``, or ``not measured`` where there is no interval."""
-    if all(v is None or math.isnan(v) for v in (low, high)):
-        return NOT_MEASURED
-    return f"[{number(low)}, {number(high)}]"
+"""Width of a chart in SVG units: the width of a phone."""
 
 
 def tag(name: str, *children: Any, **attributes: Any) -> Markup:

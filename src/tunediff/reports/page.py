@@ -1,4 +1,4 @@
-"""Reports: a `Diff` told to people, as one HTML file that needs nothing else and as a table for the terminal."""
+"""The report: a `Diff` as one HTML file that needs nothing else."""
 
 from __future__ import annotations
 
@@ -7,33 +7,31 @@ import hashlib
 import itertools
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunediff.core.artifacts import to_json, write_bytes
 from tunediff.core.axes import WRITERS
-from tunediff.records.diff import ChangeRecord, Context, Diff, FitCard, Measure, SiteScan
-from tunediff.reports.charts import (
+from tunediff.core.text import (
     NOT_MEASURED,
-    Line,
-    balance,
-    bar,
     finite,
     interval,
-    lines,
     number,
-    spread,
-    strip,
-    tag,
+    one_line,
+    percent,
+    quantity,
+    seconds,
     token_text,
     visible,
 )
+from tunediff.records.diff import ChangeRecord, Context, Diff, FitCard, Measure, SiteScan
+from tunediff.reports.charts import Line, balance, bar, lines, spread, strip, tag
+from tunediff.reports.sentences import tally, verdict
 
 if TYPE_CHECKING:
     from markupsafe import Markup
-    from rich.console import RenderableType
 
 ASSETS = Path(__file__).parent / "assets"
 KL_STEPS = (0.1, 0.5, 1.0, 2.0)
@@ -107,41 +105,6 @@ def render_report(diff: Diff) -> str:
     return visible(page)
 
 
-def verdict(diff: Diff) -> str:
-    """The finding in one sentence, e.g. ``2 confirmed changes``."""
-    count = len(diff.confirmed)
-    if count:
-        return f"{count} confirmed change{'s' * (count > 1)}"
-    return f"No change found at a false-positive rate of {percent(diff.rate)}"
-
-
-def tally(diff: Diff) -> str:
-    """How many changes were ranked and what became of them, e.g. ``5 ranked: 2 confirmed, 3 refuted``."""
-    if not diff.changes:
-        return "No change was ranked"
-    counts = {d: sum(c.decision == d for c in diff.changes) for d in ("confirmed", "refuted", "undecided")}
-    counts["other"] = len(diff.changes) - sum(counts.values())
-    kept = [f"{n} {d}" for d, n in counts.items() if n]
-    return f"{len(diff.changes)} ranked: {', '.join(kept)}"
-
-
-def percent(value: float | None) -> str:
-    """A share as percent, e.g. ``5 %``."""
-    return f"{100 * value:.3g} %" if value is not None and finite(value) else NOT_MEASURED
-
-
-def seconds(value: float | None) -> str:
-    """A duration, e.g. ``3.2 s``, ``2 min 05 s`` or ``1 h 02 min``."""
-    if value is None or not finite(value):
-        return NOT_MEASURED
-    if value < 59.95:
-        return f"{value:.1f} s"
-    whole = round(value)
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600:,} h {whole % 3600 // 60:02d} min"
-
-
 # ── tables ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -167,7 +130,7 @@ def measure_rows(measures: Sequence[Measure]) -> list[Row]:
             Row(
                 name=m.name,
                 bar=bar(m.value, m.low, m.high, m.control, extent=spread(peers), label=_told(m)),
-                value=_with_unit(m.value, m.unit),
+                value=quantity(m.value, m.unit),
                 interval=interval(m.low, m.high),
                 control="none" if m.control is None else number(m.control),
                 against=m.against,
@@ -219,15 +182,10 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]
 
 
 def _told(m: Measure) -> str:
-    told = f"{m.name}: {_with_unit(m.value, m.unit)}"
+    told = f"{m.name}: {quantity(m.value, m.unit)}"
     if finite(m.low) or finite(m.high):
         told += f", interval {interval(m.low, m.high)}"
     return told + (f", control {number(m.control)}" if m.control is not None else "")
-
-
-def _with_unit(value: float | None, unit: str) -> str:
-    text = number(value)
-    return f"{text} {unit[:24]}" if unit and text != NOT_MEASURED else text
 
 
 def _p(p: float | None) -> str:
@@ -269,7 +227,7 @@ def passage(context: Context, top: float) -> Markup:
     for token, strength, kl in itertools.zip_longest(context.tokens, context.strengths, context.kl):
         if token is None:
             break
-        text = token_text(token) if not token.strip() else visible(token.replace("\n", "↵").replace("\t", "⇥"))
+        text = token_text(token) if not token.strip() else one_line(token)
         ends_line = Markup("<br>") if "\n" in token else ""
         level = math.ceil(STRENGTH_STEPS * min(1.0, abs(strength) / top)) if finite(strength) else 0
         thick = sum(kl >= step for step in KL_STEPS) if finite(kl) else 0
@@ -277,7 +235,7 @@ def passage(context: Context, top: float) -> Markup:
             parts += [tag("i", text, class_="ws") if not token.strip() else escape(text), ends_line]
             continue
         classes = [f"s{level}"] * bool(level) + ["minus"] * bool(level and strength < 0) + [f"k{thick}"] * bool(thick)
-        told = f"{token_text(token)}  strength {number(strength)}, KL {_with_unit(kl, 'nat')}"
+        told = f"{token_text(token)}  strength {number(strength)}, KL {quantity(kl, 'nat')}"
         # One leading space stays outside, so that an underline does not hang at the end of a wrapped line.
         lead = " " if text.startswith(" ") and len(text) > 1 else ""
         parts += [lead, tag("span", text[len(lead) :], class_=" ".join(classes), title=told), ends_line]
@@ -422,120 +380,3 @@ def _natural(text: str) -> list[tuple[int, Any]]:
 
 def _hash(text: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-
-
-# ── terminal ────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def summary_table(diff: Diff) -> RenderableType:
-    """The finding for the terminal, in at most 40 lines: verdict, output shift, ranking, bills, not found, times.
-
-    Strings of the record are never read as markup, and control characters in them are shown, not sent. Lines that do
-    not fit the width end in an ellipsis.
-    """
-    from rich import box
-    from rich.console import Group
-    from rich.padding import Padding
-    from rich.table import Table
-    from rich.text import Text
-
-    def line(*parts: str | tuple[str, str]) -> Text:
-        clean = [(_one_line(p), "") if isinstance(p, str) else (_one_line(p[0]), p[1]) for p in parts]
-        return Text.assemble(*clean, no_wrap=True, overflow="ellipsis")
-
-    def cell(first: Text, second: Text) -> Text:
-        """Two rows that may be cut but not wrapped."""
-        return Text("\n", no_wrap=True, overflow="ellipsis").join([first, second])
-
-    def cut(items: Sequence[Any], most: int) -> tuple[Sequence[Any], int]:
-        kept = items if len(items) <= most else items[: most - 1]
-        return kept, len(items) - len(kept)
-
-    told: list[RenderableType] = [
-        line((verdict(diff), "bold"), ("  ·  " + tally(diff), "dim")),
-        line(("base  ", "bright_blue"), diff.base.name, ("    tuned  ", "dark_orange"), diff.tuned.name),
-    ]
-
-    def listing(title: str, items: Sequence[Text], most: int) -> None:
-        kept, rest = cut(items, most)
-        told.append(line((title, "bold")))
-        told.extend(Padding(item, (0, 0, 0, 2), expand=False) for item in kept)
-        if rest:
-            told.append(Padding(line((f"… and {rest} more", "dim")), (0, 0, 0, 2), expand=False))
-
-    def brief(m: Measure) -> list[str | tuple[str, str]]:
-        bounds = f" {interval(m.low, m.high)}" if finite(m.low) or finite(m.high) else ""
-        control = f"control {number(m.control)}" if m.control is not None else "no control"
-        return [
-            f"{m.name}  ",
-            (_with_unit(m.value, m.unit), "bold"),
-            f"{bounds}  ",
-            (f"{control}{f' ({m.against})' if m.against else ''}", "dim"),
-        ]
-
-    listing("Output shift", [line(*brief(m)) for m in diff.output] or [line((NOT_MEASURED, "dim"))], 4)
-
-    ranked = sorted(diff.changes, key=lambda c: c.rank)
-    if ranked:
-        table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0, header_style="bold")
-        # Where it is narrow, names and tokens give way, numbers do not.
-        table.add_column("#", justify="right", no_wrap=True, min_width=2)
-        table.add_column("change", overflow="ellipsis", min_width=13, max_width=28)
-        table.add_column("decision", no_wrap=True, min_width=10)
-        table.add_column("score, null", no_wrap=True, min_width=13, max_width=24)
-        table.add_column("necessity", no_wrap=True, min_width=9, max_width=16)
-        table.add_column("sufficiency", no_wrap=True, min_width=11, max_width=16)
-        table.add_column("promotes", overflow="ellipsis", min_width=6, max_width=28)
-        kept, rest = cut(ranked, 7)
-        for c in kept:
-            style = "bold" if c.decision == "confirmed" else "dim"
-            bounds = interval(c.score.low, c.score.high) if finite(c.score.low) or finite(c.score.high) else ""
-            top = [token_text(w.token) for w in c.promoted[:4]]
-            table.add_row(
-                str(c.rank),
-                cell(line((c.id, style)), line((", ".join(c.sites), "dim"))),
-                cell(line((c.decision, style)), line((f"share {c.share:.2f}" if finite(c.share) else "", "dim"))),
-                cell(line(number(c.score.value), (f"  {_versus(c.score, 'vs')}", "dim")), line((bounds, "dim"))),
-                *(
-                    cell(line(number(m.value) if m else "not tried"), line((_versus(m, "vs") if m else "", "dim")))
-                    for m in (_named(c.measures, "necessity"), _named(c.measures, "sufficiency"))
-                ),
-                cell(line(" ".join(top[:2]) or "—"), line(" ".join(top[2:]))),
-            )
-        told.append(table)
-        if rest:
-            told.append(line((f"  … and {rest} more in the report", "dim")))
-
-    bills = [
-        line(
-            (b.name, "bold"),
-            f"  {b.operation}  ",
-            *itertools.chain.from_iterable(
-                (
-                    f"{m.name} ",
-                    (_with_unit(m.value, m.unit), "bold"),
-                    (f" ({_versus(m, 'control')})" if m.control is not None else "", "dim"),
-                    "  ",
-                )
-                for m in b.measures
-            ),
-        )
-        for b in diff.bills
-    ]
-    listing("What undoing costs", bills or [line(("nothing was undone", "dim"))], 4)
-    listing("Not found", [line(n) for n in diff.not_found] or [line(("nothing listed", "dim"))], 4)
-    spent = ", ".join(f"{s.name} {seconds(s.seconds)}" for s in diff.stages)
-    told.append(line(("Stages  ", "bold"), spent or "none recorded"))
-    return Group(*told)
-
-
-def _named(measures: Iterable[Measure], name: str) -> Measure | None:
-    return next((m for m in measures if name in m.name.lower()), None)
-
-
-def _versus(m: Measure, word: str) -> str:
-    return "no control" if m.control is None else f"{word} {number(m.control)}"
-
-
-def _one_line(text: str) -> str:
-    return visible(text.replace("\n", "↵").replace("\t", "⇥"))

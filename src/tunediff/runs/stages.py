@@ -32,7 +32,7 @@ from tunediff.changes.attributions import Shift, output_shift
 from tunediff.core.axes import BASE, MODELS, TUNED, WRITERS
 from tunediff.changes.calibrations import AS_A_PLACEBO, Calibration
 from tunediff.core.chance import Interval, bootstrap_ratio, quantile
-from tunediff.reports.charts import visible
+from tunediff.core.text import visible
 from tunediff.records.change import Change, load_changes, save_changes
 from tunediff.harvests.contrasts import contrast
 from tunediff.texts.corpus import Corpus

@@ -1,0 +1,73 @@
+"""The terminal's summary fits, tells the finding, and sends no control characters."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import re
+
+import pytest
+from rich.cells import cell_len
+from rich.console import Console
+from support_diffs import DIFFS, bare_diff, empty_diff, full_diff
+
+from tunediff.records.diff import Diff
+from tunediff.reports.sentences import tally, verdict
+from tunediff.reports.terminal import summary_table
+
+
+def lines_of(diff: Diff, width: int) -> list[str]:
+    console = Console(width=width, file=io.StringIO(), force_terminal=False)
+    console.print(summary_table(diff))
+    return console.file.getvalue().splitlines()
+
+
+def test_verdicts():
+    assert (
+        verdict(full_diff()) == "2 confirmed changes"
+        and tally(full_diff()) == "7 ranked: 2 confirmed, 4 refuted, 1 undecided"
+    )
+    assert verdict(bare_diff()) == "1 confirmed change"
+    assert (
+        verdict(empty_diff()) == "No change found at a false-positive rate of 5 %"
+        and tally(empty_diff()) == "No change was ranked"
+    )
+
+
+@pytest.mark.parametrize("width", [80, 100, 160])
+@pytest.mark.parametrize("name", DIFFS)
+def test_summary_fits_a_terminal(name, width):
+    diff = DIFFS[name]()
+    many = [dataclasses.replace(c, rank=i) for i, c in enumerate(diff.changes * 30, start=1)]
+    crowded = dataclasses.replace(
+        diff,
+        changes=many,
+        output=diff.output * 9,
+        bills=diff.bills * 9,
+        not_found=diff.not_found * 9,
+        stages=diff.stages * 9,
+    )
+    for d in (diff, crowded):
+        told = lines_of(d, width)
+        assert len(told) <= 40 and all(cell_len(row.rstrip()) <= width for row in told)
+        assert not re.search("[\x00-\x1f\x7f\u202e]", "".join(told))
+    assert verdict(diff) in lines_of(diff, width)[0]
+
+
+def test_summary_tells_the_story():
+    text = "\n".join(lines_of(full_diff(), 140))
+    for told in (
+        "crosscode/589",
+        "confirmed",
+        "13.4  vs 3.90",
+        "[11.8, 14.8]",
+        "vs 0.0310",
+        "0.402",
+        "␣dear",
+        "both changes",
+        "No rare trigger",
+        "harvest 3 min 02 s",
+        "0.0830 nat [0.0747, 0.0930]",
+        "control 0.00400",
+    ):
+        assert told in text, told
