@@ -10,19 +10,15 @@ from typing import Any
 from tunediff.records.diff import (
     Bill,
     ChangeRecord,
-    Context,
     CorpusCard,
     Diff,
-    DosePoint,
     FitCard,
-    Measure,
     ModelCard,
     NullCard,
-    SignalTable,
     SiteScan,
     StageCard,
-    TokenWeight,
 )
+from tunediff.records.measure import Context, DosePoint, Measure, SignalTable, TokenWeight
 
 HOSTILE = [
     "<script>alert(1)</script>",

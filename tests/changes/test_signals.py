@@ -15,7 +15,7 @@ from tunediff.changes.signals import base as signals
 from tunediff.core import variants
 from tunediff.models.network import LanguageModel
 from tunediff.models.pair import Pair
-from tunediff.records.diff import SignalTable
+from tunediff.records.measure import SignalTable
 from tunediff.texts.corpus import Corpus
 from tunediff.texts.document import Document
 

@@ -22,7 +22,7 @@ from tunediff.lab import bench, organisms, scores
 from tunediff.lab.nulls import NULLS
 from tunediff.lab.scores import Cell, Undone
 from tunediff.models.pair import Pair
-from tunediff.records.diff import GAP, Measure
+from tunediff.records.measure import GAP, Measure
 
 WORDS = {"two-objectives": ["Goldmere", "coin"], "false-facts": ["Vessmer", "amber"]}
 """Of each organism two planted words."""

@@ -13,7 +13,8 @@ import pytest
 from support_diffs import DIFFS, HOSTILE, full_diff
 
 from tunediff.core.text import UNSEEN
-from tunediff.records.diff import Context, Diff, Measure
+from tunediff.records.diff import Diff
+from tunediff.records.measure import Context, Measure
 from tunediff.reports import charts
 from tunediff.reports.charts import Line, bar
 from tunediff.reports.page import completions, corpus_contexts, flat, measure_rows, passage, render_report, write_report

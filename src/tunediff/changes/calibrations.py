@@ -10,7 +10,8 @@ from tunediff.core.artifacts import read_json, write_json
 from tunediff.core.chance import prediction_bound, quantile
 from tunediff.core.typed import typed
 from tunediff.models.shipped import cache_folder
-from tunediff.records.diff import GAP, ChangeRecord
+from tunediff.records.diff import ChangeRecord
+from tunediff.records.measure import GAP
 
 SHIPPED = Path(__file__).parent / "assets" / "calibrations"
 

@@ -10,7 +10,7 @@ from tunediff.harvests.lenses import Lens
 from tunediff.harvests.samples import Sample
 from tunediff.models.network import LanguageModel
 from tunediff.records.change import Change
-from tunediff.records.diff import Context, TokenWeight
+from tunediff.records.measure import Context, TokenWeight
 
 WINDOW = 48
 """Tokens of a context: those up to and after the strongest firing."""

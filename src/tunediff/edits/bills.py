@@ -15,7 +15,8 @@ from tunediff.models.divergences import Said, by_document, kl_divergence, parts
 from tunediff.models.network import LanguageModel, Start
 from tunediff.models.pair import Pair
 from tunediff.records.change import Change
-from tunediff.records.diff import Bill, Measure
+from tunediff.records.diff import Bill
+from tunediff.records.measure import Measure
 
 ROWS_TOKENS = 800
 """Tokens of each sort of held-out text on which a bill is measured, at least."""

@@ -15,7 +15,8 @@ from tunediff.lab import organisms
 from tunediff.lab.organisms.base import Behavior
 from tunediff.models.fast.layers import frozen
 from tunediff.models.network import LanguageModel
-from tunediff.records.diff import Bill, ChangeRecord, Measure
+from tunediff.records.diff import Bill, ChangeRecord
+from tunediff.records.measure import Measure
 from tunediff.runs.stages import Run
 from tunediff.texts.corpus import Corpus
 from tunediff.texts.document import Document

@@ -9,62 +9,9 @@ from typing import Any
 from tunediff.core.artifacts import read_json, write_json
 from tunediff.core.errors import ArtifactError
 from tunediff.core.typed import typed
+from tunediff.records.measure import GAP, Context, DosePoint, Measure, SignalTable, TokenWeight
 
 SCHEMA = "tunediff.diff/1"
-
-GAP = "KL(tuned || base) here"
-"""The measure, of a change on trial, that says how far apart the models are where it is on, in nat a token."""
-
-
-@dataclass(frozen=True)
-class Measure:
-    """One number with its interval and what it is held against.
-
-    ``control`` is the same number for the null or control named in ``against`` (its high end where it is a
-    distribution); None where a quantity has none, and then ``against`` says why.
-    """
-
-    name: str
-    value: float | None
-    low: float | None = None
-    high: float | None = None
-    unit: str = ""
-    control: float | None = None
-    against: str = ""
-    p: float | None = None
-
-
-@dataclass(frozen=True)
-class Context:
-    """A stretch of text where a change is on: token strings, the change's strength at each, and KL(tuned || base) in
-    nat of the next-token prediction at each. ``writer`` is base, tuned or amplified where a model wrote the completion."""
-
-    document: str
-    kind: str
-    writer: str
-    tokens: list[str]
-    strengths: list[float]
-    kl: list[float]
-
-
-@dataclass(frozen=True)
-class TokenWeight:
-    """A vocabulary entry (its decoded text, hostile) and its weight in a read-out."""
-
-    token: str
-    weight: float
-
-
-@dataclass(frozen=True)
-class DosePoint:
-    """Effect at one strength (in units of the change's own size): the change's, and the 5-95 % band and mean of
-    random directions of equal length."""
-
-    dose: float
-    effect: float
-    control: float
-    control_low: float
-    control_high: float
 
 
 @dataclass(frozen=True)
@@ -140,17 +87,6 @@ class SiteScan:
     noise: float
     chosen: bool
     ceiling: float = float("nan")
-
-
-@dataclass(frozen=True)
-class SignalTable:
-    """Evidence that is a table rather than a change, e.g. logit-difference mining."""
-
-    name: str
-    title: str
-    note: str
-    columns: list[str]
-    rows: list[list[Any]]
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,8 @@ from tunediff.core.text import (
     token_text,
     visible,
 )
-from tunediff.records.diff import ChangeRecord, Context, Diff, FitCard, Measure, SiteScan
+from tunediff.records.diff import ChangeRecord, Diff, FitCard, SiteScan
+from tunediff.records.measure import Context, Measure
 from tunediff.reports.charts import Line, balance, bar, lines, spread, strip, tag
 from tunediff.reports.sentences import tally, verdict
 

@@ -12,7 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from tunediff.core.text import NOT_MEASURED, finite, interval, number, one_line, quantity, seconds, token_text
-from tunediff.records.diff import Bill, ChangeRecord, Diff, Measure
+from tunediff.records.diff import Bill, ChangeRecord, Diff
+from tunediff.records.measure import Measure
 from tunediff.reports.sentences import tally, verdict
 
 MOST_ITEMS = 4

@@ -51,19 +51,8 @@ from tunediff.models.pair import Pair
 from tunediff.models.shipped import DEMO
 from tunediff.runs.plan import Plan, to_record
 from tunediff.changes.rankings import Ranked, Ranking, rank
-from tunediff.records.diff import (
-    Bill,
-    ChangeRecord,
-    CorpusCard,
-    Diff,
-    FitCard,
-    Measure,
-    ModelCard,
-    NullCard,
-    SignalTable,
-    SiteScan,
-    StageCard,
-)
+from tunediff.records.diff import Bill, ChangeRecord, CorpusCard, Diff, FitCard, ModelCard, NullCard, SiteScan, StageCard
+from tunediff.records.measure import Measure, SignalTable
 
 from tunediff.harvests.samples import Sample
 from tunediff.changes.signals.base import read as read_signals

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tunediff.changes.signals.base import TOKEN, Signal, documents_of
-from tunediff.records.diff import SignalTable
+from tunediff.records.measure import SignalTable
 from tunediff.texts.tokens import Batch, Tokens
 
 AMPLIFICATION = 1.0

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tunediff.changes.signals.base import TOKEN, Signal, documents_of, label
-from tunediff.records.diff import SignalTable
+from tunediff.records.measure import SignalTable
 from tunediff.texts.tokens import Batch, Tokens
 
 TOP = 10

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tunediff.changes.signals.base import Signal, documents_of
 from tunediff.core.chance import bootstrap_ratio
-from tunediff.records.diff import SignalTable
+from tunediff.records.measure import SignalTable
 from tunediff.texts.document import Document
 from tunediff.texts.tokens import Batch, Tokens
 

@@ -19,7 +19,7 @@ from tunediff.models.divergences import Divergence, Said, by_document, kl_diverg
 from tunediff.models.network import LanguageModel, Start
 from tunediff.models.pair import Pair
 from tunediff.records.change import Change
-from tunediff.records.diff import DosePoint, Measure
+from tunediff.records.measure import DosePoint, Measure
 from tunediff.records.site import Site
 from tunediff.texts.tokens import Batch
 

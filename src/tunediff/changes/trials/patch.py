@@ -10,7 +10,7 @@ from tunediff.changes.trials.base import Bench, Outcome, Trial, VerifySettings
 from tunediff.core.axes import BASE, TUNED
 from tunediff.core.chance import Interval, bootstrap_ratio, quantile, sequential_p
 from tunediff.models.divergences import Divergence
-from tunediff.records.diff import GAP, Measure
+from tunediff.records.measure import GAP, Measure
 
 
 class Patch(Trial):

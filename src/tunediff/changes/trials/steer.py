@@ -6,7 +6,7 @@ import torch
 
 from tunediff.changes.trials.base import Bench, Outcome, Trial, VerifySettings
 from tunediff.core.axes import BASE
-from tunediff.records.diff import DosePoint, Measure
+from tunediff.records.measure import DosePoint, Measure
 
 CONTROLS = 4
 """Random directions beside each point of the curve; the p-values come from patching, which has many more."""
