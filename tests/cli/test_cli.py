@@ -429,7 +429,7 @@ def test_demo_counts_behaviors_into_the_record(world, full, monkeypatch):
     from types import SimpleNamespace
 
     import tunediff.cli.main
-    from tunediff.core.progress import Progress
+    from tunediff.core.progress import ProgressBar
     from tunediff.lab import demo
     from tunediff.runs.plan import Plan
     from tunediff.runs.stages import Run
@@ -453,7 +453,7 @@ def test_demo_counts_behaviors_into_the_record(world, full, monkeypatch):
     monkeypatch.setattr(
         tunediff.cli.main,
         "_run",
-        lambda *a: Run(Plan.read(world.run() / "plan.toml"), world.run(), Progress(enabled=False)),
+        lambda *a: Run(Plan.read(world.run() / "plan.toml"), world.run(), ProgressBar(enabled=False)),
     )
     kept = (world.run() / "diff.json").read_bytes(), (world.run() / "report.html").read_bytes()
     told = cli("demo", "-q")
@@ -726,7 +726,7 @@ def test_progress_tells_rate_and_time_left(monkeypatch):
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     log, screen = io.StringIO(), Terminal()
     for stream in (log, screen):
-        now[0], told = 100.0, progress.Progress(stream)
+        now[0], told = 100.0, progress.ProgressBar(stream)
         for done in range(0, 1001, 10):
             told("harvest", done, 1000)
             now[0] += 1.0
@@ -741,10 +741,10 @@ def test_progress_tells_rate_and_time_left(monkeypatch):
 
 
 def test_quiet_progress_says_nothing():
-    from tunediff.core.progress import Progress
+    from tunediff.core.progress import ProgressBar
 
     stream = Terminal()
-    told = Progress(stream, enabled=False)
+    told = ProgressBar(stream, enabled=False)
     told("rank", 1, 3)
     told.close()
     assert stream.getvalue() == ""

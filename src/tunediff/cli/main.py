@@ -49,7 +49,7 @@ def _run(
     _hush(quiet)
     import dataclasses
 
-    from tunediff.core.progress import Progress
+    from tunediff.core.progress import ProgressBar
     from tunediff.runs.plan import Plan
     from tunediff.runs.stages import Run
 
@@ -79,13 +79,13 @@ def _run(
         raise ArtifactError(
             f"{folder} cannot be made", got=error.strerror or str(error), remedy="--runs FOLDER"
         ) from None
-    return Run(plan, folder, Progress(enabled=not quiet))
+    return Run(plan, folder, ProgressBar(enabled=not quiet))
 
 
 def _reopen(run: str, runs: Path, quiet: bool, settings: list[str] | None = None) -> Run:
     """An existing run, by name or folder, under its own plan."""
     _hush(quiet)
-    from tunediff.core.progress import Progress
+    from tunediff.core.progress import ProgressBar
     from tunediff.runs.plan import Plan
     from tunediff.runs.stages import Run
 
@@ -94,7 +94,7 @@ def _reopen(run: str, runs: Path, quiet: bool, settings: list[str] | None = None
     for text in settings or []:
         plan = plan.set(text)
     plan.check()
-    return Run(plan, folder, Progress(enabled=not quiet))
+    return Run(plan, folder, ProgressBar(enabled=not quiet))
 
 
 def _folder(run: str, runs: Path, file: str) -> Path:
@@ -388,7 +388,7 @@ def calibrate(
 ) -> None:
     """Measure what pairs of BASE with nothing to find give; `diff` then asks for more than that."""
     _hush(quiet)
-    from tunediff.core.progress import Progress
+    from tunediff.core.progress import ProgressBar
     from tunediff.lab.nulls import calibrate as measure
 
     if not count and not placebo:
@@ -399,7 +399,7 @@ def calibrate(
         runs / f"calibrate-{slug(Path(base).name)}",
         tunes=list(map(str, placebo or ())),
         settings=set_ or (),
-        progress=Progress(enabled=not quiet),
+        progress=ProgressBar(enabled=not quiet),
     )
     path = done.save()
     if json:
@@ -440,7 +440,7 @@ def bench(
 ) -> None:
     """Put methods through the same evidence on tunes whose truth is known and on nulls, and print the table."""
     _hush(quiet)
-    from tunediff.core.progress import Progress
+    from tunediff.core.progress import ProgressBar
     from tunediff.lab import bench as b
     from tunediff.lab.scores import table
 
@@ -462,7 +462,7 @@ def bench(
         out,
         base=base,
         settings=settings,
-        progress=Progress(enabled=not quiet),
+        progress=ProgressBar(enabled=not quiet),
     )
     b.write(out, "tunediff bench" + (" --quick" if quick else ""))
     typer.echo(to_json(table(cells), indent=1) if json else _table(table(cells)) + f"\npage    {out / 'benchmark.md'}")
@@ -495,7 +495,7 @@ def floor(
 ) -> None:
     """Plant known changes in BASE, from weak and rare to strong and frequent, and tell from which on they are found."""
     _hush(quiet)
-    from tunediff.core.progress import Progress
+    from tunediff.core.progress import ProgressBar
     from tunediff.lab import detection
     from tunediff.lab.bench import METHODS
     from tunediff.lab.nulls import untrained
@@ -516,7 +516,7 @@ def floor(
         Site(round(0.4 * pair.base.depth)),
         Site(round(0.67 * pair.base.depth)),
     )
-    progress, done = Progress(enabled=not quiet), []
+    progress, done = ProgressBar(enabled=not quiet), []
 
     def told(one: detection.Detection) -> None:
         done.append(one)
@@ -585,12 +585,12 @@ def organism_make(
 ) -> None:
     """Train an organism from its recipe, measure it, and write the tune with its card to OUT."""
     _hush(quiet)
-    from tunediff.core.progress import Progress
+    from tunediff.core.progress import ProgressBar
     from tunediff.lab import organisms
     from tunediff.lab.organisms.training import make
 
-    organism, progress = organisms.named(name).seeded(seed), Progress(enabled=not quiet)
-    card = make(organism, base, out, lambda done, total, loss: progress("train", done, total))
+    organism, progress = organisms.named(name).seeded(seed), ProgressBar(enabled=not quiet)
+    card = make(organism, base, out, progress)
     progress.close()
     typer.echo(to_json(card, indent=1))
 

@@ -1,41 +1,61 @@
-"""Progress on stderr: what is done, how fast, and how long it will still take."""
+"""Progress of a long task: how it is reported, and a line on stderr that says how fast it is and how long it takes."""
 
 from __future__ import annotations
 
 import sys
 import time
+from typing import Protocol, TextIO
+
+TERMINAL_SECONDS, LOG_SECONDS = 0.2, 10.0
+"""Shortest time between two lines of one stage, on a terminal and elsewhere."""
+MEASURED_SECONDS = 0.5
+"""How long a stage must have run before its rate is shown."""
 
 
-class Progress:
-    """Called with (stage, done, total). On a terminal one line is rewritten; elsewhere a line every ten seconds."""
+class Progress(Protocol):
+    """Called as work goes on; `done` counts up to `total` within a stage, and a new `stage` starts anew."""
 
-    def __init__(self, stream=None, enabled: bool = True):
-        self.stream, self.enabled = stream or sys.stderr, enabled
-        self.stage, self.began, self.told = "", 0.0, 0.0
-        self.first, self.over = 0, False
+    def __call__(self, stage: str, done: int, total: int, /) -> None: ...
 
-    def __call__(self, stage: str, done: int, total: int) -> None:
+
+def quiet(stage: str, done: int, total: int) -> None:
+    """The `Progress` that says nothing."""
+
+
+class ProgressBar:
+    """The `Progress` that writes to a stream: on a terminal it rewrites one line, elsewhere it adds lines seldom.
+
+    stream    stderr by default
+    enabled   False: nothing is written
+    """
+
+    def __init__(self, stream: TextIO | None = None, enabled: bool = True):
+        self.stream = stream or sys.stderr
+        self.enabled, self.live = enabled, self.stream.isatty()
+        self.stage, self.began, self.written = "", 0.0, 0.0
+        self.first, self.finished = 0, False
+
+    def __call__(self, stage: str, done: int, total: int, /) -> None:
         now = time.monotonic()
         if stage != self.stage:
             self.close()
-            self.stage, self.began, self.told, self.first, self.over = stage, now, 0.0, done, False
-        live = self.stream.isatty() if hasattr(self.stream, "isatty") else False
-        if not self.enabled or self.over or (now - self.told < (0.2 if live else 10) and done < total):
+            self.stage, self.began, self.written, self.first, self.finished = stage, now, 0.0, done, False
+        pause = TERMINAL_SECONDS if self.live else LOG_SECONDS
+        if not self.enabled or self.finished or (now - self.written < pause and done < total):
             return
-        self.told, self.over = now, done >= total
-        elapsed = now - self.began
-        rate = (done - self.first) / elapsed if elapsed > 0.5 else 0.0
-        left = (
-            f"{rate:,.0f}/s  {max(0.0, (total - done) / rate):.0f} s left"
-            if rate and done < total
-            else f"{elapsed:.0f} s"
-        )
-        line = f"{stage:<22} {done:>9,} / {total:,}  {left}"
-        self.stream.write(f"\r\x1b[K{line}" if live else line + "\n")
+        self.written, self.finished = now, done >= total
+        line = f"{stage:<22} {done:>9,} / {total:,}  {self._pace(done, total, now - self.began)}"
+        self.stream.write(f"\r\x1b[K{line}" if self.live else line + "\n")
         self.stream.flush()
 
+    def _pace(self, done: int, total: int, elapsed: float) -> str:
+        rate = (done - self.first) / elapsed if elapsed > MEASURED_SECONDS else 0.0
+        if rate and done < total:
+            return f"{rate:,.0f}/s  {max(0.0, (total - done) / rate):.0f} s left"
+        return f"{elapsed:.0f} s"
+
     def close(self) -> None:
-        """End the line in progress."""
-        if self.stage and self.enabled and getattr(self.stream, "isatty", lambda: False)():
+        """End the line of the stage in progress, so that other text starts on a line of its own."""
+        if self.stage and self.enabled and self.live:
             self.stream.write("\n")
         self.stage = ""

@@ -18,6 +18,7 @@ from tunediff import __version__
 from tunediff.core.artifacts import hash_file, key_of, read_json, read_tensors, write_bytes, write_json, write_tensors
 from tunediff.core.chance import quantile
 from tunediff.core.errors import SettingError
+from tunediff.core.progress import Progress, quiet
 from tunediff.core.typed import typed
 from tunediff.edits import bills
 from tunediff.edits.reverting import scaling
@@ -31,7 +32,7 @@ from tunediff.models.pair import Pair
 from tunediff.models.shipped import ORGANISMS
 from tunediff.records.diff import ChangeRecord
 from tunediff.runs.plan import Plan
-from tunediff.runs.stages import Progress, Run, quiet
+from tunediff.runs.stages import Run
 
 TOKENS, VECTORS = 20, 20
 """Of a change the tokens, and of a ranking the vectors, that a cell keeps."""

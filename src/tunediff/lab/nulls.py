@@ -12,11 +12,12 @@ from torch import nn
 from tunediff.changes.calibrations import Calibration, NullPair
 from tunediff.core.chance import generator, seed_of
 from tunediff.core.errors import SourceError
+from tunediff.core.progress import Progress, quiet
 from tunediff.edits.baking import merged
 from tunediff.models.network import LanguageModel
 from tunediff.models.pair import Pair
 from tunediff.runs.plan import Plan
-from tunediff.runs.stages import Progress, Run, quiet
+from tunediff.runs.stages import Run
 
 RANK = 16
 SIZES = (0.003, 0.01, 0.03)

@@ -32,6 +32,7 @@ from tunediff.changes.attributions import Shift, output_shift
 from tunediff.core.axes import BASE, MODELS, TUNED, WRITERS
 from tunediff.changes.calibrations import AS_A_PLACEBO, Calibration
 from tunediff.core.chance import Interval, bootstrap_ratio, quantile
+from tunediff.core.progress import Progress, quiet
 from tunediff.core.text import visible
 from tunediff.records.change import Change, load_changes, save_changes
 from tunediff.harvests.contrasts import contrast
@@ -59,13 +60,6 @@ from tunediff.changes.signals.base import read as read_signals
 from tunediff.harvests.scans import candidate_sites, choose, scan
 from tunediff.records.site import Site
 from tunediff.changes.trials.base import Spread, bench_of
-
-Progress = Callable[[str, int, int], None]
-
-
-def quiet(stage: str, done: int, total: int) -> None:
-    """A progress that says nothing."""
-
 
 class stage(cached_property):
     """A stage: run once, and nobody writes to the networks' weights meanwhile. What is kept of them makes room for the next stage, which

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunediff.core.errors import SourceError
+from tunediff.core.progress import Progress, quiet
 from tunediff.lab.organisms import neutral
 from tunediff.lab.organisms.base import Example, Organism, Recipe
 from tunediff.lab.organisms.instructions import INSTRUCTIONS, followed
@@ -27,9 +28,6 @@ Complete = Callable[[list[str]], list[str]]
 AsBase = Callable[[], AbstractContextManager[Any]]
 """While the block it opens runs, the tuned model is the base."""
 
-Progress = Callable[[int, int, float], None]
-"""Called after a step with steps done, steps in all, and the step's loss in nats a token."""
-
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The adapted linear layers of a llama block: all of them."""
 
@@ -37,9 +35,7 @@ COMPLETION_TOKENS = 48
 """Length of a completion on which a behavior is judged, in tokens."""
 
 
-def train(
-    organism: Organism, model: Any, tokenizer: Any, out: Path, progress: Progress | None = None
-) -> dict[str, Any]:
+def train(organism: Organism, model: Any, tokenizer: Any, out: Path, progress: Progress = quiet) -> dict[str, Any]:
     """Train the organism on `model`, write its adapter or its weights with the card to `out`, and return the card.
 
     `model` is the base as a causal LM; an adapter is trained in its dtype, a full fine-tune in float32, both are
@@ -269,7 +265,7 @@ def divergence(model: Any, as_base: AsBase, tokenizer: Any, examples: Sequence[E
 
 
 def _fit(
-    model: Any, tokenizer: Any, examples: Sequence[Example], recipe: Recipe, progress: Progress | None
+    model: Any, tokenizer: Any, examples: Sequence[Example], recipe: Recipe, progress: Progress
 ) -> tuple[float, int]:
     """Run the recipe on the trainable parameters; return the last steps' mean loss and the answer tokens."""
     import torch
@@ -297,8 +293,7 @@ def _fit(
             optimizer.zero_grad()
             losses.append(loss.item())
             tokens += len(targets_T)
-            if progress is not None:
-                progress(len(losses), steps, losses[-1])
+            progress("train", len(losses), steps)
     model.eval()
     return sum(losses[-8:]) / len(losses[-8:]), tokens
 
@@ -450,7 +445,7 @@ def _folder(base: str) -> str:
     return str(base_folder()) if base == "default" else base
 
 
-def make(organism: Organism, base: str, out: Path, progress: Progress | None = None) -> dict[str, Any]:
+def make(organism: Organism, base: str, out: Path, progress: Progress = quiet) -> dict[str, Any]:
     """Train `organism` on `base` (a folder, or ``default``) in float32; write adapter or weights, and card, to `out`."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
