@@ -84,7 +84,9 @@ def fit_of(tokens: int, latents: int, width: int, k: int) -> Any:
     import torch
 
     from tunediff import dictionaries
-    from tunediff.dictionaries.fitting import FitSettings, TensorSource, fit
+    from tunediff.dictionaries.fitting import fit
+    from tunediff.dictionaries.schedule import FitSettings
+    from tunediff.dictionaries.sources import TensorSource
 
     rng = torch.Generator().manual_seed(0)
     x_NMD = torch.randn(tokens, 2, width, generator=rng)

@@ -22,7 +22,9 @@ from torch import Tensor
 
 from tunediff.core.axes import BASE, TUNED
 from tunediff.dictionaries.architectures.base import delta_of
-from tunediff.dictionaries.fitting import HELD_OUT, Fitted, fit
+from tunediff.dictionaries.fitted import Fitted
+from tunediff.dictionaries.fitting import fit
+from tunediff.dictionaries.sources import HELD_OUT
 from tunediff.harvests.harvest import STORES, Harvest, harvest
 from tunediff.lab.scores import SAME, matched
 from tunediff.runs.plan import Plan

@@ -31,7 +31,9 @@ import torch
 from torch import Tensor
 
 from tunediff import dictionaries, kernels
-from tunediff.dictionaries.fitting import FitSettings, Plan, State, build, step
+from tunediff.dictionaries.fitted import build
+from tunediff.dictionaries.fitting import step
+from tunediff.dictionaries.schedule import FitSettings, Schedule, State
 from tunediff.kernels import eager
 from tunediff.kernels.cpu import native
 from tunediff.kernels.matmuls import precision
@@ -58,7 +60,7 @@ class Ours:
             ),
         )
         d = build(dictionaries.spec("tuned_sae", latents=F, k=k), sites=1, width=n, seed=0).to(device)
-        self.plan = Plan.of(d.spec, self.settings, B)
+        self.plan = Schedule.of(d.spec, self.settings, B)
         self.state = State.new(d, self.plan)
 
     def step(self, x_NI: Tensor) -> None:

@@ -25,7 +25,7 @@ from tunediff.changes.rankings import Ranking, RankSettings, rank
 from tunediff.changes.trials.base import Bench, Outcome, Spread, VerifySettings, bench_of
 from tunediff.core import variants
 from tunediff.core.axes import BASE, TUNED
-from tunediff.dictionaries.fitting import FitSettings
+from tunediff.dictionaries.schedule import FitSettings
 from tunediff.edits import reverting as edits
 from tunediff.edits.baking import baked_network
 from tunediff.edits.reverting import Edit, EditSettings, Moments, input_moments, random_directions, reverting, scaling

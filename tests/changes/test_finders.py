@@ -16,7 +16,7 @@ from tunediff.changes.finders.base import View
 from tunediff.changes.finders.weight_spectrum import writers
 from tunediff.core import variants
 from tunediff.core.axes import BASE, TUNED
-from tunediff.dictionaries.fitting import FitSettings
+from tunediff.dictionaries.schedule import FitSettings
 from tunediff.harvests.harvest import Harvest, HarvestSettings, harvest
 from tunediff.models.network import LanguageModel
 from tunediff.models.pair import Pair

@@ -19,19 +19,12 @@ from tunediff.core import variants
 from tunediff.core.axes import BASE, TUNED
 from tunediff.core.errors import ArtifactError, SettingError, VariantError
 from tunediff.dictionaries.architectures.base import Pass, delta_of, mean_squared_error
-from tunediff.dictionaries.fitting import (
-    FitSettings,
-    Fitted,
-    Normalization,
-    Plan,
-    State,
-    TensorSource,
-    apart,
-    build,
-    fit,
-    step,
-)
+from tunediff.dictionaries.calibrating import apart
+from tunediff.dictionaries.fitted import Fitted, build
+from tunediff.dictionaries.fitting import fit, step
 from tunediff.dictionaries.latent_scaling import latent_scaling
+from tunediff.dictionaries.schedule import FitSettings, Schedule, State
+from tunediff.dictionaries.sources import Normalization, TensorSource
 from tunediff.kernels import gates
 
 VARIANTS = variants.names(dictionaries.PACKAGE)
@@ -160,7 +153,7 @@ def trained_steps(name, x_NSMD, steps: int = 30, **more):
     """A dictionary trained on the same batch again and again, from the usual start."""
     d = build(small(name, **more), sites=S, width=D, seed=0).to(x_NSMD.dtype)
     settings = FitSettings(steps=steps, batch=len(x_NSMD), learning_rate=3e-3)
-    plan = Plan.of(d.spec, settings, len(x_NSMD))
+    plan = Schedule.of(d.spec, settings, len(x_NSMD))
     state = State.new(d, plan)
     for _ in range(steps):
         step(state, x_NSMD, settings, plan)
@@ -245,6 +238,23 @@ def test_round_trip(name, source, fits, tmp_path):
     for part in ("thresholds", "curve", "sites", "seed", "source"):
         assert getattr(again, part) == getattr(fits[name], part), part
     assert same(again.quality, fits[name].quality)
+
+
+def test_a_manifest_does_not_decide_which_code_runs(fits, tmp_path, monkeypatch):
+    folder, lab = tmp_path / "fit", tmp_path / "lab"
+    lab.mkdir()
+    (lab / "lab_dictionary.py").write_text("from tunediff.dictionaries.architectures.batchtopk import VARIANT as Probe")
+    monkeypatch.syspath_prepend(lab)
+    fits["batchtopk"].save(folder)
+    manifest = folder / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"variant": "batchtopk"', '"variant": "lab_dictionary:Probe"'))
+    for variant in (None, "batchtopk", "lab_dictionary:Other"):
+        with pytest.raises(ArtifactError, match="names code to be imported"):
+            Fitted.load(folder, variant)
+        assert "lab_dictionary" not in sys.modules
+    again = Fitted.load(folder, "lab_dictionary:Probe")
+    assert torch.equal(again.dictionary.encoder_FSMD, fits["batchtopk"].dictionary.encoder_FSMD)
+    del sys.modules["lab_dictionary"]
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -21,7 +21,8 @@ from tunediff.core import artifacts
 from tunediff.core.artifacts import hash_file, open_folder, read_tensors
 from tunediff.core.axes import BASE, TUNED
 from tunediff.core.errors import ArtifactError, CorpusError, NumericsError, SettingError
-from tunediff.dictionaries.fitting import FitSettings, fit
+from tunediff.dictionaries.fitting import fit
+from tunediff.dictionaries.schedule import FitSettings
 from tunediff.harvests import harvest as harvests
 from tunediff.harvests.harvest import SCHEMA, Harvest, HarvestSettings, harvest, noise_floor, repeated
 from tunediff.models.network import LanguageModel

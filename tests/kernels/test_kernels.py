@@ -15,7 +15,10 @@ import torch
 from tunediff import dictionaries, kernels
 from tunediff.core import artifacts
 from tunediff.core.errors import NumericsError, SettingError
-from tunediff.dictionaries.fitting import SCHEMA, FitSettings, Plan, State, TensorSource, build, fit, step
+from tunediff.dictionaries.fitted import SCHEMA, build
+from tunediff.dictionaries.fitting import fit, step
+from tunediff.dictionaries.schedule import FitSettings, Schedule, State
+from tunediff.dictionaries.sources import TensorSource
 from tunediff.kernels import eager, paths
 from tunediff.kernels.cpu import native
 from tunediff.kernels.dense import DenseCode
@@ -516,7 +519,7 @@ def test_a_fit_says_how_it_was_computed(tmp_path):
 def test_clipping_is_torchs():
     """The fused step divides by the norm; the same as clipping before it."""
     d, x, settings = dictionary("batchtopk"), 30 * tokens(), FitSettings(steps=3, batch=200, clip=0.01, aux_weight=0)
-    plan, other = Plan.of(d.spec, settings, 200), copy.deepcopy(d)
+    plan, other = Schedule.of(d.spec, settings, 200), copy.deepcopy(d)
     state, optimizer = State.new(d, plan), torch.optim.Adam(other.parameters(), lr=1.0)
     for at in range(3):
         step(state, x, settings, plan)
@@ -994,14 +997,15 @@ def test_a_step_is_far_cheaper_than_the_dense_one():
     settings = FitSettings(steps=100, batch=512)
     x = torch.randn(512, 1, 2, 128, generator=torch.Generator().manual_seed(0))
     states = {
-        p: State.new(build(spec, sites=1, width=128, seed=0), Plan.of(spec, settings, 512)) for p in ("native", "dense")
+        p: State.new(build(spec, sites=1, width=128, seed=0), Schedule.of(spec, settings, 512))
+        for p in ("native", "dense")
     }
     seconds = {path: [] for path in states}
     for _ in range(6):
         for path, state in states.items():
             with kernels.using(path), kernels.kept_memory():
                 began = time.perf_counter()
-                step(state, x, settings, Plan.of(spec, settings, 512))
+                step(state, x, settings, Schedule.of(spec, settings, 512))
                 seconds[path].append(time.perf_counter() - began)
     assert min(seconds["native"]) < 0.75 * min(seconds["dense"])
 

@@ -19,7 +19,10 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 pytest.importorskip("triton", reason="triton is not installed; it is for Linux only")
 
 from tunediff import dictionaries, kernels
-from tunediff.dictionaries.fitting import FitSettings, Plan, State, TensorSource, build, fit, step
+from tunediff.dictionaries.fitted import build
+from tunediff.dictionaries.fitting import fit, step
+from tunediff.dictionaries.schedule import FitSettings, Schedule, State
+from tunediff.dictionaries.sources import TensorSource
 from tunediff.kernels import eager, gates, paths
 from tunediff.kernels.dense import DenseCode
 from tunediff.kernels.gpu import triton as gpu
@@ -245,7 +248,7 @@ class NoWait(TorchDispatchMode):
 
 
 SETTINGS = FitSettings(steps=20, batch=BATCH, dead_window=0.05, aux_k=4, log_every=1000, anneal_from=1.5, anneal=0.5)
-PLAN = Plan.of(dictionaries.spec("batchtopk"), SETTINGS, 1000)
+PLAN = Schedule.of(dictionaries.spec("batchtopk"), SETTINGS, 1000)
 
 
 def trained(name: str, steps: int) -> State:

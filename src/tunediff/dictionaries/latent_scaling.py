@@ -15,7 +15,8 @@ from tunediff import kernels
 from tunediff.core.axes import BASE, MODELS, TUNED
 from tunediff.core.chance import Interval, numpy_generator
 from tunediff.core.errors import NumericsError
-from tunediff.dictionaries.fitting import CHUNK, HELD_OUT, Fitted, Source
+from tunediff.dictionaries.fitted import Fitted
+from tunediff.dictionaries.sources import CHUNK, HELD_OUT, Source
 from tunediff.kernels.kept import Pairs
 
 Kind = Literal["tuned-specific", "base-specific", "not specific", "too rare"]

@@ -18,7 +18,7 @@ from tunediff.changes.finders.base import View
 from tunediff.core import variants
 from tunediff.core.chance import generator
 from tunediff.core.errors import SettingError
-from tunediff.dictionaries.fitting import HELD_OUT, TensorSource
+from tunediff.dictionaries.sources import HELD_OUT, TensorSource
 from tunediff.models.network import LanguageModel, Start
 from tunediff.records.change import Change
 from tunediff.records.site import Site

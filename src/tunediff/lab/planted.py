@@ -20,8 +20,11 @@ from tunediff.core.axes import BASE, TUNED
 from tunediff.core.chance import generator
 from tunediff.core.errors import SettingError
 from tunediff.dictionaries.architectures.base import Spec
-from tunediff.dictionaries.fitting import FitSettings, Fitted, TensorSource, fit
+from tunediff.dictionaries.fitted import Fitted
+from tunediff.dictionaries.fitting import fit
 from tunediff.dictionaries.latent_scaling import LatentScale, latent_scaling
+from tunediff.dictionaries.schedule import FitSettings
+from tunediff.dictionaries.sources import TensorSource
 
 Kind = Literal["shared", "base", "tuned", "amplified", "rotated", "moved"]
 

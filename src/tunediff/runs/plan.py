@@ -14,7 +14,7 @@ from tunediff.dictionaries.architectures.base import Spec
 from tunediff.edits.reverting import EditSettings
 from tunediff.core.errors import SettingError, within
 from tunediff.core.typed import SETTING, read_toml, record, to_toml, typed, unknown
-from tunediff.dictionaries.fitting import FitSettings
+from tunediff.dictionaries.schedule import FitSettings
 from tunediff.harvests.harvest import HarvestSettings
 from tunediff.changes.rankings import RankSettings
 from tunediff.harvests.scans import ScanSettings

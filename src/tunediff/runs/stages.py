@@ -43,7 +43,7 @@ from tunediff.core.errors import SettingError
 from tunediff.core.typed import typed
 from tunediff.changes.examples import caused_tokens, contexts, kind_rates, lens_tokens
 from tunediff.changes.finders.base import View
-from tunediff.dictionaries.fitting import Fitted
+from tunediff.dictionaries.fitted import Fitted
 from tunediff.harvests.harvest import Harvest, harvest
 from tunediff.dictionaries.latent_scaling import latent_scaling
 from tunediff.harvests.lenses import Lens, fit_lens
@@ -291,7 +291,7 @@ class Run:
                 finish(folder, "tunediff.find/1", {"changes": len(result.changes)}, files)
             mine = load_changes(folder)
             if is_finished(fit_folder):
-                fits[name] = Fitted.load(fit_folder)
+                fits[name] = Fitted.load(fit_folder, plan.spec.variant)
             changes += mine
             self._done("find", key, began, f"{name}: {len(mine)} candidates")
         return changes, fits

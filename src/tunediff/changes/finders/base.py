@@ -10,7 +10,8 @@ from typing import ClassVar
 
 from tunediff.changes.attributions import Shift
 from tunediff.dictionaries.architectures.base import Spec
-from tunediff.dictionaries.fitting import FitSettings, Fitted
+from tunediff.dictionaries.fitted import Fitted
+from tunediff.dictionaries.schedule import FitSettings
 from tunediff.harvests.harvest import Harvest
 from tunediff.models.pair import Pair
 from tunediff.records.change import Change

@@ -13,12 +13,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from tunediff import kernels
-from tunediff.core.axes import BASE, TUNED, check
+from tunediff.core.axes import BASE, MODELS, TUNED, check
 from tunediff.core.chance import generator
 from tunediff.core.errors import SettingError
 from tunediff.kernels import gates
-
-MODELS = 2
 
 ALIKE, DRAWS = 0.7, 4
 """Cosine above which two differences are one, and how many tokens are drawn for each latent that starts as a difference."""
@@ -118,7 +116,7 @@ class Dictionary(nn.Module, abc.ABC):
     site and model.
 
     Shapes: encoder_FSMD, decoder_FSMD (never normalized: their lengths are the read-out), encoder_bias_F,
-    decoder_bias_SMD. Input is normalized (`tunediff.dictionaries.fitting.Normalization`), M = 2 with base first. Where the
+    decoder_bias_SMD. Input is normalized (`tunediff.dictionaries.sources.Normalization`), M = 2 with base first. Where the
     target is one stream, M is 1 in all four, and `read_FSMD`, `write_FSMD` and `bias_SMD` say what they are to
     both models' streams: whoever comes after training reads those.
     Pre-activations are the mean over models (the sum over sites) of the rows' products; Minder et al. 2025
@@ -136,7 +134,7 @@ class Dictionary(nn.Module, abc.ABC):
         draw = torch.randn(F, sites, 1, width, generator=generator(seed, "dictionary"))
         draw = draw / draw.flatten(1).norm(dim=1)[:, None, None, None] * spec.init_norm
         # One draw copied to both models and to both ends: independent draws fake an asymmetry.
-        M = MODELS if spec.target == "both" else 1
+        M = len(MODELS) if spec.target == "both" else 1
         both = draw.expand(F, sites, M, width)
         self.encoder_FSMD = nn.Parameter(both.clone())
         self.decoder_FSMD = nn.Parameter(both.clone())
@@ -281,7 +279,7 @@ class Dictionary(nn.Module, abc.ABC):
     @final
     def forward(self, x_NSMD: Tensor, *, progress: float = 1.0, k_factor: float = 1.0) -> Pass:
         """Encode, gate as in training (every group's k times `k_factor`), decode."""
-        x_NSMD = self.view(check(x_NSMD, "NSMD", S=self.sites, M=MODELS, D=self.width))
+        x_NSMD = self.view(check(x_NSMD, "NSMD", S=self.sites, M=len(MODELS), D=self.width))
         groups = self.groups()
         gated = any(group.k is not None for group in groups)
         gate = gate_of(groups, self.scales_F(), len(x_NSMD), k_factor) if gated else None
@@ -296,7 +294,7 @@ class Dictionary(nn.Module, abc.ABC):
     def decode(self, f_NF: Tensor) -> Tensor:
         """xhat_NSMD of dense codes, decoder bias included, normalized units, both models."""
         flat = f_NF @ self.write_FSMD().flatten(1) + self.bias_SMD().flatten()
-        return flat.view(-1, self.sites, MODELS, self.width)
+        return flat.view(-1, self.sites, len(MODELS), self.width)
 
     @final
     def auxiliary(self, run: Pass, dead_F: Tensor, k: int) -> Tensor:

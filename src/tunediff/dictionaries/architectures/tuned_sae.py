@@ -31,7 +31,7 @@ class TunedSAE(base.Dictionary):
 
     As a change, a latent reads tuned alone and writes d into tuned and beta * d into base, with beta its Latent
     Scaling in base, found for all latents at once by least squares after training
-    (`tunediff.dictionaries.fitting.base_writes`). With 0 instead every feature that both models have would claim to be new,
+    (`tunediff.dictionaries.calibrating.base_writes`). With 0 instead every feature that both models have would claim to be new,
     and taking it out would take it out of tuned altogether. Base's explained variance is then what tuned's codes
     say of base, and the difference's what those betas leave of it. It is blind to what tuning removed, and a
     feature that was turned reads as weaker.
