@@ -19,16 +19,17 @@ if TYPE_CHECKING:
     import torch
 
 MANIFEST = "manifest.json"
-
-
+"""The file whose presence says that a folder is finished; it is written last."""
 LATER = {"later": True}
-"""Metadata of a dataclass's field that came after others had been keyed: at its default it is in no key, so that what was made before it
-is still found."""
+"""Metadata of a dataclass field that was added after keys existed: at its default it stays out of the key, so that
+artifacts made before the field existed are still found."""
 
 
 def plain(value: Any, key: bool = False) -> Any:
-    """`value` as JSON can hold it: dataclasses become objects, tuples lists, paths strings, non-finite floats null. For a `key`
-    without fields that came `LATER` and are at their default."""
+    """`value` as JSON can hold it: dataclasses become objects, tuples lists, paths strings, non-finite floats null.
+
+    With `key`, fields marked `LATER` that hold their default are left out.
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = (
             f
@@ -52,17 +53,17 @@ def plain(value: Any, key: bool = False) -> Any:
 
 
 def to_json(value: Any, *, indent: int | None = None) -> str:
-    """Canonical JSON: sorted keys, no NaN, UTF-8; the same value gives the same bytes."""
+    """Canonical JSON with sorted keys and without NaN: equal values give equal bytes."""
     return json.dumps(plain(value), sort_keys=True, ensure_ascii=False, allow_nan=False, indent=indent)
 
 
 def key_of(*parts: Any) -> str:
-    """A 16-digit content key of `parts`."""
+    """The content key of `parts`: the first 16 hex digits of the SHA-256 of their canonical JSON."""
     return hashlib.sha256(to_json(plain(list(parts), key=True)).encode()).hexdigest()[:16]
 
 
 def hash_file(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hex."""
+    """The SHA-256 of a file's bytes, in hex."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(1 << 22):
@@ -71,9 +72,9 @@ def hash_file(path: Path) -> str:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write all of `data` or nothing: into a neighbor first, flushed to disk, then renamed over `path`.
+    """Write `data` atomically: to a temporary file in the same folder, flushed to disk, then renamed to `path`.
 
-    Raises `ArtifactError` when the disk is full or the folder may not be written; `path` is then as it was.
+    Raises `ArtifactError` when the disk is full or the folder is not writable; `path` is then unchanged.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -85,7 +86,7 @@ def write_bytes(path: Path, data: bytes) -> None:
         os.replace(partial, path)
     except OSError as error:
         with contextlib.suppress(OSError):
-            partial.unlink()  # what was half written would keep a full disk full
+            partial.unlink()  # a half-written file would keep a full disk full
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         raise ArtifactError(
             f"{path} could not be written",
@@ -96,12 +97,12 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as canonical, indented JSON, all or nothing."""
+    """Write `value` atomically as canonical, indented JSON."""
     write_bytes(path, (to_json(value, indent=1) + "\n").encode())
 
 
 def read_json(path: Path) -> Any:
-    """Read JSON, or say which file is missing or damaged."""
+    """Read a JSON file; raises `ArtifactError` if it is missing or damaged."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -113,7 +114,7 @@ def read_json(path: Path) -> Any:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write tensors as safetensors, all or nothing."""
+    """Write tensors atomically as a safetensors file."""
     from safetensors.torch import save
 
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -121,7 +122,7 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Read safetensors (memory-mapped), or say which file is missing or damaged."""
+    """Read a safetensors file (memory-mapped); raises `ArtifactError` if it is missing or damaged."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -136,19 +137,23 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether `folder` holds a manifest, which is the last thing any stage writes."""
+    """Whether `folder` holds a manifest, which every stage writes last."""
     return (folder / MANIFEST).is_file()
 
 
 def finish(folder: Path, schema: str, body: Mapping[str, Any], files: list[str]) -> dict[str, Any]:
-    """Write the manifest of a finished folder: its schema, `body`, and the hash of every named file. Returns it."""
+    """Write and return the manifest of a finished folder: its schema, `body`, and the hash of every named file."""
     manifest = {"schema": schema, **plain(body), "files": {name: hash_file(folder / name) for name in sorted(files)}}
     write_json(folder / MANIFEST, manifest)
     return manifest
 
 
 def open_folder(folder: Path, schema: str, *, verify: bool = False) -> dict[str, Any]:
-    """The manifest of a finished folder of this schema; refuses unfinished, foreign or (with `verify`) changed ones."""
+    """Return the manifest of a finished folder of this schema.
+
+    Raises `ArtifactError` if the folder is unfinished, of another schema, lacks a file or, with `verify`, holds a
+    changed one.
+    """
     if not is_finished(folder):
         raise ArtifactError(
             f"{folder} is not a finished {schema} folder",
@@ -156,7 +161,7 @@ def open_folder(folder: Path, schema: str, *, verify: bool = False) -> dict[str,
             got="no manifest",
             remedy="run the stage again; it resumes",
         )
-    manifest = read_json(folder / MANIFEST)
+    manifest: dict[str, Any] = read_json(folder / MANIFEST)
     if manifest.get("schema") != schema:
         raise ArtifactError(f"{folder} is of another kind", expected=schema, got=str(manifest.get("schema")))
     for name, digest in manifest["files"].items():

@@ -1,10 +1,10 @@
-"""The one tree of errors; each says what is wrong, what was expected, what it got and what to try."""
+"""The one tree of errors. Each says what is wrong, what was expected, what it got and what to try."""
 
 from __future__ import annotations
 
 
 class TunediffError(Exception):
-    """An error a user can act on, told in up to four lines.
+    """An error that a user can act on, in up to four lines.
 
     ``what`` names the thing and its fault; ``expected``, ``got`` and ``remedy`` are optional sentences.
     """
@@ -14,7 +14,7 @@ class TunediffError(Exception):
         super().__init__(self.__str__())
 
     def lines(self) -> list[str]:
-        """The four lines, those that are empty left out."""
+        """The lines of the message, without empty ones."""
         told = [self.what]
         for label, text in (("expected", self.expected), ("got", self.got), ("try", self.remedy)):
             if text:
@@ -30,9 +30,9 @@ class SettingError(TunediffError):
 
 
 def within(part: str, settings: object, **bounds: float | tuple[float, float]) -> None:
-    """Raise `SettingError` for the first field of `settings` out of its bounds: a least value, or least and most.
+    """Raise `SettingError` for the first field of `settings` that is out of bounds.
 
-    Both ends are included; NaN is outside.
+    A bound is the smallest value allowed, or the smallest and the largest; both are included. NaN is out of bounds.
     """
     for name, bound in bounds.items():
         low, high = bound if isinstance(bound, tuple) else (bound, float("inf"))
