@@ -17,8 +17,6 @@ import torch
 from tunediff.core import artifacts, axes, chance, errors, variants
 from tunediff.core.artifacts import finish, key_of, open_folder, plain, read_json, read_tensors, to_json, write_bytes
 from tunediff.core.errors import ArtifactError, NumericsError, SettingError, TunediffError, VariantError
-from tunediff.records.change import Change, load_changes, save_changes
-from tunediff.records.site import Site
 
 # Errors and axes
 
@@ -244,84 +242,6 @@ def test_an_import_path_that_leads_nowhere_is_told(name):
     with pytest.raises(VariantError, match="cannot be imported") as caught:
         variants.load("tunediff.models.families", name)
     assert caught.value.expected == "module:attribute" and caught.value.got
-
-
-# Sites
-
-
-def test_sites_parse_and_print():
-    for text in ("resid.0", "attn.7", "mlp.31"):
-        assert str(Site.parse(text)) == text
-    assert Site.parse(" resid.15 ") == Site(15)
-    assert sorted([Site(2), Site(1, "mlp"), Site(1)]) == [Site(1, "mlp"), Site(1), Site(2)]
-
-
-@pytest.mark.parametrize("text", ["", "15", "resid", "resid.", "resid.-1", "resid.1.2", "head.3", "RESID.1", "resid.x"])
-def test_what_is_not_a_site_is_refused(text):
-    with pytest.raises(SettingError, match="is not a site") as caught:
-        Site.parse(text)
-    assert "resid, attn, mlp" in caught.value.expected and caught.value.remedy
-
-
-# Changes
-
-
-def change(threshold: float = 0.5, seed: int = 0, id: str = "crosscode/3") -> Change:
-    rng = torch.Generator().manual_seed(seed)
-    return Change(
-        id,
-        (Site(1), Site(2, "mlp")),
-        torch.randn(2, 2, 5, generator=rng),
-        torch.randn(2, 2, 5, generator=rng),
-        0.25,
-        threshold,
-        "crosscode",
-        {"latent": 3, "share": 0.1},
-    )
-
-
-def test_changes_round_trip(tmp_path):
-    ours = [change(), change(-math.inf, 1, "mean_difference/0")]
-    names = save_changes(tmp_path, ours)
-    assert sorted(names) == sorted(p.name for p in tmp_path.iterdir())
-    for mine, back in zip(ours, load_changes(tmp_path), strict=True):
-        assert torch.equal(mine.rows_SMD, back.rows_SMD) and torch.equal(mine.write_SMD, back.write_SMD)
-        for name in ("id", "sites", "bias", "threshold", "finder", "origin"):
-            assert getattr(mine, name) == getattr(back, name)
-        streams = torch.randn(9, 2, 2, 5)
-        assert torch.equal(mine.strength(streams), back.strength(streams))
-
-
-def test_changes_of_another_schema_are_refused(tmp_path):
-    save_changes(tmp_path, [change()])
-    artifacts.write_json(tmp_path / "changes.json", {"schema": "other/1", "changes": []})
-    with pytest.raises(ArtifactError, match="holds no changes") as caught:
-        load_changes(tmp_path)
-    assert caught.value.got == "other/1"
-
-
-def test_strength_is_a_thresholded_linear_readout():
-    streams = torch.randn(50, 2, 2, 5, generator=torch.Generator().manual_seed(9))
-    linear = change(-math.inf)
-    g = (streams * linear.rows_SMD).sum((1, 2, 3)) + 0.25
-    torch.testing.assert_close(linear.strength(streams), g)
-    assert (linear.strength(streams) < 0).any()
-    f = change(0.5).strength(streams)
-    torch.testing.assert_close(f, torch.where(g > 0.5, g, 0.0))
-    assert (f == 0).any() and (f > 0.5).any()
-
-
-def test_mirrored_swaps_the_models():
-    ours = change()
-    mirrored = ours.mirrored()
-    streams = torch.randn(20, 2, 2, 5, generator=torch.Generator().manual_seed(4))
-    torch.testing.assert_close(mirrored.strength(streams.flip(2)), ours.strength(streams))
-    assert torch.equal(mirrored.difference_SD, -ours.difference_SD)
-    assert mirrored.share == pytest.approx(1 - ours.share)
-    twice = mirrored.mirrored()
-    assert torch.equal(twice.rows_SMD, ours.rows_SMD) and torch.equal(twice.write_SMD, ours.write_SMD)
-    empty = dataclasses.replace(ours, write_SMD=torch.zeros(2, 2, 5))
-    assert empty.share == 0.5
 
 
 def test_a_proportion_keeps_a_width_where_none_or_all_succeed():

@@ -1,4 +1,4 @@
-"""Changes, the waist: one claimed difference between two models, whoever found it."""
+"""Changes: one claim of what a direction is read from and writes, in one model or across several, whoever found it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunediff.core.artifacts import read_json, read_tensors, write_json, write_tensors
-from tunediff.core.axes import BASE, TUNED
-from tunediff.core.errors import ArtifactError
+from tunediff.core.errors import ArtifactError, NumericsError
 from tunediff.records.site import Site
 
 if TYPE_CHECKING:
@@ -20,20 +19,23 @@ SCHEMA = "tunediff.changes/1"
 
 @dataclass(frozen=True, eq=False)
 class Change:
-    """One claimed difference: where it is read, how strongly it is on at a token, and what it writes in each model.
+    """One claim about M models: where it is read, how strongly it is on at a token, and what it writes in each model.
 
-    Everything is in the streams' own units (no normalization left to undo). With x_SMD the streams of both models
-    at the change's sites at one token, g = sum(rows_SMD * x_SMD) + bias; the change's strength is f = g if
-    g > threshold, else 0. In model m at site s it accounts for f * write_SMD[s, m] of the stream; the difference
-    it claims is f * (write[:, tuned] - write[:, base]).
+    M = 1 is a concept in one model, M = 2 a change from base (0) to tuned (1), M > 2 a series of checkpoints in order.
 
-    id          unique in a run, e.g. ``crosscode/512``; also a file-safe name
+    Everything is in the units of the residual streams. With x_SMD the streams of all models at the change's sites at
+    one token, g = sum(rows_SMD * x_SMD) + bias. The strength is f = g where g > threshold, and 0 elsewhere. In model m
+    at site s the change accounts for f * write_SMD[s, m] of the stream.
+
+    id          unique in a run, such as ``crosscode/512``; also safe as a file name
     sites       S sites, lowest first
-    rows_SMD    readout rows; zeros with bias 1 make a constant offset
-    write_SMD   what the change writes in base and in tuned
-    bias, threshold   scalars; threshold -inf makes the readout linear and signed
-    finder      which finder made it
-    origin      what the finder says of it, plain JSON (latent number, group, held-out firing count ...)
+    rows_SMD    read-out directions; zeros with bias 1 make a constant offset
+    write_SMD   what one unit of strength writes in each model
+    bias, threshold   scalars; with threshold -inf the read-out is linear and signed
+    finder      name of the finder that made it
+    origin      what the finder says of it, as plain JSON (number of the latent, held-out firings, ...)
+
+    Raises `NumericsError` unless both tensors are (S, M, D) with M and D at least 1.
     """
 
     id: str
@@ -45,32 +47,65 @@ class Change:
     finder: str
     origin: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        rows, write = tuple(self.rows_SMD.shape), tuple(self.write_SMD.shape)
+        if rows != write or len(rows) != 3 or rows[0] != len(self.sites) or 0 in rows[1:]:
+            raise NumericsError(
+                f"the directions of change {self.id!r} do not fit its sites",
+                expected=f"rows and write of one shape (S={len(self.sites)}, M>=1, D>=1)",
+                got=f"rows {rows}, write {write}",
+                remedy="one read-out and one write direction for each site and model",
+            )
+
+    @property
+    def models(self) -> int:
+        """Number M of models that the change speaks of."""
+        return self.rows_SMD.shape[1]
+
     @property
     def difference_SD(self) -> Tensor:
-        """What one unit of strength adds to tuned beyond base, at each site."""
-        return self.write_SMD[:, TUNED] - self.write_SMD[:, BASE]
+        """What one unit of strength adds to the last model beyond the first; with one model, what it writes there."""
+        if self.models == 1:
+            return self.write_SMD[:, 0]
+        return self.write_SMD[:, -1] - self.write_SMD[:, 0]
 
     @property
     def share(self) -> float:
-        """|write tuned| / (|write base| + |write tuned|): 0 base only, 1/2 both, 1 tuned only (Lindsey et al. 2024)."""
-        base, tuned = (float(self.write_SMD[:, m].norm()) for m in (BASE, TUNED))
-        return tuned / (base + tuned) if base + tuned else 0.5
+        """|write last| / (|write first| + |write last|): 0 first model only, 1/2 both, 1 last only.
+
+        The first model is base and the last is tuned in a pair (Lindsey et al. 2024). NaN with one model, where nothing
+        is compared.
+        """
+        if self.models == 1:
+            return float("nan")
+        first, last = (float(self.write_SMD[:, m].norm()) for m in (0, -1))
+        return last / (first + last) if first + last else 0.5
 
     def strength(self, streams_NSMD: Tensor) -> Tensor:
-        """f_N for streams (N, S, M, D) at this change's sites, in this order; float32."""
+        """Strength (N,), float32, for streams (N, S, M, D) at this change's sites and models, in this order.
+
+        Raises `NumericsError` for streams of other sites, models or width.
+        """
         import torch
 
+        if streams_NSMD.shape[1:] != self.rows_SMD.shape:
+            raise NumericsError(
+                f"these streams are not those that change {self.id!r} is read from",
+                expected=f"(N, S, M, D) = (N, {', '.join(map(str, self.rows_SMD.shape))})",
+                got=str(tuple(streams_NSMD.shape)),
+                remedy="streams of as many models, at " + ", ".join(map(str, self.sites)),
+            )
         x = streams_NSMD.float()
         g = x.flatten(1) @ self.rows_SMD.flatten().to(x) + self.bias
         return torch.where(g > self.threshold, g, torch.zeros_like(g))
 
     def mirrored(self) -> Change:
-        """The same change with base and tuned swapped."""
+        """The same change with the order of the models reversed; with two, base and tuned swapped."""
         return replace(self, rows_SMD=self.rows_SMD.flip(1), write_SMD=self.write_SMD.flip(1))
 
 
 def save_changes(folder: Path, changes: Sequence[Change]) -> list[str]:
-    """Write changes as ``changes.safetensors`` and ``changes.json``; returns the file names, for a manifest."""
+    """Write changes as ``changes.safetensors`` and ``changes.json``; return the file names, for a manifest."""
     tensors = {}
     for number, change in enumerate(changes):
         tensors[f"{number}.rows"] = change.rows_SMD.float()
@@ -93,7 +128,7 @@ def save_changes(folder: Path, changes: Sequence[Change]) -> list[str]:
 
 
 def load_changes(folder: Path) -> list[Change]:
-    """Read what `save_changes` wrote."""
+    """Read what `save_changes` wrote; raises `ArtifactError` where `folder` holds no changes."""
     table = read_json(folder / "changes.json")
     if table.get("schema") != SCHEMA:
         raise ArtifactError(f"{folder} holds no changes", expected=SCHEMA, got=str(table.get("schema")))
