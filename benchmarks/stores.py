@@ -25,7 +25,8 @@ from tunediff.dictionaries.architectures.base import delta_of
 from tunediff.dictionaries.fitted import Fitted
 from tunediff.dictionaries.fitting import fit
 from tunediff.dictionaries.sources import HELD_OUT
-from tunediff.harvests.harvest import STORES, Harvest, harvest
+from tunediff.harvests.harvest import Harvest, harvest
+from tunediff.harvests.stores import STORES
 from tunediff.lab.scores import SAME, matched
 from tunediff.runs.plan import Plan
 from tunediff.runs.stages import Run

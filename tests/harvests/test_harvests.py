@@ -24,6 +24,7 @@ from tunediff.core.errors import ArtifactError, CorpusError, NumericsError, Sett
 from tunediff.dictionaries.fitting import fit
 from tunediff.dictionaries.schedule import FitSettings
 from tunediff.harvests import harvest as harvests
+from tunediff.harvests import stores
 from tunediff.harvests.harvest import SCHEMA, Harvest, HarvestSettings, harvest, noise_floor, repeated
 from tunediff.models.network import LanguageModel
 from tunediff.models.pair import Pair
@@ -460,7 +461,7 @@ NONE = HarvestSettings(store="none", batch_tokens=128, shard_tokens=256)
 @pytest.fixture(autouse=True)
 def two_shards(pair, monkeypatch) -> None:
     """As much memory as two shards take."""
-    monkeypatch.setattr(harvests, "HELD", 2 * 256 * len(SITES) * 2 * pair.base.width * 4)
+    monkeypatch.setattr(stores, "HELD_BYTES", 2 * 256 * len(SITES) * 2 * pair.base.width * 4)
 
 
 @pytest.fixture
@@ -491,7 +492,7 @@ def test_streams_that_are_run_again_are_those_that_a_disk_keeps(pair, tokens, ex
 
 def test_what_is_in_memory_is_not_run_again_and_an_epoch_runs_all_once(pair, tokens, tmp_path, runs, monkeypatch):
     with monkeypatch.context() as more:
-        more.setattr(harvests, "HELD", 1 << 30)
+        more.setattr(stores, "HELD_BYTES", 1 << 30)
         all_held = harvest(pair, tokens, SITES, tmp_path / "all", NONE)
     first = sum(runs)
     for _, _ in all_held.chunks("train", 37):

@@ -1,14 +1,11 @@
-"""Harvests: both models' streams on exactly the same tokens, on disk as base and delta or run again when they are read, resumable,
-read in any order."""
+"""Harvests: both models' streams on the same tokens, stored or computed again when read, resumable, read in any order."""
 
 from __future__ import annotations
 
-import math
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -27,27 +24,19 @@ from tunediff.core.artifacts import (
 from tunediff.core.axes import BASE, MODELS, TUNED
 from tunediff.core.chance import generator
 from tunediff.core.errors import ArtifactError, CorpusError, NumericsError, SettingError
+from tunediff.harvests import stores
+from tunediff.harvests.stores import STORES, STREAMS, Again, in_range, stored, to_store
 from tunediff.models.network import LanguageModel
 from tunediff.models.pair import Pair
 from tunediff.records.site import Site
 
 if TYPE_CHECKING:
-    from tunediff.texts.tokens import Tokens
+    from tunediff.texts.tokens import Batch, Tokens
 
 SCHEMA = "tunediff.harvest/1"
+"""Schema of a harvest's manifest."""
 WORK = "work.json"
-STORES = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "int8": torch.int8,
-    "none": torch.float32,
-}
-STREAMS = ("base", "delta")
-HELD = 2 << 30
-"""Bytes of streams that are in memory at once, about, where none are on disk."""
-SHARED = 32
-"""Neighboring values that share one scale in int8 (fewer, where a width is no multiple of it)."""
+"""File that holds the key of an unfinished harvest."""
 
 
 @dataclass(frozen=True)
@@ -55,16 +44,16 @@ class HarvestSettings:
     """How streams are taken and stored."""
 
     store: str = "float16"
-    """Format of base and of delta on disk: float32 keeps delta exactly, float16 to 0.02 %, bfloat16 to 0.16 %, int8 (with a
-    scale for every 32 values) to about 1 %. none keeps no streams: both models run again on the text that is read, each time it is
-    no longer held in memory."""
+    """Number format of base and delta on disk. float32 stores delta exactly, float16 to 0.02 %, bfloat16 to 0.16 %, int8
+    (one scale for 32 values) to about 1 %. none stores no streams: both models run again on what is read and no longer
+    in memory."""
     abnormal: float = 6.0
-    """Tokens whose stream norm exceeds this multiple of the median (attention sinks) are set apart and counted: lower
-    drops ordinary tokens, higher lets a handful own the loss."""
+    """Tokens whose stream norm exceeds this multiple of the median are outliers (attention sinks): counted, and in neither
+    split. Lower drops ordinary tokens; higher lets a few tokens dominate the loss."""
     batch_tokens: int = 2048
-    """Tokens a forward; changes speed and the last bits of the streams, so it is part of the key."""
+    """Tokens a forward pass; changes speed and the last bits of the streams, so it is part of the key."""
     shard_tokens: int = 8192
-    """Tokens a shard file, at least; a killed run loses at most one shard."""
+    """Fewest tokens a shard file; a killed run loses at most one shard."""
 
     def __post_init__(self) -> None:
         if self.store not in STORES:
@@ -78,18 +67,20 @@ class HarvestSettings:
 def noise_floor(
     model: LanguageModel, ids_BT: Tensor, mask_BT: Tensor, sites: Sequence[Site], together: Tensor | None = None
 ) -> Tensor:
-    """Mean squared length (S,) of the difference between two runs of one model that only differ in batch shape: all rows
-    `together` (B, T, S, D), if that run has been made already, and each alone."""
+    """Return the mean squared length (S,) of the difference between two runs of one model that differ in batch shape alone.
+
+    One run takes all rows at once, or is given as `together` (B, T, S, D); the other takes each row alone.
+    """
     together = model.streams(ids_BT, sites).float() if together is None else together
     alone = torch.cat([model.streams(ids_BT[i : i + 1], sites).float() for i in range(len(ids_BT))])
     return ((together - alone).pow(2).sum(-1))[mask_BT].mean(0)
 
 
 def repeated(tokens: Tokens) -> list[int]:
-    """For each row, how many of its leading tokens begin another row too, so that their streams are the same.
+    """Return for each row how many of its leading tokens start an earlier row too, so that their streams are the same.
 
-    Of such rows one counts as the first: training rows before held-out ones, so that nothing held out has been seen,
-    and by document id, so that the order of rows plays no part.
+    Training rows come before held-out ones, so that no held-out token repeats a training one; then rows come in order
+    of document id, so that the order of rows plays no part.
     """
     order = sorted(
         range(len(tokens.rows)),
@@ -110,38 +101,26 @@ def repeated(tokens: Tokens) -> list[int]:
     return out
 
 
-class Again(Sequence):
-    """Shards whose streams are not on disk. One that is read is run again; the `held` that were read last stay."""
-
-    def __init__(self, run: Callable[[int], Mapping[str, Tensor]], count: int, held: int):
-        self._run, self._count, self.held = run, count, held
-        self.kept: OrderedDict[int, Mapping[str, Tensor]] = OrderedDict()
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, number: int) -> Mapping[str, Tensor]:
-        return self.keep(number, self.kept[number] if number in self.kept else self._run(number))
-
-    def keep(self, number: int, shard: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Hold a shard that has just been run, in the place of the one that was read longest ago."""
-        self.kept[number] = shard
-        self.kept.move_to_end(number)
-        if len(self.kept) > self.held:
-            self.kept.popitem(last=False)
-        return shard
-
-
 @dataclass(frozen=True, eq=False)
 class Harvest:
-    """A finished harvest. Tokens are numbered 0..N-1 over shards; those set apart are left out of both splits.
+    """A finished harvest; tokens are numbered 0..N-1 over all shards.
 
-    ``token_N``, ``row_N``, ``position_N``, ``document_N`` say what each token is; ``held_out_N`` which split it is
-    in. `read` gives streams (N, S, M, D) in float32.
+    folder       where it is stored
+    manifest     settings, fingerprints and totals
+    sites        the sites along axis S
+    shards       tensors of each shard by name, from disk or computed again
+    starts       number of each shard's first token, and N
+    token_N      token ids
+    row_N        row of `Tokens` that each token is from
+    position_N   position in that row
+    document_N   number of its document
+    held_out_N   whether that document is held out
+    ordinary_N   whether the token is no outlier (see `HarvestSettings.abnormal`)
+    kept_N       whether it is in a split: no outlier, and no repeat of another row's start (see `repeated`)
     """
 
     folder: Path
-    manifest: dict
+    manifest: dict[str, Any]
     sites: tuple[Site, ...]
     shards: Sequence[Mapping[str, Tensor]]
     starts: Tensor
@@ -155,7 +134,10 @@ class Harvest:
 
     @classmethod
     def open(cls, folder: Path, again: Again | None = None) -> Harvest:
-        """Open a finished folder; tensors are memory-mapped. `again` runs the streams of one that keeps none."""
+        """Open a finished folder, memory-mapped; `again` computes the streams of one that stores none.
+
+        Raises ArtifactError if the folder is unfinished, or stores no streams and `again` is missing.
+        """
         manifest = open_folder(folder, SCHEMA)
         shards = [read_tensors(folder / name) for name in manifest["shards"]]
         if again is None and any(name not in shards[0] for name in STREAMS):
@@ -186,45 +168,48 @@ class Harvest:
 
     @property
     def fingerprint(self) -> str:
-        """The content key this harvest was made under."""
+        """The content key that this harvest was made under."""
         return self.manifest["key"]
 
     def index(self, split: str) -> Tensor:
-        """Token numbers of ``train``, ``held_out`` or ``all``."""
+        """Return the token numbers of ``train``, ``held_out`` or ``all``."""
         if split == "all":
             return self.kept_N.nonzero()[:, 0]
         return (self.kept_N & (self.held_out_N == (split == "held_out"))).nonzero()[:, 0]
 
     def count(self, split: str) -> int:
-        """How many tokens `split` has."""
+        """Number of tokens in `split`."""
         return len(self.index(split))
 
     def documents(self, split: str) -> Tensor:
-        """The document number of each token of `split`."""
+        """Return the document number of each token of `split`."""
         return self.document_N[self.index(split)]
 
     def read(self, split: str, index_N: Tensor) -> Tensor:
-        """Streams (N, S, M, D) in float32 of the tokens at places `index_N` of `split`."""
+        """Return streams (N, S, M, D) in float32 of the tokens at indices `index_N` of `split`."""
         return self.at(self.index(split)[index_N])
 
     def at(self, tokens_N: Tensor) -> Tensor:
-        """Streams (N, S, M, D) in float32 of tokens by number."""
+        """Return streams (N, S, M, D) in float32 of tokens by number."""
         shard_N = self._shard_of(tokens_N)
-        held = getattr(self.shards, "kept", {})  # these first: others will take their places
+        held = getattr(self.shards, "kept", {})  # read first, before others take their place in memory
         numbers = sorted(shard_N.unique().tolist(), key=lambda number: (number not in held, number))
         width = self.shards[numbers[0] if numbers else 0]["base"].shape[-1]
         out = torch.empty(len(tokens_N), len(self.sites), 2, width)
         for number in numbers:
             shard, where = self.shards[number], (shard_N == number).nonzero()[:, 0]
             local = tokens_N[where] - self.starts[number]
-            base = _stored(shard, "base", local)
+            base = stored(shard, "base", local)
             out[where, :, BASE] = base
-            out[where, :, TUNED] = base + _stored(shard, "delta", local)
+            out[where, :, TUNED] = base + stored(shard, "delta", local)
         return out
 
     def order(self, split: str, index_N: Tensor, rng: torch.Generator) -> Tensor:
-        """The tokens at places `index_N` of `split` in random order (N,), as places in `index_N`. Where streams are run again,
-        those of as many shards as are held come together, the shards in random order too."""
+        """Return a random order (N,) of the tokens at indices `index_N` of `split`, as indices into `index_N`.
+
+        Where streams are computed again, tokens of as many shards as fit in memory come together; the shards are in
+        random order too.
+        """
         order_N = torch.randperm(len(index_N), generator=rng)
         if not isinstance(self.shards, Again) or self.shards.held >= len(self.shards):
             return order_N
@@ -236,7 +221,7 @@ class Harvest:
         return torch.searchsorted(self.starts, tokens_N, right=True) - 1
 
     def chunks(self, split: str, size: int = 8192) -> Iterator[tuple[Tensor, Tensor]]:
-        """(token numbers, streams) of a split in order, `size` tokens at a time."""
+        """Yield (token numbers, streams) of a split in order, `size` tokens at a time."""
         index = self.index(split)
         for part in index.split(size):
             yield part, self.at(part)
@@ -250,14 +235,14 @@ def harvest(
     settings: HarvestSettings = HarvestSettings(),
     progress: Callable[[int, int], None] | None = None,
 ) -> Harvest:
-    """Run both models over `tokens` and keep their streams at `sites`; resumes, and skips what is finished.
+    """Run both models over `tokens` and store their streams at `sites`; resumes, and skips what is finished.
 
     tokens     rows of token ids; the same ids go through both models
-    folder     written here; its manifest comes last
+    folder     where to write; the manifest comes last
     progress   called with (tokens done, tokens in all)
 
-    Raises `NumericsError` on non-finite streams, `CorpusError` if a split is empty, `ArtifactError` if the folder
-    holds a harvest of other models, text, sites or settings.
+    Raises NumericsError on non-finite streams, CorpusError if a split is empty, ArtifactError if the folder holds a
+    harvest of other models, text, sites or settings.
     """
     sites = sorted(set(sites))
     sides = {tokens.held_out[d] for d in tokens.document_R}
@@ -275,13 +260,15 @@ def harvest(
         batches = _mixed(batches)
     groups = _group(batches, settings.shard_tokens)
     if settings.store == "none":
-        held = HELD // (settings.shard_tokens * len(sites) * len(STREAMS) * pair.base.width * torch.float32.itemsize)
+        held = stores.HELD_BYTES // (
+            settings.shard_tokens * len(sites) * len(STREAMS) * pair.base.width * torch.float32.itemsize
+        )
         again = Again(lambda number: _again(pair, groups[number], sites), len(groups), max(1, held))
     if is_finished(folder):
-        done = Harvest.open(folder, again)
-        _refuse_other(folder, "a", done.fingerprint, key)
-        (folder / WORK).unlink(missing_ok=True)  # a run killed right after its manifest leaves it
-        return done
+        finished = Harvest.open(folder, again)
+        _refuse_other(folder, "a", finished.fingerprint, key)
+        (folder / WORK).unlink(missing_ok=True)  # left by a run that was killed right after its manifest
+        return finished
     total = sum(int(b.mask_BT.sum()) for b in batches)
     folder.mkdir(parents=True, exist_ok=True)
     _same_work(folder, key)
@@ -311,7 +298,7 @@ def harvest(
     kept_tokens = done - apart - repeats
     if not kept_tokens:
         raise NumericsError(
-            "every token was set apart as abnormal or a repeat",
+            "every token is an outlier or a repeat",
             got=f"{apart} and {repeats} tokens",
             expected=f"stream norms within {settings.abnormal:g} times the median",
             remedy="a larger --set harvest.abnormal=",
@@ -343,24 +330,24 @@ def harvest(
     return Harvest.open(folder, again)
 
 
-def _mixed(batches: list) -> list:
-    """Batches in random order, always the same: those of one shard are trained on together, and would be of like length."""
+def _mixed(batches: list[Batch]) -> list[Batch]:
+    """Shuffle batches, always the same way: a shard is trained on at once, and its rows would be of similar length."""
     return [batches[at] for at in torch.randperm(len(batches), generator=generator(0, "shards")).tolist()]
 
 
-def _again(pair: Pair, group: list, sites: Sequence[Site]) -> dict[str, Tensor]:
-    """A shard's streams, run as they were when it was made."""
+def _again(pair: Pair, group: list[Batch], sites: Sequence[Site]) -> dict[str, Tensor]:
+    """Compute a shard's streams as they were when it was made."""
     streams = torch.cat([_streams(pair, batch, sites) for batch in group])
     return {"base": streams[:, :, BASE], "delta": streams[:, :, TUNED] - streams[:, :, BASE]}
 
 
-def _streams(pair: Pair, batch, sites: Sequence[Site]) -> Tensor:
+def _streams(pair: Pair, batch: Batch, sites: Sequence[Site]) -> Tensor:
     return pair.both_streams(batch.ids_BT, sites, batch.mask_BT)[batch.mask_BT].float().cpu()
 
 
-def _group(batches: list, shard_tokens: int) -> list[list]:
-    """Consecutive batches put together until each group has `shard_tokens`."""
-    groups: list[list] = [[]]
+def _group(batches: list[Batch], shard_tokens: int) -> list[list[Batch]]:
+    """Put consecutive batches together until each group has `shard_tokens`."""
+    groups: list[list[Batch]] = [[]]
     size = 0
     for batch in batches:
         if size >= shard_tokens:
@@ -372,7 +359,7 @@ def _group(batches: list, shard_tokens: int) -> list[list]:
 
 
 def _same_work(folder: Path, key: str) -> None:
-    """Refuse to go on with another run's shards: the key of the work in progress is kept beside them."""
+    """Refuse to go on with another run's shards: the key of the unfinished run is stored beside them."""
     note = folder / WORK
     if note.is_file():
         _refuse_other(folder, "an unfinished", read_json(note)["key"], key)
@@ -390,8 +377,8 @@ def _refuse_other(folder: Path, which: str, theirs: str, key: str) -> None:
         )
 
 
-def _calibrate(pair: Pair, batches: list, sites: Sequence[Site]) -> tuple[Tensor, Tensor]:
-    """Median stream norms (S, M) and the noise floor (S,) on the first rows; the same on every resume."""
+def _calibrate(pair: Pair, batches: list[Batch], sites: Sequence[Site]) -> tuple[Tensor, Tensor]:
+    """Return median stream norms (S, M) and the noise floor (S,) on the middle batch; the same on every resume."""
     batch = batches[len(batches) // 2]
     ids, mask = batch.ids_BT[:8], batch.mask_BT[:8]
     streams = pair.both_streams(ids, sites, mask).float()
@@ -400,8 +387,18 @@ def _calibrate(pair: Pair, batches: list, sites: Sequence[Site]) -> tuple[Tensor
     ).cpu()
 
 
-def _shard(pair, group, sites, settings, median_SM, repeated_R, document_R, held_D, tokens) -> dict[str, Tensor]:
-    """Streams and what is known of each token, and the summed energy (2, S) of base and delta over the tokens kept."""
+def _shard(
+    pair: Pair,
+    group: list[Batch],
+    sites: Sequence[Site],
+    settings: HarvestSettings,
+    median_SM: Tensor,
+    repeated_R: Tensor,
+    document_R: Tensor,
+    held_D: Tensor,
+    tokens: Tokens,
+) -> dict[str, Tensor]:
+    """Return streams and facts of each token, and the summed energy (2, S) of base and delta over the tokens kept."""
     parts: dict[str, list[Tensor]] = {}
     for batch in group:
         mask = batch.mask_BT
@@ -423,19 +420,10 @@ def _shard(pair, group, sites, settings, median_SM, repeated_R, document_R, held
         ordinary = (streams.norm(dim=-1) <= settings.abnormal * median_SM).all(-1).all(-1)
         kept = ordinary & (position_BT[mask] >= repeated_R[row_BT[mask]])
         store = STORES[settings.store]
-        if store is torch.float16:
-            limit = torch.finfo(store).max
-            if (base[ordinary].abs() > limit).any() or (delta[ordinary].abs() > limit).any():
-                raise NumericsError(
-                    "a stream is too large for float16",
-                    expected=f"at most {limit:.0f}",
-                    remedy="--set harvest.store=bfloat16",
-                )
-            base = base.clamp(-limit, limit)  # only tokens that are set apart
-            delta = delta.clamp(-limit, limit)
+        base, delta = in_range(base, delta, ordinary, store)
         for name, value in {
-            **_to_store("base", base, store),
-            **_to_store("delta", delta, store),
+            **to_store("base", base, store),
+            **to_store("delta", delta, store),
             "token": batch.ids_BT[mask].int(),
             "row": row_BT[mask].int(),
             "position": position_BT[mask].int(),
@@ -447,25 +435,6 @@ def _shard(pair, group, sites, settings, median_SM, repeated_R, document_R, held
             parts.setdefault(name, []).append(value)
     shard = {name: torch.cat(values) for name, values in parts.items()}
     shard["energy"] = torch.stack(
-        [_stored(shard, name, shard["kept"].bool()).double().pow(2).sum((0, 2)) for name in STREAMS]
+        [stored(shard, name, shard["kept"].bool()).double().pow(2).sum((0, 2)) for name in STREAMS]
     )
     return shard
-
-
-def _to_store(name: str, value_NSD: Tensor, store: torch.dtype) -> dict[str, Tensor]:
-    """Values as they are kept on disk; in int8 with their scales (N, S, D / 32), rounded up so that nothing is cut off."""
-    if store is not torch.int8:
-        return {name: value_NSD.to(store)}
-    groups = value_NSD.unflatten(-1, (-1, math.gcd(SHARED, value_NSD.shape[-1])))
-    scale = (groups.abs().amax(-1, keepdim=True) * ((1 + 2**-7) / 127)).bfloat16()
-    whole = (groups / scale.float().clamp_min(1e-30)).round()
-    return {name: whole.to(store).flatten(-2), f"{name}_scale": scale[..., 0]}
-
-
-def _stored(shard: dict[str, Tensor], name: str, index_N: Tensor) -> Tensor:
-    """Values (N, S, D) of some of a shard's tokens, in float32."""
-    value = shard[name][index_N].float()
-    if f"{name}_scale" not in shard:
-        return value
-    scale = shard[f"{name}_scale"][index_N].float()[..., None]
-    return (value.unflatten(-1, (scale.shape[-2], -1)) * scale).flatten(-2)
