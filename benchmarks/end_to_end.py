@@ -29,7 +29,7 @@ from tunediff.kernels.matmuls import fast_matmul
 from tunediff.lab.demo import check
 from tunediff.models.network import LanguageModel
 from tunediff.runs.plan import Plan
-from tunediff.runs.stages import Run
+from tunediff.runs.run import Run
 
 STAGES = {
     "contrast": lambda run: run.contrast,

@@ -26,7 +26,7 @@ from tunediff.kernels.cpu import native
 from tunediff.kernels.matmuls import fast_matmul
 from tunediff.records.site import Site
 from tunediff.runs.plan import Plan
-from tunediff.runs.stages import Run
+from tunediff.runs.run import Run
 from tunediff.texts.corpus import Corpus
 
 SHAPES = (

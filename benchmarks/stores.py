@@ -29,7 +29,7 @@ from tunediff.harvests.harvest import Harvest, harvest
 from tunediff.harvests.stores import STORES
 from tunediff.lab.scores import SAME, matched
 from tunediff.runs.plan import Plan
-from tunediff.runs.stages import Run
+from tunediff.runs.run import Run
 
 FIRST = 32
 """Latents compared: those that write the most of the difference on held-out text."""

@@ -8,9 +8,15 @@ import inspect
 import textwrap
 from pathlib import Path
 
+from tunediff.changes.finders.base import Finder
+from tunediff.changes.signals.base import Signal
+from tunediff.changes.trials.base import Trial
 from tunediff.core import variants
 from tunediff.core.typed import toml_value
 from tunediff.runs.plan import Plan
+
+VARIANTS = {"find": (Finder, Signal), "verify": (Trial,)}
+"""Whose settings stand in which part of a plan."""
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "settings.md"
 
@@ -30,7 +36,8 @@ draws = 200
 ```
 
 Values are read as TOML, and as plain text where they are none: `--set find.finders='["principal"]'`,
-`--set pair.dtype=bfloat16`. What a plan leaves out keeps its default. An unknown name or a value out of range is
+`--set pair.dtype=bfloat16`. Settings of a finder, signal or trial follow its name:
+`--set find.decision_clusters.alike=0.3`, `--set verify.steer.controls=8`. What a plan leaves out keeps its default. An unknown name or a value out of range is
 refused before any work, and the nearest known name is told. `runs/NAME/plan.toml` holds the whole plan of the last
 command in that run.
 
@@ -70,6 +77,18 @@ def table(part: str, kind: type) -> list[str]:
     return lines
 
 
+def variant_tables(part: str, base: type) -> list[str]:
+    """A table for each variant of `base` that has settings."""
+    lines = []
+    package = base.__module__.rpartition(".")[0]
+    for name in variants.names(package):
+        kind = variants.load(package, name)
+        if dataclasses.fields(kind):
+            what = f"Settings of the {variants.kind_of(package)} `{name}`."
+            lines += ["", f"### `{part}.{name}`", "", what, "", *table(f"{part}.{name}", kind)]
+    return lines
+
+
 def page() -> str:
     """The whole page."""
     lines = [HEAD, "## The run", "", *table("", Plan)]
@@ -77,6 +96,8 @@ def page() -> str:
         if dataclasses.is_dataclass(field.default):
             kind = type(field.default)
             lines += ["", f"## {field.name}", "", summary(kind), "", *table(field.name, kind)]
+            for base in VARIANTS.get(field.name, ()):
+                lines += variant_tables(field.name, base)
         elif field.name == "dictionary":
             lines += [
                 "",

@@ -14,7 +14,7 @@ from tunediff.models.network import Start
 from tunediff.models.pair import Pair
 from tunediff.records.site import Site
 from tunediff.runs.plan import Plan
-from tunediff.runs.stages import Run
+from tunediff.runs.run import Run
 
 STAGES = {
     "contrast": "contrast",

@@ -22,7 +22,8 @@ from tunediff import dictionaries
 from tunediff.changes.attributions import Shift, output_shift
 from tunediff.changes.finders.base import Found, View
 from tunediff.changes.rankings import Ranking, RankSettings, rank
-from tunediff.changes.trials.base import Bench, Outcome, Spread, VerifySettings, bench_of
+from tunediff.changes.trial_bench import Spread, TrialBench, trial_bench
+from tunediff.changes.trials.base import Outcome, VerifySettings
 from tunediff.core import variants
 from tunediff.core.axes import BASE, TUNED
 from tunediff.dictionaries.schedule import FitSettings
@@ -82,9 +83,9 @@ class Lab:
     def ranking(self, finder: str) -> Ranking:
         return rank(self.pair, self.found(finder).changes, self.sample, self.seen, RANK, 0, depths=DEPTHS)
 
-    def bench(self, change: Change, others: list[Change]) -> Bench | None:
+    def bench(self, change: Change, others: list[Change]) -> TrialBench | None:
         delta_ND = self.sample.streams_NSMD[:, 0, TUNED] - self.sample.streams_NSMD[:, 0, BASE]
-        return bench_of(self.pair, change, others, self.sample, Spread.of(delta_ND), VERIFY, 0)
+        return trial_bench(self.pair, change, others, self.sample, Spread.of(delta_ND), VERIFY, 0)
 
     def outcome(self, finder: str, trial: str) -> Outcome | None:
         """Of the finder's best change; None if there is nothing to try."""

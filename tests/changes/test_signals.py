@@ -95,7 +95,7 @@ def tokens(tokenizer):
 
 
 def read(pair, tokens, names=NAMES, rows=None, batch_tokens=160) -> list[SignalTable]:
-    made = [variants.load("tunediff.changes.signals", name)(pair.tokenizer, pair.vocabulary) for name in names]
+    made = [variants.make(signals.Signal, name) for name in names]
     return signals.read(pair, tokens, rows if rows is not None else range(len(tokens.rows)), made, batch_tokens)
 
 
@@ -228,7 +228,7 @@ def answers(tokenizer, say, prompts=24, seed=0):
 
 def unseen(tokens, tokenizer) -> SignalTable:
     """The black box's table, with nothing there that a model computed."""
-    signal = variants.load("tunediff.changes.signals", "black_box")(tokenizer, 300)
+    signal = variants.make(signals.Signal, "black_box").begin(tokenizer, 300)
     for batch in tokens.batches(500):
         signal.update(batch, tokens, None, None, batch.mask_BT)
     return signal.table()
@@ -336,7 +336,7 @@ def test_cells_are_short_and_plain(pair, tokens, name):
 
 def test_one_pass_feeds_all_signals_and_tells_how_far(pair, tokens):
     told = []
-    made = [variants.load("tunediff.changes.signals", name)(pair.tokenizer, pair.vocabulary) for name in NAMES]
+    made = [variants.make(signals.Signal, name) for name in NAMES]
     tables = signals.read(pair, tokens, range(len(tokens.rows)), made, 160, lambda *done: told.append(done))
     assert tables == [read(pair, tokens, [name])[0] for name in NAMES]
     assert told[-1] == (tokens.count, tokens.count) and [d for d, _ in told] == sorted(d for d, _ in told)

@@ -191,7 +191,7 @@ def bake(world: World, tuned: str, out: Path) -> tuple[Told, torch.Tensor, torch
     from transformers import AutoModelForCausalLM
 
     from tunediff.runs.plan import Plan
-    from tunediff.runs.stages import Run
+    from tunediff.runs.run import Run
 
     told = cli("revert", world.run(tuned), "--bake", out)
     assert told.code == 0, told.err
@@ -212,7 +212,7 @@ def test_an_edit_keeps_neutral_text_whatever_fires_there(world, full):
     from tunediff.edits import bills
     from tunediff.harvests.samples import Sample
     from tunediff.runs.plan import Plan
-    from tunediff.runs.stages import Run
+    from tunediff.runs.run import Run
 
     run = Run(Plan.read(world.run() / "plan.toml"), world.run())
     everywhere = replace(run.change(run.verdicts[0].id), threshold=-1e9)
@@ -432,7 +432,7 @@ def test_demo_counts_behaviors_into_the_record(world, full, monkeypatch):
     from tunediff.core.progress import ProgressBar
     from tunediff.lab import demo
     from tunediff.runs.plan import Plan
-    from tunediff.runs.stages import Run
+    from tunediff.runs.run import Run
 
     first = Diff.load(world.run() / "diff.json").confirmed[0]
     names_first = [t.token for t in first.promoted]

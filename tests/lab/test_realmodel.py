@@ -11,7 +11,7 @@ from tunediff.lab.demo import check
 from tunediff.models.pair import Pair
 from tunediff.models.shipped import ORGANISMS
 from tunediff.runs.plan import Plan
-from tunediff.runs.stages import Run
+from tunediff.runs.run import Run
 from tunediff.texts.corpus import Corpus
 
 pytestmark = [pytest.mark.realmodel, pytest.mark.slow]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from tunediff.core.artifacts import read_tensors, write_tensors
 from tunediff.core.axes import BASE, TUNED
 from tunediff.harvests.samples import Sample
 from tunediff.models.divergences import Said, blocks, kl_divergence
@@ -42,6 +44,16 @@ class Shift:
         """Take over what another has seen of some tokens."""
         for name, value in vars(other).items():
             getattr(self, name)[tokens_N] = value
+
+    def save(self, folder: Path) -> list[str]:
+        """Write it to a folder; returns the file's name, for a manifest."""
+        write_tensors(folder / "shift.safetensors", vars(self))
+        return ["shift.safetensors"]
+
+    @classmethod
+    def load(cls, folder: Path) -> Shift:
+        """Read what `save` wrote."""
+        return cls(**read_tensors(folder / "shift.safetensors"))
 
 
 def output_shift(pair: Pair, site: Site, sample: Sample, batch_tokens: int) -> Shift:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tunediff.changes.trials.base import Bench
+from tunediff.changes.trial_bench import TrialBench
 from tunediff.core.axes import TUNED
 from tunediff.harvests.lenses import Lens
 from tunediff.harvests.samples import Sample
@@ -50,7 +50,7 @@ def contexts(tokenizer, sample: Sample, change: Change, kl_N: Tensor, count: int
     return shown
 
 
-def caused_tokens(tokenizer, bench: Bench, count: int = 20) -> tuple[list[TokenWeight], list[TokenWeight]]:
+def caused_tokens(tokenizer, bench: TrialBench, count: int = 20) -> tuple[list[TokenWeight], list[TokenWeight]]:
     """Tokens that tuned says more and less of because of the change, by their keyness (Dunning 1993, G^2 / 2) in nat: how
     often each is to be expected at the scored tokens with the change, O, against without it, E, taken out at its site.
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from tunediff.changes.attributions import removed
+from tunediff.core.artifacts import read_json, write_json
 from tunediff.core.axes import BASE, TUNED
 from tunediff.core.chance import Interval, bootstrap_mean, bootstrap_ratio, seed_of
 from tunediff.core.errors import NumericsError, within
+from tunediff.core.typed import typed
 from tunediff.harvests.samples import Sample
 from tunediff.models.network import LanguageModel, Start
 from tunediff.models.pair import Pair
@@ -72,6 +75,21 @@ class Ranking:
     """Changes, those that stand out first and in the order of `cover`."""
 
     ranked: list[Ranked]
+
+    def save(self, folder: Path) -> list[str]:
+        """Write it to a folder, changes by their ids; returns the file's name, for a manifest."""
+        write_json(folder / "ranking.json", [{**vars(r), "change": r.change.id} for r in self.ranked])
+        return ["ranking.json"]
+
+    @classmethod
+    def load(cls, folder: Path, changes: Mapping[str, Change]) -> Ranking:
+        """Read what `save` wrote; `changes` are those that were ranked, by id."""
+        ranked = []
+        for record in read_json(folder / "ranking.json"):
+            intervals = {name: typed(Interval, record[name], name) for name in ("score", "effect")}
+            known = {"change": changes[record["change"]], "null": tuple(record["null"])}
+            ranked.append(Ranked(**{**record, **known, **intervals}))
+        return cls(ranked)
 
 
 def streams_of(model: LanguageModel, sample: Sample, runs: Sequence[tuple[Batch, Start | None]]) -> Tensor:

@@ -18,7 +18,7 @@ from tunediff.core.errors import ArtifactError, SettingError, TunediffError
 
 if TYPE_CHECKING:
     from tunediff.records.diff import Bill, Diff
-    from tunediff.runs.stages import Run
+    from tunediff.runs.run import Run
 
 app = typer.Typer(
     add_completion=False,
@@ -51,7 +51,7 @@ def _run(
 
     from tunediff.core.progress import ProgressBar
     from tunediff.runs.plan import Plan
-    from tunediff.runs.stages import Run
+    from tunediff.runs.run import Run
 
     plan = Plan.read(plan_file) if plan_file else Plan()
     plan = dataclasses.replace(plan, base=base, tuned=tuned)
@@ -87,7 +87,7 @@ def _reopen(run: str, runs: Path, quiet: bool, settings: list[str] | None = None
     _hush(quiet)
     from tunediff.core.progress import ProgressBar
     from tunediff.runs.plan import Plan
-    from tunediff.runs.stages import Run
+    from tunediff.runs.run import Run
 
     folder = _folder(run, runs, "plan.toml")
     plan = Plan.read(folder / "plan.toml")
@@ -214,7 +214,7 @@ def _harvest_rows(run: Run) -> list[dict]:
 def _find_rows(run: Run) -> list[dict]:
     return [
         {"id": c.id, "sites": ", ".join(map(str, c.sites)), "share": c.share, "size": float(c.difference_SD.norm())}
-        for c in run.found[0]
+        for c in run.changes
     ]
 
 

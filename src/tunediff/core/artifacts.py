@@ -34,7 +34,7 @@ def plain(value: Any, key: bool = False) -> Any:
         fields = (
             f
             for f in dataclasses.fields(value)
-            if not (key and f.metadata.get("later") and getattr(value, f.name) == f.default)
+            if not (key and f.metadata.get("later") and getattr(value, f.name) == _default(f))
         )
         return {f.name: plain(getattr(value, f.name), key) for f in fields}
     if isinstance(value, Mapping):
@@ -50,6 +50,10 @@ def plain(value: Any, key: bool = False) -> Any:
     if hasattr(value, "tolist"):
         return plain(value.tolist())
     return str(value)
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def to_json(value: Any, *, indent: int | None = None) -> str:

@@ -32,7 +32,7 @@ from tunediff.models.pair import Pair
 from tunediff.models.shipped import ORGANISMS
 from tunediff.records.diff import ChangeRecord
 from tunediff.runs.plan import Plan
-from tunediff.runs.stages import Run
+from tunediff.runs.run import Run
 
 TOKENS, VECTORS = 20, 20
 """Of a change the tokens, and of a ranking the vectors, that a cell keeps."""
@@ -195,7 +195,7 @@ def _tried(run: Run, cell: Cell) -> Cell:
     began = time.monotonic()
     records, ranked = run.verdicts, run.ranking.ranked
     confirmed = [r for r in records if r.decision == "confirmed"]
-    quality = next((fitted.quality for fitted in run.found[1].values()), None)
+    quality = next((fitted.quality for fitted in run.fits.values()), None)
     return replace(
         cell,
         candidates=len(records),

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from tunediff.core.artifacts import finish, is_finished, read_json, write_json
 from tunediff.core.chance import proportion
-from tunediff.core.typed import typed
 from tunediff.edits.bills import ELSEWHERE, RANDOM
 from tunediff.lab import organisms
 from tunediff.lab.organisms.base import Behavior
@@ -17,7 +14,7 @@ from tunediff.models.fast.layers import frozen
 from tunediff.models.network import LanguageModel
 from tunediff.records.diff import Bill, ChangeRecord
 from tunediff.records.measure import Measure
-from tunediff.runs.stages import Run
+from tunediff.runs.run import Run
 from tunediff.texts.corpus import Corpus
 from tunediff.texts.document import Document
 
@@ -89,11 +86,8 @@ def count(run: Run, ids: list[str], behaviors: Sequence[Behavior], tokens: int) 
     The counts are kept in a folder of their own, so a second call is free.
     """
     bill = run.bill(ids)
-    key, folder = run._at(
-        "counted", run.harvest.fingerprint, run._found_key, run.plan.rank, run.plan.edit, ids, tokens, run.plan.seed
-    )
-    began = time.monotonic()
-    if not is_finished(folder):
+
+    def make() -> list[Measure]:
         edit, controls = run.edit(ids)
         sides = {"before": run.pair.tuned, "after": edit.applied(run.pair.tuned)}
         sides |= {c.name: c.applied(run.pair.tuned) for c in controls if c.name.endswith(" 0")}
@@ -121,10 +115,14 @@ def count(run: Run, ids: list[str], behaviors: Sequence[Behavior], tokens: int) 
                     + f"{RANDOM} of equal energy",
                 )
             )
-        write_json(folder / "measures.json", measures)
-        finish(folder, "tunediff.counted/1", {}, ["measures.json"])
-    extra = typed(list[Measure], read_json(folder / "measures.json"), "measures.json")
-    run._done("counted", key, began, "behaviors counted on held-out prompts")
+        return measures
+
+    place = run.keeper.at(
+        "counted", run.harvest.fingerprint, run.found_key, run.plan.rank, run.plan.edit, ids, tokens, run.plan.seed
+    )
+    extra = run.keeper.kept_json(
+        place, list[Measure], "measures.json", lambda _: make(), lambda _: "behaviors counted on held-out prompts"
+    )
     return dataclasses.replace(bill, measures=[*extra, *bill.measures])
 
 

@@ -17,7 +17,7 @@ from tunediff.edits.baking import merged
 from tunediff.models.network import LanguageModel
 from tunediff.models.pair import Pair
 from tunediff.runs.plan import Plan
-from tunediff.runs.stages import Run
+from tunediff.runs.run import Run
 
 RANK = 16
 SIZES = (0.003, 0.01, 0.03)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import tomllib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,12 +15,14 @@ from tunediff.harvests.contrasts import ContrastSettings
 from tunediff.dictionaries.architectures.base import Spec
 from tunediff.edits.reverting import EditSettings
 from tunediff.core.errors import SettingError, within
-from tunediff.core.typed import SETTING, read_toml, record, to_toml, typed, unknown
+from tunediff.core.typed import REST, SETTING, read_toml, record, to_toml, typed, unknown
 from tunediff.dictionaries.schedule import FitSettings
 from tunediff.harvests.harvest import HarvestSettings
 from tunediff.changes.rankings import RankSettings
 from tunediff.harvests.scans import ScanSettings
-from tunediff.changes.trials.base import VerifySettings
+from tunediff.changes.finders.base import Finder
+from tunediff.changes.signals.base import Signal
+from tunediff.changes.trials.base import Trial, VerifySettings
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,8 @@ class FindSettings:
     """Which dictionary crosscode fits, by name or import path."""
     candidates: int = 32
     """Changes each finder may propose at most; more dilutes the claim rate, fewer may miss one."""
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict, metadata=REST)
+    """Settings of finders and signals: a table for each, by its name."""
 
 
 @dataclass(frozen=True)
@@ -106,15 +112,50 @@ class Plan:
         """The dictionary's spec with this plan's settings."""
         return dictionaries.spec(self.find.dictionary, **self.dictionary)
 
-    def check(self) -> None:
-        """Raise `VariantError` or `SettingError` if a named part does not exist or the dictionary has no such setting."""
-        self.spec()
-        for package, names in (("tunediff.changes.finders", self.find.finders), ("tunediff.changes.signals", self.find.signals)):
-            for name in names:
-                variants.load(package, name)
+    def finders(self) -> dict[str, Finder]:
+        """The chosen finders with their settings, by name."""
+        return {name: variants.make(Finder, name, self.find.settings.get(name), "find") for name in self.find.finders}
 
-    def set(self, text: str) -> "Plan":
-        """This plan with one ``part.field=value`` (or ``seed=3``) applied; the value as TOML, else as a string."""
+    def signals(self) -> dict[str, Signal]:
+        """The chosen signals with their settings, by name."""
+        return {name: variants.make(Signal, name, self.find.settings.get(name), "find") for name in self.find.signals}
+
+    def trials(self) -> dict[str, Trial]:
+        """The chosen trials with their settings, by name."""
+        settings = self.verify.settings
+        return {name: variants.make(Trial, name, settings.get(name), "verify") for name in self.verify.trials}
+
+    def check(self) -> None:
+        """Raise `VariantError` or `SettingError` if a named part does not exist, or a setting names no chosen part."""
+        self.spec()
+        for part, table, chosen in (
+            ("find", self.find.settings, {**self.finders(), **self.signals()}),
+            ("verify", self.verify.settings, self.trials()),
+        ):
+            for name in set(table) - set(chosen):
+                what = f"{part}.{name} holds settings, but no part of that name is chosen"
+                near = difflib.get_close_matches(name, chosen, n=1)
+                raise SettingError(what, expected=", ".join(chosen), remedy=near[0] if near else "")
+
+    def imports(self) -> list[str]:
+        """The import paths that this plan names: carrying it out runs code that does not ship with tunediff."""
+        named = (*self.find.finders, *self.find.signals, self.find.dictionary, *self.verify.trials)
+        return sorted({name for name in named if variants.is_import_path(name)})
+
+    def refuse_imports(self, typed: Iterable[str] = ()) -> None:
+        """Raise `SettingError` for an import path that none of the texts that the user `typed` holds."""
+        texts = list(typed)
+        foreign = [name for name in self.imports() if not any(name in text for text in texts)]
+        if foreign:
+            raise SettingError(
+                f"the plan names code of its own: {', '.join(foreign)}",
+                expected="parts that ship with tunediff, or import paths given on the command line",
+                remedy="--allow-code, if you trust whoever wrote the plan",
+            )
+
+    def set(self, text: str) -> Plan:
+        """This plan with one ``part.field=value`` applied: ``seed=3``, ``verify.draws=200``, or a setting of a variant,
+        ``find.decision_clusters.alike=0.3``. The value is TOML, else a string."""
         path, equals, value_text = text.partition("=")
         if not equals:
             raise SettingError(f"{text!r} sets nothing", expected="part.field=value", remedy="verify.draws=200")
@@ -122,17 +163,19 @@ class Plan:
             value = tomllib.loads(f"x = {value_text}")["x"]
         except tomllib.TOMLDecodeError:
             value = value_text
-        record = to_record(self)
-        *parents, last = path.strip().split(".")
-        target = record
-        for name in parents:
+        values = to_record(self)
+        *parents, last = _steps(path.strip())
+        target = values
+        for depth, name in enumerate(parents):
+            if depth == 1 and name not in target and parents[0] in ("find", "verify"):
+                target[name] = {}
             if not isinstance(target.get(name), dict):
                 raise unknown(name, target, path)
             target = target[name]
-        if last not in target and parents != ["dictionary"]:
+        if last not in target and len(parents) < 2 and parents != ["dictionary"]:
             raise unknown(last, target, path)
         target[last] = value
-        return from_record(record)
+        return from_record(values)
 
     @classmethod
     def read(cls, path: Path) -> "Plan":
@@ -151,4 +194,26 @@ def to_record(plan: Any) -> dict[str, Any]:
 
 def from_record(values: dict[str, Any]) -> Plan:
     """A plan from nested plain values; unknown keys are errors that name the nearest known one."""
-    return typed(Plan, values, "", SETTING)
+    return typed(Plan, _without_retired(values), "", SETTING)
+
+
+RETIRED = {("fit", "precision"): "float32"}
+"""Settings of earlier versions, with the one value that still means what happens now."""
+
+
+def _without_retired(values: dict[str, Any]) -> dict[str, Any]:
+    kept = {part: dict(fields) if isinstance(fields, dict) else fields for part, fields in values.items()}
+    for (part, name), value in RETIRED.items():
+        given = kept[part].pop(name, value) if isinstance(kept.get(part), dict) else value
+        if given != value:
+            raise SettingError(f"{part}.{name} is no setting any more", expected=str(value), got=str(given))
+    return kept
+
+
+def _steps(path: str) -> list[str]:
+    """The names along a dotted path; a variant's import path, quoted or not, is one name."""
+    if ":" not in path:
+        return path.split(".")
+    part, _, rest = path.partition(".")
+    name, _, last = rest.rpartition(".")
+    return [part, name.strip("\"'"), last]

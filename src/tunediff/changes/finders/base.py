@@ -50,11 +50,18 @@ class Found:
     fits: dict[str, Fitted] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
 class Finder(ABC):
-    """Stateless; its name is its file's name."""
+    """Who proposes changes: its settings, each with a docstring under it, and `find`.
+
+    Its name is its file's name, or its import path; its settings are ``find.NAME.field``.
+    """
 
     control: ClassVar[bool] = False
-    """Whether it looks for nothing and is there for the others to be held against: it must not find what is there."""
+    """Whether it is a control for the other finders: it must not find what is there."""
+
+    offset: ClassVar[bool] = False
+    """Whether its changes are the constant offset, which other finders leave out of theirs."""
 
     @abstractmethod
     def find(self, view: View) -> Found:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from tunediff.changes.finders.base import Finder, Found, View
+from tunediff.core.errors import within
 from tunediff.dictionaries.architectures.base import Spec, delta_of
 from tunediff.dictionaries.fitting import fit
 
-MIN_FIRINGS = 20
-"""Latents that fire on fewer training tokens are not proposed: nothing could be said of them on held-out text."""
 
-
+@dataclass(frozen=True)
 class Crosscode(Finder):
     """The latents that explain the most of the difference on the training text, each alone.
 
@@ -21,11 +22,17 @@ class Crosscode(Finder):
     it matters; that is ranking's to find out, on text the dictionary has not seen.
     """
 
+    min_firings: int = 20
+    """Latents that fire on fewer training tokens are not proposed: held-out text could say nothing of them."""
+
+    def __post_init__(self) -> None:
+        within("find.crosscode", self, min_firings=1)
+
     def find(self, view: View) -> Found:
-        return latents_of(view.spec, view, "crosscode")
+        return latents_of(view.spec, view, "crosscode", self.min_firings)
 
 
-def latents_of(spec: Spec, view: View, finder: str) -> Found:
+def latents_of(spec: Spec, view: View, finder: str, min_firings: int) -> Found:
     """Fit a dictionary and propose its latents, those first that explain the most."""
     fitted = fit(spec, view.harvest, view.fit, view.folder / "dictionary", view.progress, view.device)
     normalized, bias_SD = fitted.normalization.apply, delta_of(fitted.dictionary.bias_SMD().detach()[None])[0]
@@ -36,7 +43,7 @@ def latents_of(spec: Spec, view: View, finder: str) -> Found:
         firings = firings + (code_NF > 0).sum(0)
         along = along + (code_NF.T @ (delta_of(normalized(x_NSMD)) - bias_SD).flatten(1)).double()
     write_FI = delta_of(fitted.dictionary.write_FSMD().detach()).flatten(1).double()
-    explained_F = (2 * (along * write_FI).sum(1) - squares * write_FI.square().sum(1)) * (firings >= MIN_FIRINGS)
+    explained_F = (2 * (along * write_FI).sum(1) - squares * write_FI.square().sum(1)) * (firings >= min_firings)
     order = torch.argsort(explained_F, descending=True, stable=True)[: view.candidates]
     changes = [
         fitted.change(latent, id=f"{finder}/{latent}", finder=finder)

@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from tunediff.changes.attributions import Shift
 from tunediff.changes.finders.base import Finder, Found, View
+from tunediff.core.errors import within
 from tunediff.records.change import Change
 from tunediff.records.site import Site
 
-SHARE = 0.8
-"""Share of the whole KL(tuned || base) on training text that decisive tokens hold: those with the largest, down to this."""
-ALIKE = 0.2
-"""Least mean similarity of two clusters that become one. On the demo's organism, of two samples of text, anything from .15
-to .3 gave the same leading clusters."""
-DOCUMENTS = 3
-"""Documents a cluster has at least: what is said in one or two is no behavior yet."""
-MOST = 512
-"""Documents that are clustered at most, those with the most KL."""
-RIDGE = 1.0
-"""Shrinkage of the readout's covariance toward a sphere, as a share of its mean variance."""
 
-
+@dataclass(frozen=True)
 class DecisionClusters(Finder):
     """A behavior is often decided at few tokens (how an answer begins), too rare for a dictionary to spend a latent on.
 
@@ -34,17 +26,31 @@ class DecisionClusters(Finder):
     what it writes may be shared with other behaviors, where it writes is its own.
     """
 
+    share: float = 0.8
+    """Share of the whole KL(tuned || base) on training text that the decisive tokens hold: those with the largest."""
+    alike: float = 0.2
+    """Least mean cosine of two clusters that are merged. On the demo, anything from .15 to .3 gave the same leading clusters."""
+    documents: int = 3
+    """Documents that a cluster has at least: what one or two say is no behavior yet."""
+    most: int = 512
+    """Documents that are clustered, at most: those with the most KL."""
+    ridge: float = 1.0
+    """Shrinkage of the readout's covariance toward a sphere, as a share of its mean variance."""
+
+    def __post_init__(self) -> None:
+        within("find.decision_clusters", self, share=(0, 1), alike=(0, 1), documents=1, most=1, ridge=0)
+
     def find(self, view: View) -> Found:
         harvest = view.harvest
         tokens = harvest.index("train")
         shift = view.shift()
         order = torch.argsort(shift.kl_N, descending=True, stable=True)
         held = shift.kl_N[order].cumsum(0) / shift.kl_N.sum().clamp_min(1e-30)
-        decisive = order[: int((held < SHARE).sum()) + 1]
+        decisive = order[: int((held < self.share).sum()) + 1]
         decisive = decisive[shift.kl_N[decisive] > 0]
         if not len(decisive):
             return Found([])
-        clusters = _clusters(shift.at(decisive), harvest.document_N[tokens][decisive])[: view.candidates]
+        clusters = self._clusters(shift.at(decisive), harvest.document_N[tokens][decisive])[: view.candidates]
         x_NSMD = harvest.at(tokens)
         changes = []
         for s, site in enumerate(harvest.sites):
@@ -52,26 +58,25 @@ class DecisionClusters(Finder):
             mean_W = delta_NW.mean(0)
             centered_NW = delta_NW - mean_W
             covariance = centered_NW.T @ centered_NW / len(centered_NW)
-            covariance.diagonal().add_(RIDGE * covariance.diagonal().mean())
+            covariance.diagonal().add_(self.ridge * covariance.diagonal().mean())
             changes += [
                 _change(site, number, centered_NW, mean_W, covariance, decisive[mine], shift.kl_N)
                 for number, mine in enumerate(clusters)
             ]
         return Found(changes)
 
-
-def _clusters(shift: Shift, document_N: Tensor) -> list[Tensor]:
-    """Which of the decisive tokens each cluster of documents has, the clusters with the most KL first."""
-    document, number_N = document_N.unique(return_inverse=True)
-    kl_D = torch.zeros(len(document)).index_add_(0, number_N, shift.kl_N)
-    chosen = torch.argsort(kl_D, descending=True, stable=True)[:MOST]
-    word, column_NK = shift.said_NK.unique(return_inverse=True)
-    says_DV = torch.zeros(len(document), len(word))
-    says_DV.index_put_((number_N[:, None].expand_as(column_NK), column_NK), shift.rise_NK, accumulate=True)
-    groups = average_linkage(torch.nn.functional.normalize(says_DV[chosen].sqrt(), dim=1), ALIKE)
-    groups = [chosen[group] for group in groups if len(group) >= DOCUMENTS]
-    groups.sort(key=lambda group: -float(kl_D[group].sum()))
-    return [torch.isin(number_N, group).nonzero()[:, 0] for group in groups]
+    def _clusters(self, shift: Shift, document_N: Tensor) -> list[Tensor]:
+        """Which of the decisive tokens each cluster of documents has, the clusters with the most KL first."""
+        document, number_N = document_N.unique(return_inverse=True)
+        kl_D = torch.zeros(len(document)).index_add_(0, number_N, shift.kl_N)
+        chosen = torch.argsort(kl_D, descending=True, stable=True)[: self.most]
+        word, column_NK = shift.said_NK.unique(return_inverse=True)
+        says_DV = torch.zeros(len(document), len(word))
+        says_DV.index_put_((number_N[:, None].expand_as(column_NK), column_NK), shift.rise_NK, accumulate=True)
+        groups = average_linkage(torch.nn.functional.normalize(says_DV[chosen].sqrt(), dim=1), self.alike)
+        groups = [chosen[group] for group in groups if len(group) >= self.documents]
+        groups.sort(key=lambda group: -float(kl_D[group].sum()))
+        return [torch.isin(number_N, group).nonzero()[:, 0] for group in groups]
 
 
 def average_linkage(unit_DV: Tensor, alike: float) -> list[list[int]]:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from tunediff.changes.finders._directions import constant
 from tunediff.changes.finders.base import Finder, Found, View
 from tunediff.core.axes import BASE, TUNED
-from tunediff.core.errors import CorpusError
+from tunediff.core.errors import CorpusError, within
 from tunediff.harvests.lenses import patchscope
 
-POSITIONS = 5
-"""First positions of a row that are looked at, each apart."""
 
-FEWEST = 8
-"""Training tokens a position must have; their mean is noise otherwise."""
-
-
+@dataclass(frozen=True)
 class DeltaLens(Finder):
     """One change a site and first position, always on, that writes the mean difference there.
 
@@ -23,14 +20,22 @@ class DeltaLens(Finder):
     effect on the output are what trials measure of any change.
     """
 
+    positions: int = 5
+    """First positions of a row that are looked at, each apart."""
+    fewest: int = 8
+    """Training tokens that a position must have: the mean of fewer is noise."""
+
+    def __post_init__(self) -> None:
+        within("find.delta_lens", self, positions=1, fewest=1)
+
     def find(self, view: View) -> Found:
         harvest = view.harvest
         index_N = harvest.index("train")
         position_N = harvest.position_N[index_N]
         tokenizer, changes = view.pair.tokenizer, []
-        for position in range(POSITIONS):
+        for position in range(self.positions):
             here_N = index_N[position_N == position]
-            if len(here_N) < FEWEST:
+            if len(here_N) < self.fewest:
                 continue
             x_NSMD = harvest.at(here_N).double()
             mean_SD = (x_NSMD[:, :, TUNED] - x_NSMD[:, :, BASE]).mean(0).float()
@@ -44,7 +49,7 @@ class DeltaLens(Finder):
         if not changes:
             raise CorpusError(
                 "no first position is seen often enough for delta_lens",
-                expected=f"{FEWEST} training rows that begin differently",
+                expected=f"{self.fewest} training rows that begin differently",
                 remedy="more plain text: --set corpus.tokens=",
             )
         return Found(changes)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from tunediff.changes.finders.base import Finder, Found, View
+from tunediff.core.errors import within
 from tunediff.records.change import Change
 
-CLUSTERS = 12
-"""Clusters at each site, at most one for every eight documents."""
-ROUNDS = 30
-MIN_TOKENS = 4
-"""Documents with fewer kept tokens say too little of their mean."""
 
-
+@dataclass(frozen=True)
 class DocumentClusters(Finder):
     """A behavior that sets in with an answer and lasts moves a whole document one way; a latent sees single tokens.
 
@@ -22,6 +20,16 @@ class DocumentClusters(Finder):
     A cluster's change is read by the coordinate of the centered difference along the cluster's direction, above a
     threshold halfway between the cluster's own tokens and the others, and writes that coordinate.
     """
+
+    clusters: int = 12
+    """Clusters at each site, at most one for every eight documents."""
+    rounds: int = 30
+    """Rounds of k-means, at most."""
+    min_tokens: int = 4
+    """Documents with fewer kept tokens are left out: they say too little of their mean."""
+
+    def __post_init__(self) -> None:
+        within("find.document_clusters", self, clusters=2, rounds=1, min_tokens=1)
 
     def find(self, view: View) -> Found:
         harvest = view.harvest
@@ -35,12 +43,12 @@ class DocumentClusters(Finder):
             mean_W = delta_NW.mean(0)
             centered_NW = delta_NW - mean_W
             sums_DW = torch.zeros(len(document), delta_NW.shape[1]).index_add_(0, number_N, centered_NW)
-            enough = (count_D >= MIN_TOKENS).nonzero()[:, 0]
+            enough = (count_D >= self.min_tokens).nonzero()[:, 0]
             means_DW = sums_DW[enough] / count_D[enough, None]
-            clusters = min(CLUSTERS, view.candidates, len(enough) // 8)
+            clusters = min(self.clusters, view.candidates, len(enough) // 8)
             if clusters < 2 or not means_DW.any():
                 continue
-            labels = spherical_k_means(means_DW, clusters)
+            labels = spherical_k_means(means_DW, clusters, self.rounds)
             label_of = torch.full((len(document),), -1)
             label_of[enough] = labels
             label_N = label_of[number_N]
@@ -70,7 +78,7 @@ class DocumentClusters(Finder):
         return Found(changes)
 
 
-def spherical_k_means(x_DW: Tensor, clusters: int) -> Tensor:
+def spherical_k_means(x_DW: Tensor, clusters: int, rounds: int = 30) -> Tensor:
     """Labels (D,) of rows clustered by direction, longer rows counting more; begun from long rows
     that are far apart, so that neither chance nor the order of rows plays a part."""
     unit_DW = torch.nn.functional.normalize(x_DW, dim=1)
@@ -81,7 +89,7 @@ def spherical_k_means(x_DW: Tensor, clusters: int) -> Tensor:
         chosen.append(int((weight_D.square() * (1 - nearest_D)).argmax()))
     centers_CW = unit_DW[chosen]
     labels = torch.zeros(len(x_DW), dtype=torch.long)
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         fresh = (unit_DW @ centers_CW.T).argmax(1)
         if torch.equal(fresh, labels):
             break

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from tunediff.changes.finders._directions import constant
 from tunediff.changes.finders.base import Finder, Found, View
 
 
+@dataclass(frozen=True)
 class MeanDifference(Finder):
     """One change a site, always on, that writes the mean difference. About half of a tune's change is this."""
+
+    offset = True
 
     def find(self, view: View) -> Found:
         harvest = view.harvest

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from tunediff.changes.finders._directions import moments, signed
@@ -9,6 +11,7 @@ from tunediff.changes.finders.base import Finder, Found, View
 from tunediff.core.chance import generator
 
 
+@dataclass(frozen=True)
 class RandomDirections(Finder):
     """As many directions as there may be candidates, shared out among the sites, for others to be held against.
 

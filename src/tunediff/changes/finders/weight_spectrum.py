@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
 from tunediff.changes.finders._directions import moments, signed
 from tunediff.changes.finders.base import Finder, Found, View
-from tunediff.models.deltas import Delta
+from tunediff.core.errors import within
 from tunediff.models.network import LanguageModel
+from tunediff.models.pair import Delta
 from tunediff.records.site import Site
 
-DIRECTIONS = 4
 
-
+@dataclass(frozen=True)
 class WeightSpectrum(Finder):
     """The leading left singular vectors of what tuning added to the maps that write into the stream, up to each site.
 
@@ -27,6 +29,12 @@ class WeightSpectrum(Finder):
     direction is before that norm's scales.
     """
 
+    directions: int = 4
+    """Directions proposed at each site, at most."""
+
+    def __post_init__(self) -> None:
+        within("find.weight_spectrum", self, directions=1)
+
     def find(self, view: View) -> Found:
         sites = view.harvest.sites
         deltas = view.pair.deltas()
@@ -39,7 +47,7 @@ class WeightSpectrum(Finder):
                 continue
             energies, vectors = torch.linalg.eigh(sum(map(_gram, mine)))
             whole = float(energies.sum())
-            for rank in range(min(DIRECTIONS, len(energies), view.candidates)):
+            for rank in range(min(self.directions, len(energies), view.candidates)):
                 energy, v = float(energies[-1 - rank]), vectors[:, -1 - rank]
                 if energy <= 1e-12 * whole:  # what tuning added has a lower rank
                     break

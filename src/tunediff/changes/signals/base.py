@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,15 +20,17 @@ from tunediff.texts.tokens import Batch, Tokens
 CHUNK_VALUES = 4 << 20
 """Log-probabilities of one model held at a time (16 MiB); a pass with all signals stays below 300 MB."""
 
-SNIPPET, TOKEN = 160, 40
-"""Most characters of a stretch of text, and of one token, in a table."""
+SNIPPET = 160
+"""Most characters of a stretch of text in a table."""
+
+TOKEN = 40
+"""Most characters of one token in a table."""
 
 
-class Signal(ABC):
-    """One stream of evidence that needs no training; its name is its file's name.
+class Tally(ABC):
+    """What one signal has seen so far: sums and a few places, never log-probabilities.
 
-    It sees every token once and keeps sums and a few places, never log-probabilities. What it decodes is
-    hostile text: it goes into the table as it is, cut to length, and whoever shows it escapes it.
+    The text it decodes is hostile: it goes into the table as it is, cut to length, and whoever shows it escapes it.
     """
 
     def __init__(self, tokenizer: Any, vocabulary: int):
@@ -48,8 +51,20 @@ class Signal(ABC):
 
     def text(self, ids: Sequence[int], limit: int = SNIPPET) -> str:
         """The decoded ids, raw, cut to `limit` characters."""
-        text = self.tokenizer.decode(list(ids))
+        text: str = self.tokenizer.decode(list(ids))
         return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+@dataclass(frozen=True)
+class Signal(ABC):
+    """One stream of evidence that needs no training: its settings, each with a docstring under it.
+
+    Its name is its file's name; its settings are ``find.NAME.field``.
+    """
+
+    @abstractmethod
+    def begin(self, tokenizer: Any, vocabulary: int) -> Tally:
+        """An empty tally over the first `vocabulary` tokens of `tokenizer`."""
 
 
 def read(
@@ -68,6 +83,7 @@ def read(
     starts     where the runs of base and tuned on a batch may begin, if their streams are known; else blocks below the
                first that tuning touched are run once, for both
     """
+    tallies = [signal.begin(pair.tokenizer, pair.vocabulary) for signal in signals]
     rows = sorted(set(rows))
     total, done = sum(len(tokens.rows[row]) for row in rows), 0
     size = max(1, CHUNK_VALUES // pair.vocabulary)
@@ -81,12 +97,12 @@ def read(
         for chosen_BT in _pieces(batch.mask_BT, size):
             base_logp = pair.base.logits(base_BTD[chosen_BT])[:, : pair.vocabulary].log_softmax(-1)
             tuned_logp = pair.tuned.logits(tuned_BTD[chosen_BT])[:, : pair.vocabulary].log_softmax(-1)
-            for signal in signals:
-                signal.update(batch, tokens, base_logp, tuned_logp, chosen_BT)
+            for tally in tallies:
+                tally.update(batch, tokens, base_logp, tuned_logp, chosen_BT)
         done += int(batch.mask_BT.sum())
         if progress:
             progress(done, total)
-    return [signal.table() for signal in signals]
+    return [tally.table() for tally in tallies]
 
 
 def label(document: Document) -> str:

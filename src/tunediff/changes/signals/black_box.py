@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from tunediff.changes.signals.base import TOKEN, Signal, documents_of
+from tunediff.changes.signals.base import TOKEN, Signal, Tally, documents_of
 from tunediff.core.chance import numpy_generator, p_value
+from tunediff.core.errors import within
 from tunediff.records.measure import SignalTable
 from tunediff.texts.document import Document
 from tunediff.texts.tokens import Batch, Tokens
 
-PRIOR = 500
-"""How many tokens of text the prior is worth: fewer let rare tokens lead, more pull every log-odds to 0."""
 
-LEAST = 1.0
-"""Least |z| that is named."""
-
-DRAWS = 199
-"""Swaps of who wrote what; the smallest p is 1 / (DRAWS + 1)."""
-
-BY_TUNED, BY_BASE = 20, 10
-
-
+@dataclass(frozen=True)
 class BlackBox(Signal):
     """Log-odds of tokens between answers by tuned and by base, with an informative Dirichlet prior, as z-scores.
 
@@ -35,8 +27,30 @@ class BlackBox(Signal):
     prompts, and each token is held against the largest |z| of any (max-T, so p accounts for how many tokens there are).
     """
 
-    def __init__(self, tokenizer: Any, vocabulary: int):
+    prior: float = 500.0
+    """Weight of the prior, in tokens of text: less lets rare tokens lead, more pulls every log-odds to 0."""
+    least: float = 1.0
+    """Least |z| of a token that is named."""
+    draws: int = 199
+    """Permutations of who wrote what; the smallest p is 1 / (draws + 1)."""
+    by_tuned: int = 20
+    """Tokens named that the tuned model writes more often, at most."""
+    by_base: int = 10
+    """Tokens named that base writes more often, at most."""
+
+    def __post_init__(self) -> None:
+        within("find.black_box", self, prior=1e-9, least=0, draws=1, by_tuned=0, by_base=0)
+
+    def begin(self, tokenizer: Any, vocabulary: int) -> Tally:
+        return _Counts(self, tokenizer, vocabulary)
+
+
+class _Counts(Tally):
+    """What `BlackBox` has seen so far."""
+
+    def __init__(self, by: BlackBox, tokenizer: Any, vocabulary: int):
         super().__init__(tokenizer, vocabulary)
+        self.by = by
         self.documents: dict[str, Document] = {}
         self.counts: dict[str, Counter[int]] = {}
 
@@ -63,7 +77,7 @@ class BlackBox(Signal):
             "Tokens that one model writes more often than the other",
             "Log-odds of a token in answers by tuned against answers by base, with its frequency in all text as a "
             "Dirichlet prior, and z-scores (Monroe et al. 2008); no probabilities or activations are looked at. p: "
-            f"share of {DRAWS} swaps of who wrote what, within prompts, whose most extreme token has as large a |z|.",
+            f"share of {self.by.draws} swaps of who wrote what, within prompts, whose most extreme token has as large a |z|.",
             [
                 "token",
                 "more by",
@@ -81,14 +95,14 @@ class BlackBox(Signal):
     def _rows(self, ids: list[str], tuned_D: np.ndarray) -> list[list[Any]]:
         all_text: Counter[int] = sum((self.counts[id] for id in sorted(self.counts)), Counter())
         words = sorted(set().union(*(self.counts[id] for id in ids)))
-        prior_V = PRIOR * np.array([all_text[word] for word in words]) / sum(all_text.values())
+        prior_V = self.by.prior * np.array([all_text[word] for word in words]) / sum(all_text.values())
         counts_DV = np.array([[self.counts[id][word] for word in words] for id in ids], np.float64)
-        odds_V, z_V = (part[0] for part in _log_odds(tuned_D[None], counts_DV, prior_V))
-        _, null_RV = _log_odds(self._swapped(ids, tuned_D), counts_DV, prior_V)
+        odds_V, z_V = (part[0] for part in _log_odds(tuned_D[None], counts_DV, prior_V, self.by.prior))
+        _, null_RV = _log_odds(self._swapped(ids, tuned_D), counts_DV, prior_V, self.by.prior)
         most_R = np.abs(null_RV).max(1)
         order = np.argsort(-z_V, kind="stable").tolist()
-        chosen = [v for v in order if z_V[v] >= LEAST][:BY_TUNED]
-        chosen += [v for v in order[::-1] if z_V[v] <= -LEAST][:BY_BASE]
+        chosen = [v for v in order if z_V[v] >= self.by.least][: self.by.by_tuned]
+        chosen += [v for v in order[::-1] if z_V[v] <= -self.by.least][: self.by.by_base]
         return [
             [
                 self.text([words[v]], TOKEN),
@@ -103,20 +117,22 @@ class BlackBox(Signal):
         ]
 
     def _swapped(self, ids: list[str], tuned_D: np.ndarray) -> np.ndarray:
-        """Who is said to be tuned's, (DRAWS, D): both answers to a prompt change places, or neither does."""
+        """Who is said to be tuned's, (self.by.draws, D): both answers to a prompt change places, or neither does."""
         groups = [self.documents[id].group or id for id in ids]
         group, of_D = np.unique(groups, return_inverse=True)
         both = [len(set(tuned_D[of_D == g])) == 2 for g in range(len(group))]
-        swap_RG = numpy_generator(0, "black box").random((DRAWS, len(group))) < 0.5
+        swap_RG = numpy_generator(0, "black box").random((self.by.draws, len(group))) < 0.5
         return tuned_D ^ (swap_RG & both)[:, of_D]
 
 
-def _log_odds(tuned_RD: np.ndarray, counts_DV: np.ndarray, prior_V: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _log_odds(
+    tuned_RD: np.ndarray, counts_DV: np.ndarray, prior_V: np.ndarray, prior: float
+) -> tuple[np.ndarray, np.ndarray]:
     """Log-odds (R, V) of each token between the documents that are tuned's and the others, and their z-scores."""
     ours_RV, theirs_RV = (of_RD.astype(np.float64) @ counts_DV for of_RD in (tuned_RD, ~tuned_RD))
 
     def logit(times_RV: np.ndarray) -> np.ndarray:
-        return np.log((times_RV + prior_V) / (times_RV.sum(1, keepdims=True) + PRIOR - times_RV - prior_V))
+        return np.log((times_RV + prior_V) / (times_RV.sum(1, keepdims=True) + prior - times_RV - prior_V))
 
     odds_RV = logit(ours_RV) - logit(theirs_RV)
     return odds_RV, odds_RV / np.sqrt(1 / (ours_RV + prior_V) + 1 / (theirs_RV + prior_V))

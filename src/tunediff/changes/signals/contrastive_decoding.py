@@ -3,30 +3,22 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tunediff.changes.signals.base import TOKEN, Signal, documents_of
+from tunediff.changes.signals.base import TOKEN, Signal, Tally, documents_of
+from tunediff.core.errors import within
 from tunediff.records.measure import SignalTable
 from tunediff.texts.tokens import Batch, Tokens
-
-AMPLIFICATION = 1.0
-"""a in (1 + a) log p(tuned) - a log p(base): 0 is tuned itself; far above 1 the rarest of plausible tokens win."""
-
-PLAUSIBLE = 0.1
-"""Least probability of a token, as a share of the likeliest one's, to be said at all: less lets the tails speak."""
-
-LEAST = 1e-3
-"""Mean rise in probability from which on a token is named; below it a few tokens on the edge of plausibility decide."""
-
-ROWS, BEFORE = 30, 12
 
 WRITERS = (("tuned", "text by tuned"), ("base", "text by base"), ("", "other text"))
 """Tokens are ranked by the first of these that there is."""
 
 
+@dataclass(frozen=True)
 class ContrastiveDecoding(Signal):
     """Tokens that the amplified distribution says more often than base does, on average over contexts.
 
@@ -40,8 +32,30 @@ class ContrastiveDecoding(Signal):
     each writer.
     """
 
-    def __init__(self, tokenizer: Any, vocabulary: int):
+    amplification: float = 1.0
+    """a in (1 + a) log p(tuned) - a log p(base): 0 is tuned itself; far above 1 the rarest of plausible tokens win."""
+    plausible: float = 0.1
+    """Least probability of a token, as a share of the likeliest one's, to be said at all: less lets the tails speak."""
+    least: float = 1e-3
+    """Mean rise in probability from which on a token is named; below it a few tokens on the edge of plausibility decide."""
+    rows: int = 30
+    """Rows of the table, at most."""
+    before: int = 12
+    """Tokens shown before the place where a token rises the most."""
+
+    def __post_init__(self) -> None:
+        within("find.contrastive_decoding", self, amplification=0, plausible=(1e-9, 1), least=0, rows=1, before=0)
+
+    def begin(self, tokenizer: Any, vocabulary: int) -> Tally:
+        return _Amplified(self, tokenizer, vocabulary)
+
+
+class _Amplified(Tally):
+    """What `ContrastiveDecoding` has seen so far."""
+
+    def __init__(self, by: ContrastiveDecoding, tokenizer: Any, vocabulary: int):
         super().__init__(tokenizer, vocabulary)
+        self.by = by
         self.rise: dict[str, Tensor] = {}
         self.chosen: dict[str, Tensor] = {}
         self.contexts: dict[str, int] = {}
@@ -65,9 +79,11 @@ class ContrastiveDecoding(Signal):
             return
         writers = [tokens.documents[d].writer for d in documents_of(batch, tokens, b_N[keep])]
         base_NV, tuned_NV = base_logp_NV[keep], tuned_logp_NV[keep]
-        amplified_NV = _said((1 + AMPLIFICATION) * tuned_NV - AMPLIFICATION * base_NV, tuned_NV)
+        amplified_NV = _said(
+            (1 + self.by.amplification) * tuned_NV - self.by.amplification * base_NV, tuned_NV, self.by.plausible
+        )
         first_N, base_first_N = amplified_NV.argmax(1).cpu(), base_NV.argmax(1).cpu()
-        rise_NV = (amplified_NV - _said(base_NV, base_NV)).cpu()
+        rise_NV = (amplified_NV - _said(base_NV, base_NV, self.by.plausible)).cpu()
         for writer in sorted(set(writers)):
             mine = torch.tensor([name == writer for name in writers])
             changed = first_N[mine & (first_N != base_first_N)]
@@ -85,15 +101,15 @@ class ContrastiveDecoding(Signal):
         rows: list[list[Any]] = []
         if main is not None:
             mean_V = self.rise[main] / self.contexts[main]
-            order = torch.argsort(mean_V, descending=True, stable=True)[:ROWS]
-            for token in order[mean_V[order] >= LEAST].tolist():
+            order = torch.argsort(mean_V, descending=True, stable=True)[: self.by.rows]
+            for token in order[mean_V[order] >= self.by.least].tolist():
                 row, t = self.place_V2[token].tolist()
                 rows.append(
                     [
                         self.text([token], TOKEN),
                         *(self._mean(writer, token) for writer, _ in WRITERS),
                         round(int(self.chosen[main][token]) / self.contexts[main], 4),
-                        self.text(self.rows[row][max(0, t + 1 - BEFORE) : t + 1]),
+                        self.text(self.rows[row][max(0, t + 1 - self.by.before) : t + 1]),
                     ]
                 )
         counts = ", ".join(f"{self.contexts.get(writer, 0):,} in {name}" for writer, name in WRITERS)
@@ -101,8 +117,8 @@ class ContrastiveDecoding(Signal):
             "contrastive_decoding",
             "What tuned says if its preferences over base are amplified",
             "Mean rise in probability over base under "
-            f"{1 + AMPLIFICATION:g} log p(tuned) - {AMPLIFICATION:g} log p(base), among tokens at least "
-            f"{PLAUSIBLE:.0%} as likely as the likeliest (Li et al. 2023), over contexts ({counts}); ranked by "
+            f"{1 + self.by.amplification:g} log p(tuned) - {self.by.amplification:g} log p(base), among tokens at least "
+            f"{self.by.plausible:.0%} as likely as the likeliest (Li et al. 2023), over contexts ({counts}); ranked by "
             f"{dict(WRITERS)[main or 'tuned']}, the rest is the reference. First choice: share of these contexts in "
             "which amplified decoding would say the token and base would not. Only sums are kept, so there are no "
             "intervals.",
@@ -116,9 +132,9 @@ class ContrastiveDecoding(Signal):
         return round(float(self.rise[writer][token]) / self.contexts[writer], 6)
 
 
-def _said(score_NV: Tensor, logp_NV: Tensor) -> Tensor:
+def _said(score_NV: Tensor, logp_NV: Tensor, plausible: float) -> Tensor:
     """Probabilities from scores, over the tokens that a model with these log-probabilities finds plausible."""
-    least_N1 = logp_NV.max(1, keepdim=True).values + math.log(PLAUSIBLE)
+    least_N1 = logp_NV.max(1, keepdim=True).values + math.log(plausible)
     return score_NV.masked_fill(logp_NV < least_N1, float("-inf")).softmax(-1)
 
 

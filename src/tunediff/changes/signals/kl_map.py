@@ -9,20 +9,12 @@ from typing import Any
 
 from torch import Tensor
 
-from tunediff.changes.signals.base import TOKEN, Signal, documents_of, label
+from tunediff.changes.signals.base import TOKEN, Signal, Tally, documents_of, label
 from tunediff.core.chance import bootstrap_ratio
+from tunediff.core.errors import within
 from tunediff.records.measure import SignalTable
 from tunediff.texts.document import Document
 from tunediff.texts.tokens import Batch, Tokens
-
-DOCUMENTS, PEAKS = 12, 4
-"""Documents shown, and tokens of highest KL named in each."""
-
-BEFORE, AFTER = 24, 8
-"""Tokens shown around the highest."""
-
-SHORTEST = 8
-"""Documents of fewer tokens are not shown: one token would make them."""
 
 
 @dataclass
@@ -35,6 +27,7 @@ class _Seen:
     peaks: list[tuple[float, int, int]] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
 class KlMap(Signal):
     """KL(tuned || base) in nat of the next-token prediction, by kind of text and by document.
 
@@ -42,8 +35,30 @@ class KlMap(Signal):
     documents (both answers to one prompt count as one). It says where the models differ, not why.
     """
 
-    def __init__(self, tokenizer: Any, vocabulary: int):
+    documents: int = 12
+    """Documents shown, at most: those with the highest mean."""
+    peaks: int = 4
+    """Tokens of highest KL named in each document."""
+    before: int = 24
+    """Tokens shown before a document's highest token."""
+    after: int = 8
+    """Tokens shown from the highest token on."""
+    shortest: int = 8
+    """Documents of fewer tokens are not shown: one token would make them."""
+
+    def __post_init__(self) -> None:
+        within("find.kl_map", self, documents=0, peaks=1, before=0, after=1, shortest=1)
+
+    def begin(self, tokenizer: Any, vocabulary: int) -> Tally:
+        return _Map(self, tokenizer, vocabulary)
+
+
+class _Map(Tally):
+    """What `KlMap` has seen so far."""
+
+    def __init__(self, by: KlMap, tokenizer: Any, vocabulary: int):
         super().__init__(tokenizer, vocabulary)
+        self.by = by
         self.seen: dict[str, _Seen] = {}
         self.rows: dict[int, tuple[int, ...]] = {}
 
@@ -59,7 +74,7 @@ class KlMap(Signal):
             seen.nats += kl
             seen.tokens += 1
             peak = (kl, -rows_B[b], -t)
-            if len(seen.peaks) < PEAKS:
+            if len(seen.peaks) < self.by.peaks:
                 heapq.heappush(seen.peaks, peak)
             elif peak > seen.peaks[0]:
                 heapq.heapreplace(seen.peaks, peak)
@@ -71,9 +86,9 @@ class KlMap(Signal):
         kinds = sorted({label(s.document) for s in everything})
         by_kind = [self._mean(kind, [s for s in everything if label(s.document) == kind]) for kind in kinds]
         rows += sorted(by_kind, key=lambda row: (-row[2], row[1]))
-        long = [s for s in everything if s.tokens >= SHORTEST and s.nats > 0]
+        long = [s for s in everything if s.tokens >= self.by.shortest and s.nats > 0]
         long.sort(key=lambda s: (-s.nats / s.tokens, s.document.id))
-        rows += [self._document(s) for s in long[:DOCUMENTS]]
+        rows += [self._document(s) for s in long[: self.by.documents]]
         return SignalTable(
             "kl_map",
             "Where the models differ in what they say next",
@@ -100,7 +115,7 @@ class KlMap(Signal):
         peaks = [(kl, -row, -t) for kl, row, t in sorted(seen.peaks, reverse=True)]
         _, row, t = peaks[0]
         after = " · ".join(f"{self.text([self.rows[r][p]], TOKEN)!r} {kl:.2f}" for kl, r, p in peaks if kl > 0)[:240]
-        window = self.rows[row][max(0, t - BEFORE) : t + AFTER]
+        window = self.rows[row][max(0, t - self.by.before) : t + self.by.after]
         name = f"{label(seen.document)}: {seen.document.id}"[:120]
         return ["document", name, round(seen.nats / seen.tokens, 6), None, None, seen.tokens, after, self.text(window)]
 

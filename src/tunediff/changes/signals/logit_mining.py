@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tunediff.changes.signals.base import TOKEN, Signal, documents_of, label
+from tunediff.changes.signals.base import TOKEN, Signal, Tally, documents_of, label
+from tunediff.core.errors import within
 from tunediff.records.measure import SignalTable
 from tunediff.texts.tokens import Batch, Tokens
 
-TOP = 10
-"""How many tokens a context names: those with the largest difference."""
 
-LEAST = 1e-3
-"""Nat by which a token must rise over the median token of its context to be named; below it is rounding."""
-
-GENERIC = 2.0
-"""Tokens named less than this many times as often as expected are masked."""
-
-ROWS = 30
-
-
+@dataclass(frozen=True)
 class LogitMining(Signal):
     """How often each token is among the most raised ones of a context.
 
@@ -34,9 +26,29 @@ class LogitMining(Signal):
     context each time.
     """
 
-    def __init__(self, tokenizer: Any, vocabulary: int):
+    top: int = 10
+    """How many tokens a context names: those with the largest difference."""
+    least: float = 1e-3
+    """Nats by which a token must rise over the median token of its context to be named; below it is rounding."""
+    generic: float = 2.0
+    """Tokens named less than this many times as often as expected are masked as generic."""
+    rows: int = 30
+    """Rows of the table, at most."""
+
+    def __post_init__(self) -> None:
+        within("find.logit_mining", self, top=1, least=0, generic=0, rows=1)
+
+    def begin(self, tokenizer: Any, vocabulary: int) -> Tally:
+        return _Mining(self, tokenizer, vocabulary)
+
+
+class _Mining(Tally):
+    """What `LogitMining` has seen so far."""
+
+    def __init__(self, by: LogitMining, tokenizer: Any, vocabulary: int):
         super().__init__(tokenizer, vocabulary)
-        self.top = min(TOP, vocabulary)
+        self.by = by
+        self.top = min(by.top, vocabulary)
         self.named: dict[str, Tensor] = {}
         self.contexts: dict[str, int] = {}
         self.likely_V = torch.zeros(vocabulary, dtype=torch.long)
@@ -60,7 +72,7 @@ class LogitMining(Signal):
         values, indices = rise.values.cpu() - median_N[:, None], rise.indices.cpu()
         for kind in sorted(set(labels)):
             mine_N = torch.tensor([name == kind for name in labels]) & inner_N
-            found = _count(indices[mine_N][values[mine_N] > LEAST], self.vocabulary)
+            found = _count(indices[mine_N][values[mine_N] > self.by.least], self.vocabulary)
             self.named[kind] = self.named[kind] + found if kind in self.named else found
             self.contexts[kind] = self.contexts.get(kind, 0) + int(mine_N.sum())
 
@@ -74,9 +86,9 @@ class LogitMining(Signal):
         expected_V = torch.stack([uniform_V, self.likely_V.double(), share_V * slots]).max(0).values.clamp_min(1)
         ratio_V = count_V.double() / expected_V
         order = torch.argsort(count_V, descending=True, stable=True)
-        chosen = order[ratio_V[order] >= GENERIC][:ROWS].tolist()
+        chosen = order[ratio_V[order] >= self.by.generic][: self.by.rows].tolist()
         least = int(count_V[chosen[-1]]) if chosen else 1
-        masked = int(((count_V >= least) & (ratio_V < GENERIC)).sum())
+        masked = int(((count_V >= least) & (ratio_V < self.by.generic)).sum())
         rows = []
         for token in chosen:
             rates = {k: int(self.named[k][token]) / self.contexts[k] for k in kinds}
@@ -99,7 +111,7 @@ class LogitMining(Signal):
             f"How often a token is among the {self.top} with the largest logit(tuned) - logit(base) "
             f"(2608.26462), in {contexts:,} contexts. Ratio: against the largest of chance, how often base "
             f"itself has the token among its {self.top} most likely, and its share of text tuned did not "
-            f"write; below {GENERIC:g} a token counts as generic and is masked ({masked} as frequent were). "
+            f"write; below {self.by.generic:g} a token counts as generic and is masked ({masked} as frequent were). "
             "Says what becomes likelier, not that it is ever said.",
             ["token", "contexts", "share of contrastive text", "share of other text", "ratio", "by kind of text"],
             rows,

@@ -8,16 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tunediff.changes.signals.base import Signal, documents_of
+from tunediff.changes.signals.base import Signal, Tally, documents_of
 from tunediff.core.chance import bootstrap_ratio
+from tunediff.core.errors import within
 from tunediff.records.measure import SignalTable
 from tunediff.texts.document import Document
 from tunediff.texts.tokens import Batch, Tokens
-
-DOCUMENTS = 20
-
-SHORTEST = 5
-"""Answers of fewer tokens are not ranked."""
 
 
 @dataclass
@@ -30,6 +26,7 @@ class _Seen:
     tokens: int = 0
 
 
+@dataclass(frozen=True)
 class PerplexityGap(Signal):
     """Answers by the tuned model, ranked by log p(tuned) - log p(base) a token.
 
@@ -37,8 +34,24 @@ class PerplexityGap(Signal):
     does, whatever the other is, so the mean gap is above 0 for any two; telling is which answers lead.
     """
 
-    def __init__(self, tokenizer: Any, vocabulary: int):
+    documents: int = 20
+    """Answers shown, at most: those with the largest gap."""
+    shortest: int = 5
+    """Answers of fewer tokens are not ranked."""
+
+    def __post_init__(self) -> None:
+        within("find.perplexity_gap", self, documents=0, shortest=1)
+
+    def begin(self, tokenizer: Any, vocabulary: int) -> Tally:
+        return _Gaps(self, tokenizer, vocabulary)
+
+
+class _Gaps(Tally):
+    """What `PerplexityGap` has seen so far."""
+
+    def __init__(self, by: PerplexityGap, tokenizer: Any, vocabulary: int):
         super().__init__(tokenizer, vocabulary)
+        self.by = by
         self.seen: dict[str, _Seen] = {}
 
     def update(
@@ -73,7 +86,7 @@ class PerplexityGap(Signal):
                 mean = bootstrap_ratio([s.gap for s in of[writer]], [s.tokens for s in of[writer]], seed=0)
                 ends = [round(mean.low, 6), round(mean.high, 6)] if len(of[writer]) > 1 else [None, None]
                 rows.append([name, round(mean.value, 6), *ends, sum(s.tokens for s in of[writer]), ""])
-        long = [s for s in of["tuned"] if s.tokens >= SHORTEST and s.gap > 0]
+        long = [s for s in of["tuned"] if s.tokens >= self.by.shortest and s.gap > 0]
         long.sort(key=lambda s: (-s.gap / s.tokens, s.document.id))
         rows += [
             [
@@ -84,7 +97,7 @@ class PerplexityGap(Signal):
                 s.tokens,
                 self.text(s.row[s.first : s.first + 64]),
             ]
-            for s in long[:DOCUMENTS]
+            for s in long[: self.by.documents]
         ]
         return SignalTable(
             "perplexity_gap",

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 from torch import Tensor
 
-from tunediff.changes.trials.base import Bench, Outcome, Trial, VerifySettings
+from tunediff.changes.trial_bench import TrialBench
+from tunediff.changes.trials.base import Outcome, Trial, VerifySettings
 from tunediff.core.axes import BASE, TUNED
 from tunediff.core.chance import Interval, bootstrap_ratio, quantile, sequential_p
+from tunediff.core.errors import within
 from tunediff.models.divergences import Divergence
 from tunediff.records.measure import GAP, Measure
 
 
+@dataclass(frozen=True)
 class Patch(Trial):
     """Recovered gap G = 1 - KL after / KL before, on scored tokens of held-out documents.
 
@@ -25,7 +29,15 @@ class Patch(Trial):
     the share of them that does as well; once ten do, no more are drawn. It does not show that the change has one meaning.
     """
 
-    def run(self, bench: Bench, settings: VerifySettings) -> Outcome:
+    decides = True
+
+    ceiling: float = 0.1
+    """Least share of the gap that the whole difference at the site must restore for the site to be judged."""
+
+    def __post_init__(self) -> None:
+        within("verify.patch", self, ceiling=(0, 1))
+
+    def run(self, bench: TrialBench, settings: VerifySettings) -> Outcome:
         pair, base_BTD, tuned_BTD = bench.pair, bench.streams_BTMD[:, :, BASE], bench.streams_BTMD[:, :, TUNED]
         gap = bench.by_document(bench.gap_N)
         if gap.mean <= 0:
@@ -66,7 +78,7 @@ class Patch(Trial):
             _row("error term", missed, "what all candidates leave of the difference, put into base"),
             Measure(GAP, gap.mean, unit="nat a token", against="the gap that is to be recovered"),
         ]
-        if ceiling.value < 0.1:
+        if ceiling.value < self.ceiling:
             return Outcome(
                 measures,
                 None,

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
-from tunediff.changes.trials.base import Bench, Outcome, Trial, VerifySettings
+from tunediff.changes.trial_bench import TrialBench
+from tunediff.changes.trials.base import Outcome, Trial, VerifySettings
 from tunediff.core.axes import BASE
+from tunediff.core.errors import within
 from tunediff.records.measure import DosePoint, Measure
 
-CONTROLS = 4
-"""Random directions beside each point of the curve; the p-values come from patching, which has many more."""
 
-
+@dataclass(frozen=True)
 class Steer(Trial):
     """Effect of a dose: how much closer base with the change comes to tuned, 1 - KL(tuned || steered) / KL(tuned || base).
 
     A change that is what it claims rises with the dose up to about 1 and pushes away from tuned with the sign turned.
     """
 
-    def run(self, bench: Bench, settings: VerifySettings) -> Outcome:
+    controls: int = 4
+    """Random directions beside each point of the curve; the p-values are those of patching, which draws many more."""
+
+    def __post_init__(self) -> None:
+        within("verify.steer", self, controls=1)
+
+    def run(self, bench: TrialBench, settings: VerifySettings) -> Outcome:
         base_BTD = bench.streams_BTMD[:, :, BASE]
         gap = float(bench.gap_N.mean())
         if gap <= 0:
@@ -26,7 +34,7 @@ class Steer(Trial):
 
         curve = []
         for dose in settings.doses:
-            written = [bench.written_BTD, *bench.controls(CONTROLS)]
+            written = [bench.written_BTD, *bench.controls(self.controls)]
             kls = bench.from_tuned(bench.pair.base, (base_BTD + dose * added_BTD for added_BTD in written))
             own, *controls = [1 - float(kl_N.mean()) / gap for kl_N in kls]
             controls = torch.tensor(controls)
@@ -40,7 +48,7 @@ class Steer(Trial):
             at.get(1.0, 0.0) - at.get(-1.0, 0.0),
             unit="share of KL",
             control=None,
-            against=f"{CONTROLS} random directions, drawn in the curve",
+            against=f"{self.controls} random directions, drawn in the curve",
         )
         return Outcome([measure], speaks, reason, curve)
 

@@ -1,0 +1,237 @@
+"""The bench of one change: rows on which it is on, both models' streams there, and runs that go on from other streams."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from tunediff.changes.trials.base import VerifySettings
+from tunediff.core.axes import BASE, TUNED
+from tunediff.core.chance import generator
+from tunediff.harvests.samples import Sample
+from tunediff.models.divergences import Divergence, Said, by_document, kl_divergence
+from tunediff.models.network import LanguageModel, Start
+from tunediff.models.pair import Pair
+from tunediff.records.change import Change
+from tunediff.records.site import Site
+from tunediff.texts.tokens import Batch
+
+SCORED_A_RUN = 640
+"""Scored tokens of one run; several interventions share a run up to this many."""
+
+
+@dataclass(frozen=True, eq=False)
+class Spread:
+    """Mean (D,) and a square root (D, D) of the covariance of the difference at one site, on training tokens."""
+
+    mean_D: Tensor
+    root_DD: Tensor
+
+    @classmethod
+    def of(cls, delta_ND: Tensor) -> Spread:
+        """Those of a sample of the difference."""
+        mean_D = delta_ND.mean(0)
+        values, vectors = torch.linalg.eigh((delta_ND - mean_D).T @ (delta_ND - mean_D) / len(delta_ND))
+        return cls(mean_D, values.clamp_min(0).sqrt()[:, None] * vectors.T)
+
+
+@dataclass(eq=False)
+class TrialBench:
+    """The rows on which one change is tried: both models' streams and next-token distributions, cached.
+
+    Interventions replace the stream at `site` and run only the blocks above. ``scored_BT`` are the tokens at and after
+    the change's first firing in a row, the only ones it can reach, of those that count in the sample.
+    """
+
+    pair: Pair
+    site: Site
+    change: Change
+    batch: Batch
+    streams_BTMD: Tensor
+    strength_BT: Tensor
+    counts_BT: Tensor
+    documents_B: list[int]
+    seed: int
+    everything_BTD: Tensor
+    spread: Spread
+    draws: int
+    limit: int
+
+    @cached_property
+    def scored_BT(self) -> Tensor:
+        """Tokens the change can reach, thinned evenly to the limit."""
+        reached = ((self.strength_BT != 0).cumsum(1) > 0) & self.counts_BT
+        places = reached.flatten().nonzero()[:, 0]
+        kept = torch.zeros(reached.numel(), dtype=torch.bool)
+        kept[places[torch.linspace(0, len(places) - 1, min(self.limit, len(places))).round().long()]] = True
+        return kept.view_as(reached)
+
+    @cached_property
+    def difference_D(self) -> Tensor:
+        """What a unit of the change adds to tuned."""
+        return self.change.difference_SD[self.change.sites.index(self.site)].float()
+
+    def logp(self, model: LanguageModel, stream_BTD: Tensor) -> Tensor:
+        """Log-probabilities (N, V) at scored tokens when `model` goes on from this stream."""
+        return next(self._said(model, [stream_BTD])).logp()[0]
+
+    def to_base(self, model: LanguageModel, streams: Iterable[Tensor]) -> Iterator[Tensor]:
+        """For each of many streams KL(`model` going on from it || base), (N,)."""
+        return (kl_N for said in self._said(model, streams) for kl_N in kl_divergence(said, self.base_logp))
+
+    def from_tuned(self, model: LanguageModel, streams: Iterable[Tensor]) -> Iterator[Tensor]:
+        """For each of many streams KL(tuned || `model` going on from it), (N,)."""
+        return (kl_N for said in self._said(model, streams) for kl_N in kl_divergence(self.tuned_logp, said))
+
+    def _said(self, model: LanguageModel, streams: Iterable[Tensor]) -> Iterator[Said]:
+        """What `model` says at scored tokens (R, N) going on from each of R streams, several a run."""
+        streams = iter(streams)
+        while some := list(islice(streams, max(1, SCORED_A_RUN // max(1, int(self.scored_BT.sum()))))):
+            said = Said.at(
+                model,
+                self.batch.ids_BT.repeat(len(some), 1),
+                self.scored_BT.repeat(len(some), 1),
+                self.pair.vocabulary,
+                Start(self.site, torch.cat(some)),
+            )
+            yield replace(said, states_ND=said.states_ND.unflatten(0, (len(some), int(self.scored_BT.sum()))))
+
+    @cached_property
+    def base_logp(self) -> Tensor:
+        """Base's own."""
+        return self.logp(self.pair.base, self.streams_BTMD[:, :, BASE])
+
+    @cached_property
+    def tuned_logp(self) -> Tensor:
+        """Tuned's own."""
+        return self.logp(self.pair.tuned, self.streams_BTMD[:, :, TUNED])
+
+    @cached_property
+    def document_N(self) -> Tensor:
+        """The document of every scored token."""
+        rows = torch.tensor(self.documents_B)[:, None].expand_as(self.scored_BT)
+        return rows[self.scored_BT]
+
+    @cached_property
+    def documents(self) -> list[int]:
+        """Documents with a scored token."""
+        return sorted(set(self.document_N.tolist()))
+
+    @cached_property
+    def gap_N(self) -> Tensor:
+        """KL(tuned || base)."""
+        return kl_divergence(self.tuned_logp, self.base_logp)
+
+    def by_document(self, kl_N: Tensor) -> Divergence:
+        """A divergence at scored tokens by document."""
+        return by_document(kl_N, self.document_N, self.documents)
+
+    @cached_property
+    def random_directions_RD(self) -> Tensor:
+        """Random directions of the change's length, drawn from the covariance of the difference, at right angles to it.
+
+        With the change's own strengths they have its energy at every token. Directions in which the models do not
+        differ would be too easy a control; the change's own direction would be no control. A dense change has to be the
+        best of all directions, so its controls keep what they have of it.
+        """
+        rng = generator(self.seed, "random directions", self.change.id)
+        own = torch.nn.functional.normalize(self.difference_D, dim=0)
+        noise = torch.randn(self.draws, len(own), generator=rng) @ self.spread.root_DD
+        if not self.is_dense:
+            noise = noise - (noise @ own)[:, None] * own
+        # Where the whole difference is this one direction nothing is left of it: any direction then.
+        bare = noise.norm(dim=1) < 1e-6 * self.spread.root_DD.norm()
+        noise[bare] = torch.randn(int(bare.sum()), len(own), generator=rng)
+        return torch.nn.functional.normalize(noise, dim=1) * self.difference_D.norm()
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the change reads the models everywhere, so that its strength is a coordinate and not an occurrence."""
+        return self.change.threshold == float("-inf") and bool(self.change.rows_SMD.any())
+
+    @property
+    def written_BTD(self) -> Tensor:
+        """What the change adds to tuned."""
+        return self.strength_BT[..., None] * self.difference_D
+
+    def controls(self, draws: int | None = None) -> Iterator[Tensor]:
+        """What each control adds (B, T, D), along a random direction.
+
+        Of a change that is on at some tokens: the change's strengths. A change that reads the difference itself along its
+        direction, on everywhere, takes some of the difference away whatever the direction, so its controls read the
+        difference along theirs, brought to its energy.
+        """
+        centered_BTD = self.streams_BTMD[:, :, TUNED] - self.streams_BTMD[:, :, BASE] - self.spread.mean_D
+        for direction_D in self.random_directions_RD[:draws]:
+            strength_BT = self.strength_BT
+            if self.is_dense:
+                own_BT = (centered_BTD @ direction_D) * (strength_BT != 0)
+                strength_BT = own_BT * (strength_BT.norm() / own_BT.norm().clamp_min(1e-30))
+            yield strength_BT[..., None] * direction_D
+
+
+def trial_bench(
+    pair: Pair,
+    change: Change,
+    others: list[Change],
+    sample: Sample,
+    spread: Spread,
+    settings: VerifySettings,
+    seed: int,
+) -> TrialBench | None:
+    """The bench of one change on a held-out sample, at its last site; None where it is on nowhere."""
+    site = change.sites[-1]
+    s = sample.sites.index(site)
+    f_N = sample.strength(change)
+    energy: dict[int, float] = {}
+    for row in sample.rows:
+        mine = (sample.row_N == row) & (sample.position_N < settings.tokens)
+        value = float(f_N[mine].double().pow(2).sum())
+        document = sample.tokens.document_R[row]
+        if value > 0 and (document not in energy or value > energy[document][0]):
+            energy[document] = (value, row)
+    chosen = sorted(energy.values(), reverse=True)[: settings.documents]
+    if not chosen:
+        return None
+    rows = sorted(row for _, row in chosen)
+    few = sample.only(rows)
+    f_N, everything_N = (
+        few.strength(change),
+        sum(
+            (few.strength(c)[:, None] * c.difference_SD[c.sites.index(site)].float() for c in others),
+            torch.zeros_like(few.streams_NSMD[:, s, 0]),
+        ),
+    )
+    batch = next(sample.tokens.only(rows).batches(10**9, order="rows"))
+    width = min(settings.tokens, batch.ids_BT.shape[1])
+    batch = Batch(batch.ids_BT[:, :width], batch.mask_BT[:, :width], torch.tensor(rows))
+    B, D = len(rows), sample.streams_NSMD.shape[-1]
+    streams, strength = torch.zeros(B, width, 2, D), torch.zeros(B, width)
+    counts = torch.zeros(B, width, dtype=torch.bool)
+    everything = torch.zeros(B, width, D)
+    for b, row in enumerate(batch.rows_B.tolist()):
+        here = (few.row_N == row).nonzero()[:width, 0]
+        streams[b, : len(here)] = few.streams_NSMD[here, s]
+        strength[b, : len(here)] = f_N[here]
+        counts[b, : len(here)] = few.scored_N[here]
+        everything[b, : len(here)] = everything_N[here]
+    return TrialBench(
+        pair,
+        site,
+        change,
+        batch,
+        streams,
+        strength,
+        counts,
+        [sample.tokens.document_R[row] for row in batch.rows_B.tolist()],
+        seed,
+        everything,
+        spread,
+        settings.draws,
+        settings.scored,
+    )

@@ -1,0 +1,216 @@
+"""Verdicts: ranked changes put on trial, and all that is known of each as one record."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from math import isfinite
+from typing import Any
+
+from torch import Tensor
+
+from tunediff.changes.examples import caused_tokens, contexts, kind_rates, lens_tokens
+from tunediff.changes.rankings import Ranked, Ranking
+from tunediff.changes.trial_bench import Spread, TrialBench, trial_bench
+from tunediff.changes.trials.base import Outcome, Trial, VerifySettings
+from tunediff.core.axes import BASE, TUNED
+from tunediff.core.chance import quantile
+from tunediff.dictionaries.fitted import Fitted
+from tunediff.dictionaries.latent_scaling import latent_scaling
+from tunediff.harvests.harvest import Harvest
+from tunediff.harvests.lenses import Lens
+from tunediff.harvests.samples import Sample
+from tunediff.models.pair import Pair
+from tunediff.records.change import Change
+from tunediff.records.diff import ChangeRecord
+from tunediff.records.measure import Measure
+from tunediff.records.site import Site
+
+READ_DOCUMENTS = 24
+"""Held-out documents off which a change's words are read, at most."""
+
+READ_SCORED = 400
+"""Held-out tokens off which a change's words are read, at most."""
+
+SHOWN = 3
+"""Changes that are shown with contexts and words, as a multiple of those put on trial."""
+
+SPREAD_TOKENS = 20_000
+"""Training tokens from which the spread of the difference is taken, at most."""
+
+
+@dataclass(frozen=True, eq=False)
+class Proposals:
+    """What one finder of a run proposed.
+
+    name      the finder's, as the plan names it
+    changes   in the finder's order
+    fitted    the dictionary that was fitted on the way, if any
+    offset    whether these changes are the constant offset, which other finders leave out of theirs
+    """
+
+    name: str
+    changes: list[Change]
+    fitted: Fitted | None = None
+    offset: bool = False
+
+
+@dataclass(eq=False)
+class Verifier:
+    """Puts the changes of one ranking on trial, on a held-out sample.
+
+    level   a change whose p exceeds this does no more than random tunes
+    kl_N    KL(tuned || base) in nats at the sample's tokens
+    """
+
+    pair: Pair
+    harvest: Harvest
+    sample: Sample
+    lens: Lens
+    ranking: Ranking
+    proposals: Sequence[Proposals]
+    trials: Mapping[str, Trial]
+    settings: VerifySettings
+    level: float
+    seed: int
+    kl_N: Tensor = field(repr=False)
+
+    def stands_out(self, ranked: Ranked) -> bool:
+        """Whether a change does more than random tunes of the same size."""
+        return ranked.p <= self.level
+
+    @cached_property
+    def tried(self) -> list[Ranked]:
+        """The changes that are put on trial: the first few, without those that random tunes refute."""
+        return [r for r in self.ranking.ranked[: self.settings.changes] if self.stands_out(r)]
+
+    @cached_property
+    def _spread(self) -> dict[Site, Spread]:
+        x_NSMD = self.harvest.at(self.harvest.index("train")[:SPREAD_TOKENS])
+        return {site: Spread.of(x_NSMD[:, s, TUNED] - x_NSMD[:, s, BASE]) for s, site in enumerate(self.harvest.sites)}
+
+    @cached_property
+    def _scales(self) -> dict[str, list[Measure]]:
+        """Latent Scaling on held-out text of the changes that are a dictionary's latents, by change."""
+        out: dict[str, list[Measure]] = {}
+        for proposals in self.proposals:
+            if proposals.fitted is not None:
+                of = {c.origin["latent"]: c.id for c in proposals.changes if "latent" in c.origin}
+                out |= scale_measures(proposals.fitted, self.harvest, of, self.seed)
+        return out
+
+    def record(self, number: int) -> ChangeRecord:
+        """Everything said of the change at this place of the ranking; the trials are run here."""
+        ranked = self.ranking.ranked[number]
+        change, site = ranked.change, ranked.change.sites[-1]
+        outcomes: dict[str, Outcome] = {}
+        promoted, suppressed, read_by = [], [], ""
+        bench = self._bench(change, self._others(change), self.settings) if ranked in self.tried else None
+        if bench is not None:
+            outcomes = {name: trial.run(bench, self.settings) for name, trial in self.trials.items()}
+            # Words are read off more text than the change is tried on: that takes one run, not one for every control.
+            wide = replace(self.settings, documents=READ_DOCUMENTS, scored=READ_SCORED)
+            promoted, suppressed = caused_tokens(self.pair.tokenizer, self._bench(change, [], wide))
+            read_by = (
+                "what tuned says more and less of because of it (keyness of what is expected on held-out text, nat)"
+            )
+        decision, reason = self._decision(ranked, outcomes)
+        shown = number < SHOWN * self.settings.changes
+        if not promoted and not suppressed and shown:
+            promoted, suppressed = lens_tokens(self.pair.tokenizer, self.pair.base, self.lens, change)
+            read_by = f"tuned lens at {site} (cosine)"
+        return ChangeRecord(
+            rank=number + 1,
+            id=change.id,
+            finder=change.finder,
+            sites=[str(s) for s in change.sites],
+            share=change.share,
+            decision=decision,
+            reason=reason,
+            score=_score(ranked),
+            measures=_measures(ranked)
+            + [m for o in outcomes.values() for m in o.measures]
+            + self._scales.get(change.id, []),
+            promoted=promoted,
+            suppressed=suppressed,
+            read_by=read_by,
+            contexts=contexts(self.pair.tokenizer, self.sample, change, self.kl_N) if shown else [],
+            depth=ranked.depth,
+            kinds=kind_rates(self.sample, change),
+            dose=[point for o in outcomes.values() for point in o.dose],
+            origin=change.origin,
+        )
+
+    def _others(self, change: Change) -> list[Change]:
+        """What together with a change is to make up the whole difference: its finder's changes and the offset."""
+        own = {c.id for p in self.proposals if p.offset or change.id in {c.id for c in p.changes} for c in p.changes}
+        return [r.change for r in self.ranking.ranked if r.change.id in own]
+
+    def _bench(self, change: Change, others: list[Change], settings: VerifySettings) -> TrialBench | None:
+        return trial_bench(self.pair, change, others, self.sample, self._spread[change.sites[-1]], settings, self.seed)
+
+    def _decision(self, ranked: Ranked, outcomes: Mapping[str, Outcome]) -> tuple[str, str]:
+        """The decision and its reason. The trials that decide must all speak for the change to confirm it."""
+        if not self.stands_out(ranked):
+            return "refuted", f"random tunes of the same size do as much (p = {ranked.p:.2g})"
+        if not outcomes:
+            return "undecided", "stands out from random tunes, but was not put on trial"
+        decide = [outcomes[name] for name, trial in self.trials.items() if trial.decides]
+        if not decide:
+            return "undecided", f"none of the trials decides ({', '.join(outcomes)})"
+        against = [o for o in decide if o.speaks is False]
+        silent = [o for o in decide if o.speaks is None]
+        decision = "refuted" if against else "undecided" if silent else "confirmed"
+        return decision, "; ".join(o.reason for o in against or silent or decide)
+
+
+def scale_measures(fitted: Fitted, harvest: Harvest, ids: Mapping[int, str], seed: int) -> dict[str, list[Measure]]:
+    """Latent Scaling of some latents on held-out text: by the change's id, as `ids` gives it for each latent."""
+    scales = latent_scaling(fitted, harvest, doc_N=harvest.documents("held_out"), latents=sorted(ids), seed=seed)
+    return {
+        ids[scale.latent]: [
+            Measure(
+                f"Latent Scaling, {part}",
+                nu.value if isfinite(nu.value) else None,
+                nu.low,
+                nu.high,
+                "need in base / in tuned",
+                1.0,
+                f"a latent that base needs as much; verdict: {scale.kind}",
+            )
+            for part, nu in (("error", scale.nu_error), ("reconstruction", scale.nu_reconstruction))
+        ]
+        for scale in scales
+    }
+
+
+def _score(ranked: Ranked) -> Measure:
+    score, null = ranked.score, ranked.null
+    against = f"95th percentile of the best candidate in {len(null)} random tunes"
+    return Measure(
+        "energy along the change",
+        score.value,
+        score.low,
+        score.high,
+        "x random tunes",
+        quantile(null, 0.95),
+        against,
+        ranked.p,
+    )
+
+
+def _measures(ranked: Ranked) -> list[Measure]:
+    effect: Any = ranked.effect
+    return [
+        Measure(
+            "effect on the output",
+            effect.value,
+            effect.low,
+            effect.high,
+            "nat a token",
+            None,
+            "taken out alone on training text; no control of its own: orders the changes that stand out",
+        ),
+        Measure("tokens on", ranked.share_of_tokens, unit="share", against=f"{ranked.firings} held-out tokens"),
+    ]

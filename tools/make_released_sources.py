@@ -1,0 +1,38 @@
+"""Writes the digests of the variants' files as of this version: ``python tools/make_released_sources.py``.
+
+Run it when the version in pyproject.toml changes. A variant whose file differs from its digest brings the digest of
+its own source into content keys, so that results of an edited variant are never taken for older ones.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pkgutil
+from pathlib import Path
+
+from tunediff.core.variants import RELEASED, digest_of
+
+PACKAGES = (
+    "tunediff.changes.finders",
+    "tunediff.changes.signals",
+    "tunediff.changes.trials",
+    "tunediff.dictionaries.architectures",
+    "tunediff.models.families",
+)
+
+
+def digests() -> dict[str, str]:
+    """The digest of every variant's file and of the helpers beside it, by module."""
+    found = {}
+    for package in PACKAGES:
+        for info in pkgutil.iter_modules(importlib.import_module(package).__path__):
+            if info.name != "base":
+                path = Path(importlib.import_module(f"{package}.{info.name}").__file__ or "")
+                found[f"{package}.{info.name}"] = digest_of(path.read_text(encoding="utf-8"))
+    return found
+
+
+if __name__ == "__main__":
+    RELEASED.parent.mkdir(exist_ok=True)
+    RELEASED.write_text(json.dumps(digests(), indent=1, sort_keys=True) + "\n", encoding="utf-8")
