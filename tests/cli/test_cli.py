@@ -452,8 +452,8 @@ def test_demo_counts_behaviors_into_the_record(world, full, monkeypatch):
     monkeypatch.setattr(demo, "PROMPTS", 2)
     monkeypatch.setattr(
         tunediff.cli.main,
-        "_run",
-        lambda *a: Run(Plan.read(world.run() / "plan.toml"), world.run(), ProgressBar(enabled=False)),
+        "new_run",
+        lambda *a: (Run(Plan.read(world.run() / "plan.toml"), world.run()), ProgressBar(enabled=False)),
     )
     kept = (world.run() / "diff.json").read_bytes(), (world.run() / "report.html").read_bytes()
     told = cli("demo", "-q")
@@ -561,7 +561,7 @@ def test_an_interrupt_says_how_to_go_on(world, monkeypatch):
     def stop(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tunediff.cli.main, "_run", stop)
+    monkeypatch.setattr(tunediff.cli.main, "new_run", stop)
     told = cli("rank", world.base, world.tuned)
     assert told.code == 130 and "run the same command again" in told.err
 
@@ -585,13 +585,13 @@ def test_hostile_names_stay_text(world):
 
 def test_importing_the_command_line_is_cheap():
     heavy = "[m for m in ('torch', 'transformers', 'numpy', 'peft', 'rich.console') if m in sys.modules]"
-    done = process(code=f"import sys, tunediff, tunediff.cli.main; print({heavy})")
+    done = process(code=f"import sys, tunediff, tunediff.cli.main, tunediff.cli.lab; print({heavy})")
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 
 def test_a_process_tells_errors_in_four_lines_and_exits_2(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "tunediff.cli.main", "revert", "nope", "--runs", str(tmp_path)],
+        [sys.executable, "-m", "tunediff", "revert", "nope", "--runs", str(tmp_path)],
         capture_output=True,
         text=True,
         timeout=120,

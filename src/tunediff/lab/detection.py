@@ -7,7 +7,7 @@ against what the planted vector has become there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from tunediff.changes.finders.base import View
 from tunediff.core import variants
 from tunediff.core.chance import generator
 from tunediff.core.errors import SettingError
+from tunediff.core.progress import Progress, quiet
 from tunediff.dictionaries.sources import HELD_OUT, TensorSource
 from tunediff.models.network import LanguageModel, Start
 from tunediff.records.change import Change
@@ -263,15 +264,16 @@ def floor(detections: Sequence[Detection]) -> list[dict[str, str]]:
 
 def grid(
     text: Text,
-    methods: dict[str, Sequence[str]],
+    methods: Mapping[str, Sequence[str]],
     amplitudes: Sequence[float],
     frequencies: Sequence[float],
     seeds: Sequence[int],
     folder: Path,
-    told: Callable[[Detection], None] = lambda d: None,
+    progress: Progress = quiet,
 ) -> list[Detection]:
     """Every method on every planting."""
-    found = []
+    total = len(methods) * len(amplitudes) * len(frequencies) * len(seeds)
+    found: list[Detection] = []
     for seed in seeds:
         for frequency in frequencies:
             for amplitude in amplitudes:
@@ -279,5 +281,5 @@ def grid(
                 for method, settings in methods.items():
                     at = folder / f"{method}-{amplitude:g}-{frequency:g}-{seed}".replace(" ", "-").replace(",", "")
                     found.append(detect(planted, method, settings, amplitude, frequency, seed, at))
-                    told(found[-1])
+                    progress("floor", len(found), total)
     return found
