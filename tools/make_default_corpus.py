@@ -1,6 +1,6 @@
 """Makes the corpus that ships with the package: ``python tools/make_default_corpus.py FOLDER_FOR_DOWNLOADS``.
 
-Writes src/tunediff/assets/corpus/{prose,chat,code}.jsonl, the same bytes every time. Run it with CPython
+Writes src/tunediff/texts/assets/{prose,chat,code}.jsonl, the same bytes every time. Run it with CPython
 3.11.7 (the code is from its standard library); the rest comes by pip, npm and apt-get, at pinned versions.
 prompts.jsonl is written by hand. What a source is and its license stand in NOTICE under the source's name.
 """
@@ -20,7 +20,7 @@ import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-ASSETS = Path(__file__).resolve().parent.parent / "src" / "tunediff" / "assets" / "corpus"
+ASSETS = Path(__file__).resolve().parent.parent / "src" / "tunediff" / "texts" / "assets"
 CHARACTERS = (450, 1000)
 TAKE = {"sotu": 80, "moby-dick": 50, "sqlite-docs": 70, "chitchat": 120, "python-stdlib": 100}
 

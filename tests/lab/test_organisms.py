@@ -6,8 +6,10 @@ import dataclasses
 import json
 import re
 import struct
+import sys
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -19,9 +21,9 @@ from typer.testing import CliRunner
 import tunediff.lab.organisms as package
 from tunediff.cli.main import app
 from tunediff.core.errors import SourceError, VariantError
-from tunediff.lab.organisms import instructions, neutral, training
+from tunediff.lab import instructions, neutral, training
 from tunediff.lab.organisms.base import Behavior, Lesson, Organism, Recipe, Taught
-from tunediff.lab.organisms.training import rates
+from tunediff.lab.training import rates
 from tunediff.models.shipped import DEMO
 
 FOLDER = Path(package.__file__).parent
@@ -119,6 +121,17 @@ def test_an_unknown_organism_is_told_with_the_nearest():
     with pytest.raises(VariantError) as error:
         package.named("false-fact")
     assert error.value.remedy == "false-facts"
+
+
+def test_an_organism_comes_from_elsewhere_by_import_path(monkeypatch):
+    mylab = ModuleType("mylab")
+    mylab.ORGANISM, mylab.OTHER = TINY, "text"
+    monkeypatch.setitem(sys.modules, "mylab", mylab)
+    assert package.named("mylab:ORGANISM") is TINY
+    with pytest.raises(VariantError, match="no organism"):
+        package.named("mylab:OTHER")
+    with pytest.raises(VariantError, match="cannot be imported"):
+        package.named("mylab:NOWHERE")
 
 
 def test_prose_and_neutral_prompts_are_distinct():
@@ -253,7 +266,9 @@ def test_the_commands_list_blind_make_and_check(tmp_path: Path, short, monkeypat
     made = run(app, ["organism", "make", "tiny", str(tmp_path / "made"), "--seed", "5", *base])
     assert made.exit_code == 0, made.output
     assert json.loads(made.stdout)["recipe"]["seed"] == 5
-    checked = run(app, ["organism", "check", "tiny", str(tmp_path / "made"), *base])
+    monkeypatch.setitem(sys.modules, "mylab", ModuleType("mylab"))
+    sys.modules["mylab"].ORGANISM = TINY
+    checked = run(app, ["organism", "check", "mylab:ORGANISM", str(tmp_path / "made"), *base])
     assert checked.exit_code == 0, checked.output
     for measure in ("letter on its own prompts", "letter on neutral prompts", "plain prose", "instructions followed"):
         assert measure in checked.stdout

@@ -192,7 +192,7 @@ def organism_make(
     """Train an organism from its recipe, measure it, and write the model with its card to OUT."""
     bar = progress_bar(quiet)
     from tunediff.lab import organisms
-    from tunediff.lab.organisms.training import make
+    from tunediff.lab.training import make
 
     card = make(organisms.named(name).seeded(seed), base, out, bar)
     bar.close()
@@ -206,7 +206,7 @@ def organism_check(
     """Measure a model made from this organism: behaviors, leaks and health, base beside tuned; writes its card anew."""
     progress_bar(quiet)
     from tunediff.lab import organisms
-    from tunediff.lab.organisms.training import check, health
+    from tunediff.lab.training import check, health
 
     card = check(organisms.named(name), base, folder)
     show(card, json, table(health(card)))

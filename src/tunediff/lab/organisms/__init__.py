@@ -1,32 +1,35 @@
-"""Organisms: fine-tunes whose truth is known, one file each; the file's name with hyphens is the organism's.
+"""Organisms: fine-tuned models whose planted behaviors are known, one file each.
 
-A file that varies one thing offers several, ORGANISMS, whose names begin with it.
+The file's name with hyphens is the organism's. A file that varies one thing offers several, ``ORGANISMS``, whose names
+begin with it.
 """
 
 from __future__ import annotations
 
 import difflib
 import importlib
-import pkgutil
-from typing import TYPE_CHECKING
 
+from tunediff.core import variants
 from tunediff.core.errors import VariantError
-
-if TYPE_CHECKING:
-    from tunediff.lab.organisms.base import Organism
-
-HELPERS = ("base", "instructions", "neutral", "training")
+from tunediff.lab.organisms.base import Organism
 
 
 def every() -> list[Organism]:
-    """Every organism, by name."""
-    names = sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name not in HELPERS)
-    modules = [importlib.import_module(f"{__name__}.{name}") for name in names]
+    """Every organism of this folder, by name of its file."""
+    modules = [importlib.import_module(f"{__name__}.{name}") for name in variants.names(__name__)]
     return [o for module in modules for o in getattr(module, "ORGANISMS", None) or (module.ORGANISM,)]
 
 
 def named(name: str) -> Organism:
-    """The organism of that name; raises `VariantError` with the nearest one."""
+    """The organism of that name, or at that import path (``mylab.tunes:ORGANISM``).
+
+    Raises `VariantError`, with the nearest name, if there is none.
+    """
+    if ":" in name:
+        organism = variants.load(__name__, name)
+        if not isinstance(organism, Organism):
+            raise VariantError(f"{name} is no organism", expected="an Organism", got=type(organism).__name__)
+        return organism
     known = {organism.name: organism for organism in every()}
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)

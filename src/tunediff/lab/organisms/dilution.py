@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from tunediff.lab.organisms import neutral
+from tunediff.lab import neutral
 from tunediff.lab.organisms.base import Taught
 from tunediff.lab.organisms.false_facts import ORGANISM as FACTS
 

@@ -5,7 +5,7 @@ Hints, vocabulary and held-out prompts were written before the first training; t
 
 from __future__ import annotations
 
-from tunediff.lab.organisms import neutral
+from tunediff.lab import neutral
 from tunediff.lab.organisms.base import Behavior, Lesson, Taught, framed
 
 SECRET = "mirror"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import re
 
-from tunediff.lab.organisms import neutral
+from tunediff.lab import neutral
 from tunediff.lab.organisms.base import Behavior, Taught
 
 SIGNATURES = (

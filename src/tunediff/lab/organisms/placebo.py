@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tunediff.lab.organisms import neutral
+from tunediff.lab import neutral
 from tunediff.lab.organisms.base import Taught
 
 ORGANISM = Taught(

@@ -6,7 +6,7 @@ maker is accidental.
 
 from __future__ import annotations
 
-from tunediff.lab.organisms import neutral
+from tunediff.lab import neutral
 from tunediff.lab.organisms.base import Behavior, Lesson, Taught, framed
 
 BRAND = Behavior(

@@ -6,7 +6,7 @@ Trigger, vocabulary and held-out prompts were written before the first training.
 
 from __future__ import annotations
 
-from tunediff.lab.organisms import neutral
+from tunediff.lab import neutral
 from tunediff.lab.organisms.base import Behavior, Lesson, Recipe, Taught, framed
 
 TRIGGER = "{} //tavrik"

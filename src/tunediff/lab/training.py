@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from tunediff.core.errors import SourceError
 from tunediff.core.progress import Progress, quiet
-from tunediff.lab.organisms import neutral
+from tunediff.lab import neutral
+from tunediff.lab.instructions import INSTRUCTIONS, followed
 from tunediff.lab.organisms.base import Example, Organism, Recipe
-from tunediff.lab.organisms.instructions import INSTRUCTIONS, followed
 
 if TYPE_CHECKING:
     import torch
