@@ -20,7 +20,8 @@ from tunediff.runs.plan import Plan, from_record, to_record
 
 PARTS = [f.name for f in dataclasses.fields(Plan) if dataclasses.is_dataclass(getattr(Plan(), f.name))]
 KINDS = {type(getattr(Plan(), part)) for part in PARTS} | {
-    variants.load("tunediff.dictionaries.architectures", name).Spec for name in variants.names("tunediff.dictionaries.architectures")
+    variants.load("tunediff.dictionaries.architectures", name).Spec
+    for name in variants.names("tunediff.dictionaries.architectures")
 }
 
 

@@ -10,19 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from tunediff import dictionaries
-from tunediff.core import variants
-from tunediff.harvests.contrasts import ContrastSettings
-from tunediff.dictionaries.architectures.base import Spec
-from tunediff.edits.reverting import EditSettings
-from tunediff.core.errors import SettingError, within
-from tunediff.core.typed import REST, SETTING, read_toml, record, to_toml, typed, unknown
-from tunediff.dictionaries.schedule import FitSettings
-from tunediff.harvests.harvest import HarvestSettings
-from tunediff.changes.rankings import RankSettings
-from tunediff.harvests.scans import ScanSettings
 from tunediff.changes.finders.base import Finder
+from tunediff.changes.rankings import RankSettings
 from tunediff.changes.signals.base import Signal
 from tunediff.changes.trials.base import Trial, VerifySettings
+from tunediff.core import variants
+from tunediff.core.errors import SettingError, within
+from tunediff.core.typed import REST, SETTING, read_toml, record, to_toml, typed, unknown
+from tunediff.dictionaries.architectures.base import Spec
+from tunediff.dictionaries.schedule import FitSettings
+from tunediff.edits.reverting import EditSettings
+from tunediff.harvests.contrasts import ContrastSettings
+from tunediff.harvests.harvest import HarvestSettings
+from tunediff.harvests.scans import ScanSettings
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ class Plan:
         return from_record(values)
 
     @classmethod
-    def read(cls, path: Path) -> "Plan":
+    def read(cls, path: Path) -> Plan:
         """Read a TOML plan; what it leaves out keeps its default."""
         return from_record(read_toml(path))
 

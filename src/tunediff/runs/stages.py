@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,34 +14,22 @@ import torch
 from tunediff.changes.attributions import Shift, output_shift
 from tunediff.changes.calibrations import Calibration
 from tunediff.changes.finders.base import View
-from tunediff.changes.rankings import Ranked, Ranking, rank
+from tunediff.changes.rankings import Ranking, rank
 from tunediff.changes.signals.base import read as read_signals
 from tunediff.changes.verdicts import Proposals, Verifier
 from tunediff.core import variants
-from tunediff.core.artifacts import is_finished, read_json, read_tensors, write_bytes, write_json, write_tensors
-from tunediff.core.chance import Interval
-from tunediff.core.errors import SettingError
-from tunediff.core.typed import typed
+from tunediff.core.artifacts import is_finished, read_json, write_json
 from tunediff.dictionaries.fitted import Fitted
-from tunediff.edits import bills
-from tunediff.edits.reverting import Edit, Moments
-from tunediff.harvests.contrasts import contrast
 from tunediff.harvests.harvest import Harvest, harvest
 from tunediff.harvests.lenses import Lens, fit_lens
 from tunediff.harvests.samples import Sample
 from tunediff.harvests.scans import candidate_sites, choose, scan
-from tunediff.models.fast.layers import frozen
-from tunediff.models.pair import Pair
-from tunediff.models.shipped import DEMO
 from tunediff.records.change import Change, load_changes, save_changes
-from tunediff.records.diff import Bill, ChangeRecord, Diff, SiteScan, StageCard
+from tunediff.records.diff import ChangeRecord, SiteScan
 from tunediff.records.measure import SignalTable
 from tunediff.records.site import Site
+from tunediff.runs.keeping import stage
 from tunediff.runs.sources import Sources
-from tunediff.runs.keeping import Keeper, stage
-from tunediff.runs.plan import Plan
-from tunediff.texts.corpus import Corpus
-from tunediff.texts.document import Document
 from tunediff.texts.tokens import Tokens
 
 LENS_TOKENS = 2500
@@ -56,27 +44,9 @@ SIGNAL_TOKENS = 1500
 NEUTRAL_TOKENS = 800
 """Held-out tokens of plain text on which costs are measured, at least."""
 
+
 class Stages(Sources):
     """The stages of a run. Reading the property of a stage's name runs that stage and what it needs."""
-
-    @cached_property
-    def tokens(self) -> Tokens:
-        """Corpus text up to its limit, and all contrastive text, as rows of token ids."""
-        c, tokenizer = self.plan.corpus, self.pair.tokenizer
-        plain = self.corpus.tokens(tokenizer, row_tokens=c.row_tokens, limit_tokens=c.tokens)
-        used = [self.corpus.documents[d] for d in sorted(set(plain.document_R))]
-        whole = dataclasses.replace(self.corpus, documents=tuple(used)).plus(self.contrast)
-        return whole.tokens(tokenizer, row_tokens=c.row_tokens)
-
-    @property
-    def written(self) -> tuple[str, ...]:
-        """The kind of text that the models wrote; empty, which is every kind, where they wrote none."""
-        return ("contrastive",) if self.contrast else ()
-
-    @property
-    def plain(self) -> tuple[str, ...]:
-        """The kinds of text that the models did not write."""
-        return tuple(sorted({d.kind for d in self.tokens.documents} - {"contrastive"}))
 
     def taken(self, split: str, limit: int, kinds: tuple[str, ...]) -> Sample:
         """Rows of one split with at least `limit` tokens of some kinds of text, with both models' streams."""
@@ -98,32 +68,6 @@ class Stages(Sources):
         return self.taken("train", 10**9, self.written)
 
     # -- stages --------------------------------------------------------------------------------------------------
-
-    @stage
-    def contrast(self) -> list[Document]:
-        """Contrastive text: both models' answers to the same prompts, kept as JSON."""
-        plan, c = self.plan, self.plan.corpus
-        if not plan.contrast.prompts:
-            return []
-        split = {"held_out_share": c.held_out_share, "seed": c.split}
-        prompts = Corpus.from_files(c.prompts, **split) if c.prompts else Corpus.prompts(**split)
-        asked = min(plan.contrast.prompts, len(prompts.documents))
-        total = (2 * asked + plan.contrast.amplified_of(asked)) * plan.contrast.tokens
-        done = 0
-
-        def progress(new: int) -> None:
-            nonlocal done
-            done += new
-            self.progress("contrast", done, total)
-
-        place = self.keeper.at("contrast", self._models, prompts.fingerprint, plan.contrast, plan.seed)
-        return self.keeper.kept_json(
-            place,
-            list[Document],
-            "documents.json",
-            lambda _: contrast(self.pair, prompts, plan.contrast, plan.seed, progress),
-            lambda documents: f"{len(documents)} completions",
-        )
 
     @stage
     def scan(self) -> list[SiteScan]:
@@ -283,11 +227,12 @@ class Stages(Sources):
             )
             return ranking.save(folder)
 
-        place = self.keeper.at(
-            "rank", self.harvest.fingerprint, list(by_id), self.found_key, plan.rank, plan.seed
-        )
+        place = self.keeper.at("rank", self.harvest.fingerprint, list(by_id), self.found_key, plan.rank, plan.seed)
         return self.keeper.kept(
-            place, make, lambda f: Ranking.load(f, by_id), lambda r: f"{len(r.ranked)} candidates against {plan.rank.nulls} random tunes"
+            place,
+            make,
+            lambda f: Ranking.load(f, by_id),
+            lambda r: f"{len(r.ranked)} candidates against {plan.rank.nulls} random tunes",
         )
 
     @stage

@@ -1,0 +1,109 @@
+"""Keeping: what a stage made is opened if it is finished, else made and kept, in a folder of its content key."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tunediff import __version__
+from tunediff.core.artifacts import finish, is_finished, key_of, open_folder, read_json, write_json
+from tunediff.core.typed import typed
+from tunediff.models.fast.layers import clear, frozen
+from tunediff.records.diff import StageCard
+
+T = TypeVar("T")
+
+
+class stage(cached_property[T]):
+    """A property of a run that is one of its stages: it runs once, while nobody writes to the networks' weights.
+
+    What was kept of the weights is given up at the end, so that the next stage begins the same whether this one ran or
+    was found finished.
+    """
+
+    def __get__(self, run: Any, owner: type | None = None) -> Any:
+        with frozen():
+            got = super().__get__(run, owner)
+            clear()
+            return got
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a stage keeps its result: ``STAGE/KEY`` in the run's folder."""
+
+    stage: str
+    key: str
+    folder: Path
+
+    @property
+    def schema(self) -> str:
+        """The schema that the place's manifest names."""
+        return f"tunediff.{self.stage}/1"
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the result is there and whole."""
+        return is_finished(self.folder)
+
+
+@dataclass(eq=False)
+class Keeper:
+    """The results of a run's stages on disk, and a card for each stage that was asked for."""
+
+    folder: Path
+    cards: list[StageCard] = field(default_factory=list)
+
+    def at(self, stage: str, *parts: Any) -> Place:
+        """The place of a stage's result; `parts` are all that the result depends on besides the version."""
+        key = key_of(stage, __version__, *parts)
+        return Place(stage, key, self.folder / stage / key)
+
+    def kept(
+        self,
+        place: Place,
+        make: Callable[[Path], Iterable[str]],
+        read: Callable[[Path], T],
+        note: Callable[[T], str] | None = None,
+    ) -> T:
+        """The result at `place`: read if it is finished, else made first.
+
+        make   writes the result into a folder and returns the names of its files
+        note   what the stage's card says of the result; without it the stage gets no card
+        """
+        began = time.monotonic()
+        if not place.is_finished:
+            place.folder.mkdir(parents=True, exist_ok=True)
+            finish(place.folder, place.schema, {}, list(make(place.folder)))
+        open_folder(place.folder, place.schema)
+        result = read(place.folder)
+        if note:
+            self.done(place, began, note(result))
+        return result
+
+    def kept_json(
+        self, place: Place, kind: Any, file: str, make: Callable[[Path], Any], note: Callable[[Any], str] | None = None
+    ) -> Any:
+        """As `kept`, where the result is one JSON file that is read as `kind`; `make` returns the value to be written."""
+
+        def written(folder: Path) -> list[str]:
+            write_json(folder / file, make(folder))
+            return [file]
+
+        return self.kept(place, written, lambda folder: typed(kind, read_json(folder / file), file), note)
+
+    def done(self, place: Place, began: float, *notes: str) -> None:
+        """Add a stage's card; its seconds are kept beside its result, of the run that made it."""
+        took = place.folder / "took.json"
+        if took.is_file():
+            seconds = read_json(took)["seconds"]
+        else:
+            seconds = round(time.monotonic() - began, 2)
+            write_json(took, {"seconds": seconds})
+        card = StageCard(place.stage, place.key, seconds, list(notes))
+        if card not in self.cards:
+            self.cards.append(card)

@@ -1,0 +1,127 @@
+"""Sources: what a run reads, the two models and the text, and where it keeps what its stages make."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from tunediff.core.artifacts import write_bytes
+from tunediff.core.progress import Progress, quiet
+from tunediff.harvests.contrasts import contrast
+from tunediff.models.pair import Pair
+from tunediff.models.shipped import DEMO
+from tunediff.records.diff import StageCard
+from tunediff.runs.keeping import Keeper, stage
+from tunediff.runs.plan import Plan
+from tunediff.texts.corpus import Corpus
+from tunediff.texts.document import Document
+from tunediff.texts.tokens import Tokens
+
+
+@dataclass(eq=False)
+class Sources:
+    """One plan, its models and its text.
+
+    folder     runs/NAME; every stage keeps a folder ``STAGE/KEY`` in it, KEY from all that the result depends on
+    progress   called with (stage, done, total) as work goes on
+    given      a pair already loaded, in place of the plan's; its fingerprints must tell it from others
+    """
+
+    plan: Plan
+    folder: Path
+    progress: Progress = quiet
+    given: Pair | None = None
+
+    def __post_init__(self) -> None:
+        self.keeper = Keeper(self.folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_bytes(self.folder / "plan.toml", self.plan.to_toml().encode())
+        if self.plan.runtime.threads:
+            torch.set_num_threads(self.plan.runtime.threads)
+
+    @property
+    def cards(self) -> list[StageCard]:
+        """A card for each stage that was asked for, in the order of their ends."""
+        return self.keeper.cards
+
+    @cached_property
+    def pair(self) -> Pair:
+        """Both models, loaded and checked."""
+        if self.given is not None:
+            return self.given
+        began = time.monotonic()
+        plan = self.plan
+        self.progress("load", 0, 1)
+        tuned = str(DEMO) if plan.tuned == "demo" else plan.tuned
+        pair = Pair.load(
+            plan.base,
+            tuned,
+            dtype=plan.pair.dtype,
+            device=plan.runtime.device,
+            allow_identical=plan.pair.allow_identical,
+        )
+        self.progress("load", 1, 1)
+        self.cards.append(StageCard("load", "", round(time.monotonic() - began, 2), list(pair.notes)))
+        return pair
+
+    @property
+    def _models(self) -> list[str]:
+        return [self.pair.base_fingerprint, self.pair.tuned_fingerprint, self.plan.pair.dtype]
+
+    @cached_property
+    def corpus(self) -> Corpus:
+        """The text that is not written by the models."""
+        c = self.plan.corpus
+        if c.paths:
+            return Corpus.from_files(c.paths, kind=c.kind or None, held_out_share=c.held_out_share, seed=c.split)
+        return Corpus.default(held_out_share=c.held_out_share, seed=c.split)
+
+    @stage
+    def contrast(self) -> list[Document]:
+        """Contrastive text: both models' answers to the same prompts, kept as JSON."""
+        plan, c = self.plan, self.plan.corpus
+        if not plan.contrast.prompts:
+            return []
+        split = {"held_out_share": c.held_out_share, "seed": c.split}
+        prompts = Corpus.from_files(c.prompts, **split) if c.prompts else Corpus.prompts(**split)
+        asked = min(plan.contrast.prompts, len(prompts.documents))
+        total = (2 * asked + plan.contrast.amplified_of(asked)) * plan.contrast.tokens
+        done = 0
+
+        def progress(new: int) -> None:
+            nonlocal done
+            done += new
+            self.progress("contrast", done, total)
+
+        place = self.keeper.at("contrast", self._models, prompts.fingerprint, plan.contrast, plan.seed)
+        return self.keeper.kept_json(
+            place,
+            list[Document],
+            "documents.json",
+            lambda _: contrast(self.pair, prompts, plan.contrast, plan.seed, progress),
+            lambda documents: f"{len(documents)} completions",
+        )
+
+    @cached_property
+    def tokens(self) -> Tokens:
+        """Corpus text up to its limit, and all contrastive text, as rows of token ids."""
+        c, tokenizer = self.plan.corpus, self.pair.tokenizer
+        plain = self.corpus.tokens(tokenizer, row_tokens=c.row_tokens, limit_tokens=c.tokens)
+        used = [self.corpus.documents[d] for d in sorted(set(plain.document_R))]
+        whole = dataclasses.replace(self.corpus, documents=tuple(used)).plus(self.contrast)
+        return whole.tokens(tokenizer, row_tokens=c.row_tokens)
+
+    @property
+    def written(self) -> tuple[str, ...]:
+        """The kind of text that the models wrote; empty, which is every kind, where they wrote none."""
+        return ("contrastive",) if self.contrast else ()
+
+    @property
+    def plain(self) -> tuple[str, ...]:
+        """The kinds of text that the models did not write."""
+        return tuple(sorted({d.kind for d in self.tokens.documents} - {"contrastive"}))
