@@ -8,7 +8,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("demo", "rank", "speed"))]
+TO_COME = {"benchmark", "findings"}
+"""Pages that are not rewritten yet."""
+GENERATED = {"settings"}
+PAGES = [
+    ROOT / "README.md",
+    *(page for page in sorted((ROOT / "docs").glob("*.md")) if page.stem not in TO_COME | GENERATED),
+]
 LONGEST = 30
 """Words in the longest sentence that a page may have."""
 PRIVATE = {
