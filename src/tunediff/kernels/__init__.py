@@ -1,7 +1,7 @@
 """Kernels: encode, select and decode, the only code that knows how a batch of codes lies in memory.
 
 A dictionary calls `encode(x, W, b, gate)` and gets a code. `pairs` holds one as the kept (token, latent) pairs and adds
-up with a module of kernels: `native` (compiled, float32 on the CPU), `triton` (float32 on a GPU) or `eager` (torch's
+up with a module of kernels: `native` (compiled, float32 on the CPU), `triton` (float32 on a GPU) or `torch_ops` (torch's
 operations, everywhere); `dense` is the reference that all are tested against. A faster path is one more module here; no
 dictionary changes for it. `norm` and `divergence` are sums over much memory that the compiled file takes in one pass, and
 `product` is what a model's linear layers spend their time on.
@@ -69,7 +69,7 @@ class Code(Protocol):
     def dense(self) -> Tensor:
         """The codes as one (N, F) tensor."""
 
-    # Where pairs are held also ``among(weight_F, k)``, see `tunediff.kernels.kept`.
+    # Where pairs are held also ``among(weight_F, k)``, see `tunediff.kernels.sparse`.
 
 
 BLOCK = 16

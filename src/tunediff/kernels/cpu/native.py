@@ -99,7 +99,7 @@ def rounds() -> bool:
 
 
 def encode(x_NI: Tensor, encoder_FI: Tensor, bias_F: Tensor, gate: gates.Gate) -> tuple[Tensor, ...]:
-    """What `eager.encode` answers. The product may be made in bfloat16, and only says which codes cannot be kept: all
+    """What `torch_ops.encode` answers. The product may be made in bfloat16, and only says which codes cannot be kept: all
     others are computed again in float32, and among those the gate decides."""
     N, F = len(x_NI), len(encoder_FI)
     if N and rounds() and x_NI.numel() * F >= BFLOAT16_FROM:
@@ -109,7 +109,7 @@ def encode(x_NI: Tensor, encoder_FI: Tensor, bias_F: Tensor, gate: gates.Gate) -
 
 
 def select(pre_NF: Tensor, weight_F: Tensor, parts: Sequence[gates.Part]) -> tuple[Tensor, ...]:
-    """Of each part the largest positive codes relu(pre) * weight, of equal ones the first; as `eager.select`."""
+    """Of each part the largest positive codes relu(pre) * weight, of equal ones the first; as `torch_ops.select`."""
     lib, (N, F), G = library(), pre_NF.shape, len(parts)
     weight_F = weight_F.contiguous()
     edges, count_N, wanted = _even(N, RANGES), _longs(N), max(1, sum(keep for *_, keep in parts))
