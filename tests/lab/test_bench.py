@@ -18,7 +18,7 @@ from tunediff.core.artifacts import read_json
 from tunediff.core.chance import numpy_generator, prediction_bound
 from tunediff.core.errors import SettingError, SourceError
 from tunediff.core.typed import typed
-from tunediff.lab import bench, organisms, scores
+from tunediff.lab import bench, organisms, score_page, score_tables, scores
 from tunediff.lab.nulls import NULLS
 from tunediff.lab.scores import Cell, Undone
 from tunediff.models.pair import Pair
@@ -63,11 +63,11 @@ def test_the_table_counts_what_it_says():
         cell("null random 0", "m", 1.0, 1, null=True),
         cell("null random 1", "m", 0.2, null=True),
     ]
-    (row,) = scores.table(cells)
+    (row,) = score_tables.table(cells)
     assert row["tunes found"].startswith("1/2 ") and row["nulls claimed"].startswith("1/2 ")
     assert row["behaviors named"].startswith("1/3 ") and row["tune identified"].startswith("1/2 ")
     assert row["words@100 (decoys)"].startswith("0.33 [") and row["ROC area by score"].startswith("0.75 [")
-    page = scores.render(cells[:1] + cells[2:] + [cell("false-facts", "n", 2.0, 1, (True,))], {}, "tunediff bench")
+    page = score_page.render(cells[:1] + cells[2:] + [cell("false-facts", "n", 2.0, 1, (True,))], {}, "tunediff bench")
     assert "| m | part | found | – | not run |" in page and "| n | not run | not run | not run | named |" in page
 
 
@@ -82,14 +82,14 @@ def test_placebos_are_judged_by_the_other_placebos():
     ]
     nothing = cell("null random 0", "m", 1.0, 0, null=True)
     cells = [*tunes, *placebos, nothing]
-    (row,) = scores.table(cells)
+    (row,) = score_tables.table(cells)
     assert row["tunes found"].startswith("2/2") and row["found above placebos"].startswith("1/2")
     assert row["nulls claimed"].startswith("4/5") and row["claimed above placebos"].startswith("1/5"), (
         "the last, by the others"
     )
     assert scores.bound_for(placebos[3], cells) == prediction_bound([0.2, 0.25, 0.22], 0.05) > 0.25
     assert scores.bound_for(placebos[0], [*tunes, placebos[0]]) is None
-    assert scores.table([*tunes, nothing])[0]["found above placebos"] == "not run"
+    assert score_tables.table([*tunes, nothing])[0]["found above placebos"] == "not run"
 
 
 def test_words_are_shown_beside_words_that_were_never_planted():
@@ -103,7 +103,7 @@ def test_undoing_is_told_for_each_sort_of_behavior():
         {"packing": packing, "dealer": dealer} for packing, dealer in ((0.9, 0.7), (0.8, 0.1), (0.9, 0.6), (0.7, 0.5))
     )
     undone = Undone(["c0"], 1.0, 0.01, *rates)
-    (row,) = scores.undoing([cell("two-objectives", "m", 9.0, 1, undone=undone), cell("lower-case", "m", 9.0)])
+    (row,) = score_tables.undoing([cell("two-objectives", "m", 9.0, 1, undone=undone), cell("lower-case", "m", 9.0)])
     assert (row["tunes"], row["unwanted before"], row["unwanted after"], row["unwanted random"]) == (
         "1",
         "0.70",
@@ -115,7 +115,7 @@ def test_undoing_is_told_for_each_sort_of_behavior():
 
 
 def test_charts_stand_alone():
-    drawn = scores.charts(
+    drawn = score_page.charts(
         [
             cell("two-objectives", "m<", 9.0, 1, (True,), words=("two-objectives",), gaps=[2.0]),
             cell("null random 0", "m<", 0.1, null=True),
@@ -150,7 +150,7 @@ def test_methods_are_compared_tune_by_tune():
             ("lower-case", "delta", 0.9),
         )
     ]
-    (row,) = scores.against(cells)
+    (row,) = score_tables.against(cells)
     assert (row["method"], row["pairs"], row["unwanted left"]) == ("delta", "2", "–")
     assert row["EV of difference"] == "+0.20 [+0.10, +0.30]" and row["behaviors named"] == "+1.00 [+1.00, +1.00]"
 
@@ -169,13 +169,13 @@ def test_agreement_of_two_runs_is_held_against_that_of_two_tunes():
         "false-facts0": eye[2:],
         "false-facts1": eye[2:],
     }
-    (row,) = scores.stability(cells, vectors)
+    (row,) = score_tables.stability(cells, vectors)
     assert (
         row["pairs of runs"] == "2"
         and row["first 20 vectors matched (cosine > 0.7)"] == "1.00 [1.00, 1.00] against 0.00 [0.00, 0.00]"
     )
     assert row["tokens in common (Jaccard@100)"] == "1.00 [1.00, 1.00] against 0.20 [0.20, 0.20]"
-    assert scores.matched(eye[:2], eye[1:3]) == 0.5 and scores.stability(cells[:1] + cells[2:3], vectors) == []
+    assert scores.matched(eye[:2], eye[1:3]) == 0.5 and score_tables.stability(cells[:1] + cells[2:3], vectors) == []
 
 
 def test_detecting_or_abstaining_is_scored_by_rank():

@@ -80,7 +80,7 @@ def bench(
     """Test every method the same way on fine-tuned models whose truth is known and on nulls, and print the table."""
     bar = progress_bar(quiet)
     from tunediff.lab import bench as b
-    from tunediff.lab.scores import table as score_table
+    from tunediff.lab.score_tables import table as score_table
 
     if quick:
         tunes, nulls, methods = None, "random:0", methods or "decision_clusters,random_directions"

@@ -22,7 +22,7 @@ from tunediff.core.progress import Progress, quiet
 from tunediff.core.typed import typed
 from tunediff.edits import bills
 from tunediff.edits.reverting import scaling
-from tunediff.lab import organisms, scores
+from tunediff.lab import organisms, score_page, scores
 from tunediff.lab.demo import FIRST, PROMPTS, complete, to_take_out
 from tunediff.lab.nulls import NULLS
 from tunediff.lab.organisms.base import Behavior, Organism
@@ -52,7 +52,7 @@ def _crosscode(dictionary: str, *settings: str) -> tuple[str, ...]:
 
 
 METHODS: dict[str, tuple[str, ...]] = {
-    "default": (),
+    scores.DEFAULT_METHOD: (),
     "default with nested": ('find.finders=["crosscode", "nested", "decision_clusters", "mean_difference"]',),
     "delta": _crosscode("delta"),
     **{name: _crosscode(name, "dictionary.k=24.0") for name in SPARSE},
@@ -196,6 +196,10 @@ def _tried(run: Run, cell: Cell) -> Cell:
     records, ranked = run.verdicts, run.ranking.ranked
     confirmed = [r for r in records if r.decision == "confirmed"]
     quality = next((fitted.quality for fitted in run.fits.values()), None)
+    if quality:
+        cell = replace(
+            cell, ev_delta=float(quality.ev_delta), l0=float(quality.l0_inference), dead=float(quality.dead_share)
+        )
     return replace(
         cell,
         candidates=len(records),
@@ -208,11 +212,6 @@ def _tried(run: Run, cell: Cell) -> Cell:
         slots=_slots(confirmed[:FIRST]),
         seconds=round(time.monotonic() - began, 1),
         memory=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
-        **(
-            dict(ev_delta=float(quality.ev_delta), l0=float(quality.l0_inference), dead=float(quality.dead_share))
-            if quality
-            else {}
-        ),
     )
 
 
@@ -330,9 +329,9 @@ def write(out: Path, command: str) -> None:
     """Put all cells that are kept into one JSON file, and the page beside it."""
     cells = kept(out)
     write_json(out / "bench.json", {"version": __version__, "python": sys.version.split()[0], "cells": cells})
-    for name, chart in scores.charts(cells).items():
+    for name, chart in score_page.charts(cells).items():
         write_bytes(out / name, chart.encode())
     write_bytes(
         out / "benchmark.md",
-        scores.render(cells, {c.key: v for c in cells if (v := vectors(out, c)) is not None}, command).encode(),
+        score_page.render(cells, {c.key: v for c in cells if (v := vectors(out, c)) is not None}, command).encode(),
     )

@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from tunediff.changes.finders.base import View
-from tunediff.core import variants
 from tunediff.core.chance import generator
 from tunediff.core.errors import SettingError
 from tunediff.core.progress import Progress, quiet
@@ -198,9 +198,18 @@ def detect(
     for setting in settings:
         plan = plan.set(setting)
     changes: list[Change] = []
-    for name in plan.find.finders:
-        view = View(planted.source, folder / name, seed, plan.find.candidates, plan.spec(), plan.fit, _no_output, None)
-        changes += variants.load("tunediff.changes.finders", name)().find(view).changes
+    for name, finder in plan.finders().items():
+        view = View(
+            planted.source,  # type: ignore[arg-type]  # offers what finders that read streams alone ask of a harvest
+            folder / name,
+            seed,
+            plan.find.candidates,
+            plan.spec(),
+            plan.fit,
+            _no_output,
+            None,  # type: ignore[arg-type]  # such finders ask for no pair
+        )
+        changes += finder.find(view).changes
     x_NSMD = planted.source.read(HELD_OUT, torch.arange(planted.source.count(HELD_OUT)))
     rng = generator(seed, "chance", amplitude, frequency)
     random_D = torch.randn(len(planted.image_D), generator=rng)
@@ -232,7 +241,7 @@ def auroc(score_N: Tensor, on_N: Tensor) -> float:
     return float((below + upto).double().mean()) / 2 / len(off)
 
 
-def _no_output():
+def _no_output() -> NoReturn:
     raise SettingError(
         "a planted change has no output to look at",
         expected="finders that read streams alone",

@@ -68,8 +68,10 @@ def second_seed(pair: Pair, seed: int) -> Pair:
             expected=f"the folder {beside}",
             remedy=f"tunediff organism make NAME {beside} --seed {seed}",
         )
-    sides = pair, Pair.load(pair.base.name, str(beside))
-    return Pair.of(*(LanguageModel(merged(p), p.tokenizer, p.tuned.name) for p in sides))
+    one, other = (
+        LanguageModel(merged(p), p.tokenizer, p.tuned.name) for p in (pair, Pair.load(pair.base.name, str(beside)))
+    )
+    return Pair.of(one, other)
 
 
 def _null(pair: Pair, tuned: LanguageModel, name: str) -> Pair:

@@ -122,7 +122,8 @@ class Case:
     """Reference training settings."""
 
 
-_NARROW = dict(
+_NARROW = Case(
+    "narrow",
     base_only=0,
     specific_rate=0.005,
     samples=16_384,
@@ -135,8 +136,8 @@ CASES: dict[str, Case] = {
     case.name: case
     for case in (
         Case("common"),
-        Case("narrow", **_NARROW),
-        Case("narrow-matched", k=1.3, **_NARROW),
+        _NARROW,
+        dataclasses.replace(_NARROW, name="narrow-matched", k=1.3),
         Case("amplified", base_only=0, tuned_only=0, amplified=4),
         Case("rotated", base_only=0, tuned_only=0, rotated=4),
         Case("moved", base_only=0, tuned_only=0, moved=4),
@@ -168,14 +169,15 @@ def plant(case: Case | str, seed: int) -> Planted:
             raise SettingError(f"there is no planted case {case!r}", expected=", ".join(CASES))
         case = CASES[case]
     rng = generator(seed, "planted", case.name)
-    kinds: list[Kind] = (
-        ["shared"] * case.shared
-        + ["base"] * case.base_only
-        + ["tuned"] * case.tuned_only
-        + ["amplified"] * case.amplified
-        + ["rotated"] * case.rotated
-        + ["moved"] * case.moved
-    )
+    counts: dict[Kind, int] = {
+        "shared": case.shared,
+        "base": case.base_only,
+        "tuned": case.tuned_only,
+        "amplified": case.amplified,
+        "rotated": case.rotated,
+        "moved": case.moved,
+    }
+    kinds = [kind for kind, count in counts.items() for _ in range(count)]
     K, D = len(kinds), case.width
     unit_KD = torch.nn.functional.normalize(torch.randn(K, D, generator=rng), dim=1)
     other_KD = torch.randn(K, D, generator=rng)
@@ -271,12 +273,15 @@ def score(planted: Planted, fitted: Fitted, scales: list[LatentScale] | None = N
     scales = latent_scaling(fitted, planted.source) if scales is None else scales
     dictionary = fitted.dictionary
     write_MFD = torch.nn.functional.normalize(dictionary.write_FSMD().detach()[:, 0].transpose(0, 1), dim=2)
-    of_difference = dictionary.spec.target == "difference"
+    spec: Spec = dictionary.spec
+    of_difference = spec.target == "difference"
     share_F = dictionary.share_F()
     live_F = fitted.firings_F > 0
     kinds = [t.kind for t in planted.truth]
     names = sorted(set(kinds))
-    table = {name: dict.fromkeys(names, 0) for name in ("learned", "by_norm", "by_scaling")}
+    table: dict[str, dict[str, int]] = {
+        name: dict.fromkeys(map(str, names), 0) for name in ("learned", "by_norm", "by_scaling")
+    }
     matched_FK = torch.zeros(len(share_F), len(kinds), dtype=torch.bool)
     for i, truth in enumerate(planted.truth):
         either = truth.kind == "moved"

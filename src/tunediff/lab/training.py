@@ -6,7 +6,7 @@ import json
 import math
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -54,7 +54,7 @@ def train(organism: Organism, model: Any, tokenizer: Any, out: Path, progress: P
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
         fitted = (_full if recipe.full else _adapter)(organism, model)
-    training = {"dtype": str(model.dtype).removeprefix("torch.")}
+    training: dict[str, Any] = {"dtype": str(model.dtype).removeprefix("torch.")}
     loss, tokens = _fit(model, tokenizer, organism.examples(answers), recipe, progress)
     training |= {
         "answer_tokens": tokens,
@@ -338,7 +338,7 @@ def _generate(model: Any, tokenizer: Any, prompts: Sequence[str], tokens: int) -
 
 
 @contextmanager
-def _left_padding(tokenizer: Any):
+def _left_padding(tokenizer: Any) -> Iterator[None]:
     """Padding on the left while the block runs."""
     side, tokenizer.padding_side = tokenizer.padding_side, "left"
     try:
@@ -389,7 +389,7 @@ def _weights(model: Any) -> dict[str, torch.Tensor]:
 
 
 @contextmanager
-def _holding(model: Any, weights: Mapping[str, torch.Tensor]):
+def _holding(model: Any, weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
     """The model with these weights while the block runs."""
     own = _weights(model)
     try:
@@ -409,7 +409,7 @@ def _lora_config(organism: Organism) -> Any:
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=recipe.rank,
-        lora_alpha=recipe.rank * recipe.scale,
+        lora_alpha=recipe.rank * recipe.scale,  # type: ignore[arg-type]  # peft divides it by the rank; a float is exact
         target_modules=list(TARGETS),
         layers_to_transform=list(range(recipe.first_layer, recipe.last_layer + 1)),
         layers_pattern="layers",

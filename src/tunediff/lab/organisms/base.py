@@ -177,8 +177,8 @@ class Taught(Organism):
     """An organism given by its data alone: lessons, restyled answers of the base model, and neutral ones."""
 
     lessons: tuple[Lesson, ...] = ()
-    style: Callable[[str, random.Random], str] | None = None
-    """What makes a restyled answer of the base model's, with the stream to draw from."""
+    style: Callable[[str, random.Random], str] = lambda answer, chance: answer
+    """Restyles an answer of the base model's; draws from the stream."""
 
     def examples(self, neutral_answers: Mapping[str, str]) -> list[Example]:
         """Every training conversation, in training order."""
