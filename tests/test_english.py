@@ -13,6 +13,7 @@ TO_COME = {"benchmark", "findings"}
 GENERATED = {"settings"}
 PAGES = [
     ROOT / "README.md",
+    ROOT / "ARCHITECTURE.md",
     *(page for page in sorted((ROOT / "docs").glob("*.md")) if page.stem not in TO_COME | GENERATED),
 ]
 LONGEST = 30
