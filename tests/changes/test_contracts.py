@@ -27,9 +27,11 @@ from tunediff.changes.trials.base import Outcome, VerifySettings
 from tunediff.core import variants
 from tunediff.core.axes import BASE, TUNED
 from tunediff.dictionaries.schedule import FitSettings
-from tunediff.edits import reverting as edits
+from tunediff.edits import edit as edit_module
+from tunediff.edits import reverting as reverting_module
 from tunediff.edits.baking import baked_network
-from tunediff.edits.reverting import Edit, EditSettings, Moments, input_moments, random_directions, reverting, scaling
+from tunediff.edits.edit import Edit, EditSettings, scaling
+from tunediff.edits.reverting import Moments, input_moments, random_directions, reverting
 from tunediff.harvests.harvest import Harvest
 from tunediff.harvests.samples import Sample, batches_of
 from tunediff.models.divergences import kl_divergence, log_probabilities
@@ -186,7 +188,7 @@ def test_the_planted_change_comes_first(lab, planted, seeker):
     assert dense or best.p <= 0.05
     assert abs(cosine_similarity(best.change.difference_SD[0], planted.direction_D, dim=0)) > 0.7
     assert best.score.low <= best.score.value <= best.score.high
-    below, here, above = (best.depth[str(site)] for site in DEPTHS)
+    ((below, here, above),) = best.depth.only(places=[str(site) for site in DEPTHS]).values
     assert 2 * below < here <= 1 and above > 2 * below, best.depth
 
 
@@ -281,14 +283,15 @@ OPERATIONS = {
     ),
     "scaling": lambda planted: scaling(planted.pair, 0.5),
 }
-"""Every function of `tunediff.edits.reverting` that makes an edit, with what it takes here."""
+"""Every function of `tunediff.edits` that makes an edit, with what it takes here."""
 
 
 def test_every_operation_is_asked():
     makers = [
         n
-        for n, f in inspect.getmembers(edits, inspect.isfunction)
-        if f.__module__ == edits.__name__ and f.__annotations__.get("return") in ("Edit", Edit)
+        for module in (edit_module, reverting_module)
+        for n, f in inspect.getmembers(module, inspect.isfunction)
+        if f.__module__ == module.__name__ and f.__annotations__.get("return") in ("Edit", Edit)
     ]
     assert sorted(makers) == sorted(OPERATIONS)
 
@@ -343,7 +346,7 @@ def test_writing_leaves_no_trace(planted):
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_a_baked_edit_equals_the_live_one(planted, operation):
     edit, tuned = OPERATIONS[operation](planted), planted.pair.tuned
-    assert all(v.dtype == p.dtype and v.shape == p.shape for p, v in edit.tensors.items())
+    assert all(v.dtype == p.dtype and v.shape == p.shape for p, v in edit.parameters(tuned).items())
     side = planted_pairs.side(baked_network(planted.pair, edit), tuned.tokenizer, "baked")
     assert torch.equal(logits(side, planted), logits(edit.applied(tuned), planted))
 

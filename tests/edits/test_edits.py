@@ -7,15 +7,8 @@ import pytest
 import tiny_models
 import torch
 
-from tunediff.edits.reverting import (
-    EditSettings,
-    Moments,
-    input_moments,
-    random_directions,
-    revert_map,
-    reverting,
-    scaling,
-)
+from tunediff.edits.edit import EditSettings, scaling
+from tunediff.edits.reverting import Moments, input_moments, random_directions, revert_map, reverting
 from tunediff.models.pair import Pair
 
 KINDS = ("llama-full", "llama-lora", "gpt2-full", "gpt2-lora")
@@ -45,8 +38,9 @@ def logits(model) -> torch.Tensor:
 def added(pair: Pair, edit=None) -> dict[str, torch.Tensor]:
     """What tuning adds to every map, (out, in) in float64, with or without an edit."""
     out = {}
+    edited = {} if edit is None else edit.parameters(pair.tuned)
     for delta in pair.deltas():
-        now = delta.down_parameter.data if edit is None else edit.tensors[delta.down_parameter]
+        now = delta.down_parameter.data if edit is None else edited[delta.down_parameter]
         if delta.up is not None:
             out[delta.name] = delta.up.double() @ now.double()
         else:
@@ -163,11 +157,12 @@ def test_an_edited_lora_is_a_lora_of_its_rank(pair, tokens):
     on_R = [torch.tensor([float(t % 3 == 0) for t in row]) for row in tokens.rows]
     (found,) = input_moments(pair.tuned, pair.deltas(), tokens, [on_R])
     edit = reverting(pair, "x", ["x"], found)
+    edited = edit.parameters(pair.tuned)
     for delta in pair.deltas():
-        value = edit.tensors[delta.down_parameter]
+        value = edited[delta.down_parameter]
         assert value.shape == delta.down_parameter.shape and value.dtype == delta.down_parameter.dtype
         if delta.up is not None:
-            assert delta.up_parameter not in edit.tensors
+            assert delta.up_parameter not in edited
     ranks = {name: int(torch.linalg.matrix_rank(m, rtol=1e-5)) for name, m in added(pair).items()}
     after = {name: int(torch.linalg.matrix_rank(m, rtol=1e-5)) for name, m in added(pair, edit).items()}
     assert all(after[name] <= ranks[name] for name in ranks)

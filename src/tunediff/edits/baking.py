@@ -1,4 +1,4 @@
-"""Baking: an edited model written as an ordinary Hugging Face folder, with a card that says what was done."""
+"""Baking: an edited model written as an ordinary Hugging Face folder, with a model card that says what was done."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from torch import nn
 from tunediff.core.artifacts import write_bytes
 from tunediff.core.errors import ArtifactError, NumericsError
 from tunediff.core.text import visible
-from tunediff.edits.reverting import Edit
+from tunediff.edits.edit import Edit
 from tunediff.models.network import LanguageModel, swapped
 from tunediff.models.pair import Pair, probe_ids
 from tunediff.records.diff import Bill
 
 TOLERANCE = 1e-4
-"""Largest difference between a baked model's logits and the live edit's, relative to the largest logit."""
+"""Largest accepted difference between the logits of a baked model and of the live edit, relative to the largest logit."""
 
 
 def baked_network(pair: Pair, edit: Edit) -> nn.Module:
-    """A network of its own, adapter merged, whose weights are the edited ones."""
-    with swapped(edit.tensors):
+    """A new network with the edited weights and the adapter merged."""
+    with swapped(edit.parameters(pair.tuned)):
         return merged(pair)
 
 
 def merged(pair: Pair) -> nn.Module:
-    """A network of its own with tuned's weights as they are now, adapter merged."""
+    """A new network with the tuned model's present weights and the adapter merged."""
     module = copy.deepcopy(pair.tuned.module)
     return module.merge_and_unload() if hasattr(module, "merge_and_unload") else module
 
@@ -41,10 +41,10 @@ def check_empty(out: Path) -> None:
 
 
 def bake_edit(pair: Pair, edit: Edit, bill: Bill, out: Path) -> float:
-    """Write the edited model to `out` and check it against the live edit; returns the relative error of its logits.
+    """Write the edited model to `out` and check it against the live edit; return the relative error of its logits.
 
-    All or nothing: the folder appears when it is whole. Raises `ArtifactError` if `out` is not empty or cannot be
-    written, `NumericsError` if the baked model differs by more than `TOLERANCE`.
+    The folder appears only when it is whole. Raises `ArtifactError` if `out` is not empty or cannot be written or the
+    edit belongs to another model, and `NumericsError` if the baked model differs by more than `TOLERANCE`.
     """
     check_empty(out)
     network = baked_network(pair, edit)
@@ -70,7 +70,7 @@ def bake_edit(pair: Pair, edit: Edit, bill: Bill, out: Path) -> float:
 
 
 def relative_error(pair: Pair, edit: Edit, network: nn.Module) -> float:
-    """Largest difference of logits on probe text between a network and the live edit, over the largest logit."""
+    """Largest difference of logits on probe text between `network` and the live edit, over the largest logit."""
     ids_BT = probe_ids(pair.tokenizer, pair.vocabulary)
     live = edit.applied(pair.tuned)
     expected = live.logits(live.states(ids_BT))

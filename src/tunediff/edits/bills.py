@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from tunediff.core.chance import bootstrap_ratio, numpy_generator
-from tunediff.edits.reverting import Edit, EditSettings, Moments, input_moments, random_directions, reverting, scaling
+from tunediff.edits.edit import Edit, EditSettings, scaling
+from tunediff.edits.reverting import Moments, input_moments, random_directions, reverting
 from tunediff.harvests.samples import Sample, batches_of
 from tunediff.models.divergences import Said, by_document, kl_divergence, parts
 from tunediff.models.network import LanguageModel, Start

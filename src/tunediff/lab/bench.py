@@ -21,7 +21,7 @@ from tunediff.core.errors import SettingError
 from tunediff.core.progress import Progress, quiet
 from tunediff.core.typed import typed
 from tunediff.edits import bills
-from tunediff.edits.reverting import scaling
+from tunediff.edits.edit import scaling
 from tunediff.lab import organisms, score_page, scores
 from tunediff.lab.demo import FIRST, PROMPTS, complete, to_take_out
 from tunediff.lab.nulls import NULLS

@@ -19,7 +19,7 @@ from tunediff.core.errors import SettingError, within
 from tunediff.core.typed import REST, SETTING, read_toml, record, to_toml, typed, unknown
 from tunediff.dictionaries.architectures.base import Spec
 from tunediff.dictionaries.schedule import FitSettings
-from tunediff.edits.reverting import EditSettings
+from tunediff.edits.edit import EditSettings
 from tunediff.harvests.contrasts import ContrastSettings
 from tunediff.harvests.harvest import HarvestSettings
 from tunediff.harvests.scans import ScanSettings

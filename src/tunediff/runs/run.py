@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from tunediff.core.errors import SettingError
 from tunediff.edits import bills
-from tunediff.edits.reverting import Edit, Moments
+from tunediff.edits.edit import Edit
+from tunediff.edits.reverting import Moments
 from tunediff.models.fast.layers import frozen
 from tunediff.records.change import Change
 from tunediff.records.diff import Bill, Diff
