@@ -7,18 +7,10 @@ import math
 import random
 from typing import Any
 
-from tunediff.records.diff import (
-    Bill,
-    ChangeRecord,
-    CorpusCard,
-    Diff,
-    FitCard,
-    ModelCard,
-    NullCard,
-    SiteScan,
-    StageCard,
-)
+from tunediff.records.diff import Bill, ChangeRecord, CorpusCard, Diff, FitCard, ModelCard, NullCard, StageCard
 from tunediff.records.measure import Context, DosePoint, Measure, SignalTable, TokenWeight
+from tunediff.records.profile import Profile
+from tunediff.records.scan import Scan, depth_profile
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -162,7 +154,11 @@ def change(rng: random.Random, rank: int, decision: str, score: float) -> Change
             for n in range(2)
             for writer in ("base", "tuned")
         ],
-        depth={str(i): 0.62 * s * math.exp(-((i - 15) ** 2) / 60) for i in layers},
+        depth=depth_profile(
+            [f"crosscode/{512 + 77 * rank}"],
+            [f"resid.{i}" for i in layers],
+            [[0.62 * s * math.exp(-((i - 15) ** 2) / 60) for i in layers]],
+        ),
         kinds={"chat": 0.031, "manual": 0.012, "code": 0.0004, "news": 0.0021},
         dose=[
             DosePoint(d, 0.4 * s * math.tanh(d), 0.01 * d, -0.02 * d, 0.035 * d)
@@ -179,12 +175,12 @@ def full_diff() -> Diff:
     scores = [13.4, 9.2, 4.6, 3.1, 2.2, 1.4, 0.7]
     changes = [change(rng, i + 1, d, s) for i, (d, s) in enumerate(zip(decisions, scores))]
     curve = [
-        [
-            float(step),
-            0.9 * math.exp(-step / 900) + 0.11 + rng.gauss(0, 0.004),
-            60 * math.exp(-step / 500) + 31,
-            0.02 + 0.1 * math.exp(-step / 2000),
-        ]
+        {
+            "step": float(step),
+            "loss": 0.9 * math.exp(-step / 900) + 0.11 + rng.gauss(0, 0.004),
+            "L0": 60 * math.exp(-step / 500) + 31,
+            "dead share": 0.02 + 0.1 * math.exp(-step / 2000),
+        }
         for step in range(0, 5001, 125)
     ]
     return Diff(
@@ -218,16 +214,14 @@ def full_diff() -> Diff:
             )
             for kind, v in (("all text", 0.083), ("chat", 0.191), ("manual", 0.052), ("code", 0.0061), ("news", 0.011))
         ],
-        scan=[
-            SiteScan(
-                f"resid.{i}",
-                0.02 + 0.19 * (1 - math.exp(-i / 9)) + rng.gauss(0, 0.004),
-                0.35 * math.exp(-i / 12) + 0.04,
-                0.011 + 0.0004 * i,
-                i == 15,
-            )
-            for i in range(30)
-        ],
+        scan=Scan.of(
+            [f"resid.{i}" for i in range(30)],
+            [0.02 + 0.19 * (1 - math.exp(-i / 9)) + rng.gauss(0, 0.004) for i in range(30)],
+            [0.011 + 0.0004 * i for i in range(30)],
+            [0.35 * math.exp(-i / 12) + 0.04 for i in range(30)],
+            [1 - math.exp(-i / 9) for i in range(30)],
+            ["resid.15"],
+        ),
         changes=changes,
         signals=[
             SignalTable(
@@ -247,8 +241,7 @@ def full_diff() -> Diff:
             FitCard(
                 "crosscoder, resid.15",
                 {"architecture": "batch_top_k", "latents": 8192, "k": 64, "steps": 5000, "lr": 3e-4},
-                ["step", "loss", "L0", "dead share"],
-                curve,
+                Profile.of_rows("Training curve", curve, "step", "fit"),
                 [
                     Measure(
                         "variance explained, base", 0.871, 0.868, 0.874, "", 0.702, "principal components of equal rank"
@@ -337,7 +330,7 @@ def empty_diff() -> Diff:
         rate=0.05,
         summary=[],
         output=[],
-        scan=[],
+        scan=None,
         changes=[],
         signals=[],
         fits=[],
@@ -353,7 +346,9 @@ def empty_diff() -> Diff:
 def bare_diff() -> Diff:
     """A record whose changes and measures hold nothing but names, None and NaN."""
     nothing, nan = Measure("score", None), math.nan
-    bare = ChangeRecord(1, "mean/0", "mean_difference", [], nan, "refuted", "", nothing, [], [], [], "", [], {}, {}, [])
+    bare = ChangeRecord(
+        1, "mean/0", "mean_difference", [], nan, "refuted", "", nothing, [], [], [], "", [], None, {}, []
+    )
     odd = dataclasses.replace(
         bare,
         rank=2,
@@ -363,7 +358,7 @@ def bare_diff() -> Diff:
         measures=[Measure("necessity", math.inf, -math.inf, math.inf), nothing],
         promoted=[TokenWeight("", nan)],
         contexts=[Context("", "", "tuned", ["a", "b"], [nan], []), Context("d", "k", "", [], [], [])],
-        depth={"0": nan},
+        depth=depth_profile(["mean/1"], ["resid.0"], [[nan]]),
         kinds={"chat": nan},
         dose=[DosePoint(1.0, nan, nan, nan, nan)],
     )
@@ -371,8 +366,8 @@ def bare_diff() -> Diff:
         empty_diff(),
         changes=[bare, odd],
         output=[nothing],
-        scan=[SiteScan("resid.0", nan, nan, nan, True)],
-        fits=[FitCard("fit", {}, ["step", "loss"], [[0.0, nan]], [])],
+        scan=Scan.of(["resid.0"], [nan], [nan], [nan], [nan], ["resid.0"]),
+        fits=[FitCard("fit", {}, Profile.of_rows("Training curve", [{"step": 0.0, "loss": nan}], "step", "fit"), [])],
         nulls=[NullCard("null", "", [])],
         stages=[StageCard("harvest", "", nan)],
         bills=[Bill("b", "", [], [nothing])],
@@ -388,6 +383,8 @@ def hostile_diff(strings: list[str] = HOSTILE) -> Diff:
             return dataclasses.replace(
                 value, **{f.name: poison(getattr(value, f.name), f.name) for f in dataclasses.fields(value)}
             )
+        if name in ("subjects", "places"):  # labels of a profile are unique
+            return [f"{strings[next(turn) % len(strings)]}{n}" for n, _ in enumerate(value)]
         if isinstance(value, list):
             return [poison(v) for v in value]
         if isinstance(value, dict):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,7 +15,7 @@ import torch
 from tunediff.changes import rankings
 from tunediff.changes.attributions import removed
 from tunediff.changes.finders.mean_difference import MeanDifference
-from tunediff.changes.rankings import cover, max_t, streams_of
+from tunediff.changes.rankings import Ranking, cover, max_t, streams_of
 from tunediff.core.axes import TUNED
 from tunediff.core.errors import NumericsError
 from tunediff.harvests.samples import Sample
@@ -196,3 +198,18 @@ def test_one_half_alone_shows_nothing_and_what_is_not_finite_is_refused():
     assert energy_along(f_NK, delta, one_half, torch.tensor([False, True])).tolist() == [0.0, 0.0]
     with pytest.raises(NumericsError, match="not finite"):
         max_t(torch.tensor([float("nan")]), torch.ones(3, 1))
+
+
+OLDER = Path(__file__).parents[1] / "records" / "older"
+
+
+def test_an_older_ranking_opens_and_is_kept_anew_with_every_number(tmp_path):
+    records = json.loads((OLDER / "ranking.json").read_text())
+    changes = {record["change"]: SimpleNamespace(id=record["change"]) for record in records}
+    ranking = Ranking.load(OLDER, changes)
+    for ranked, record in zip(ranking.ranked, records, strict=True):
+        assert dict(zip(ranked.depth.places, ranked.depth.values[0], strict=True)) == record["depth"]
+        assert (vars(ranked.score), vars(ranked.effect)) == (record["score"], record["effect"])
+        assert (list(ranked.null), ranked.p, ranked.change.id) == (record["null"], record["p"], record["change"])
+    ranking.save(tmp_path)
+    assert Ranking.load(tmp_path, changes).ranked == ranking.ranked

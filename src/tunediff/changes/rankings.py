@@ -1,4 +1,16 @@
-"""Rankings: which changes stand out from what random changes of the same size do, and how much of the output is theirs."""
+"""Rankings: which changes stand out from random fine-tuning, and how much of the output's shift each one makes.
+
+Score. On held-out text, a change is scored by the energy of the difference between both models that goes along with it.
+The score is held against the most energy that random tunes of the same norms have along any one direction on the same
+tokens, and its p-value accounts for the number of candidates.
+
+Effect. On training text, the change alone is taken out of the tuned model's stream at its last site and the blocks above
+run again. The effect is the part of KL(tuned || base) that is then gone. This is an intervention; no gradient is used.
+
+Order. Changes that stand out come first. Each next one explains the most of the KL that those before it leave: in every
+document, effects count up to the whole KL of that document. Effects and order come from training text, so that trials on
+held-out text test changes that were not chosen by it. Changes that do not stand out follow by score.
+"""
 
 from __future__ import annotations
 
@@ -19,25 +31,28 @@ from tunediff.harvests.samples import Sample
 from tunediff.models.network import LanguageModel, Start
 from tunediff.models.pair import Pair
 from tunediff.records.change import Change
+from tunediff.records.diff import load_depth
+from tunediff.records.profile import Profile
+from tunediff.records.scan import depth_profile
 from tunediff.records.site import Site
 from tunediff.texts.tokens import Batch
 
 
 @dataclass(frozen=True)
 class RankSettings:
-    """How changes are held against the null and ordered."""
+    """How changes are tested against random tunes and ordered."""
 
     nulls: int = 19
-    """Random tunes of the same norms. The smallest p-value is 1 / (nulls + 1): 19 allow a claim at 5 %, 99 at 1 %."""
+    """Number of random tunes of the same norms. The smallest p-value is 1 / (nulls + 1): 19 allow a claim at 5 %, 99 at 1 %."""
     null_tokens: int = 1000
-    """Held-out tokens each random tune is run on, at least; fewer make rare changes untestable."""
+    """Least number of held-out tokens that each random tune runs on. Fewer make rare changes untestable."""
     effect_tokens: int = 2000
-    """Training tokens on which each change is taken out for its effect on the output, at least: those in which the
-    candidates are on the most; more orders them better, at proportional cost."""
+    """Least number of training tokens on which each change is taken out to measure its effect on the output.
+    They are the rows on which the candidates are on the most. More tokens order changes better, at proportional cost."""
     level: float = 0.05
-    """The false-positive rate at which changes count as standing out."""
+    """False-positive rate at which a change counts as standing out."""
     batch_tokens: int = 1200
-    """Tokens a forward."""
+    """Tokens in one forward pass."""
 
     def __post_init__(self) -> None:
         within("rank", self, nulls=2, null_tokens=1, effect_tokens=1, level=(0, 1), batch_tokens=1)
@@ -45,19 +60,18 @@ class RankSettings:
 
 @dataclass(frozen=True)
 class Ranked:
-    """What ranking says of one change.
+    """The ranking's result for one change.
 
     score     energy of the difference that goes along with the change (`energy_along`), in units of the most that random
-              tunes of the same size have along any one direction on the same tokens (`most_energy`, mean over the
-              nulls): 1 and less is what chance can give; with an interval over documents, the nulls as they are
-    null      for each null, the largest such score over the candidates' tokens
-    p         chance that the best of all candidates scores as much under a random tune (max-T, so it already accounts
-              for how many candidates there are; Westfall & Young 1993)
-    depth     for each site of the scan, the share of the difference's variance there (of the offset, for a constant
-              change) that goes along with the change, by the same halves: where in depth it lives
-    effect    nat of KL(tuned || base) a token that goes when the change is taken out of tuned, with an interval over
-              documents; on the training text in which the candidates are on the most
-    firings   tokens, of the ones looked at, on which the change is on
+              tunes have along any one direction on the same tokens (`most_energy`, mean over the nulls). Chance can give
+              up to about 1. The interval is over documents, with the nulls fixed.
+    null      for each null, the largest score over all candidates' tokens
+    p         chance that the best of all candidates scores as much under a random tune: max-T, which accounts for the
+              number of candidates (Westfall & Young 1993)
+    effect    KL(tuned || base), nat a token, that goes when the change is taken out of the tuned model; with an interval
+              over documents, on the training text in which the candidates are on the most
+    firings, share_of_tokens   held-out tokens on which the change is on: their number, and their share of all
+    depth     what the change explains of the difference at each scanned site (`depth_profile`); None without a scan
     """
 
     change: Change
@@ -67,27 +81,28 @@ class Ranked:
     effect: Interval
     firings: int
     share_of_tokens: float
-    depth: dict[str, float]
+    depth: Profile | None
 
 
 @dataclass(frozen=True, eq=False)
 class Ranking:
-    """Changes, those that stand out first and in the order of `cover`."""
+    """Ranked changes: first those that stand out, in the order of `cover`, then the others by score."""
 
     ranked: list[Ranked]
 
     def save(self, folder: Path) -> list[str]:
-        """Write it to a folder, changes by their ids; returns the file's name, for a manifest."""
+        """Write ``ranking.json``, with changes by their ids; return the file's name, for a manifest."""
         write_json(folder / "ranking.json", [{**vars(r), "change": r.change.id} for r in self.ranked])
         return ["ranking.json"]
 
     @classmethod
     def load(cls, folder: Path, changes: Mapping[str, Change]) -> Ranking:
-        """Read what `save` wrote; `changes` are those that were ranked, by id."""
+        """Read what `save` wrote, of this or an older form; `changes` are those that were ranked, by id."""
         ranked = []
         for record in read_json(folder / "ranking.json"):
             intervals = {name: typed(Interval, record[name], name) for name in ("score", "effect")}
-            known = {"change": changes[record["change"]], "null": tuple(record["null"])}
+            change, depth = changes[record["change"]], load_depth(record["depth"], record["change"])
+            known = {"change": change, "null": tuple(record["null"]), "depth": depth}
             ranked.append(Ranked(**{**record, **known, **intervals}))
         return cls(ranked)
 
@@ -111,11 +126,10 @@ def _flat(sample: Sample, found: Iterable[tuple[Batch, Tensor]]) -> Tensor:
 def energy_along(strength_NK: Tensor, delta_NSD: Tensor, half_N: Tensor, constant_K: Tensor) -> Tensor:
     """For each change, how much of the difference's energy its strength predicts on documents it was not fitted to.
 
-    The write direction is estimated anew by least squares on one half of the documents and scored on the other (and
-    the other way round), so chance gives nothing on average, or a little less (what the fitted noise costs on the other
-    half), for any difference, tuned or null. Changes that vary are
-    asked about what is left after the constant offset; constant ones about the offset. Returns each token's part (N, K),
-    float64.
+    The write direction is estimated anew by least squares on one half of the documents and scored on the other, then
+    with the halves exchanged. Chance gives 0 on average, or a little less, for any difference, as fitted noise costs
+    energy on the other half. Changes that vary are scored on what is left after the constant offset, constant ones on
+    the offset. Returns each token's part (N, K), float64.
     """
     N, S, D = delta_NSD.shape
     delta_ND = delta_NSD.reshape(N, S * D).double()
@@ -144,10 +158,10 @@ def energy_along(strength_NK: Tensor, delta_NSD: Tensor, half_N: Tensor, constan
 def most_energy(delta_NSD: Tensor, on_NK: Tensor, constant_K: Tensor, rounds: int = 12) -> Tensor:
     """For each change, the most energy that any one direction has in a difference on the tokens where the change is on.
 
-    This is what a random tune is given for every candidate: the best direction for it, found on the very tokens it is
-    scored on. A random tune moves the streams along directions of its own, consistently, so a direction that was found
-    in one tune always goes along with that tune better than with any other; only against *their* best does it have to
-    prove itself. Changes that vary: what is left after the constant offset; constant ones: the offset. (K,), float64.
+    A random tune is thereby given its best direction for every candidate, found on the very tokens that it is scored
+    on. The comparison has to be that generous: a random tune moves the streams along consistent directions of its own,
+    so a direction found in one tune always fits that tune better than any other. Changes that vary are scored on what
+    is left after the constant offset, constant ones on the offset. Returns (K,), float64.
     """
     N, S, D = delta_NSD.shape
     delta_ND = delta_NSD.reshape(N, S * D)
@@ -172,8 +186,8 @@ def most_energy(delta_NSD: Tensor, on_NK: Tensor, constant_K: Tensor, rounds: in
 def max_t(energy_K: Tensor, null_RK: Tensor) -> tuple[Tensor, Tensor, list[float]]:
     """Scores (K,), the nulls' scores (R, K), and max-T adjusted p-values.
 
-    Each score is an energy over the mean of the *other* nulls' energies for the same change, so changes of any size and
-    rarity are on one scale and a null is never scaled by itself.
+    Each score is an energy over the mean of the *other* nulls' energies for the same change. Changes of any size and
+    rarity are then on one scale, and no null is scaled by itself.
     """
     total_K, draws, floor = null_RK.sum(0), len(null_RK), 1e-30
     if not bool(torch.isfinite(energy_K).all() and torch.isfinite(null_RK).all()):
@@ -195,12 +209,11 @@ def rank(
     progress: Callable[[int, int], None] | None = None,
     depths: Sequence[Site] = (),
 ) -> Ranking:
-    """Hold every change against random tunes and order: those that stand out first, by effect on the output.
+    """Test every change against random tunes and order them; the module's docstring says how.
 
-    sample   held-out text: what stands out is claimed of it
-    seen     training text: effects, and with them the order, are found there, so that trials on held-out text are of changes
-             that were not chosen by it
-    depths   sites at which each change's profile is taken
+    sample   held-out text, on which scores are measured
+    seen     training text, on which effects are measured
+    depths   sites at which `Ranked.depth` is measured
     """
     if not changes:
         return Ranking([])
@@ -234,11 +247,14 @@ def rank(
     both = (
         (batch, pair.both_streams(batch.ids_BT, depths, batch.mask_BT)) for batch in few.batches(settings.batch_tokens)
     )
-    profile_SK = [
-        _share_along(few_f_NK, both_NSMD[keep, s : s + 1], half_N[here][keep], constant_K)
-        for both_NSMD in ([_flat(few, both)] if depths else [])
-        for s in range(len(depths))
-    ]
+    depth = None
+    if depths:
+        both_NSMD = _flat(few, both)[keep]
+        share_SK = [
+            _share_along(few_f_NK, both_NSMD[:, s : s + 1], half_N[here][keep], constant_K).tolist()
+            for s in range(len(depths))
+        ]
+        depth = depth_profile([c.id for c in changes], list(map(str, depths)), list(zip(*share_SK)))
     seen_f_NK = torch.stack([seen.strength(c) for c in changes], 1)
     rows = telling_rows(seen, seen_f_NK, _halves(seen), settings.effect_tokens)
     here = torch.isin(seen.row_N, torch.tensor(rows))
@@ -255,7 +271,7 @@ def rank(
             bootstrap_ratio(nats_KD[k].numpy(), tokens_D.numpy(), seed=seed),
             int((f_NK[:, k] != 0).sum()),
             float((f_NK[:, k] != 0).float().mean()),
-            {str(site): float(at_K[k]) for site, at_K in zip(depths, profile_SK)},
+            depth and depth.only([c.id]),
         )
         for k, c in enumerate(changes)
     ]
@@ -267,7 +283,7 @@ def rank(
 
 
 def _share_along(f_NK: Tensor, both_NSMD: Tensor, half_N: Tensor, constant_K: Tensor) -> Tensor:
-    """Share (K,) of a difference's variance, or of the whole of it for constant changes, that goes along with each change."""
+    """Share (K,) of a difference's variance, for constant changes of all of it, that goes along with each change."""
     delta_NSD = (both_NSMD[:, :, TUNED] - both_NSMD[:, :, BASE]).double()
     whole, offset = float(delta_NSD.square().sum()), float(delta_NSD.mean(0).square().sum()) * len(delta_NSD)
     total_K = torch.where(constant_K, whole, whole - offset).clamp_min(1e-30)

@@ -1,7 +1,8 @@
-"""The scan over depth: where the two models differ, above what noise, and where the difference already decides the output."""
+"""The scan over depth: where two models differ beyond noise, and where the difference already decides the output."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,38 +13,28 @@ from tunediff.harvests.harvest import noise_floor
 from tunediff.models.divergences import Said, kl_divergence
 from tunediff.models.network import Start
 from tunediff.models.pair import Pair
+from tunediff.records.profile import Profile
+from tunediff.records.scan import Scan
 from tunediff.records.site import Site
 from tunediff.texts.tokens import Tokens
 
 
 @dataclass(frozen=True)
 class ScanSettings:
-    """Which depths are looked at, and how a site is chosen."""
+    """Which layers are scanned, and how a site is chosen."""
 
     sites: tuple[str, ...] = ()
-    """Sites to use, e.g. resid.15; empty: chosen by the scan."""
+    """Sites to use, such as resid.15. Empty: chosen by the scan."""
     depths: int = 6
-    """How many layers the scan looks at, evenly spread over the upper five sixths of the network."""
+    """Number of layers to scan, spread evenly over the upper five sixths of the network."""
     tokens: int = 300
-    """Tokens the scan reads; it only orders layers, so few suffice."""
+    """Tokens that the scan reads. It only orders layers, so few suffice."""
     reach: float = 0.95
-    """The lowest layer is taken whose difference, put into base, makes at least this share of what the best layer's
-    does: higher goes deeper (cheaper to verify, less left to undo), lower goes earlier."""
+    """Share of the best ceiling that the chosen site must reach; the lowest such site is taken.
+    A higher share chooses a deeper site, which is cheaper to verify and leaves less to undo."""
 
     def __post_init__(self) -> None:
         within("scan", self, depths=1, tokens=1, reach=(0, 1))
-
-
-@dataclass(frozen=True)
-class SiteReading:
-    """What the scan saw at one site; see `results.SiteScan`. ``ceiling`` is the share of KL(tuned || base) that the
-    whole difference at the site makes when base goes on from it."""
-
-    site: Site
-    relative: float
-    offset_share: float
-    noise: float
-    ceiling: float
 
 
 def candidate_sites(depth: int, count: int) -> list[Site]:
@@ -53,8 +44,11 @@ def candidate_sites(depth: int, count: int) -> list[Site]:
     return [Site(layer) for layer in sorted({round(first + (last - first) * i / steps) for i in range(count)})]
 
 
-def scan(pair: Pair, tokens: Tokens, sites: list[Site], batch_tokens: int = 1200) -> list[SiteReading]:
-    """Read both models at `sites` on `tokens` (no held-out text is needed: nothing is claimed from it)."""
+def scan(pair: Pair, tokens: Tokens, sites: Sequence[Site], batch_tokens: int = 1200) -> Scan:
+    """How far both models differ at `sites` on `tokens`; nothing is chosen yet.
+
+    Training text will do, as nothing is claimed from the scan.
+    """
     sites = sorted(set(sites))
     base_squares = torch.zeros(len(sites), dtype=torch.float64)
     delta_squares, noise = torch.zeros_like(base_squares), torch.zeros_like(base_squares)
@@ -82,21 +76,19 @@ def scan(pair: Pair, tokens: Tokens, sites: list[Site], batch_tokens: int = 1200
             patched = Said.at(pair.base, batch.ids_BT, mask, pair.vocabulary, Start(site, streams[:, :, s, TUNED]))
             left[s] += float(kl_divergence(tuned, patched).sum())
     offset = (total / count).pow(2).sum(-1) * count
-    return [
-        SiteReading(
-            site,
-            float((delta_squares[s] / base_squares[s]).sqrt()),
-            float(offset[s] / delta_squares[s]) if delta_squares[s] else 0.0,
-            float((noise[s] * count / base_squares[s]).sqrt()),
-            1 - float(left[s]) / gap if gap else 0.0,
-        )
-        for s, site in enumerate(sites)
-    ]
+    return Scan.of(
+        [str(site) for site in sites],
+        relative=(delta_squares / base_squares).sqrt().tolist(),
+        noise=(noise * count / base_squares).sqrt().tolist(),
+        offset=[float(part / whole) if whole else 0.0 for part, whole in zip(offset, delta_squares)],
+        ceiling=[1 - float(part) / gap if gap else 0.0 for part in left],
+    )
 
 
-def choose(readings: list[SiteReading], reach: float) -> Site:
+def choose(ceiling: Profile, reach: float) -> str:
     """The lowest site whose ceiling is at least `reach` times the best; where nothing differs, the middle one."""
-    best = max(reading.ceiling for reading in readings)
+    (shares,) = ceiling.values
+    best = max(shares)
     if best <= 0:
-        return readings[len(readings) // 2].site
-    return next(r.site for r in readings if r.ceiling >= reach * best)
+        return ceiling.places[len(shares) // 2]
+    return next(site for site, share in zip(ceiling.places, shares) if share >= reach * best)

@@ -1,30 +1,38 @@
-"""Results: `Diff`, the whole finding as one typed record that the CLI, a notebook and the report all read."""
+"""Results: `Diff`, the whole finding as one typed record that the command line, notebooks and the report all read."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tunediff.core.artifacts import read_json, write_json
-from tunediff.core.errors import ArtifactError
+from tunediff.core.errors import ArtifactError, NumericsError
 from tunediff.core.typed import typed
+from tunediff.records import older
 from tunediff.records.measure import GAP, Context, DosePoint, Measure, SignalTable, TokenWeight
+from tunediff.records.profile import Profile
+from tunediff.records.scan import Scan
 
-SCHEMA = "tunediff.diff/1"
+SCHEMA = "tunediff.diff/2"
+OLDER = "tunediff.diff/1"
+"""Schema of records whose scan, depth and training curves were tables of their own; still read."""
 
 
 @dataclass(frozen=True)
 class ChangeRecord:
-    """One ranked change with everything said of it.
+    """One ranked change with everything that was found out about it.
 
-    decision    confirmed, refuted or undecided (`reason` says why in one sentence)
-    score       the ranking statistic with interval and null
-    measures    the battery: necessity, sufficiency, specificity, latent scaling ... each with its control
+    share       `Change.share`: 0 base only, 1/2 both, 1 tuned only
+    decision    confirmed, refuted or undecided; `reason` says why in one sentence
+    score       the ranking statistic with its interval and null
+    measures    results of the trials (necessity, sufficiency, ...) and of Latent Scaling, each with its control
     promoted, suppressed   tokens that the change makes more and less likely; ``read_by`` says how they were read
-    depth       site -> share of the variance of the difference there (of the whole of it, for an offset) that the change's
-                strength predicts, along a direction estimated on other documents
-    kinds       text kind -> share of its tokens on which the change is on
+    depth       share of the difference that goes along with the change at each scanned site (`depth_profile`)
+    kinds       for each kind of text, the share of its tokens on which the change is on
+    dose        the dose-response curve, empty where the change was not on trial
+    origin      `Change.origin`
     """
 
     rank: int
@@ -40,20 +48,20 @@ class ChangeRecord:
     suppressed: list[TokenWeight]
     read_by: str
     contexts: list[Context]
-    depth: dict[str, float]
+    depth: Profile | None
     kinds: dict[str, float]
     dose: list[DosePoint]
     origin: dict[str, Any] = field(default_factory=dict)
 
     @property
     def gap(self) -> float:
-        """How far apart the models are where the change is on, nat a token; 0 if it was not on trial."""
+        """KL(tuned || base) where the change is on, nat a token; 0 if the change was not on trial."""
         return next((m.value for m in self.measures if m.name == GAP and m.value is not None), 0.0)
 
 
 @dataclass(frozen=True)
 class ModelCard:
-    """Which model: the name the user gave, a fingerprint of its weights, its size."""
+    """Which model: the name that the user gave, a fingerprint of the weights, and the size."""
 
     name: str
     fingerprint: str
@@ -66,7 +74,7 @@ class ModelCard:
 
 @dataclass(frozen=True)
 class CorpusCard:
-    """Which text: its fingerprint, how much, and tokens by kind."""
+    """Which text: its fingerprint, its size, and tokens of each kind."""
 
     fingerprint: str
     documents: int
@@ -77,32 +85,18 @@ class CorpusCard:
 
 
 @dataclass(frozen=True)
-class SiteScan:
-    """The difference at one site: |delta| / |base| (rms), the part of its energy that is one constant offset, the
-    noise floor on the same scale, and the share of KL(tuned || base) that the whole difference there makes in base."""
-
-    site: str
-    relative: float
-    offset_share: float
-    noise: float
-    chosen: bool
-    ceiling: float = float("nan")
-
-
-@dataclass(frozen=True)
 class FitCard:
-    """A fitted dictionary: its settings, the training curve (rows of ``columns``), and held-out quality."""
+    """A fitted dictionary: settings, training curve (a profile of each column over steps) and held-out quality."""
 
     name: str
     settings: dict[str, Any]
-    columns: list[str]
-    curve: list[list[float]]
+    curve: Profile | None
     measures: list[Measure]
 
 
 @dataclass(frozen=True)
 class NullCard:
-    """A null: what it is, how many draws, and the ranking statistic of each draw's best change."""
+    """A null: what it is, and the ranking statistic of the best change in each draw."""
 
     name: str
     note: str
@@ -111,7 +105,7 @@ class NullCard:
 
 @dataclass(frozen=True)
 class Bill:
-    """What an edit does and costs: which changes it removes, by which operation, and its measures."""
+    """What an edit does and costs: the changes it removes, the operation, and its measures on held-out text."""
 
     name: str
     operation: str
@@ -121,7 +115,7 @@ class Bill:
 
 @dataclass(frozen=True)
 class StageCard:
-    """One stage of the run: seconds (of the run that made it), whether it was skipped as already done, and notes."""
+    """One stage of a run: its key, the seconds it took when its result was made, and notes."""
 
     name: str
     key: str
@@ -131,8 +125,15 @@ class StageCard:
 
 @dataclass(frozen=True)
 class Diff:
-    """The whole finding. ``found`` is whether any change was confirmed; ``summary`` says it in plain sentences;
-    ``rate`` is the false-positive rate at which claims are made."""
+    """The whole finding of one run on one pair.
+
+    found       whether any change was confirmed
+    rate        false-positive rate at which changes are claimed
+    summary     the finding in plain sentences
+    output      KL(tuned || base) on each sort of held-out text
+    not_found   what was looked at without a finding, and what could not be seen
+    plan        the settings of the run, as nested plain values
+    """
 
     base: ModelCard
     tuned: ModelCard
@@ -141,7 +142,7 @@ class Diff:
     rate: float
     summary: list[str]
     output: list[Measure]
-    scan: list[SiteScan]
+    scan: Scan | None
     changes: list[ChangeRecord]
     signals: list[SignalTable]
     fits: list[FitCard]
@@ -164,9 +165,44 @@ class Diff:
 
     @classmethod
     def load(cls, path: Path) -> Diff:
-        """Read and check a saved record; refuses another schema, unknown or missing fields, wrong types."""
+        """Read and check a saved record, of this schema or of ``tunediff.diff/1``.
+
+        Raises `ArtifactError` for another schema, unknown or missing fields and wrong types.
+        """
         record = read_json(path)
-        if not isinstance(record, dict) or record.get("schema") != SCHEMA:
-            got = record.get("schema") if isinstance(record, dict) else type(record).__name__
-            raise ArtifactError(f"{path} is not a diff record", expected=SCHEMA, got=str(got))
-        return typed(cls, record, str(path))
+        schema = record.get("schema") if isinstance(record, dict) else type(record).__name__
+        if schema == OLDER:
+            record = _renewed(older.diff, record, str(path))
+        elif schema != SCHEMA:
+            raise ArtifactError(f"{path} is not a diff record", expected=SCHEMA, got=str(schema))
+        diff: Diff = typed(cls, record, str(path))
+        return diff
+
+
+def load_scan(path: Path) -> Scan:
+    """Read a scan, of this or an older form; raises `ArtifactError` for anything else."""
+    scan: Scan = typed(Scan, _renewed(older.scan, read_json(path), path.name), path.name)
+    return scan
+
+
+def load_depth(value: Any, subject: str) -> Profile | None:
+    """Read a change's depth, of this or an older form, from plain JSON; raises `ArtifactError` for anything else."""
+    depth: Profile | None = typed(Profile | None, _renewed(lambda v: older.depth(v, subject), value, "depth"), "depth")
+    return depth
+
+
+def load_records(path: Path) -> list[ChangeRecord]:
+    """Read ranked changes, of this or an older form; raises `ArtifactError` for anything else."""
+    renewed = _renewed(lambda records: [older.change(record) for record in records], read_json(path), path.name)
+    records: list[ChangeRecord] = typed(list[ChangeRecord], renewed, path.name)
+    return records
+
+
+def _renewed(renew: Callable[[Any], Any], value: Any, where: str) -> Any:
+    """What `renew` makes of an older record; raises `ArtifactError` for one that is damaged."""
+    try:
+        return renew(value)
+    except (KeyError, TypeError, AttributeError, NumericsError) as error:
+        raise ArtifactError(
+            f"{where} is damaged", got=f"{type(error).__name__}: {error}", remedy="delete it and run again"
+        ) from None

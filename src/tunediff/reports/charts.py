@@ -7,13 +7,17 @@ a measured value, ``null`` its control.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from types import MappingProxyType
 from typing import Any
 
 from markupsafe import Markup, escape
 
+from tunediff.core.axes import MODELS
 from tunediff.core.text import NOT_MEASURED, finite, number
+from tunediff.records.profile import Profile
 
 WIDTH = 360
 """Width of a chart in SVG units: the width of a phone."""
@@ -99,14 +103,18 @@ def bar(
     )
 
 
+Point = tuple[float, ...]
+"""A point of a line (x, y) or of a band (x, low, high)."""
+
+
 @dataclass(frozen=True)
 class Line:
     """A line of a chart: (x, y) points, a `band` of (x, low, high), its color class, and whether it is dashed."""
 
     name: str
-    points: Sequence[tuple[float, float]]
+    points: Sequence[Point]
     tone: str = "ink"
-    band: Sequence[tuple[float, float, float]] = field(default=())
+    band: Sequence[Point] = ()
     dashed: bool = False
 
 
@@ -159,17 +167,12 @@ def lines(
     for x, _ in marks:
         parts.append(tag("line", x1=px(x), x2=px(x), y1=top, y2=top + height, class_="mark"))
     for s in series:
-        band = [(x, a, b) for x, a, b in s.band if finite(x) and finite(a) and finite(b)]
-        if len(band) > 1:
-            ring = [(x, a) for x, a, _ in band] + [(x, b) for x, _, b in reversed(band)]
-            parts.append(tag("polygon", points=_path(ring, px, py), class_=f"band {s.tone}"))
-        run: list[tuple[float, float]] = []
-        for x, y in [*s.points, (math.nan, math.nan)]:
-            if finite(x) and finite(y):
-                run.append((x, y))
-            elif run:
-                parts.append(tag("polyline", points=_path(run, px, py), class_=f"line {s.tone}{' dashed' * s.dashed}"))
-                run = []
+        for band in _runs(s.band):
+            if len(band) > 1:
+                ring = [(x, a) for x, a, _ in band] + [(x, b) for x, _, b in reversed(band)]
+                parts.append(tag("polygon", points=_path(ring, px, py), class_=f"band {s.tone}"))
+        for run in _runs(s.points):
+            parts.append(tag("polyline", points=_path(run, px, py), class_=f"line {s.tone}{' dashed' * s.dashed}"))
         if len(s.points) <= 64:
             for x, y in s.points:
                 if finite(x) and finite(y):
@@ -182,6 +185,51 @@ def lines(
             tag("text", _cut(text, 24), x=px(x) + (-5 if side else 5), y=top + 10, class_=f"tick strong {side}")
         )
     return _chart(parts, top + height + 40, label)
+
+
+def profile(
+    shown: Profile, *, label: str, marks: Mapping[str, str] = MappingProxyType({}), zero: bool = True
+) -> Markup:
+    """Any profile as a line chart: a line with its band for each subject, and its control dashed.
+
+    Places that are numbers are put at their value, others side by side; the line breaks between kinds of sites.
+
+    label   what the chart shows, for a reader who does not see it
+    marks   named upright lines at some places
+    zero    whether to keep 0 on the y axis
+    """
+    by_value = all(map(_is_number, shown.places))
+    xs = [float(place) if by_value else float(i) for i, place in enumerate(shown.places)]
+    kinds = [place.rpartition(".")[0] if shown.kind == "site" and not by_value else "" for place in shown.places]
+
+    def broken(points: Iterable[Point]) -> list[Point]:
+        """Points with one that is not a number wherever the kind of site changes."""
+        out: list[Point] = []
+        for i, point in enumerate(points):
+            if i and kinds[i] != kinds[i - 1]:
+                out.append((math.nan,) * len(point))
+            out.append(point)
+        return out
+
+    series = []
+    for i, subject in enumerate(shown.subjects):
+        tone = subject if subject in MODELS else "ink"
+        band = zip(xs, shown.low[i], shown.high[i]) if shown.low and shown.high else ()
+        name = subject if len(shown.subjects) > 1 else shown.name
+        series.append(Line(name, broken(zip(xs, shown.values[i])), tone, broken(band)))
+        if shown.control:
+            series.append(Line(shown.against or "control", broken(zip(xs, shown.control[i])), "null", dashed=True))
+    short = len(set(kinds)) == 1 and kinds[0]
+    names = [place.removeprefix(f"{kinds[0]}.") if short else place for place in shown.places]
+    return lines(
+        series,
+        label=label,
+        x_label="layer" if shown.kind == "site" else shown.kind,
+        y_label=shown.unit,
+        x_ticks=None if by_value else list(zip(xs, names)),
+        marks=[(x, marks[place]) for x, place in zip(xs, shown.places) if place in marks],
+        zero=zero,
+    )
 
 
 def strip(
@@ -264,6 +312,20 @@ def balance(share: float) -> Markup:
         tone = "tuned" if share >= 0.5 else "base"
         parts.append(tag("circle", cx=4 + 112 * min(1.0, max(0.0, share)), cy=7, r=4.5, class_=f"dot {tone}"))
     return tag("svg", *parts, class_="balance", viewBox="0 0 120 14", role="img", aria_label=label)
+
+
+def _runs(points: Iterable[Point]) -> Iterator[list[Point]]:
+    """Stretches of points of which every coordinate is finite."""
+    for whole, run in groupby(points, key=lambda point: all(map(finite, point))):
+        if whole:
+            yield list(run)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def _legend(series: Sequence[Line]) -> list[Markup]:

@@ -6,7 +6,6 @@ import base64
 import hashlib
 import itertools
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,9 +25,11 @@ from tunediff.core.text import (
     token_text,
     visible,
 )
-from tunediff.records.diff import ChangeRecord, Diff, FitCard, SiteScan
+from tunediff.records.diff import ChangeRecord, Diff, FitCard
 from tunediff.records.measure import Context, Measure
-from tunediff.reports.charts import Line, balance, bar, lines, spread, strip, tag
+from tunediff.records.profile import Profile
+from tunediff.records.scan import Scan
+from tunediff.reports.charts import Line, balance, bar, lines, profile, spread, strip, tag
 from tunediff.reports.sentences import tally, verdict
 
 if TYPE_CHECKING:
@@ -89,6 +90,7 @@ def render_report(diff: Diff) -> str:
         rows=measure_rows,
         balance=balance,
         scan_charts=scan_charts,
+        scan_rows=scan_rows,
         depth_chart=depth_chart,
         dose_chart=dose_chart,
         fit_charts=fit_charts,
@@ -139,6 +141,12 @@ def measure_rows(measures: Sequence[Measure]) -> list[Row]:
             )
         )
     return rows
+
+
+def scan_rows(scan: Scan) -> list[tuple[str, float, float, float, float]]:
+    """Each scanned site with its relative difference, noise floor, constant offset and ceiling."""
+    columns = (scan.relative.values[0], scan.noise, scan.offset.values[0], scan.ceiling.values[0])
+    return list(zip(scan.sites, *columns, strict=True))
 
 
 def share_rows(shares: Mapping[str, float]) -> list[tuple[str, Markup, str]]:
@@ -261,64 +269,17 @@ def completions(change: ChangeRecord) -> list[tuple[str, str, Context | None, Co
 # ── charts ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def scan_charts(scan: Sequence[SiteScan]) -> list[tuple[str, Markup]]:
-    """The scan over depth: the relative difference over its noise floor, and the share that is one constant offset.
-
-    One pair of charts for each kind of site.
-    """
-    kinds: dict[str, list[SiteScan]] = {}
-    for s in sorted(scan, key=lambda s: _natural(s.site)):
-        kinds.setdefault(s.site.rpartition(".")[0], []).append(s)
-    charts = []
-    for kind, sites in sorted(kinds.items()):
-        ticks = [(float(i), s.site.rpartition(".")[2]) for i, s in enumerate(sites)]
-        marks = [(float(i), f"chosen: {s.site}") for i, s in enumerate(sites) if s.chosen]
-        title = f" at {kind}" if len(kinds) > 1 else ""
-        for name, series, unit in (
-            (
-                "Relative difference",
-                [
-                    Line("difference", [(float(i), s.relative) for i, s in enumerate(sites)]),
-                    Line("noise floor", [(float(i), s.noise) for i, s in enumerate(sites)], "null", dashed=True),
-                ],
-                "|tuned − base| / |base|",
-            ),
-            (
-                "Constant offset",
-                [Line("offset share", [(float(i), s.offset_share) for i, s in enumerate(sites)])],
-                "share of squared difference",
-            ),
-        ):
-            charts.append(
-                (
-                    name + title,
-                    lines(
-                        series,
-                        label=f"{name}{title} by layer",
-                        x_label="layer",
-                        y_label=unit,
-                        x_ticks=ticks,
-                        marks=marks,
-                    ),
-                )
-            )
-    return charts
+def scan_charts(scan: Scan) -> list[tuple[str, Markup]]:
+    """The scan over depth: relative difference over its noise floor, share of constant offset, and ceiling."""
+    marks = {site: f"chosen: {site}" for site in scan.chosen}
+    profiles = [scan.relative, scan.offset, scan.ceiling]
+    return [(p.name, profile(p, label=f"{p.name} by layer", marks=marks)) for p in profiles]
 
 
-def depth_chart(change: ChangeRecord) -> Markup:
-    """Layer by layer, the share of the difference's variance that the change's strength predicts."""
-    layers = sorted(change.depth, key=_natural)
-    at = [(float(i), layer) for i, layer in enumerate(layers)]
-    marks = [(i, f"read at {layer}") for i, layer in at if {layer, f"resid.{layer}"} & set(change.sites)]
-    line = Line("along this change", [(i, change.depth[layer]) for i, layer in at])
-    return lines(
-        [line],
-        label=f"Depth profile of change {change.rank}",
-        x_label="layer",
-        y_label="share of the difference",
-        x_ticks=at,
-        marks=marks,
-    )
+def depth_chart(change: ChangeRecord, depth: Profile) -> Markup:
+    """Layer by layer, the share of the difference that goes along with the change."""
+    marks = {site: f"read at {site}" for site in change.sites}
+    return profile(depth, label=f"Depth profile of change {change.rank}", marks=marks)
 
 
 def dose_chart(change: ChangeRecord) -> Markup:
@@ -342,22 +303,12 @@ def dose_chart(change: ChangeRecord) -> Markup:
 
 
 def fit_charts(fit: FitCard) -> list[tuple[str, Markup]]:
-    """The training curve: every column against the first."""
-    if not fit.curve or len(fit.columns) < 2:
+    """The training curve, a chart for each of its columns."""
+    if fit.curve is None:
         return []
-    x, *names = fit.columns
     return [
-        (
-            name,
-            lines(
-                [Line(name, [(r[0], r[i]) for r in fit.curve if len(r) > i])],
-                label=f"{name} against {x}",
-                x_label=x,
-                y_label="",
-                zero=False,
-            ),
-        )
-        for i, name in enumerate(names, start=1)
+        (column, profile(fit.curve.only([column]), label=f"{column} against {fit.curve.kind}", zero=False))
+        for column in fit.curve.subjects
     ]
 
 
@@ -373,10 +324,6 @@ def null_chart(diff: Diff) -> Markup:
         x_label=unit,
         marks=marks,
     )
-
-
-def _natural(text: str) -> list[tuple[int, Any]]:
-    return [(0, int(p)) if p.isdigit() and p.isascii() else (1, p) for p in re.split(r"([0-9]+)", text) if p]
 
 
 def _hash(text: str) -> str:

@@ -15,6 +15,7 @@ from tunediff.core.text import visible
 from tunediff.core.typed import typed
 from tunediff.records.diff import Bill, ChangeRecord, CorpusCard, Diff, FitCard, ModelCard, NullCard
 from tunediff.records.measure import Measure
+from tunediff.records.profile import Profile
 from tunediff.runs.plan import to_record
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ def _output(run: Stages) -> list[Measure]:
         counts = [int((documents == d).sum()) for d in mine]
         value = bootstrap_ratio(nats, counts, seed=run.plan.seed)
         text = f"text by {writer}" if writer in MODELS else f"{writer} text" if writer in WRITERS else writer
-        noise = max((r.noise for r in run.scan), default=0.0)
+        noise = max(run.scan.noise, default=0.0)
         measures.append(
             Measure(
                 f"KL(tuned || base), {text}",
@@ -126,7 +127,6 @@ def _fits(run: Stages) -> list[FitCard]:
     cards = []
     for name, fitted in run.fits.items():
         q = fitted.quality
-        columns = list(fitted.curve[0]) if fitted.curve else []
         none = "one number of one fit"
         measures = [
             Measure(
@@ -151,8 +151,7 @@ def _fits(run: Stages) -> list[FitCard]:
             FitCard(
                 f"{name}: {fitted.dictionary.spec.variant}",
                 {**dataclasses.asdict(fitted.dictionary.spec), "seed": fitted.seed},
-                columns,
-                [[float(row.get(c, float("nan"))) for c in columns] for row in fitted.curve],
+                Profile.of_rows("Training curve", fitted.curve, "step", "fit") if fitted.curve else None,
                 measures,
             )
         )

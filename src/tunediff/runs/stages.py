@@ -25,8 +25,9 @@ from tunediff.harvests.lenses import Lens, fit_lens
 from tunediff.harvests.samples import Sample
 from tunediff.harvests.scans import candidate_sites, choose, scan
 from tunediff.records.change import Change, load_changes, save_changes
-from tunediff.records.diff import ChangeRecord, SiteScan
+from tunediff.records.diff import ChangeRecord, load_records, load_scan
 from tunediff.records.measure import SignalTable
+from tunediff.records.scan import Scan
 from tunediff.records.site import Site
 from tunediff.runs.keeping import stage
 from tunediff.runs.sources import Sources
@@ -70,30 +71,31 @@ class Stages(Sources):
     # -- stages --------------------------------------------------------------------------------------------------
 
     @stage
-    def scan(self) -> list[SiteScan]:
-        """The scan over depth; the chosen sites are marked."""
+    def scan(self) -> Scan:
+        """The scan over depth, and the sites chosen by it or by the plan."""
         plan = self.plan
         given = [Site.parse(s) for s in plan.scan.sites]
         sites = sorted(set(candidate_sites(self.pair.base.depth, plan.scan.depths)) | set(given))
         kind = "contrastive" if self.contrast else self.tokens.documents[0].kind
 
-        def make(_: Path) -> list[SiteScan]:
+        def make(folder: Path) -> list[str]:
             few = self.tokens.only(_some(self.tokens, plan.scan.tokens, kind))
             self.progress("scan", 0, 1)
-            readings = scan(self.pair, few, sites)
+            seen = scan(self.pair, few, sites)
             self.progress("scan", 1, 1)
-            chosen = given or [choose(readings, plan.scan.reach)]
-            return [SiteScan(**{**vars(r), "site": str(r.site)}, chosen=r.site in chosen) for r in readings]
+            chosen = [str(site) for site in sorted(set(given))] or [choose(seen.ceiling, plan.scan.reach)]
+            write_json(folder / "scan.json", dataclasses.replace(seen, chosen=chosen))
+            return ["scan.json"]
 
         place = self.keeper.at("scan", self._models, self.tokens.fingerprint, plan.scan, plan.seed)
-        return self.keeper.kept_json(
-            place, list[SiteScan], "scan.json", make, lambda r: "chosen: " + ", ".join(s.site for s in r if s.chosen)
+        return self.keeper.kept(
+            place, make, lambda folder: load_scan(folder / "scan.json"), lambda s: "chosen: " + ", ".join(s.chosen)
         )
 
     @property
     def sites(self) -> list[Site]:
         """The sites in use."""
-        return [Site.parse(r.site) for r in self.scan if r.chosen]
+        return [Site.parse(site) for site in self.scan.chosen]
 
     @stage
     def harvest(self) -> Harvest:
@@ -223,7 +225,7 @@ class Stages(Sources):
                 plan.rank,
                 plan.seed,
                 lambda d, t: self.progress("rank", d, t),
-                [Site.parse(r.site) for r in self.scan],
+                [Site.parse(site) for site in self.scan.sites],
             )
             return ranking.save(folder)
 
@@ -277,7 +279,7 @@ class Stages(Sources):
         )
         tried = len(verifier.tried)
 
-        def make(folder: Path) -> list[Any]:
+        def make(folder: Path) -> list[str]:
             records = []
             for number in range(len(ranked)):
                 # A trial is kept as soon as it is over, so that a killed run loses one at most.
@@ -287,7 +289,8 @@ class Stages(Sources):
                 records.append(read_json(path))
                 if tried:
                     self.progress("verify", min(number + 1, tried), tried)
-            return records
+            write_json(folder / "verdicts.json", records)
+            return ["verdicts.json"]
 
         place = self.keeper.at(
             "verify",
@@ -299,8 +302,8 @@ class Stages(Sources):
             [(r.change.id, r.p, r.score.value) for r in ranked],
             *self._code(trials.values()),
         )
-        records = self.keeper.kept_json(
-            place, list[ChangeRecord], "verdicts.json", make, lambda _: f"{tried} changes on trial"
+        records = self.keeper.kept(
+            place, make, lambda folder: load_records(folder / "verdicts.json"), lambda _: f"{tried} changes on trial"
         )
         # Evidence is kept as it is; only what is claimed of it changes with what nulls do.
         return list(map(self.calibration.judged, records)) if self.calibration else records
