@@ -84,7 +84,7 @@ def difference(base: str, tuned: str, tokens: int = 1024) -> dict:
         return before, after - before
 
     found = {"tiles": streams()}
-    with kernels.using("native"):
+    with kernels.using("torch"):
         found["torch"] = streams()
     pair.base.module.double()
     exact = streams()

@@ -24,8 +24,6 @@ def rivals() -> str:
         for rival, ratio in shape["contenders"]["ours"]["times_as_long"].items():
             if "," not in rival:
                 rows.append((f"step {shape['n']} x {shape['F']}: {rival}", list(ratio.values())))
-        rounded = shape["contenders"]["ours, bfloat16"]["times_as_long"]["sparsify, autocast bf16"]
-        rows.append((f"step {shape['n']} x {shape['F']}: sparsify, both in bfloat16", list(rounded.values())))
     for rival, ratio in read("harvest")["ratio"].items():
         rows.append((f"harvest: {'plain forwards' if rival == 'naive' else rival}", list(ratio.values())))
     return strip(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import math
@@ -19,26 +20,36 @@ from tunediff.dictionaries.fitted import SCHEMA, build
 from tunediff.dictionaries.fitting import fit, step
 from tunediff.dictionaries.schedule import FitSettings, Schedule, State
 from tunediff.dictionaries.sources import TensorSource
-from tunediff.kernels import eager, paths
+from tunediff.kernels import memory, torch_ops
 from tunediff.kernels.cpu import native
 from tunediff.kernels.dense import DenseCode
 from tunediff.kernels.gates import Gate
-from tunediff.kernels.kept import PairCode, Pairs
+from tunediff.kernels.sparse import PairCode, Pairs
 
 HAVE_NATIVE = native.library() is not None
 needs_native = pytest.mark.skipif(not HAVE_NATIVE, reason="installed without a compiler")
-rounds = pytest.mark.skipif(not eager.rounds(), reason="a processor that does not multiply bfloat16")
+rounds = pytest.mark.skipif(not torch_ops.rounds(), reason="a processor that does not multiply bfloat16")
 PATHS = ["torch", pytest.param("native", marks=needs_native), pytest.param("native+bf16", marks=needs_native),
          pytest.param("torch+bf16", marks=rounds)]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
-def rounded_everywhere(monkeypatch):
-    """Small products too are made in bfloat16 first, and on any machine, where the path allows it; few rows too go into panels."""
-    monkeypatch.setattr(native, "ROUNDED", 0)
+def bfloat16_first(monkeypatch):
+    """Codes of small products too are searched for in bfloat16 first, on any processor; few rows too go into panels."""
+    monkeypatch.setattr(native, "BFLOAT16_FROM", 0)
     monkeypatch.setattr(native, "PER_ROW", 0)
-    monkeypatch.setattr(eager, "ROUNDED", 0)
-    monkeypatch.setattr(native, "rounds", lambda: paths.allows("native+bf16"))
+    monkeypatch.setattr(torch_ops, "BFLOAT16_FROM", 0)
+    monkeypatch.setattr(native, "rounds", lambda: True)
+
+
+@contextlib.contextmanager
+def taking(path):
+    """A kernel path, with "+bf16" searching for codes in bfloat16 first, else in float32 alone."""
+    name, _, first = path.partition("+")
+    with kernels.using(name), pytest.MonkeyPatch.context() as patch:
+        for module in (native, torch_ops):
+            patch.setattr(module, "rounds", lambda: bool(first))
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -82,7 +93,7 @@ def test_equal_to_the_dense_reference(path, gate, cuts):
     exact = [t.double().requires_grad_() for t in tensors]
     want = everything(DenseCode.encode(*exact[:3], Gate(exact[4].detach(), GATES[gate])), exact, cuts)
     leaves = [t.clone().requires_grad_() for t in tensors]
-    with kernels.using(path):
+    with taking(path):
         got = everything(PairCode.encode(*leaves[:3], Gate(tensors[4], GATES[gate])), leaves, cuts)
     for one, other in zip(got, want):
         if one.is_floating_point():
@@ -96,72 +107,30 @@ def test_equal_to_the_dense_reference(path, gate, cuts):
 @pytest.mark.parametrize("theirs, wide", [(128, 128), (128, 256), (256, 256), (256, 128), (0, 128), (0, 256)])
 @pytest.mark.parametrize("I", [1, 16, 37, 64, 96, 128, 320])
 def test_panels_add_up_as_rows_do(monkeypatch, I, theirs, wide, away):
-    """Sums, products and squares by panels of every size, own rows in panels or not, latents without a pair and with many; in bfloat16
-    those of rounded rows."""
+    """Sums, products and squares by panels of every size, own rows in panels or not, latents without a pair and with many."""
     g = torch.Generator().manual_seed(I)
     N, F, P = 50, 83, 700
     latent, token = (torch.randint(0, n, (P,), generator=g) for n in (F - 20, N))
     value, x, W = torch.randn(P, generator=g), torch.randn(N, I, generator=g), torch.randn(F, I, generator=g)
     order, starts = native.bucket(latent, F)
     monkeypatch.setattr(native, "FAR", 0 if away else 1 << 62)
-    for rounded in (False, True):
-        with kernels.kept_memory(), kernels.rounding(rounded):
-            halved = native.rounded()
-            for rows, width in ((x, wide), (W, theirs)):
-                monkeypatch.setattr(native, "PANELS", (width,))
-                if width:
-                    native._Panels.of(rows, halved)
-            monkeypatch.setattr(
-                native, "_panels", lambda rows, pairs: native._Panels.of(rows, halved) if rows is x or theirs else None
-            )
-            bag = native.bag(starts, order, token, value, x)
-            both, product = native.bag_and_dot(starts, order, token, value, x, W)
-            squares = [float(paths.known(t, native.ENERGY).sum(dtype=torch.double)) for t in (bag, both)]
-        own_too = theirs in (wide, wide // 2)
-        near = [t.bfloat16().double() if halved and (t is x or own_too) else t.double() for t in (x, W)]
-        want = torch.zeros(F, I, dtype=torch.double).index_add_(0, latent, value[:, None].double() * near[0][token])
-        for got in (bag, both):
-            torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(product.double(), (near[0][token] * near[1][latent]).sum(1), rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(torch.tensor(squares), want.square().sum().float().expand(2), rtol=1e-5, atol=0)
-        monkeypatch.undo()
-        monkeypatch.setattr(native, "FAR", 0 if away else 1 << 62)
-
-
-@needs_native
-@pytest.mark.parametrize(
-    "values",
-    [
-        lambda g: torch.randint(0, 3, (500, 300), generator=g).float(),  # ties all over
-        lambda g: torch.randn(500, 300, generator=g),
-        lambda g: -torch.rand(500, 300, generator=g),
-        lambda g: torch.zeros(500, 300).index_put((torch.arange(500), torch.arange(500) % 300), torch.tensor(1.0)),
-        lambda g: torch.rand(500, 300, generator=g) * (torch.arange(500) < 3)[:, None],  # all in few rows
-        lambda g: torch.randn(500, 300, generator=g).exp().pow(9),  # over many powers of ten
-        lambda g: torch.randn(1, 1, generator=g).abs().expand(500, 300).contiguous(),
-    ],
-)
-@pytest.mark.parametrize(
-    "parts", [((0, 300, 4000),), ((0, 31, 700), (31, 290, 1), (290, 300, 4999)), ((0, 300, 149_999),)]
-)
-def test_selection_is_exact(values, parts):
-    """The same pairs as a sort gives, however badly a sample foretells them; ties in flat order."""
-    g = torch.Generator().manual_seed(0)
-    pre = values(g)
-    weight = torch.randint(0, 3, (300,), generator=g).float()
-    token, latent, kept, starts = native.select(pre, weight, parts)
-    v = torch.relu(pre) * weight
-    want = torch.zeros_like(v, dtype=torch.bool)
-    for start, stop, keep in parts:
-        flat = v[:, start:stop].reshape(-1)
-        first = torch.sort(flat, descending=True, stable=True).indices[:keep]
-        mask = torch.zeros_like(flat, dtype=torch.bool).index_fill_(0, first[flat[first] > 0], True)
-        want[:, start:stop] = mask.view(500, -1)
-    assert torch.equal(token * 300 + latent, want.view(-1).nonzero()[:, 0])
-    assert torch.equal(kept, pre[token, latent])
-    assert torch.equal(starts, eager.edges(token, 500))
-    for one, other in zip((token, latent, kept, starts), eager.select(pre, weight, parts)):
-        assert torch.equal(one, other)
+    with kernels.kept_memory():
+        for rows, width in ((x, wide), (W, theirs)):
+            monkeypatch.setattr(native, "PANELS", (width,))
+            if width:
+                native._Panels.of(rows)
+        monkeypatch.setattr(
+            native, "_panels", lambda rows, pairs: native._Panels.of(rows) if rows is x or theirs else None
+        )
+        bag = native.bag(starts, order, token, value, x)
+        both, product = native.bag_and_dot(starts, order, token, value, x, W)
+        squares = [float(memory.known(t, native.ENERGY).sum(dtype=torch.double)) for t in (bag, both)]
+    x, W = x.double(), W.double()
+    want = torch.zeros(F, I, dtype=torch.double).index_add_(0, latent, value[:, None].double() * x[token])
+    for got in (bag, both):
+        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(product.double(), (x[token] * W[latent]).sum(1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(torch.tensor(squares), want.square().sum().float().expand(2), rtol=1e-5, atol=0)
 
 
 @pytest.fixture(params=[0, 1, 2], ids=["anywhere", "pairs", "tiles"])
@@ -188,63 +157,12 @@ def test_bfloat16_only_says_what_cannot_be_kept(way, scale, parts):
     W[9] = 0
     bias, weight = torch.randint(-9, 10, (900,), generator=g).float(), torch.randint(0, 4, (900,), generator=g) / 4
     gate = Gate(weight, parts)
-    with kernels.using("native+bf16"):
-        got = native.encode(x, W, bias, gate)
-    want = eager.select(torch.addmm(bias, x, W.T), weight, parts)
-    torchs = eager._encode_rounded(x, W, bias, gate) if eager.rounds() else want
+    got = native.encode(x, W, bias, gate)
+    want = torch_ops.select(torch.addmm(bias, x, W.T), weight, parts)
+    torchs = torch_ops._encode_by_bfloat16(x, W, bias, gate) if torch_ops.rounds() else want
     assert torchs is not None
     for one, other, third in zip(got, want, torchs):
         assert torch.equal(one, other) and torch.equal(third, other)
-
-
-@pytest.mark.parametrize(
-    "parts",
-    [((0, 900, 7000),), ((0, 200, 100), (200, 900, 5000)), ((3, 11, 5), (11, 890, 20_000)), ((0, 900, 270_000),)],
-)
-@pytest.mark.parametrize("crowd", [native.CROWD, 0], ids=["", "more than there is room for"])
-def test_codes_of_bfloat16_products(monkeypatch, way, parts, crowd):
-    """Who allows rounding gets the largest codes of the rounded numbers' products: of integers that bfloat16 holds all of them to the
-    bit, ties in their order; of others those of a product in float64, and the same ones by any number of threads."""
-    monkeypatch.setattr(native, "CROWD", crowd)
-    g = torch.Generator().manual_seed(0)
-    x, W = (torch.randint(-60, 61, s, generator=g).float() for s in ((300, 70), (900, 70)))
-    x[5], W[9], x[100:132] = 0, 0, x[100:132].abs() * 4  # one group of tokens has far more than its share
-    bias, weight = torch.randint(-9, 10, (900,), generator=g).float(), torch.randint(0, 4, (900,), generator=g) / 4
-    for whole, x, W in ((True, x, W), (False, x / 3, W / 7)):  # noqa: B020
-        found = []
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            with kernels.rounding():
-                found.append(native.encode(x, W, bias, Gate(weight, parts)))
-        assert all(torch.equal(one, other) for got in found for one, other in zip(got, found[0]))
-        exact = (x.bfloat16().double() @ W.bfloat16().double().T + bias).float()
-        want = eager.select(exact, weight, parts)
-        if whole:
-            assert all(map(torch.equal, found[0], want))
-        kept, wanted = ({*(t * 900 + j).tolist()} for t, j, *_ in (found[0], want))
-        assert len(kept ^ wanted) <= 4  # at the border, where sums in float32 may change places
-        torch.testing.assert_close(found[0][2], exact[found[0][0], found[0][1]], rtol=1e-5, atol=1e-4)
-
-
-@needs_native
-def test_gradients_of_rounded_numbers(monkeypatch):
-    """Every gradient is that of the dense reference to bfloat16's precision, and further from it than float32's: rounding is in force.
-    Sums over one number are not rounded."""
-    monkeypatch.setattr(native, "rounds", lambda: True)
-    tensors = problem(200, 300, 96)
-    off = {}
-    exact = [t.double().requires_grad_() for t in tensors]
-    want = everything(DenseCode.encode(*exact[:3], Gate(exact[4].detach(), GATES["one"])), exact, (10, 200))
-    for rounded in (False, True):
-        leaves = [t.clone().requires_grad_() for t in tensors]
-        with kernels.rounding(rounded):
-            got = everything(PairCode.encode(*leaves[:3], Gate(tensors[4], GATES["one"])), leaves, (10, 200))
-        off[rounded] = [
-            float((a - b).detach().norm() / b.detach().norm()) for a, b in zip(got, want) if a.is_floating_point()
-        ]
-    assert max(off[False]) < 2e-6
-    # decoded parts, and gradients of encoder, bias and decoder; the input's (index 3) asks the encoder's own rows
-    assert all(1e-4 < off[True][at] < 0.15 for at in (1, 4, 5, 6)), off  # a few codes at the border are others'
 
 
 @rounds
@@ -256,14 +174,16 @@ def test_torchs_bfloat16_misses_nothing(N, F, I):
     W, b, weight = torch.randn(F, I, generator=g), torch.randn(F, generator=g) / 100, torch.rand(F, generator=g) + 0.5
     parts = ((0, F // 3, N * F // 100 + 1), (F // 3, F, N * F // 50 + 1))
     latent = torch.arange(F).repeat(N)
-    exact = (eager.dot(torch.arange(N + 1) * F, latent, x, W) + b[latent]).view(N, F)
-    found, want = eager._encode_rounded(x, W, b, Gate(weight, parts)), eager.select(exact, weight, parts)
+    exact = (torch_ops.dot(torch.arange(N + 1) * F, latent, x, W) + b[latent]).view(N, F)
+    found, want = torch_ops._encode_by_bfloat16(x, W, b, Gate(weight, parts)), torch_ops.select(exact, weight, parts)
     assert found is not None or N * F < 1 << 20
     for one, other in zip(found or want, want):
         assert torch.equal(one, other)
     for bad in (torch.nan, torch.inf):
-        assert eager._encode_rounded(torch.where(torch.arange(I) == 7, bad, x), W, b, Gate(weight, parts)) is None
-    assert eager._encode_rounded(x * 1e-25, W * 1e-5, 0 * b, Gate(weight, parts)) is None, (
+        assert (
+            torch_ops._encode_by_bfloat16(torch.where(torch.arange(I) == 7, bad, x), W, b, Gate(weight, parts)) is None
+        )
+    assert torch_ops._encode_by_bfloat16(x * 1e-25, W * 1e-5, 0 * b, Gate(weight, parts)) is None, (
         "squares that float32 does not hold"
     )
 
@@ -381,7 +301,7 @@ def test_a_machine_with_a_compiler_has_compiled():
 @pytest.mark.parametrize("sizes", [(1,), (70_000, 3), (65_536, 0, 131_073)])
 def test_norm(path, sizes):
     parts = [torch.randn(n, generator=torch.Generator().manual_seed(n)) for n in sizes]
-    with kernels.using(path):
+    with taking(path):
         assert abs(float(kernels.norm(parts)) - float(torch.cat(parts).double().norm())) <= 1e-6 * float(
             torch.cat(parts).norm()
         )
@@ -390,7 +310,7 @@ def test_norm(path, sizes):
 @pytest.mark.parametrize("path", PATHS)
 def test_nothing_kept(path):
     leaves = [t.requires_grad_() for t in problem()]
-    with kernels.using(path):
+    with taking(path):
         code = PairCode.encode(*leaves[:3], Gate(leaves[4].detach(), ((0, 300, 0),)))
         code.decode(leaves[3], (7,)).sum().backward()
     assert not code.dense().any() and not code.fired().any() and int(code.count()) == 0
@@ -426,7 +346,7 @@ def test_gradients_of_a_step(path, name, help_k):
     one, x, dead = dictionary(name), tokens(), torch.arange(400) % 3 == 0
     exact = copy.deepcopy(one).double()
     for d, data, kind in ((one, x, path), (exact, x.double(), "dense")):
-        with kernels.using(kind):
+        with taking(kind):
             run = d(data)
             assert isinstance(run.code, DenseCode) == (kind == "dense")
             (sum(d.objective(run).values()) + d.auxiliary(run, dead, help_k)).backward()
@@ -445,66 +365,25 @@ def test_curves_agree(name):
     source = TensorSource(*torch.einsum("nf,fsmd->nsmd", (on - 0.9).clamp_min(0) * 10, mix).split([5000, 1000]))
     spec, ends = dictionary(name).spec, []
     for path in ("native+bf16", "torch"):
-        with kernels.using(path):
+        with taking(path):
             ends.append(fit(spec, source, FitSettings(steps=200, batch=256, learning_rate=3e-3)).quality)
     assert ends[0].ev_tuned > 0.5
     assert abs(ends[0].ev_tuned - ends[1].ev_tuned) < 0.02 and abs(ends[0].ev_delta - ends[1].ev_delta) < 0.03
-
-
-@needs_native
-def test_a_fit_in_bfloat16(tmp_path, monkeypatch):
-    """It explains as much, goes on after a kill to the same bytes, says how it was computed, and is float32 where kernels are not compiled."""
-    mix = torch.randn(40, 2, 2, 24, generator=torch.Generator().manual_seed(5))
-    on = torch.rand(6000, 40, generator=torch.Generator().manual_seed(6))
-    source = TensorSource(*torch.einsum("nf,fsmd->nsmd", (on - 0.9).clamp_min(0) * 10, mix).split([5000, 1000]))
-    # annealing crosses the number of pairs from which decoder vectors go into panels, and back over it the checkpoint is taken
-    monkeypatch.setattr(native, "PER_ROW", 6)
-    spec = dictionaries.spec("delta", latents=400, k_shared=5, k_delta=8)
-    settings = FitSettings(
-        steps=200, batch=256, learning_rate=3e-3, precision="bfloat16", checkpoint_every=30, anneal_from=2.0, anneal=0.3
-    )
-    plain = fit(spec, source, dataclasses.replace(settings, precision="float32"))
-    whole = fit(spec, source, settings, tmp_path / "whole")
-    assert (
-        abs(whole.quality.ev_tuned - plain.quality.ev_tuned) < 0.02
-        and abs(whole.quality.ev_delta - plain.quality.ev_delta) < 0.03
-    )
-    assert not torch.equal(whole.dictionary.decoder_FSMD, plain.dictionary.decoder_FSMD)
-
-    def killed(done: int, *_) -> None:
-        if done >= 100 * 256:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        fit(spec, source, settings, tmp_path / "killed", progress=killed)
-    again = fit(spec, source, settings, tmp_path / "killed")
-    for one, other in zip(again.dictionary.parameters(), whole.dictionary.parameters()):
-        assert torch.equal(one, other)
-    assert artifacts.open_folder(tmp_path / "whole", SCHEMA)["may_round"] is True
-    with kernels.using("torch"):
-        one, other = (
-            fit(spec, source, dataclasses.replace(settings, steps=5, precision=p), tmp_path / p)
-            for p in ("bfloat16", "float32")
-        )
-    assert torch.equal(one.dictionary.decoder_FSMD, other.dictionary.decoder_FSMD)
-    assert artifacts.open_folder(tmp_path / "bfloat16", SCHEMA)["may_round"] is False
-    with pytest.raises(SettingError, match="precision"):
-        FitSettings(precision="float16")
 
 
 # -- which path, and what it costs ---------------------------------------------------------------------------
 
 
 def test_paths(monkeypatch):
-    rest = "torch+bf16" if eager.rounds() else "torch"
-    assert kernels.path() == ("native+bf16" if HAVE_NATIVE else rest)
-    for name in ["torch", "dense", *(["native"] if HAVE_NATIVE else []), *(["torch+bf16"] if eager.rounds() else [])]:
+    assert kernels.path() == ("native" if HAVE_NATIVE else "torch")
+    for name in ["torch", "dense", *(["native"] if HAVE_NATIVE else [])]:
         with kernels.using(name):
             assert kernels.path() == name
-    with kernels.using("fast"), pytest.raises(SettingError, match="no path"):
-        kernels.path()
+    for name in ("fast", "native+bf16"):
+        with kernels.using(name), pytest.raises(SettingError, match="no path"):
+            kernels.path()
     monkeypatch.setattr(native, "library", lambda: None)
-    assert kernels.path() == rest and not native.serves()
+    assert kernels.path() == "torch" and not native.serves()
     assert isinstance(dictionary("batchtopk")(tokens()).code, PairCode)
 
 
@@ -541,7 +420,7 @@ def test_adam_is_torchs(path, threads, shape):
     g = torch.Generator().manual_seed(0)
     start, still = torch.randn(shape, generator=g), torch.ones(3)
     ours, theirs = ([torch.nn.Parameter(start.clone()), torch.nn.Parameter(still.clone())] for _ in range(2))
-    with kernels.using(path):
+    with taking(path):
         one, other = kernels.Adam(ours, 0.03), torch.optim.Adam(theirs, lr=0.03)
         for number in range(5):
             grad = torch.randn(shape, generator=g) * 10.0 ** (number - 3) * (torch.rand(shape, generator=g) < 0.7)
@@ -563,7 +442,7 @@ def test_adam_of_odd_parameters(path):
     g = torch.Generator().manual_seed(0)
     start = [torch.randn(s, generator=g) for s in ((), (0, 3), (1,), (40, 33))]
     ours, theirs = ([torch.nn.Parameter(t.clone()) for t in start] for _ in range(2))
-    with kernels.using(path), kernels.kept_memory():
+    with taking(path), kernels.kept_memory():
         one, other = (
             kind([{"params": p[:2]}, {"params": p[2:], "lr": 0.5}], 0.1)
             for kind, p in ((kernels.Adam, ours), (torch.optim.Adam, theirs))
@@ -593,28 +472,12 @@ def test_an_inference_tensor_is_as_good(way):
             x, W = x.clone(), W.clone()
             got = native.encode(x, W, b, gate), kernels.norm([x]), kernels.lengths(x)
     assert all(map(torch.equal, got[0], want[0])) and torch.equal(got[1], want[1]) and torch.equal(got[2], want[2])
-    with kernels.rounding():
-        assert not len(native.encode(x[:0], W, b, Gate(weight, ((0, 900, 0),)))[0])
+    assert not len(native.encode(x[:0], W, b, Gate(weight, ((0, 900, 0),)))[0])
 
 
 @needs_native
-def test_rounding_is_a_threads_own(monkeypatch):
-    """And in force only where the machine multiplies bfloat16."""
-    monkeypatch.setattr(native, "rounds", lambda: True)
-    seen = []
-    with kernels.rounding():
-        other = threading.Thread(target=lambda: seen.append(native.rounded()))
-        other.start(), other.join()
-        assert native.rounded() and seen == [False]
-        monkeypatch.setattr(native, "rounds", lambda: False)
-        assert not native.rounded()
-    assert not paths.rounded()
-
-
-@needs_native
-@pytest.mark.parametrize("rounded", [False, True])
 @pytest.mark.parametrize("R, I", [(70, 37), (96, 64), (1, 200), (33, 32)])
-def test_what_is_derived_follows_its_numbers(R, I, rounded):
+def test_what_is_derived_follows_its_numbers(R, I):
     """After a step of Adam it is what is derived of the new values, to the bit; after any other write it is made anew; outside a training
     loop nothing stays."""
     p = torch.nn.Parameter(torch.randn(R, 2, I, generator=torch.Generator().manual_seed(R)))
@@ -622,31 +485,25 @@ def test_what_is_derived_follows_its_numbers(R, I, rounded):
 
     def everything() -> list[torch.Tensor]:
         flat = p.detach().flatten(1)
-        tiles = paths.derived(flat, (native.TILES, R), lambda: native._packed(flat, False))
+        tiles = memory.derived(flat, (native.TILES, R), lambda: native._packed(flat, False))
         return [
-            t.clone()
-            for t in (
-                *tiles,
-                native._Panels.of(flat, native.rounded()).space,
-                native.squares(p.detach()),
-                kernels.lengths(p),
-            )
+            t.clone() for t in (*tiles, native._Panels.of(flat).space, native.squares(p.detach()), kernels.lengths(p))
         ]
 
-    with kernels.kept_memory(), kernels.rounding(rounded):
+    with kernels.kept_memory():
         before = everything()
         p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
         optimizer.step()
-        kinds = {(native.TILES, R), (native.PANELED, R, native.rounded()), (native.LENGTHS, I)}
-        assert all(paths.known(p, kind) is not None for kind in kinds)
+        kinds = {(native.TILES, R), (native.PANELED, R), (native.LENGTHS, I)}
+        assert all(memory.known(p, kind) is not None for kind in kinds)
         followed = everything()
         with torch.no_grad():
             p.add_(0)  # nothing but a write
-        assert not any(paths.known(p, kind) for kind in kinds) and set(paths.kinds(p)) == kinds
+        assert not any(memory.known(p, kind) for kind in kinds) and set(memory.kinds(p)) == kinds
         anew = everything()
         for old, one, other in zip(before, followed, anew):
             assert torch.equal(one, other) and not torch.equal(old, one)
-    assert not paths.kinds(p)
+    assert not memory.kinds(p)
 
 
 @pytest.mark.parametrize("path", PATHS[:2])
@@ -660,7 +517,7 @@ def test_divergence(path, V):
         p, q = p[:, :V], q[:, :V]
         logp, logq = (t.double().log_softmax(1).repeat(36 // len(t), 1) for t in (p, q))
         exact = (logp.exp() * (logp - logq)).sum(1)
-        with kernels.using(path):
+        with taking(path):
             for p_sums, q_sums in ((True, True), (False, True), (True, False)):
                 given = [t if sums else t.log_softmax(1) for t, sums in ((p, p_sums), (q, q_sums))]
                 torch.testing.assert_close(
@@ -675,7 +532,7 @@ def test_divergence(path, V):
 @pytest.mark.parametrize("path", PATHS)
 def test_of_nothing_there_is_nothing(path, threads):
     torch.set_num_threads(threads)
-    with kernels.using(path):
+    with taking(path):
         assert kernels.divergence(torch.zeros(0, 8), torch.zeros(0, 8)).shape == (0,)
 
 
@@ -684,7 +541,7 @@ def test_divergence_is_loud(path):
     """A token that p rules out makes no number, as in torch; shapes that do not fit are refused."""
     p, q = torch.zeros(2, 40), torch.zeros(2, 40)
     p[0, 3] = p[1, 39] = -torch.inf  # in a register and after the last one
-    with kernels.using(path):
+    with taking(path):
         assert kernels.divergence(p, q).isnan().all() and not kernels.divergence(q, q).isnan().any()
         for other in (torch.zeros(2, 39), torch.zeros(5, 40), torch.zeros(0, 40)):
             with pytest.raises(NumericsError, match="wrong shape"):
@@ -957,7 +814,7 @@ def test_who_makes_a_product(monkeypatch):
         assert not native.multiplies(*given) and kernels.product(*given) is None
     assert all(native.multiplies(*given) for given in served)
     monkeypatch.undo()
-    with kernels.using("native"):
+    with kernels.using("torch"):
         assert kernels.products() == "torch" and kernels.product(x_NI, w_OI) is None
     assert kernels.products() == ("tiles" if native.on_tiles() else "torch") and kernels.products("meta") == "torch"
 
@@ -974,7 +831,7 @@ def test_fast_matmul_restores():
 
 
 def test_memory_is_used_again_and_never_while_held():
-    from tunediff.kernels.paths import LARGE, empty
+    from tunediff.kernels.memory import LARGE, empty
 
     n = LARGE // 4 + 5
     with kernels.kept_memory():
@@ -1003,7 +860,7 @@ def test_a_step_is_far_cheaper_than_the_dense_one():
     seconds = {path: [] for path in states}
     for _ in range(6):
         for path, state in states.items():
-            with kernels.using(path), kernels.kept_memory():
+            with taking(path), kernels.kept_memory():
                 began = time.perf_counter()
                 step(state, x, settings, Schedule.of(spec, settings, 512))
                 seconds[path].append(time.perf_counter() - began)

@@ -23,11 +23,11 @@ from tunediff.dictionaries.fitted import build
 from tunediff.dictionaries.fitting import fit, step
 from tunediff.dictionaries.schedule import FitSettings, Schedule, State
 from tunediff.dictionaries.sources import TensorSource
-from tunediff.kernels import eager, gates, paths
+from tunediff.kernels import gates, paths, torch_ops
 from tunediff.kernels.dense import DenseCode
 from tunediff.kernels.gpu import triton as gpu
 from tunediff.kernels.gpu.code import GpuCode
-from tunediff.kernels.kept import Pairs
+from tunediff.kernels.sparse import Pairs
 
 CLOSE = {"rtol": 2e-5, "atol": 2e-5}
 """Of float32 sums to float64 ones, with everything of size 1."""
@@ -62,7 +62,7 @@ def kept(pre_NF: torch.Tensor, weight_F: torch.Tensor, *parts: gates.Part) -> to
     token_P, latent_P, pre_P, starts_N = gpu.select(pre_NF, weight_F, parts)
     flat_P = token_P * pre_NF.shape[1] + latent_P
     assert torch.equal(flat_P, flat_P.sort().values) and torch.equal(pre_P, pre_NF.flatten()[flat_P])
-    assert torch.equal(starts_N, eager.edges(token_P, len(pre_NF)))
+    assert torch.equal(starts_N, torch_ops.edges(token_P, len(pre_NF)))
     return flat_P
 
 

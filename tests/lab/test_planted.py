@@ -8,9 +8,8 @@ import dataclasses
 import pytest
 import torch
 
-from tunediff import dictionaries, kernels
+from tunediff import dictionaries
 from tunediff.core.errors import SettingError
-from tunediff.kernels.cpu import native
 from tunediff.lab.planted import CASES, Score, bin_of, plant, run
 
 SEEDS = 5
@@ -157,22 +156,3 @@ def test_narrow():
 def test_bent_cases(case, kind):
     m = means(case, "hybrid", SEEDS)
     assert m[f"learned.{kind}"] >= 3 and m[f"by_norm.{kind}"] >= 2.6
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(native.library() is None, reason="installed without a compiler")
-def test_bfloat16_finds_what_float32_finds(monkeypatch):
-    """Products of rounded numbers learn every feature that tuned alone has, and explain as much of the difference."""
-    monkeypatch.setattr(kernels, "PAIRS_LATENTS", 0)  # dictionaries as small as these are else multiplied out
-    monkeypatch.setattr(kernels, "PAIRS_SHARE", 1.0)
-    monkeypatch.setattr(native, "rounds", lambda: True)
-    case = CASES["narrow-matched"]
-    spec, found = dictionaries.spec("delta", latents=case.latents, k_shared=case.k / 2, k_delta=case.k / 2), {}
-    for precision in ("float32", "bfloat16"):
-        found[precision] = [
-            run(case, spec, seed, dataclasses.replace(case.settings, precision=precision)) for seed in range(2)
-        ]
-    for one, other in zip(found["float32"], found["bfloat16"]):
-        assert one.ev_delta != other.ev_delta, "nothing was rounded"
-        assert other.learned["tuned"] == one.learned["tuned"] == other.planted["tuned"]
-        assert abs(other.ev_delta - one.ev_delta) < 0.01

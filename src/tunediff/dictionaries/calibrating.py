@@ -15,7 +15,7 @@ from tunediff.dictionaries.fitted import Fitted, Quality, thresholds_of
 from tunediff.dictionaries.schedule import FitSettings, Schedule, State
 from tunediff.dictionaries.sources import CHUNK, HELD_OUT, TRAIN, Normalization, OnDevice, Source, spread
 from tunediff.kernels import gates
-from tunediff.kernels.kept import Pairs
+from tunediff.kernels.sparse import Pairs
 
 BASE_TOKENS = 1 << 18
 """Most training tokens, spread evenly, that `base_writes` reads."""

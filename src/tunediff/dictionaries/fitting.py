@@ -118,9 +118,7 @@ def _fit(
             artifacts.write_tensors(checkpoint, state.tensors())
     fitted = finish(state, source, norm, settings, schedule, calibration_N)
     if folder is not None and checkpoint is not None:
-        path = kernels.path(device)
-        may_round = settings.precision == "bfloat16" and path == "native+bf16"
-        how = {"kernels": path, "float32_products": torch.get_float32_matmul_precision(), "may_round": may_round}
+        how = {"kernels": kernels.path(device), "float32_products": torch.get_float32_matmul_precision()}
         fitted.save(folder, {"key": key, "settings": settings, "steps": schedule.steps, "batch": schedule.batch, **how})
         checkpoint.unlink(missing_ok=True)
     return fitted
@@ -128,11 +126,6 @@ def _fit(
 
 def step(state: State, x_NSMD: Tensor, settings: FitSettings, schedule: Schedule) -> dict[str, float] | None:
     """Take one optimizer step on normalized activations; return a row of the training curve where one is due."""
-    with kernels.rounding(settings.precision == "bfloat16"):
-        return _step(state, x_NSMD, settings, schedule)
-
-
-def _step(state: State, x_NSMD: Tensor, settings: FitSettings, schedule: Schedule) -> dict[str, float] | None:
     dictionary, optimizer = state.dictionary, state.optimizer
     done = state.step / max(1, schedule.steps - 1)
     k_factor = schedule.k_factor(state.step, settings)

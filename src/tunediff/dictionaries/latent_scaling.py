@@ -17,7 +17,7 @@ from tunediff.core.chance import Interval, numpy_generator
 from tunediff.core.errors import NumericsError
 from tunediff.dictionaries.fitted import Fitted
 from tunediff.dictionaries.sources import CHUNK, HELD_OUT, Source
-from tunediff.kernels.kept import Pairs
+from tunediff.kernels.sparse import Pairs
 
 Kind = Literal["tuned-specific", "base-specific", "not specific", "too rare"]
 

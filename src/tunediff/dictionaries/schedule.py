@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from tunediff import kernels
-from tunediff.core import artifacts
 from tunediff.core.errors import SettingError
 from tunediff.dictionaries.architectures.base import Dictionary, Spec, require
-
-PRECISIONS = ("float32", "bfloat16")
-"""Number formats that a step may multiply in."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +63,6 @@ class FitSettings:
     dictionary is not trained. At 0 thresholds are set on training text: after many epochs codes are larger there, and
     L0 elsewhere misses k by up to a factor of 2. Too large: less text to train on."""
 
-    precision: str = field(default="float32", metadata=artifacts.LATER)
-    """What a step multiplies: float32, or bfloat16, to which activations, vectors and gradients are rounded first, where compiled
-    kernels serve (elsewhere float32). Sums, parameters and moments stay float32. bfloat16 takes a fifth less time; which codes are
-    kept and what is explained differ as between seeds, and little of that."""
-
     seed: int = 0
     """Seed of the initial vectors and of the order of tokens."""
 
@@ -98,7 +89,6 @@ class FitSettings:
         share = self.calibration_share
         require(0 <= share < 1, "calibration_share is out of range", "0 to below 1", share)
         require(self.anneal_from >= 1, "anneal_from is out of range", "at least 1", self.anneal_from)
-        require(self.precision in PRECISIONS, "precision is unknown", " or ".join(PRECISIONS), self.precision)
         require(self.aux_weight >= 0, "aux_weight is out of range", "at least 0", self.aux_weight)
 
 

@@ -1,7 +1,7 @@
 """Kernels: encode, select and decode, the only code that knows how a batch of codes lies in memory.
 
 A dictionary calls `encode(x, W, b, gate)` and gets a code. `pairs` holds one as the kept (token, latent) pairs and adds
-up with a module of kernels: `native` (compiled, float32 on the CPU), `triton` (float32 on a GPU) or `eager` (torch's
+up with a module of kernels: `native` (compiled, float32 on the CPU), `triton` (float32 on a GPU) or `torch_ops` (torch's
 operations, everywhere); `dense` is the reference that all are tested against. A faster path is one more module here; no
 dictionary changes for it. `norm` and `divergence` are sums over much memory that the compiled file takes in one pass, and
 `product` is what a model's linear layers spend their time on.
@@ -17,15 +17,16 @@ import torch
 from torch import Tensor
 
 from tunediff.core.axes import check
-from tunediff.kernels import eager, paths
+from tunediff.kernels import memory, paths
 from tunediff.kernels.cpu import native
 from tunediff.kernels.cpu.native import Tiles, tiles
 from tunediff.kernels.dense import DenseCode
 from tunediff.kernels.gates import Gate
 from tunediff.kernels.gpu.code import GpuCode
-from tunediff.kernels.kept import PairCode
 from tunediff.kernels.matmuls import fast_matmul
-from tunediff.kernels.paths import kept_memory, rounding, using
+from tunediff.kernels.memory import kept_memory
+from tunediff.kernels.paths import KernelPath, using
+from tunediff.kernels.sparse import PairCode
 
 __all__ = [
     "Adam",
@@ -44,7 +45,6 @@ __all__ = [
     "products",
     "rms_norm",
     "rotated",
-    "rounding",
     "tiles",
     "using",
 ]
@@ -69,7 +69,7 @@ class Code(Protocol):
     def dense(self) -> Tensor:
         """The codes as one (N, F) tensor."""
 
-    # Where pairs are held also ``among(weight_F, k)``, see `tunediff.kernels.kept`.
+    # Where pairs are held also ``among(weight_F, k)``, see `tunediff.kernels.sparse`.
 
 
 BLOCK = 16
@@ -79,16 +79,13 @@ PAIRS_LATENTS, PAIRS_SHARE = 256, 0.1
 (measured)."""
 
 
-def path(device: torch.device | str = "cpu") -> str:
-    """Which kernels add up float32 codes on this device: "native+bf16", "native", "triton", "torch+bf16", "torch" or "dense"; see
-    `using`."""
+def path(device: torch.device | str = "cpu") -> KernelPath:
+    """Return which kernels add up float32 codes on this device; see `using`."""
     probe = torch.empty(0, device=device)
     if native.serves(probe):
-        return "native+bf16" if native.rounds() else "native"
+        return "native"
     if paths.on_gpu(probe) is not None:
         return "triton"
-    if probe.device.type == "cpu" and eager.rounds():
-        return "torch+bf16"
     return "torch" if paths.allows("torch") else "dense"
 
 
@@ -163,7 +160,7 @@ class Adam(torch.optim.Adam):
                 p.grad = torch.empty_like(p).copy_(p.grad)
         if not all(p.is_contiguous() and native.serves(p, p.grad) for p in having):
             super().step()
-            return paths.wrote(*having, *(p.grad for p in having))
+            return memory.wrote(*having, *(p.grad for p in having))
         scale = 1.0 if self.grad_scale is None else float(self.grad_scale)
         for group in self.param_groups:
             beta1, beta2 = group["betas"]

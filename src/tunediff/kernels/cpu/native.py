@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from tunediff.kernels import gates, paths
+from tunediff.kernels import gates, memory, paths
 
 INTERFACE = 14
 """Which functions of which arguments are expected; `native.c` says the same, and goes up with every change of any file."""
@@ -30,8 +30,8 @@ takes its time for each."""
 _Work = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 SAMPLE, SQUARES = 1 << 15, 1 << 7
 """Codes of a group that its first cut is estimated from, a smaller group having no cut but 0; squares of products of which some are."""
-ROUNDED = 1 << 28
-"""Products from which on it pays to look for codes in bfloat16 first (measured)."""
+BFLOAT16_FROM = 1 << 28
+"""Multiplications of a product from which on searching for codes in bfloat16 first is faster (measured)."""
 BEST = 2
 """What the compiled file calls its fastest way to multiply bfloat16 numbers, which it takes where the machine has it."""
 DEEP, GROUP, AHEAD = 32, 32, 16
@@ -40,8 +40,6 @@ BLOCK = 1 << 16
 """Numbers whose squares are added up together."""
 SMALL_BLOCK = 1 << 12
 """Numbers that are gated in one turn."""
-CROWD = 4
-"""Times the codes wanted of 32 tokens for which there is room at first, besides all codes of one token."""
 TILES, PANELED, ENERGY, LENGTHS = "tiles", "panels", "energy", "lengths"
 """What is derived of numbers: so many rows in bfloat16 tiles; in panels, halved or not; sums of squares whose sum is that of all; those of
 so many numbers each."""
@@ -95,37 +93,33 @@ def serves(*tensors: Tensor) -> bool:
 
 
 def rounds() -> bool:
-    """Whether codes may be looked for in bfloat16 first: the machine multiplies it."""
-    return paths.allows("native+bf16") and library() is not None and library().squares > 0
-
-
-def rounded() -> bool:
-    """Whether codes are those of bfloat16 products, and sums read rows in bfloat16: it is allowed, and the machine multiplies it."""
-    return paths.rounded() and rounds()
+    """Whether the processor multiplies bfloat16, so that codes are searched for in it first."""
+    lib = library()
+    return lib is not None and lib.squares > 0
 
 
 def encode(x_NI: Tensor, encoder_FI: Tensor, bias_F: Tensor, gate: gates.Gate) -> tuple[Tensor, ...]:
-    """What `eager.encode` answers. The product may be made in bfloat16, and only says which codes cannot be kept: all
+    """What `torch_ops.encode` answers. The product may be made in bfloat16, and only says which codes cannot be kept: all
     others are computed again in float32, and among those the gate decides."""
     N, F = len(x_NI), len(encoder_FI)
-    if N and (rounded() or rounds() and x_NI.numel() * F >= ROUNDED):
-        return _encode_rounded(x_NI.contiguous(), encoder_FI.contiguous(), bias_F, gate)
-    pre_NF = torch.addmm(bias_F, x_NI, encoder_FI.T, out=paths.empty(N, F))
+    if N and rounds() and x_NI.numel() * F >= BFLOAT16_FROM:
+        return _encode_by_bfloat16(x_NI.contiguous(), encoder_FI.contiguous(), bias_F, gate)
+    pre_NF = torch.addmm(bias_F, x_NI, encoder_FI.T, out=memory.empty(N, F))
     return select(pre_NF, gate.weight_F, gate.parts)
 
 
 def select(pre_NF: Tensor, weight_F: Tensor, parts: Sequence[gates.Part]) -> tuple[Tensor, ...]:
-    """Of each part the largest positive codes relu(pre) * weight, of equal ones the first; as `eager.select`."""
+    """Of each part the largest positive codes relu(pre) * weight, of equal ones the first; as `torch_ops.select`."""
     lib, (N, F), G = library(), pre_NF.shape, len(parts)
     weight_F = weight_F.contiguous()
     edges, count_N, wanted = _even(N, RANGES), _longs(N), max(1, sum(keep for *_, keep in parts))
 
     def sample(start: int, stop: int) -> tuple[Tensor, int]:
-        value_C = paths.empty(SAMPLE + 16)
+        value_C = memory.empty(SAMPLE + 16)
         return value_C[: lib.sample(_at(pre_NF), _at(weight_F), *_i(N, F, start, stop, SAMPLE), _at(value_C))], SAMPLE
 
     def scan(cuts: ctypes.Array, a: int, b: int, room: int) -> tuple[int, Tensor, Tensor]:
-        column_C, pre_C = _longs(room), paths.empty(room)
+        column_C, pre_C = _longs(room), memory.empty(room)
         n = lib.scan(
             _at(pre_NF),
             _at(weight_F),
@@ -156,14 +150,14 @@ def select(pre_NF: Tensor, weight_F: Tensor, parts: Sequence[gates.Part]) -> tup
     return _largest(N, weight_F, parts, sample, above)
 
 
-def _encode_rounded(x_NI: Tensor, encoder_FI: Tensor, bias_F: Tensor, gate: gates.Gate) -> tuple[Tensor, ...]:
+def _encode_by_bfloat16(x_NI: Tensor, encoder_FI: Tensor, bias_F: Tensor, gate: gates.Gate) -> tuple[Tensor, ...]:
     """By Cauchy and Schwarz x.w and its rounded product differ by at most |x - x'| |w| + |x'| |w - w'|, to which comes what sums
     in float32 lose. E is F and T is N, filled up to whole groups."""
     (N, I), F, parts = x_NI.shape, len(encoder_FI), gate.parts
     weight_F, bias_F = gate.weight_F.contiguous(), bias_F.contiguous()
     (x16_TI, x_T, x_lost_T), (w16_EI, w_E, w_lost_E) = (
         _packed(x_NI, True),
-        paths.derived(encoder_FI, (TILES, F), lambda: _packed(encoder_FI, False)),
+        memory.derived(encoder_FI, (TILES, F), lambda: _packed(encoder_FI, False)),
     )
     E, T, steps, scaled_F = len(w_E), len(x_T), -(-I // DEEP), bias_F * weight_F
     # Of tiny numbers squares are lost, and what is left of them by rounding, so both sides get some more; of infinite lengths, as
@@ -173,11 +167,11 @@ def _encode_rounded(x_NI: Tensor, encoder_FI: Tensor, bias_F: Tensor, gate: gate
     margin_E = (w_E * off + 1.01 * w_lost_E + 1e-16).nan_to_num(math.inf, math.inf)
     reach_T = (1.01 * x_T + 1e-12).nan_to_num(math.inf, math.inf)
     reach_T[N:] = -math.inf
-    bit_ET, count_T = paths.empty(E * T // GROUP), torch.empty(T, dtype=torch.int32, device="cpu")
+    bit_ET, count_T = memory.empty(E * T // GROUP), torch.empty(T, dtype=torch.int32, device="cpu")
     edges = _ranges(T // GROUP, AHEAD)
 
     def sample(start: int, stop: int) -> tuple[Tensor, int]:
-        value_SC = paths.empty(SQUARES, 8 * GROUP)
+        value_SC = memory.empty(SQUARES, 8 * GROUP)
         _spread(
             "sample_squares",
             [w16_EI, x16_TI, weight_F, scaled_F, N, steps, start, stop, value_SC],
@@ -199,7 +193,7 @@ def _encode_rounded(x_NI: Tensor, encoder_FI: Tensor, bias_F: Tensor, gate: gate
             need_E[start:stop] = torch.where(need < math.inf, need - bias - 1e-6 * (need + bias.abs()), math.inf)
         _spread("look", [w16_EI, x16_TI, steps, E, need_E, margin_E, reach_T, bit_ET, count_T], edges)
         starts_N = _starts(count_T[:N])
-        column_C, pre_C, next_N = _longs(C := int(starts_N[-1])), paths.empty(C), starts_N[:-1].clone()
+        column_C, pre_C, next_N = _longs(C := int(starts_N[-1])), memory.empty(C), starts_N[:-1].clone()
         for first in range(0, N, TOKENS):
             x, bit = x_NI[first : first + TOKENS], bit_ET[E * first // GROUP :]
             groups, count_E = -(-len(x) // GROUP), _longs(E)
@@ -212,24 +206,7 @@ def _encode_rounded(x_NI: Tensor, encoder_FI: Tensor, bias_F: Tensor, gate: gate
             _spread("hand_out", given, _even(len(x), 1))  # each range looks at all
         return starts_N, next_N, column_C, pre_C
 
-    def of_rounded(cuts: ctypes.Array) -> tuple[Tensor, ...]:
-        of_E, all_G, room = (
-            of_cuts(E, cuts),
-            _longs(T // GROUP),
-            F + CROWD * GROUP * (1 + sum(keep for *_, keep in parts) // N),
-        )
-        while True:
-            found, given = paths.empty(T // GROUP, room, 2), _array([N, steps, E, room])
-            _spread("gather", [w16_EI, x16_TI, ctypes.addressof(given), of_E, found, count_T, all_G], edges)
-            if int(all_G.max()) <= room:
-                break
-            room = int(all_G.max())
-        starts_N = _starts(count_T[:N])
-        column_C, pre_C, next_N = _longs(C := int(starts_N[-1])), paths.empty(C), starts_N[:-1].clone()
-        _spread("sort_out", [found, room, all_G, next_N, column_C, pre_C], edges)
-        return starts_N, next_N, column_C, pre_C
-
-    return _largest(N, weight_F, parts, sample, of_rounded if rounded() else above)
+    return _largest(N, weight_F, parts, sample, above)
 
 
 def _starts(count_R: Tensor) -> Tensor:
@@ -242,9 +219,9 @@ def _packed(a_RI: Tensor, turned: bool) -> tuple[Tensor, Tensor, Tensor]:
     R, I = a_RI.shape
     groups, steps = -(-R // GROUP), -(-I // DEEP)
     out, length, lost = (
-        paths.empty(groups * steps * GROUP * DEEP // 2),
-        paths.empty(groups * GROUP),
-        paths.empty(groups * GROUP),
+        memory.empty(groups * steps * GROUP * DEEP // 2),
+        memory.empty(groups * GROUP),
+        memory.empty(groups * GROUP),
     )
     _spread("pack", [a_RI, R, I, turned, not turned and out.nbytes >= FAR, out, length, lost], _even(2 * groups, FINE))
     return out, length, lost
@@ -275,7 +252,7 @@ def _largest(
             cuts[g] = lib.kth(_at(value), *_i(value.numel(), math.ceil(rank)))
         begin_N, end_N, column_C, pre_C = above(cuts)
         token_P, latent_P, pre_P = torch.empty_like(column_C), torch.empty_like(column_C), torch.empty_like(pre_C)
-        starts_N, scratch = _longs(N + 1), paths.empty(2, len(pre_C))
+        starts_N, scratch = _longs(N + 1), memory.empty(2, len(pre_C))
         n = lib.keep(
             _at(column_C), _at(pre_C), _at(begin_N), _at(end_N), *_i(N), _at(weight_F), _bounds(parts), _wanted(parts), cuts, *_i(G),
             _at(scratch), _at(token_P), _at(latent_P), _at(pre_P), _at(starts_N),
@@ -296,20 +273,20 @@ def bag(starts_R: Tensor, order_P: Tensor | None, index_P: Tensor, value_P: Tens
     """For each r the sum over pairs p in [starts_R[r], starts_R[r + 1]) of value_P[p] * rows[index_P[p]], (R, I);
     pairs are taken in `order_P`, if given."""
     (R, I), rows, value_P = (len(starts_R) - 1, rows.shape[1]), rows.contiguous(), value_P.contiguous()
-    out_RI, panels = paths.empty(R, I), _panels(rows, len(index_P))
+    out_RI, panels = memory.empty(R, I), _panels(rows, len(index_P))
     if panels is None:
         _spread("bag", [starts_R, order_P, index_P, value_P, rows, I, out_RI], _balanced(starts_R, FINE))
         return out_RI
-    squares = paths.empty(panels.count, R)
+    squares = memory.empty(panels.count, R)
     given = [*_in_order(order_P, index_P, value_P), panels.space, panels.shape(R), out_RI, squares]
     _spread("bag_panels", [starts_R, *given], _even(panels.count * R, FINE))
-    paths.know(out_RI, ENERGY, squares)
+    memory.know(out_RI, ENERGY, squares)
     return out_RI
 
 
 def dot(starts_N: Tensor, latent_P: Tensor, a_NI: Tensor, b_FI: Tensor) -> Tensor:
     """For each pair the product of its token's row of a and its latent's row of b, (P,)."""
-    out_P, a_NI, b_FI = paths.empty(len(latent_P)), a_NI.contiguous(), b_FI.contiguous()
+    out_P, a_NI, b_FI = memory.empty(len(latent_P)), a_NI.contiguous(), b_FI.contiguous()
     starts_R, order_P, index_P, own, other = starts_N, None, latent_P, a_NI, b_FI
     if len(b_FI) > 2 * len(a_NI):  # one by one through the larger matrix, here and there in the smaller one
         order_P, starts_R = bucket(latent_P, len(b_FI))
@@ -323,15 +300,15 @@ def bag_and_dot(
     starts_R: Tensor, order_P: Tensor, index_P: Tensor, value_P: Tensor, rows: Tensor, own_RI: Tensor
 ) -> tuple[Tensor, Tensor]:
     """`bag` of rows (R, I), and for each pair the product of its r's row of own and its row of rows (P,)."""
-    (R, I), out_P = own_RI.shape, paths.empty(len(index_P))
-    out_RI, rows, own_RI, value_P = paths.empty(R, I), rows.contiguous(), own_RI.contiguous(), value_P.contiguous()
+    (R, I), out_P = own_RI.shape, memory.empty(len(index_P))
+    out_RI, rows, own_RI, value_P = memory.empty(R, I), rows.contiguous(), own_RI.contiguous(), value_P.contiguous()
     panels = _panels(rows, len(index_P))
     if panels is None:
         given = [starts_R, order_P, index_P, value_P, rows, own_RI, I, out_RI, out_P]
         _spread("bag_and_dot", given, _balanced(starts_R, FINE))
         return out_RI, out_P
     own, shape = panels.beside(own_RI, _panels(own_RI, len(index_P)))
-    squares, product_P4 = paths.empty(panels.count, R), paths.empty(len(out_P), 4)
+    squares, product_P4 = memory.empty(panels.count, R), memory.empty(len(out_P), 4)
     given = [panels.space, shape, own, out_RI, squares]
     _spread(
         "bag_and_dot_panels",
@@ -339,20 +316,20 @@ def bag_and_dot(
         _balanced(starts_R, RANGES),
     )
     _spread("out_of_order", [order_P, product_P4, out_P], _even(len(out_P), FINE))
-    paths.know(out_RI, ENERGY, squares)
+    memory.know(out_RI, ENERGY, squares)
     return out_RI, out_P
 
 
 def _in_order(order_P: Tensor | None, index_P: Tensor, value_P: Tensor) -> tuple[Tensor, Tensor]:
     """Pairs as sums by panels take them."""
-    index, value = torch.empty(len(index_P), dtype=torch.int32, device="cpu"), paths.empty(len(index_P))
+    index, value = torch.empty(len(index_P), dtype=torch.int32, device="cpu"), memory.empty(len(index_P))
     _spread("in_order", [order_P, index_P, value_P, index, value], _even(len(index_P), FINE))
     return index, value
 
 
 def _dot_panels(starts_R: Tensor, index_P: Tensor, rows: Tensor, own_RI: Tensor) -> Tensor:
     """For each pair the product of its r's row of own and its row of rows, in four parts to be added up (P, 4)."""
-    out_P4, panels = paths.empty(len(index_P), 4), _Panels.of(rows, False)
+    out_P4, panels = memory.empty(len(index_P), 4), _Panels.of(rows)
     _spread(
         "dot_panels",
         [starts_R, index_P, panels.space, panels.shape(len(own_RI)), own_RI, out_P4],
@@ -363,39 +340,38 @@ def _dot_panels(starts_R: Tensor, index_P: Tensor, rows: Tensor, own_RI: Tensor)
 
 @dataclass(eq=False)
 class _Panels:
-    """Rows a few columns at a time: panels in `space`, of `wide` bytes of each of R rows of I numbers, in bfloat16 if `halved`."""
+    """R rows of I numbers, stored a few columns at a time: panels in `space` hold `wide` bytes of each row."""
 
     R: int
     I: int
     wide: int
-    halved: bool
     space: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        self.space = paths.empty(self.count * self.R * self.wide // 4)
+        self.space = memory.empty(self.count * self.R * self.wide // 4)
 
     @classmethod
-    def of(cls, rows: Tensor, halved: bool) -> _Panels:
+    def of(cls, rows: Tensor) -> _Panels:
         R, I = rows.shape
         wide = next((wide for wide in PANELS if R * wide <= CACHED), PANELS[-1])
-        return paths.derived(rows, (PANELED, R, halved), lambda: cls(R, I, wide, halved).fill(rows))
+        return memory.derived(rows, (PANELED, R), lambda: cls(R, I, wide).fill(rows))
 
     def fill(self, rows: Tensor) -> _Panels:
         _spread(
             "into_panels",
-            [rows, self.R, self.I, self.wide, self.halved, self.space.nbytes >= FAR, self.space],
+            [rows, self.R, self.I, self.wide, 0, self.space.nbytes >= FAR, self.space],
             _even(self.R, FINE),
         )
         return self
 
     @property
     def count(self) -> int:
-        return -(-self.I * (2 if self.halved else 4) // self.wide)
+        return -(-self.I * 4 // self.wide)
 
     def shape(self, sums: int, theirs: int = 0) -> Tensor:
         """As the compiled file takes it, for so many sums; in panels of how many bytes of a row these have their own rows, if in any."""
         away = self.I % 16 == 0 and 4 * sums * self.I >= FAR
-        return torch.tensor([self.R, self.I, self.wide, self.halved, sums, away, theirs], device="cpu")
+        return torch.tensor([self.R, self.I, self.wide, 0, sums, away, theirs], device="cpu")
 
     def beside(self, own_RI: Tensor, panels: _Panels | None) -> tuple[Tensor, Tensor]:
         """Where own rows are read from, and the shape that says so: from their panels, one line after the other, if they are in some that fit."""
@@ -407,11 +383,7 @@ class _Panels:
 def _panels(rows: Tensor, pairs: int) -> _Panels | None:
     """The rows as sums over so many pairs read them fastest; None where that is as they are. In bfloat16 where that is allowed."""
     R, I = rows.shape
-    return (
-        _Panels.of(rows, rounded())
-        if pairs >= PER_ROW * R and R * PANELS[-1] <= CACHED and PANELS[-1] <= 4 * I
-        else None
-    )
+    return _Panels.of(rows) if pairs >= PER_ROW * R and R * PANELS[-1] <= CACHED and PANELS[-1] <= 4 * I else None
 
 
 def adam(value: Tensor, grad: Tensor, mean: Tensor, square: Tensor, numbers: Sequence[float]) -> None:
@@ -419,11 +391,11 @@ def adam(value: Tensor, grad: Tensor, mean: Tensor, square: Tensor, numbers: Seq
     R = len(value) if value.dim() > 1 else 1
     I = value.numel() // R
     kept, renewed = [0] * 8, {}
-    for kind, what in paths.kinds(value).items():
+    for kind, what in memory.kinds(value).items():
         if kind == (TILES, R):
             kept[:3] = (t.data_ptr() for t in what)
-        elif kind == (PANELED, R, rounded()):
-            kept[3:6] = what.space.data_ptr(), what.wide, what.halved
+        elif kind == (PANELED, R):
+            kept[3:6] = what.space.data_ptr(), what.wide, 0
         elif value.dim() > 1 and kind == (LENGTHS, value.shape[-1]):
             kept[6:] = what.data_ptr(), I // value.shape[-1]
         else:
@@ -431,16 +403,16 @@ def adam(value: Tensor, grad: Tensor, mean: Tensor, square: Tensor, numbers: Seq
         renewed[kind] = what
     given = _array([R, I]), (ctypes.c_float * len(numbers))(*numbers), _array(kept)
     _spread("adam", [value, grad, mean, square, *map(ctypes.addressof, given)], _even(-(-R // GROUP), FINE))
-    paths.wrote(value, mean, square)
+    memory.wrote(value, mean, square)
     for kind, what in renewed.items():
-        paths.know(value, kind, what)
+        memory.know(value, kind, what)
 
 
 def norm(tensors: Sequence[Tensor]) -> Tensor:
     """The length of all of them together, of numbers whose squares float32 holds."""
     sums = [torch.zeros(1, dtype=torch.double, device="cpu")]
     for tensor in tensors:
-        known = paths.known(tensor, ENERGY) if tensor.is_contiguous() else None
+        known = memory.known(tensor, ENERGY) if tensor.is_contiguous() else None
         if known is not None:
             sums.append(known.sum(dtype=torch.double)[None])
             continue
@@ -459,7 +431,7 @@ def squares(a: Tensor) -> Tensor:
         _spread("squares_of_parts", [a, a.shape[-1], out], _even(out.numel(), FINE))
         return out
 
-    return paths.derived(a, (LENGTHS, a.shape[-1]), make)
+    return memory.derived(a, (LENGTHS, a.shape[-1]), make)
 
 
 def passes(x: Tensor, other: Tensor) -> bool:
@@ -499,7 +471,7 @@ def divergence(p_PV: Tensor, q_QV: Tensor, p_sums: bool, q_sums: bool) -> Tensor
     """As `kernels.divergence`."""
     p_PV, q_QV = (t if t.stride(1) == 1 else t.contiguous() for t in (p_PV, q_QV))
     (P, V), Q = p_PV.shape, len(q_QV)
-    out_R = paths.empty(max(P, Q))
+    out_R = memory.empty(max(P, Q))
     given = [p_PV, q_QV, V, P, Q, p_PV.stride(0), q_QV.stride(0), p_sums + 2 * q_sums, out_R]
     _spread("divergence", given, _even(len(out_R), FINE))
     return out_R
@@ -507,7 +479,7 @@ def divergence(p_PV: Tensor, q_QV: Tensor, p_sums: bool, q_sums: bool) -> Tensor
 
 def on_tiles() -> bool:
     """Whether float32 products may be made on tiles of bfloat16: the machine has them, and they are as exact."""
-    return paths.allows("native+bf16") and library() is not None and _tiles_are_exact()
+    return paths.allows("native") and library() is not None and _tiles_are_exact()
 
 
 @lru_cache(maxsize=1)
@@ -605,7 +577,7 @@ def softmax_sums(x_RD: Tensor, kept: Tiles, logp_QV: Tensor, start_R: Tensor, th
     Rows of logp begin anew; what exceeds e^88 counts as infinite."""
     x_RD, logp_QV = _rows(x_RD), _rows(logp_QV)
     lib, (R, D), V, threads = library(), x_RD.shape, kept.shape[0], torch.get_num_threads()
-    sums, room = paths.empty(-(-V // lib.summed_columns()), R, 3), _room(lib.room(*_i(R, V, D, True, True, threads)))
+    sums, room = memory.empty(-(-V // lib.summed_columns()), R, 3), _room(lib.room(*_i(R, V, D, True, True, threads)))
     lib.softmax_sums(
         _at(x_RD), _at(kept.space), *_i(kept.parts), _at(logp_QV), *_i(len(logp_QV), logp_QV.stride(0)), _at(start_R), *_i(theirs), _at(sums),
         *_i(R, V, D, x_RD.stride(0)), _at(room), _team(), *_i(threads),

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from tunediff.kernels import gates, paths
-from tunediff.kernels.kept import PairCode, Pairs, _Encode
 from tunediff.kernels.matmuls import precision
+from tunediff.kernels.sparse import EncodeAtPairs, PairCode, Pairs
 
 
 class GpuCode(PairCode):
@@ -26,7 +26,7 @@ class GpuCode(PairCode):
         with torch.no_grad():
             pre_P = pairs.dot(x_NI, encoder_FI) + bias_F[pairs.latent_P.clamp_max(pairs.F - 1)]
             pre_P.masked_fill_(pairs.latent_P == pairs.F, 0.0)
-        super().__init__(pairs, torch.relu(_Encode.apply(x_NI, encoder_FI, bias_F, pre_P, pairs)), origin)
+        super().__init__(pairs, torch.relu(EncodeAtPairs.apply(x_NI, encoder_FI, bias_F, pre_P, pairs)), origin)
 
     @classmethod
     def encode(cls, x_NI: Tensor, encoder_FI: Tensor, bias_F: Tensor, gate: gates.Gate) -> GpuCode:

@@ -1,4 +1,4 @@
-"""The kernels in torch's own operations: any device and type, no compiler. `native` and its like answer the same."""
+"""The kernels in torch's own operations: any device and number format, no compiler."""
 
 from __future__ import annotations
 
@@ -10,36 +10,45 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from tunediff.kernels import gates, paths
+from tunediff.kernels import gates, memory
 
-ROUNDED, ROWS, MANY, FEW = 1 << 30, 32, 4, 0.02
-"""Multiplications of a product from which on one in bfloat16 goes before it (measured), and rows whose longest one is taken for
-all; candidates for each code that is wanted, and as a share of all codes, beyond which ruling out was no use."""
+BFLOAT16_FROM = 1 << 30
+"""Multiplications of a product from which on searching for codes in bfloat16 first is faster (measured)."""
+ROWS = 32
+"""Tokens that share the bound of the longest one among them."""
+MOST_CANDIDATES = 4
+"""Candidates for each code that is wanted beyond which the search in bfloat16 has ruled out too little."""
+MOST_SHARE = 0.02
+"""Candidates as a share of all codes beyond which the search in bfloat16 has ruled out too little."""
 
 
 def rounds() -> bool:
-    """Whether codes may be looked for in bfloat16 first: the machine multiplies it, by tiles or by pairs in registers."""
-    has = (
-        getattr(torch.cpu, f"_is_{name}_supported", bool) for name in ("amx_tile", "avx512_bf16")
-    )  # not in every torch
-    return paths.allows("torch+bf16") and any(asked() for asked in has)
+    """Whether the processor multiplies bfloat16, so that codes are searched for in it first."""
+    # Not every version of torch has these two.
+    has = (getattr(torch.cpu, f"_is_{name}_supported", bool) for name in ("amx_tile", "avx512_bf16"))
+    return any(asked() for asked in has)
 
 
 def encode(x_NI: Tensor, encoder_FI: Tensor, bias_F: Tensor, gate: gates.Gate) -> tuple[Tensor, ...]:
-    """The codes of relu(x @ encoder.T + bias) that the gate keeps, as `select` tells them."""
+    """Return the codes of relu(x @ encoder.T + bias) that the gate keeps, as `select` does."""
     plain = all(t.dtype == torch.float32 and t.device.type == "cpu" for t in (x_NI, encoder_FI))
-    if plain and x_NI.numel() * len(encoder_FI) >= ROUNDED and rounds():
-        found = _encode_rounded(x_NI, encoder_FI, bias_F, gate)
+    if plain and x_NI.numel() * len(encoder_FI) >= BFLOAT16_FROM and rounds():
+        found = _encode_by_bfloat16(x_NI, encoder_FI, bias_F, gate)
         if found is not None:
             return found
     return select(torch.addmm(bias_F, x_NI, encoder_FI.T), gate.weight_F, gate.parts)
 
 
-def _encode_rounded(x_NI: Tensor, encoder_FI: Tensor, bias_F: Tensor, gate: gates.Gate) -> tuple[Tensor, ...] | None:
-    """As `native._encode_rounded`, by a looser bound: rounding takes 2^-9 of each number at most. None where that rules out too little
-    or too much."""
+def _encode_by_bfloat16(
+    x_NI: Tensor, encoder_FI: Tensor, bias_F: Tensor, gate: gates.Gate
+) -> tuple[Tensor, ...] | None:
+    """Encode by ruling codes out in bfloat16 first; the remaining candidates are computed in float32 and the gate decides.
+
+    Rounding takes at most 2^-9 of each number, which bounds a product's error. None where that rules out too little or
+    too much.
+    """
     (N, I), F = x_NI.shape, len(encoder_FI)
-    out = paths.empty(-(-N * F // 2)).view(torch.bfloat16)[: N * F].view(N, F)
+    out = memory.empty(-(-N * F // 2)).view(torch.bfloat16)[: N * F].view(N, F)
     product_NF = torch.mm(x_NI.bfloat16(), encoder_FI.bfloat16().T, out=out)
     off = 1.01 * (2.0**-8 + 2.0**-17 + 2 * I * 2.0**-24)
     reach_N, margin_F = (
@@ -62,7 +71,7 @@ def _encode_rounded(x_NI: Tensor, encoder_FI: Tensor, bias_F: Tensor, gate: gate
             above_NF = product_NF[first : first + ROWS, start:stop].view(kind) > least_F.view(kind)
             found.append(above_NF.view(-1).nonzero()[:, 0] + first * size)
         token_P, latent_P = gates.places(torch.cat(found), size)
-        if len(token_P) > max(MANY * count, FEW * N * F):
+        if len(token_P) > max(MOST_CANDIDATES * count, MOST_SHARE * N * F):
             return None
         pre_P = dot(edges(token_P, N), latent_P + start, x_NI, encoder_FI) + bias[latent_P]
         best_P = gates.best(pre_P * weight_F[latent_P], cut, count)
@@ -78,33 +87,37 @@ def _encode_rounded(x_NI: Tensor, encoder_FI: Tensor, bias_F: Tensor, gate: gate
 
 
 def select(pre_NF: Tensor, weight_F: Tensor, parts: Sequence[gates.Part]) -> tuple[Tensor, ...]:
-    """The codes that a gate keeps: token_P, latent_P and pre_P, ordered by token and then latent, and where each
-    token's begin (N + 1). See `gates.keep`."""
+    """Return the codes that a gate keeps: token_P, latent_P, pre_P, and where each token's pairs start (N + 1).
+
+    Pairs are ordered by token, then latent. See `gates.keep`.
+    """
     flat_P = gates.keep(pre_NF, weight_F, parts)
     token_P, latent_P = gates.places(flat_P, pre_NF.shape[1])
     return token_P, latent_P, pre_NF.view(-1)[flat_P], edges(token_P, len(pre_NF))
 
 
 def edges(row_P: Tensor, R: int) -> Tensor:
-    """Where each row's pairs begin among pairs ordered by row, (R + 1)."""
+    """Return where each row's pairs start among pairs ordered by row, (R + 1)."""
     return torch.searchsorted(row_P, torch.arange(R + 1, device=row_P.device))
 
 
 def bucket(latent_P: Tensor, F: int) -> tuple[Tensor, Tensor]:
-    """The pairs in the order of their latents, and where each latent's begin (F + 1)."""
+    """Return an order of the pairs by latent, and where each latent's pairs start in it (F + 1)."""
     order_P = torch.argsort(latent_P.int(), stable=True)
     return order_P, edges(latent_P[order_P], F)
 
 
 def bag(starts_R: Tensor, order_P: Tensor | None, index_P: Tensor, value_P: Tensor, rows: Tensor) -> Tensor:
-    """For each r the sum over pairs p in [starts_R[r], starts_R[r + 1]) of value_P[p] * rows[index_P[p]], (R, I);
-    pairs are taken in `order_P`, if given."""
+    """Return for each r the sum over pairs p in [starts_R[r], starts_R[r + 1]) of value_P[p] * rows[index_P[p]], (R, I).
+
+    Pairs are taken in `order_P`, if given.
+    """
     if order_P is not None:
         index_P, value_P = index_P[order_P], value_P[order_P]
     value_P = value_P.to(rows.dtype)
     if rows.device.type == "cpu" and rows.dtype == torch.float32:
-        with contextlib.suppress(RuntimeError):  # not built for this processor, or somebody wants gradients
-            out = paths.empty(len(starts_R) - 1, rows.shape[1])
+        with contextlib.suppress(RuntimeError):  # torch is not built for this processor, or gradients are asked for
+            out = memory.empty(len(starts_R) - 1, rows.shape[1])
             return torch.addmm(out, _sparse(starts_R, index_P, value_P, len(rows)), rows, beta=0, out=out)
     return torch.nn.functional.embedding_bag(
         index_P, rows, starts_R, mode="sum", per_sample_weights=value_P, include_last_offset=True
@@ -112,27 +125,27 @@ def bag(starts_R: Tensor, order_P: Tensor | None, index_P: Tensor, value_P: Tens
 
 
 def dot(starts_N: Tensor, latent_P: Tensor, a_NI: Tensor, b_FI: Tensor) -> Tensor:
-    """For each pair the product of its token's row of a and its latent's row of b, (P,)."""
+    """Return for each pair the product of its token's row of a and its latent's row of b, (P,)."""
     if not latent_P.numel():
         return a_NI.new_zeros(0)
     try:
         zero_P = torch.zeros(latent_P.numel(), dtype=a_NI.dtype, device=a_NI.device)
         return torch.sparse.sampled_addmm(_sparse(starts_N, latent_P, zero_P, len(b_FI)), a_NI, b_FI.T).values()
-    except RuntimeError:  # not built for this device or type: the same, more slowly
+    except RuntimeError:  # torch is not built for this device or format: the same, more slowly
         token_P = torch.repeat_interleave(torch.arange(len(a_NI), device=a_NI.device), starts_N.diff())
         parts = zip(token_P.split(4096), latent_P.split(4096))
         return torch.cat([(a_NI[n] * b_FI[j]).sum(1) for n, j in parts])
 
 
 def _sparse(starts_R: Tensor, index_P: Tensor, value_P: Tensor, size: int) -> Tensor:
-    """The pairs as a sparse matrix of so many columns, (R, size)."""
+    """Return the pairs as a sparse matrix (R, size)."""
     _quiet()
     return torch.sparse_csr_tensor(starts_R, index_P, value_P, (len(starts_R) - 1, size), check_invariants=False)
 
 
 @lru_cache(maxsize=1)
 def _quiet() -> None:
-    """torch says once in a process that its CSR tensors are new; say it here, where nobody hears."""
+    """Provoke torch's warning that CSR tensors are in beta, which comes once in a process, where it is ignored."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.sparse_csr_tensor(torch.tensor([0, 1]), torch.tensor([0]), torch.ones(1), (1, 1))

@@ -1,10 +1,9 @@
-"""Codes as (token, latent, value) triples: after the encoder's GEMM every cost follows the pairs kept, not
-N*F.
+"""Sparse codes as (token, latent, value) triples: past the encoder's product every cost follows the pairs kept, not N*F.
 
-Forward and backward are four sums over pairs. Decoding and both weight gradients are weighted sums of rows,
-one owner a row, so no two threads write one place and the answer does not depend on their number; the
-gradient of the values is a product sampled at the pairs. Who adds up is a module of kernels, `eager`, `native` or
-`triton`, picked for each call by what it is asked to add.
+Forward and backward are four sums over pairs. Decoding and both weight gradients are weighted sums of rows; each row of
+the answer has one owner, so no two threads write to one place and bits do not depend on the number of threads. The
+gradient of the values is a product sampled at the pairs. Each call picks the fastest module of kernels that serves its
+tensors: `native`, `triton` or `torch_ops`.
 """
 
 from __future__ import annotations
@@ -16,19 +15,21 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from tunediff.kernels import eager, gates, paths
+from tunediff.kernels import gates, paths, torch_ops
 from tunediff.kernels.cpu import native
 
 
 def kernels_for(*tensors: Tensor) -> ModuleType:
-    """The fastest module of kernels that serves these tensors and is allowed."""
-    return native if native.serves(*tensors) else paths.on_gpu(*tensors) or eager
+    """Return the fastest module of kernels that is allowed and serves these tensors."""
+    return native if native.serves(*tensors) else paths.on_gpu(*tensors) or torch_ops
 
 
 @dataclass(frozen=True, eq=False)
 class Pairs:
-    """Which (token, latent) pairs are kept, ordered by token and then latent; N tokens, F latents, P
-    pairs. `starts_N` (N + 1) is where each token's begin."""
+    """The (token, latent) pairs that are kept, ordered by token, then latent; N tokens, F latents, P pairs.
+
+    `starts_N` (N + 1) is where each token's pairs start.
+    """
 
     token_P: Tensor
     latent_P: Tensor
@@ -38,55 +39,56 @@ class Pairs:
 
     @classmethod
     def of(cls, flat_P: Tensor, N: int, F: int) -> Pairs:
-        """From ascending flat indices token * F + latent."""
+        """Make pairs of ascending flat indices token * F + latent."""
         token_P, latent_P = gates.places(flat_P, F)
-        return cls(token_P, latent_P, eager.edges(token_P, N), N, F)
+        return cls(token_P, latent_P, torch_ops.edges(token_P, N), N, F)
 
     def cut(self, cuts: tuple[int, ...]) -> Pairs:
-        """The same pairs as of B = len(cuts) + 1 tokens for each one: its latents before, between and after the
-        cuts."""
+        """Return the same pairs with each token split into len(cuts) + 1: its latents before, between and after the cuts."""
         if not cuts:
             return self
-        block_P = sum(self.latent_P >= cut for cut in cuts)  # not by a tensor of them: the copy makes the host wait
+        block_P = sum(
+            self.latent_P >= cut for cut in cuts
+        )  # a tensor of cuts would be copied to the device, and the host would wait
         B = len(cuts) + 1
         row_P = self.token_P * B + block_P
-        return Pairs(row_P, self.latent_P, eager.edges(row_P, self.N * B), self.N * B, self.F)
+        return Pairs(row_P, self.latent_P, torch_ops.edges(row_P, self.N * B), self.N * B, self.F)
 
     @cached_property
     def by_latent(self) -> tuple[Tensor, Tensor]:
-        """The pairs ordered by latent and then token (P,), and where each latent's begin (F + 1)."""
-        module = native if native.serves() and self.latent_P.device.type == "cpu" else eager
+        """An order of the pairs by latent, then token (P,), and where each latent's pairs start in it (F + 1)."""
+        module = native if native.serves() and self.latent_P.device.type == "cpu" else torch_ops
         return module.bucket(self.latent_P, self.F)
 
     def gather_tokens(self, value_P: Tensor, rows_FI: Tensor) -> Tensor:
-        """For each token, sum over its pairs of value * row of the latent, (N, I)."""
+        """Return for each token the sum over its pairs of value * the latent's row, (N, I)."""
         return kernels_for(value_P, rows_FI).bag(self.starts_N, None, self.latent_P, value_P, rows_FI)
 
     def gather_latents(self, value_P: Tensor, rows_NI: Tensor) -> Tensor:
-        """For each latent, sum over its pairs of value * row of the token, (F, I)."""
+        """Return for each latent the sum over its pairs of value * the token's row, (F, I)."""
         order_P, starts_F = self.by_latent
         return kernels_for(value_P, rows_NI).bag(starts_F, order_P, self.token_P, value_P, rows_NI)
 
     def sum_latents(self, value_P: Tensor) -> Tensor:
-        """For each latent, sum over its pairs of value, (F,)."""
-        if paths.on_gpu(value_P) is not None:  # where torch would add floats by atomics, in no order
+        """Return for each latent the sum over its pairs of value, (F,)."""
+        if paths.on_gpu(value_P) is not None:  # torch would add floats by atomics, in no fixed order
             return self.gather_latents(value_P, value_P.new_ones(self.N, 1))[:, 0]
         return torch.zeros(self.F, dtype=value_P.dtype, device=value_P.device).index_add_(0, self.latent_P, value_P)
 
     def dot(self, a_NI: Tensor, b_FI: Tensor) -> Tensor:
-        """For each pair the product of its token's row and its latent's row, (P,)."""
+        """Return for each pair the product of its token's row and its latent's row, (P,)."""
         return kernels_for(a_NI, b_FI).dot(self.starts_N, self.latent_P, a_NI, b_FI)
 
     def gather_and_dot(self, value_P: Tensor, a_NI: Tensor, b_FI: Tensor) -> tuple[Tensor, Tensor]:
-        """`gather_latents(value, a)` and `dot(a, b)`, reading a's rows once where kernels are compiled."""
+        """Return `gather_latents(value, a)` and `dot(a, b)`; compiled kernels read a's rows once for both."""
         if kernels_for(value_P, a_NI, b_FI) is native:
             order_P, starts_F = self.by_latent
             return native.bag_and_dot(starts_F, order_P, self.token_P, value_P, a_NI, b_FI)
         return self.gather_latents(value_P, a_NI), self.dot(a_NI, b_FI)
 
 
-class _Encode(torch.autograd.Function):
-    """Pre-activations at the pairs, already computed in `pre_P`; the gradient is what this is for."""
+class EncodeAtPairs(torch.autograd.Function):
+    """Pre-activations at the pairs, already computed in `pre_P`, with their gradient."""
 
     @staticmethod
     def forward(ctx, x_NI, encoder_FI, bias_F, pre_P, pairs):
@@ -107,8 +109,8 @@ class _Encode(torch.autograd.Function):
         )
 
 
-class _Decode(torch.autograd.Function):
-    """sum over a token's pairs of value * decoder row."""
+class DecodePairs(torch.autograd.Function):
+    """Sum over a token's pairs of value * decoder row."""
 
     @staticmethod
     def forward(ctx, value_P, decoder_FI, pairs):
@@ -134,25 +136,23 @@ class PairCode:
     """Codes stored as one value a kept pair; see `tunediff.kernels.Code`."""
 
     host_waits = True
-    """Whether sizes may depend on the data."""
+    """Whether sizes depend on the data, so that the host waits for the device to know them."""
 
     def __init__(self, pairs: Pairs, value_P: Tensor, origin: tuple[Tensor, ...] = ()):
         self.pairs, self.value_P, self._origin = pairs, value_P, origin
 
     @classmethod
     def encode(cls, x_NI: Tensor, encoder_FI: Tensor, bias_F: Tensor, gate: gates.Gate) -> PairCode:
-        """One GEMM without a gradient, a selection (positive codes only), and gradients through the pairs
-        kept."""
+        """Encode by one product without a gradient and a selection; gradients go through the pairs kept."""
         with torch.no_grad():
             module = kernels_for(x_NI, encoder_FI, bias_F, gate.weight_F)
             *at, pre_P, starts_N = module.encode(x_NI, encoder_FI, bias_F, gate)
             pairs = Pairs(*at, starts_N, len(x_NI), len(encoder_FI))
         origin = (x_NI, encoder_FI, bias_F)
-        return cls(pairs, _Encode.apply(*origin, pre_P, pairs), origin)
+        return cls(pairs, EncodeAtPairs.apply(*origin, pre_P, pairs), origin)
 
     def among(self, weight_F: Tensor, k: int) -> PairCode:
-        """Another code of the same tokens: on each the k largest f * w among latents with w > 0, by a product with those
-        alone."""
+        """Return another code of the same tokens: on each the k largest f * w among latents with w > 0."""
         x_NI, encoder_FI, bias_F = self._origin
         with torch.no_grad():
             latent_D = weight_F.nonzero()[:, 0]
@@ -161,14 +161,14 @@ class PairCode:
             row_P, column_P = (pre_ND.gather(1, best_NK) > 0).nonzero(as_tuple=True)
             at_P = best_NK[row_P, column_P]
             N, F = len(x_NI), len(encoder_FI)
-            pairs = Pairs(row_P, latent_D[at_P], eager.edges(row_P, N), N, F)
+            pairs = Pairs(row_P, latent_D[at_P], torch_ops.edges(row_P, N), N, F)
             pre_P = pre_ND[row_P, at_P]
-        return PairCode(pairs, _Encode.apply(*self._origin, pre_P, pairs), self._origin)
+        return PairCode(pairs, EncodeAtPairs.apply(*self._origin, pre_P, pairs), self._origin)
 
     def decode(self, decoder_FI: Tensor, cuts: tuple[int, ...] = ()) -> Tensor:
         """sum_j f_j W_j, of the latents before, between and after the cuts."""
         pairs = self.pairs.cut(cuts)
-        return _Decode.apply(self.value_P, decoder_FI, pairs).view(self.pairs.N, len(cuts) + 1, -1)
+        return DecodePairs.apply(self.value_P, decoder_FI, pairs).view(self.pairs.N, len(cuts) + 1, -1)
 
     def weighted(self, weight_F: Tensor) -> Tensor:
         """sum f_j * weight_j."""
