@@ -22,7 +22,7 @@ from torch import Tensor
 
 from tunediff import kernels
 from tunediff.core import pages
-from tunediff.kernels.cpu import native
+from tunediff.kernels.cpu import products as tiled
 from tunediff.kernels.matmuls import fast_matmul
 from tunediff.records.site import Site
 from tunediff.runs.plan import Plan
@@ -46,11 +46,11 @@ def compare(tokens: int, inputs: int, outputs: int, kind: str, rounds: int) -> d
     some_OI = torch.randn(outputs, inputs, generator=generator)
     w_OI = some_OI.to(getattr(torch, kind)).float()
     weights = [w_OI.clone() for _ in range(max(1, MEMORY // (4 * w_OI.numel())))]
-    kept = [native.tiles(w, MEMORY) for w in weights]
+    kept = [tiled.tiles(w, MEMORY) for w in weights]
     makers = {
         "torch": lambda w: x_NI @ w.T,
-        "tiles": lambda w: native.product(x_NI, w),
-        "kept": lambda w: native.product(x_NI, w),
+        "tiles": lambda w: tiled.product(x_NI, w),
+        "kept": lambda w: tiled.product(x_NI, w),
     }
     times: dict[str, list[float]] = {name: [] for name in makers}
     for _ in range(rounds + 1):

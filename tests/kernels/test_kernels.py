@@ -21,12 +21,13 @@ from tunediff.dictionaries.fitting import fit, step
 from tunediff.dictionaries.schedule import FitSettings, Schedule, State
 from tunediff.dictionaries.sources import TensorSource
 from tunediff.kernels import memory, torch_ops
-from tunediff.kernels.cpu import native
+from tunediff.kernels.cpu import compiled, native
+from tunediff.kernels.cpu import products as tiled
 from tunediff.kernels.dense import DenseCode
 from tunediff.kernels.gates import Gate
 from tunediff.kernels.sparse import PairCode, Pairs
 
-HAVE_NATIVE = native.library() is not None
+HAVE_NATIVE = compiled.library() is not None
 needs_native = pytest.mark.skipif(not HAVE_NATIVE, reason="installed without a compiler")
 rounds = pytest.mark.skipif(not torch_ops.rounds(), reason="a processor that does not multiply bfloat16")
 PATHS = ["torch", pytest.param("native", marks=needs_native), pytest.param("native+bf16", marks=needs_native),
@@ -136,10 +137,10 @@ def test_panels_add_up_as_rows_do(monkeypatch, I, theirs, wide, away):
 @pytest.fixture(params=[0, 1, 2], ids=["anywhere", "pairs", "tiles"])
 def way(request):
     """Every way to multiply bfloat16 numbers that this machine has."""
-    if not HAVE_NATIVE or native.library().squares_by(request.param) != request.param:
+    if not HAVE_NATIVE or compiled.library().squares_by(request.param) != request.param:
         pytest.skip("a way that this machine does not have")
     yield request.param
-    native.library().squares_by(native.BEST)
+    compiled.library().squares_by(compiled.BEST)
 
 
 @pytest.mark.parametrize("scale", [1, 40, 3000])
@@ -382,8 +383,8 @@ def test_paths(monkeypatch):
     for name in ("fast", "native+bf16"):
         with kernels.using(name), pytest.raises(SettingError, match="no path"):
             kernels.path()
-    monkeypatch.setattr(native, "library", lambda: None)
-    assert kernels.path() == "torch" and not native.serves()
+    monkeypatch.setattr(compiled, "library", lambda: None)
+    assert kernels.path() == "torch" and not compiled.serves()
     assert isinstance(dictionary("batchtopk")(tokens()).code, PairCode)
 
 
@@ -548,7 +549,7 @@ def test_divergence_is_loud(path):
                 kernels.divergence(q, other)
 
 
-needs_tiles = pytest.mark.skipif(not native.on_tiles(), reason="a processor without tiles of bfloat16")
+needs_tiles = pytest.mark.skipif(not tiled.on_tiles(), reason="a processor without tiles of bfloat16")
 
 
 def weights(kind: str, O: int, I: int, generator: torch.Generator) -> torch.Tensor:
@@ -560,8 +561,8 @@ def weights(kind: str, O: int, I: int, generator: torch.Generator) -> torch.Tens
     return torch.where(torch.rand(O, I, generator=generator) < 0.002, w_OI, few_OI) if kind == "mixed" else few_OI
 
 
-def kept(w_OI: torch.Tensor) -> native.Tiles:
-    return native.Tiles(w_OI, native.Tiles(w_OI, 1).needed)
+def kept(w_OI: torch.Tensor) -> tiled.Tiles:
+    return tiled.Tiles(w_OI, tiled.Tiles(w_OI, 1).needed)
 
 
 @needs_tiles
@@ -572,7 +573,7 @@ def test_products_on_tiles_are_as_exact_as_float32(kind, N, I, O):
     g = torch.Generator().manual_seed(N)
     x_NI = torch.randn(N, I, generator=g) * torch.logspace(-15, 15, N)[:, None]
     w_OI = weights(kind, O, I, g) * 2.0 ** torch.arange(-20, O - 20).clamp_max(20)[:, None]
-    found, exact = native.product(x_NI, w_OI), x_NI.double() @ w_OI.double().T
+    found, exact = tiled.product(x_NI, w_OI), x_NI.double() @ w_OI.double().T
     size = x_NI.double().norm(dim=1)[:, None] * w_OI.double().norm(dim=1)
     assert float(((found - exact).abs() / size).max()) <= 5e-7
     assert float(((found - exact) / size).norm()) <= 1.3 * float(((x_NI @ w_OI.T - exact) / size).norm()) + 1e-9
@@ -580,10 +581,10 @@ def test_products_on_tiles_are_as_exact_as_float32(kind, N, I, O):
     assert tiles.parts == {"bfloat16": 1, "float16": 2}.get(kind, 3) or I * O < 1000
     for threads in (2, 3):
         torch.set_num_threads(threads)
-        assert torch.equal(native.product(x_NI, w_OI), found) and torch.equal(native.product(x_NI, tiles), found)
-    assert torch.equal(native.product(x_NI[N // 2 :], w_OI), found[N // 2 :])
-    assert torch.equal(native.product(x_NI[: N // 2 + 1], tiles), found[: N // 2 + 1])
-    assert torch.equal(native.product(x_NI, w_OI[O // 3 :]), found[:, O // 3 :])
+        assert torch.equal(tiled.product(x_NI, w_OI), found) and torch.equal(tiled.product(x_NI, tiles), found)
+    assert torch.equal(tiled.product(x_NI[N // 2 :], w_OI), found[N // 2 :])
+    assert torch.equal(tiled.product(x_NI[: N // 2 + 1], tiles), found[: N // 2 + 1])
+    assert torch.equal(tiled.product(x_NI, w_OI[O // 3 :]), found[:, O // 3 :])
 
 
 @needs_tiles
@@ -596,22 +597,22 @@ def test_large_products_are_made_piece_by_piece(N, I, O, kind):
     x_NI, w_OI = torch.randn(N, I, generator=g), weights(kind, O, I, g)
     exact, tiles = x_NI.double() @ w_OI.double().T, kept(w_OI)
     torch.set_num_threads(1)
-    found = native.product(x_NI, w_OI)
+    found = tiled.product(x_NI, w_OI)
     assert float((found - exact).norm() / exact.norm()) <= 4e-7
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
-        assert torch.equal(native.product(x_NI, tiles), found) and torch.equal(native.product(x_NI, w_OI), found)
+        assert torch.equal(tiled.product(x_NI, tiles), found) and torch.equal(tiled.product(x_NI, w_OI), found)
 
 
 @needs_tiles
 def test_weights_in_tiles_take_no_more_than_is_left():
     w_OI = weights("float16", 300, 400, torch.Generator().manual_seed(0))
-    one, two = native.bytes_of_tiles(w_OI, 1), native.bytes_of_tiles(w_OI, 2)
-    assert native.tiles(w_OI, one - 1) is native.tiles(w_OI, two - 1) is None
-    found = native.tiles(w_OI, two)
+    one, two = tiled.bytes_of_tiles(w_OI, 1), tiled.bytes_of_tiles(w_OI, 2)
+    assert tiled.tiles(w_OI, one - 1) is tiled.tiles(w_OI, two - 1) is None
+    found = tiled.tiles(w_OI, two)
     assert (found.parts, found.nbytes) == (2, two) and two < 1.3 * w_OI.nbytes
     for refused in (w_OI.double(), w_OI[:100], Wrapped(w_OI)):
-        assert native.tiles(refused, 1 << 30) is None
+        assert tiled.tiles(refused, 1 << 30) is None
 
 
 @needs_tiles
@@ -743,14 +744,14 @@ def test_products_on_tiles_take_numbers_where_they_lie():
         (wide[:, ::2][:, :37], other.T[:37].T),
         (wide.T[:50, :40], other[:, :40]),
     ):
-        torch.testing.assert_close(native.product(x_NI, w_OI), x_NI @ w_OI.T, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(tiled.product(x_NI, w_OI), x_NI @ w_OI.T, rtol=1e-5, atol=1e-5)
     for bad in (torch.nan, torch.inf, -torch.inf):
         x_NI, w_OI = wide.clone(), torch.randn(40, 130, generator=g)
         x_NI[7, 129] = bad
-        found = native.product(x_NI, w_OI)
+        found = tiled.product(x_NI, w_OI)
         assert not found[7].isfinite().any() and found[:7].isfinite().all() and found[8:].isfinite().all()
         x_NI[7, 129], w_OI[39, 2] = 0, bad
-        found = native.product(x_NI, w_OI)
+        found = tiled.product(x_NI, w_OI)
         assert not found[:, 39].isfinite().any() and found[:, :39].isfinite().all()
 
 
@@ -762,7 +763,7 @@ def test_products_of_many_numbers_of_one_sign_are_as_exact(kind, I):
     g = torch.Generator().manual_seed(I)
     x_NI, w_OI = torch.randn(33, I, generator=g).abs(), weights(kind, 40, I, g).abs()
     exact = x_NI.double() @ w_OI.double().T
-    assert float((native.product(x_NI, w_OI) - exact).norm()) <= 1.3 * float((x_NI @ w_OI.T - exact).norm())
+    assert float((tiled.product(x_NI, w_OI) - exact).norm()) <= 1.3 * float((x_NI @ w_OI.T - exact).norm())
 
 
 @needs_tiles
@@ -776,7 +777,7 @@ def test_tiny_numbers_count_as_none(tiny):
             changed = other.clone()
             changed[:, at : at + 16] = tiny
             pair = (changed, w_OI) if other is x_NI else (x_NI, changed)
-            torch.testing.assert_close(native.product(*pair), pair[0] @ pair[1].T, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(tiled.product(*pair), pair[0] @ pair[1].T, rtol=1e-5, atol=1e-5)
 
 
 @needs_tiles
@@ -786,7 +787,7 @@ def test_products_are_float32_whatever_torch_makes_by_default():
     torch.set_default_dtype(torch.float64)
     try:
         with torch.device("meta"):
-            found = native.product(x_NI, w_OI)
+            found = tiled.product(x_NI, w_OI)
     finally:
         torch.set_default_dtype(before)
     torch.testing.assert_close(found, x_NI @ w_OI.T, rtol=1e-5, atol=1e-5)
@@ -805,22 +806,24 @@ class Wrapped(torch.Tensor):
 
 
 def test_who_makes_a_product(monkeypatch):
-    x_NI, w_OI = torch.zeros(native.FEW_ROWS, 512), torch.zeros(512, 512)
-    monkeypatch.setattr(native, "on_tiles", lambda: True)
+    x_NI, w_OI = torch.zeros(tiled.FEW_ROWS, 512), torch.zeros(512, 512)
+    monkeypatch.setattr(tiled, "on_tiles", lambda: True)
     served = [(x_NI, w_OI)] if HAVE_NATIVE else []
-    wider = torch.zeros(native.FEW_ROWS, 513)
-    for given in ((x_NI[1:], w_OI), (x_NI, w_OI[: native.NARROW - 1]), (x_NI.double(), w_OI.double()), (x_NI.to("meta"), w_OI.to("meta")),
+    wider = torch.zeros(tiled.FEW_ROWS, 513)
+    for given in ((x_NI[1:], w_OI), (x_NI, w_OI[: tiled.NARROW - 1]), (x_NI.double(), w_OI.double()), (x_NI.to("meta"), w_OI.to("meta")),
                   (wider, w_OI), (wider[:, :0], w_OI[:, :0]), (Wrapped(x_NI), w_OI), (x_NI, Wrapped(w_OI))):  # fmt: skip
-        assert not native.multiplies(*given) and kernels.product(*given) is None
-    assert all(native.multiplies(*given) for given in served)
+        assert not tiled.multiplies(*given) and kernels.product(*given) is None
+    assert all(tiled.multiplies(*given) for given in served)
     monkeypatch.undo()
     with kernels.using("torch"):
         assert kernels.products() == "torch" and kernels.product(x_NI, w_OI) is None
-    assert kernels.products() == ("tiles" if native.on_tiles() else "torch") and kernels.products("meta") == "torch"
+    assert kernels.products() == ("tiles" if tiled.on_tiles() else "torch") and kernels.products("meta") == "torch"
 
 
 def test_only_float32_on_the_cpu_is_native():
-    assert not native.serves(torch.zeros(1, dtype=torch.float64)) and not native.serves(torch.zeros(1, device="meta"))
+    assert not compiled.serves(torch.zeros(1, dtype=torch.float64)) and not compiled.serves(
+        torch.zeros(1, device="meta")
+    )
 
 
 def test_fast_matmul_restores():
@@ -875,30 +878,30 @@ def test_threads_of_our_own_give_the_same(monkeypatch):
     torch.set_num_threads(3)
 
     def all_of_it():
-        return [kernels.divergence(p, q), *([native.product(x_NI, w_OI)] if native.on_tiles() else [])]
+        return [kernels.divergence(p, q), *([tiled.product(x_NI, w_OI)] if tiled.on_tiles() else [])]
 
     before = all_of_it()
-    monkeypatch.setattr(native, "_team", lambda: None)
+    monkeypatch.setattr(compiled, "team", lambda: None)
     assert all(map(torch.equal, all_of_it(), before))
     with pytest.raises(TypeError, match="arguments"):
         monkeypatch.undo()
-        native._spread("kth", [0], [0, 1])
+        compiled.spread("kth", [0], [0, 1])
 
 
 @pytest.mark.parametrize("own", [True, False])
 def test_parts_run_side_by_side_on_torchs_threads_and_errors_come_back(own, monkeypatch):
-    team, before = native._team() if own else None, torch.get_num_threads()
-    monkeypatch.setattr(native, "_team", lambda: team)
+    team, before = compiled.team() if own else None, torch.get_num_threads()
+    monkeypatch.setattr(compiled, "team", lambda: team)
     if own and team is None:
         pytest.skip("torch was not built with an OpenMP that has GOMP_parallel")
     torch.set_num_threads(2)
     try:
         both = threading.Barrier(2, timeout=30)
-        assert len(set(native._each(lambda part: (both.wait(), threading.get_ident())[1], range(2)))) == 2
-        assert native._each(lambda part: part**2, range(9)) == [n**2 for n in range(9)]
+        assert len(set(compiled.each(lambda part: (both.wait(), threading.get_ident())[1], range(2)))) == 2
+        assert compiled.each(lambda part: part**2, range(9)) == [n**2 for n in range(9)]
         with pytest.raises(ZeroDivisionError):
-            native._each(lambda part: 1 // (part - 5), range(9))
-        assert native._each(lambda part: torch.ones(1 << 16).sum().item(), range(4)) == [65536.0] * 4, (
+            compiled.each(lambda part: 1 // (part - 5), range(9))
+        assert compiled.each(lambda part: torch.ones(1 << 16).sum().item(), range(4)) == [65536.0] * 4, (
             "torch inside and after it"
         )
     finally:

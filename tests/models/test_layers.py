@@ -13,6 +13,7 @@ from torch import nn
 from tunediff import kernels
 from tunediff.core.errors import NumericsError
 from tunediff.kernels.cpu import native
+from tunediff.kernels.cpu import products as tiled
 from tunediff.models.divergences import Said, kl_divergence
 from tunediff.models.fast import attention, layers
 from tunediff.models.network import swapped
@@ -269,7 +270,7 @@ def test_other_gates_stay_what_they_are():
     assert [isinstance(m, layers.Gated) for m in network] == [False] * 4 + [True]
 
 
-@pytest.mark.skipif(not native.on_tiles(), reason="a processor without tiles of bfloat16")
+@pytest.mark.skipif(not tiled.on_tiles(), reason="a processor without tiles of bfloat16")
 @pytest.mark.parametrize("rows", [1, 5, 31, 32, 100])
 def test_bits_do_not_hang_on_what_there_is_room_for(rows, monkeypatch):
     net, x = wide(), torch.randn(rows, 400)
@@ -283,7 +284,7 @@ def test_bits_do_not_hang_on_what_there_is_room_for(rows, monkeypatch):
     torch.testing.assert_close(found, plain)
 
 
-@pytest.mark.skipif(not native.on_tiles(), reason="a processor without tiles of bfloat16")
+@pytest.mark.skipif(not tiled.on_tiles(), reason="a processor without tiles of bfloat16")
 def test_divergences_need_no_logits_while_weights_are_frozen():
     """Whatever shape they are asked in; who counts runs of the layer sees them, and who watches it gets logits."""
     net = nn.Sequential(nn.Linear(200, 700, bias=False))

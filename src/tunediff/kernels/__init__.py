@@ -1,10 +1,9 @@
-"""Kernels: encode, select and decode, the only code that knows how a batch of codes lies in memory.
+"""Kernels: encode, select and decode; the only code that knows how a batch of codes is stored.
 
-A dictionary calls `encode(x, W, b, gate)` and gets a code. `pairs` holds one as the kept (token, latent) pairs and adds
-up with a module of kernels: `native` (compiled, float32 on the CPU), `triton` (float32 on a GPU) or `torch_ops` (torch's
-operations, everywhere); `dense` is the reference that all are tested against. A faster path is one more module here; no
-dictionary changes for it. `norm` and `divergence` are sums over much memory that the compiled file takes in one pass, and
-`product` is what a model's linear layers spend their time on.
+A dictionary calls `encode(x, W, b, gate)` and gets a code. `sparse` stores one as its (token, latent) pairs and sums
+with one of three modules: `native` (compiled, float32 on the CPU), `triton` (float32 on a GPU) or `torch_ops` (torch's
+operations, everywhere). `dense` is the reference that tests hold all of them to. A faster path is one more module here;
+no dictionary changes for it.
 """
 
 from __future__ import annotations
@@ -19,7 +18,8 @@ from torch import Tensor
 from tunediff.core.axes import check
 from tunediff.kernels import memory, paths
 from tunediff.kernels.cpu import native
-from tunediff.kernels.cpu.native import Tiles, tiles
+from tunediff.kernels.cpu import products as tiled
+from tunediff.kernels.cpu.products import Tiles, tiles
 from tunediff.kernels.dense import DenseCode
 from tunediff.kernels.gates import Gate
 from tunediff.kernels.gpu.code import GpuCode
@@ -51,32 +51,40 @@ __all__ = [
 
 
 class Code(Protocol):
-    """The codes f (N, F) of a batch, however stored; f >= 0."""
+    """The codes f (N, F) of a batch, f >= 0, however they are stored."""
 
     def decode(self, decoder_FI: Tensor, cuts: tuple[int, ...] = ()) -> Tensor:
-        """sum_j f_j W_j over the latents before, between and after the cuts, (N, len(cuts) + 1, I); differentiable in
-        the codes and in W."""
+        """Return sum_j f_j W_j over the latents before, between and after the cuts, (N, len(cuts) + 1, I).
+
+        Differentiable in the codes and in W.
+        """
+        ...
 
     def weighted(self, weight_F: Tensor) -> Tensor:
-        """sum over tokens and latents of f_j * weight_j, a scalar; differentiable in both."""
+        """Return the sum over tokens and latents of f_j * weight_j, a scalar; differentiable in both."""
+        ...
 
     def fired(self) -> Tensor:
-        """Which latents (F,) are on at one token at least; bool."""
+        """Return which latents (F,) are on at one token at least; bool."""
+        ...
 
     def count(self) -> Tensor:
-        """How many codes are on in the whole batch; an integer scalar."""
+        """Return the number of codes that are on in the whole batch, an integer scalar."""
+        ...
 
     def dense(self) -> Tensor:
-        """The codes as one (N, F) tensor."""
+        """Return the codes as one (N, F) tensor."""
+        ...
 
-    # Where pairs are held also ``among(weight_F, k)``, see `tunediff.kernels.sparse`.
+    # A code stored as pairs also has ``among(weight_F, k)``, see `tunediff.kernels.sparse`.
 
 
 BLOCK = 16
-"""Rows of logits that torch's operations go through at a time: all of a batch's fit no cache."""
-PAIRS_LATENTS, PAIRS_SHARE = 256, 0.1
-"""From this many latents on, and up to this share of them kept, pairs are faster than a dense tensor
-(measured)."""
+"""Rows of logits that torch's operations take at a time, as those of a whole batch exceed the caches."""
+PAIRS_LATENTS = 256
+"""Fewest latents for which pairs are faster than a dense tensor (measured)."""
+PAIRS_SHARE = 0.1
+"""Largest share of codes kept for which pairs are faster than a dense tensor (measured)."""
 
 
 def path(device: torch.device | str = "cpu") -> KernelPath:
@@ -90,8 +98,10 @@ def path(device: torch.device | str = "cpu") -> KernelPath:
 
 
 def encode(x_NI: Tensor, encoder_FI: Tensor, bias_F: Tensor, gate: Gate | None) -> Code:
-    """ReLU(x @ W.T + b), kept where the gate says (None keeps every positive one); gradients reach W and b through
-    kept codes only."""
+    """Return the codes ReLU(x @ W.T + b) that the gate keeps (every positive one for None).
+
+    Gradients reach W and b through kept codes only.
+    """
     (N, _), F = x_NI.shape, len(encoder_FI)
     few = gate is not None and sum(keep for *_, keep in gate.parts) <= PAIRS_SHARE * N * F
     if few and paths.on_gpu(x_NI, encoder_FI) is not None:
@@ -102,34 +112,41 @@ def encode(x_NI: Tensor, encoder_FI: Tensor, bias_F: Tensor, gate: Gate | None) 
 
 
 def product(x: Tensor, weight_OI: Tensor | Tiles, few: bool = False) -> Tensor | None:
-    """x (..., I) @ weight.T in float32, without gradients, as exact as torch's and faster; None where torch is to make it: on other
-    machines, of other kinds of numbers, of few rows unless asked for. `tiles` of a weight serve many products, with the same bits."""
-    if not native.multiplies(x, weight_OI, few):
+    """Return x (..., I) @ weight.T in float32, without gradients, as exact as torch's and faster.
+
+    None where torch's own product is to be used: on other processors, for other number formats, and for few rows unless
+    `few`. `tiles` of a weight serve many products, with the same bits.
+    """
+    if not tiled.multiplies(x, weight_OI, few):
         return None
-    return native.product(x.reshape(-1, x.shape[-1]), weight_OI).view(*x.shape[:-1], weight_OI.shape[0])
+    return tiled.product(x.reshape(-1, x.shape[-1]), weight_OI).view(*x.shape[:-1], weight_OI.shape[0])
 
 
 def products(device: torch.device | str = "cpu") -> str:
-    """Who makes a model's large float32 products on this device: "tiles" (`product`) or "torch"."""
-    return "tiles" if native.serves(torch.empty(0, device=device)) and native.on_tiles() else "torch"
+    """Return what makes a model's large float32 products on this device: "tiles" (see `product`) or "torch"."""
+    return "tiles" if native.serves(torch.empty(0, device=device)) and tiled.on_tiles() else "torch"
 
 
 def rms_norm(x: Tensor, weight_I: Tensor, epsilon: float) -> Tensor | None:
-    """weight * x / sqrt(mean of x * x + epsilon) of each row of x (..., I), without gradients, in one pass; None where that does not
-    serve."""
+    """Return weight * x / sqrt(mean of x * x + epsilon) of each row of x (..., I), without gradients, in one pass.
+
+    None where the compiled kernels do not serve.
+    """
     if not native.passes(x, weight_I) or x.shape[-1:] != weight_I.shape:
         return None
     return native.rms_norm(x.reshape(-1, len(weight_I)), weight_I, epsilon).view(x.shape)
 
 
 def gated(gate: Tensor, up: Tensor) -> Tensor | None:
-    """gate * sigmoid(gate) * up, without gradients, in one pass; None where that does not serve."""
+    """Return gate * sigmoid(gate) * up, without gradients, in one pass; None where the compiled kernels do not serve."""
     return native.gated(gate, up) if native.passes(gate, up) and gate.shape == up.shape else None
 
 
 def rotated(x_BHTE: Tensor, cos_BTE: Tensor, sin_BTE: Tensor) -> Tensor | None:
-    """x * cos + (the second half of x negated, then the first) * sin, without gradients, in one pass; the angles are those of one batch
-    or of each. None where that does not serve."""
+    """Return x * cos + (the second half of x negated, then the first) * sin, without gradients, in one pass.
+
+    Angles are given once for all rows of a batch (B = 1) or for each. None where the compiled kernels do not serve.
+    """
     (B, _, T, E), angles = x_BHTE.shape, cos_BTE.shape
     if (
         not native.passes(x_BHTE, cos_BTE)
@@ -143,8 +160,10 @@ def rotated(x_BHTE: Tensor, cos_BTE: Tensor, sin_BTE: Tensor) -> Tensor | None:
 
 
 class Adam(torch.optim.Adam):
-    """Adam (Kingma & Ba 2015, 1412.6980): torch's fused one, or one pass of the compiled kernels, which also bring up to date what they have
-    derived of the parameters. `grad_scale`, if set, divides the gradients."""
+    """Adam (Kingma & Ba 2015, 1412.6980): torch's fused one, or one pass of the compiled kernels.
+
+    These also renew what was derived of the parameters. `grad_scale`, if set, divides the gradients.
+    """
 
     grad_scale: Tensor | None = None
 
@@ -153,10 +172,10 @@ class Adam(torch.optim.Adam):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        """One step of every parameter that has a gradient."""
+        """Take one step of every parameter that has a gradient."""
         having = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         for p in having:
-            if p.grad.stride() != p.stride():  # torch's fused step takes numbers as they lie
+            if p.grad.stride() != p.stride():  # torch's fused step ignores strides
                 p.grad = torch.empty_like(p).copy_(p.grad)
         if not all(p.is_contiguous() and native.serves(p, p.grad) for p in having):
             super().step()
@@ -177,7 +196,7 @@ class Adam(torch.optim.Adam):
 
 
 def norm(tensors: Sequence[Tensor]) -> Tensor:
-    """The length of all of them together, a scalar where they lie."""
+    """Return the length of all tensors together, a scalar on their device."""
     if native.serves(*tensors):
         return native.norm(tensors)
     rows = [
@@ -187,14 +206,17 @@ def norm(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def lengths(a: Tensor) -> Tensor:
-    """The length of each row along the last axis, without gradients; for no row in a training loop twice, if it does not change."""
+    """Return the length of each row along the last axis, without gradients; `kept_memory` keeps it while rows stay."""
     a = a.detach()
     return native.squares(a).sqrt() if native.serves(a) and a.is_contiguous() else a.norm(dim=-1)
 
 
 def divergence(p_PV: Tensor, q_QV: Tensor, p_sums: bool = True, q_sums: bool = True) -> Tensor:
-    """KL(softmax of p || softmax of q) in nat for each row of logits, (R,); the rows of the one that has fewer are taken over
-    again, a whole number of times (`NumericsError` otherwise). Of log-probabilities no sum need be made."""
+    """Return KL(softmax of p || softmax of q) in nat for each row of logits, (R,).
+
+    The rows of the one that has fewer are repeated, a whole number of times (NumericsError otherwise). Set `p_sums` or
+    `q_sums` to False where p or q holds log-probabilities, which need no softmax.
+    """
     few, many = sorted((p_PV, q_QV), key=len)
     check(
         many, "RV", R=len(many) // max(1, len(few)) * len(few), V=few.shape[1]
@@ -209,21 +231,25 @@ def divergence(p_PV: Tensor, q_QV: Tensor, p_sums: bool = True, q_sums: bool = T
     return torch.cat(parts) if parts else p_PV.new_zeros(0)
 
 
-STARTS, LEAST = 16, 1e-26
-"""Columns by which `divergence_of` puts rows to about the length of the table's, and what is left of a row's sum where that was no
-use."""
+STARTS = 16
+"""Columns from which `divergence_of` estimates the logarithm of a row's softmax sum."""
+LEAST = 1e-26
+"""Smallest sum of a row for which that estimate was good enough."""
 
 
 def divergence_of(x_RD: Tensor, weight_VD: Tensor, kept: Tiles, logp_QV: Tensor, theirs: bool) -> Tensor | None:
-    """KL(softmax of x @ weight.T || p), or KL(p || softmax) if `theirs`, in nat for each row (R,), where p are log-probabilities whose
-    rows begin anew; the logits are never in memory. `kept` is the weight in tiles. None where that does not serve: on other
-    machines, of weights of more than 1,024 columns, and where a row differs beyond float32's range."""
-    if not native.sums_softmax(x_RD, kept, logp_QV):
+    """Return KL(softmax of x @ weight.T || p) in nat for each row (R,), or KL(p || softmax) if `theirs`.
+
+    p are log-probabilities, whose rows are repeated; `kept` is the weight in tiles. The logits are never in memory. None
+    where that does not serve: on other processors, for weights of more than 1,024 columns, and where a row's divergence
+    exceeds float32's range.
+    """
+    if not tiled.sums_softmax(x_RD, kept, logp_QV):
         return None
     # With l' = l - start, KL(softmax || p) = E[l' - logp] - log(sum of exp(l')): any start will do that is near the logarithm of the
     # sum of exp(l), as then small numbers are added up and little is lost to rounding. It has the same bits for any threads, too.
     some_QS = logp_QV[:, :STARTS]
-    start_R = (native.product(x_RD, weight_VD[:STARTS]).unflatten(0, (-1, len(some_QS))) - some_QS).mean(2).flatten()
-    mass_R, apart_R, whole_R = native.softmax_sums(x_RD, kept, logp_QV, start_R, theirs).unbind(1)
+    start_R = (tiled.product(x_RD, weight_VD[:STARTS]).unflatten(0, (-1, len(some_QS))) - some_QS).mean(2).flatten()
+    mass_R, apart_R, whole_R = tiled.softmax_sums(x_RD, kept, logp_QV, start_R, theirs).unbind(1)
     kl_R = whole_R * mass_R.log() - apart_R if theirs else apart_R / mass_R - mass_R.log()
     return kl_R.float() if bool((kl_R.isfinite() & (mass_R > LEAST)).all()) else None

@@ -1,0 +1,152 @@
+"""Float32 products made on a processor's tiles of bfloat16: as exact as torch's, and faster."""
+
+from __future__ import annotations
+
+import threading
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from tunediff.kernels import memory, paths
+from tunediff.kernels.cpu import compiled
+from tunediff.kernels.cpu.compiled import address, int64s, library, serves
+
+FEW_ROWS = 32
+"""Fewest rows of a product for which tiles are faster (measured)."""
+FEW_WEIGHTS = 1 << 16
+"""Fewest weights for which tiles are faster (measured): bringing numbers into tiles has a fixed cost."""
+NARROW = 192
+"""Fewest rows and fewest columns of a weight for which tiles are faster (measured)."""
+HELD_BYTES = 1 << 26
+"""Most bytes of working memory that a thread holds for its next product."""
+_held = threading.local()
+
+
+def on_tiles() -> bool:
+    """Whether float32 products may be made on tiles of bfloat16: the machine has them, and they are as exact."""
+    return paths.allows("native") and library() is not None and _tiles_are_exact()
+
+
+@lru_cache(maxsize=1)
+def _tiles_are_exact() -> bool:
+    if not library().tiles:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    x_NI, w_OI = (torch.randn(n, 300, generator=generator, dtype=torch.float32, device="cpu") for n in (70, 50))
+    exact = x_NI.double() @ w_OI.double().T
+    return float((product(x_NI, w_OI) - exact).norm() / exact.norm()) <= 1e-6
+
+
+class Tiles:
+    """A product's right side (O, I) in bfloat16 tiles, to be multiplied by again and again: half as many bytes as in float32 where one
+    part holds its numbers, as many where two do, half as many more where all three are needed."""
+
+    def __init__(self, w_OI: Tensor, parts: int = 1):
+        self.shape, w_OI = w_OI.shape, _rows(w_OI)
+        self.space = torch.empty(bytes_of_tiles(w_OI, parts), dtype=torch.uint8, device="cpu")
+        sizes, threads = int64s(*w_OI.shape, w_OI.stride(0), parts), torch.get_num_threads()
+        self.parts, self.needed = (
+            parts,
+            library().bring(address(w_OI), *sizes, address(self.space), compiled.team(), *int64s(threads)),
+        )
+
+    @property
+    def nbytes(self) -> int:
+        return self.space.nbytes
+
+
+def bytes_of_tiles(w_OI: Tensor, parts: int) -> int:
+    return library().kept_room(*int64s(*w_OI.shape, parts))
+
+
+def tiles(w_OI: Tensor, room: int) -> Tiles | None:
+    """Weights in tiles, where `product` by them can be made and is faster than torch's; None where they take more bytes than that."""
+    if not _fits(w_OI):
+        return None
+    parts = 1  # which is what published weights mostly need, and what it takes to see it
+    while bytes_of_tiles(w_OI, parts) <= room:
+        made = Tiles(w_OI, parts)
+        if made.needed <= parts:
+            return made
+        parts = made.needed
+    return None
+
+
+def multiplies(x: Tensor, w_OI: Tensor | Tiles, few: bool = False) -> bool:
+    """Whether `product` of x (..., I) can be made and is faster than torch's, or, for `few` rows, is asked for."""
+    rows = x.numel() // max(1, x.shape[-1])
+    if type(x) is not Tensor or x.shape[-1] != w_OI.shape[1] or rows < (1 if few else FEW_ROWS) or not serves(x):
+        return False
+    return isinstance(w_OI, Tiles) or _fits(w_OI)
+
+
+def _fits(w_OI: Tensor) -> bool:
+    """Whether products by these weights are made on tiles; other classes may hold their numbers elsewhere, or not have any."""
+    large = w_OI.numel() >= FEW_WEIGHTS and min(w_OI.shape) >= NARROW
+    return large and type(w_OI) in (Tensor, Parameter) and serves(w_OI) and on_tiles()
+
+
+def product(x_NI: Tensor, w_OI: Tensor | Tiles) -> Tensor:
+    """x @ w.T (N, O), as exact as in float32, on a processor's tiles of bfloat16; N, O and I are at least 1."""
+    kept = w_OI if isinstance(w_OI, Tiles) else None
+    x_NI, w_OI = _rows(x_NI), None if kept else _rows(w_OI)
+    lib, (N, I), O, threads = library(), x_NI.shape, (kept or w_OI).shape[0], torch.get_num_threads()
+    out_NO, room = (
+        torch.empty(N, O, dtype=torch.float32, device="cpu"),
+        _room(lib.room(*int64s(N, O, I, bool(kept), False, threads))),
+    )
+    given = (None, address(kept.space), *int64s(kept.parts)) if kept else (address(w_OI), None, *int64s(0))
+    lib.multiply(
+        address(x_NI),
+        *given,
+        address(out_NO),
+        *int64s(N, O, I, x_NI.stride(0), 0 if kept else w_OI.stride(0)),
+        address(room),
+        compiled.team(),
+        *int64s(threads),
+    )
+    return out_NO
+
+
+def sums_softmax(x_RD: Tensor, kept: Tiles, logp_QV: Tensor) -> bool:
+    """Whether `softmax_sums` of these serves."""
+    fits = (
+        type(logp_QV) is Tensor
+        and serves(logp_QV)
+        and logp_QV.shape[1] == kept.shape[0]
+        and kept.shape[1] <= library().deepest()
+    )
+    return fits and len(logp_QV) > 0 and len(x_RD) % len(logp_QV) == 0 and multiplies(x_RD, kept, few=True)
+
+
+def softmax_sums(x_RD: Tensor, kept: Tiles, logp_QV: Tensor, start_R: Tensor, theirs: bool) -> Tensor:
+    """Of logits l = x @ w.T, which are never in memory, and p = exp(l - start): the sums (R, 3) over all columns of p, of
+    p * (l - start - logp) and of p, or of q * (l - start - logp) and of q = exp(logp) if `theirs`; in float64 over 256 columns each.
+    Rows of logp begin anew; what exceeds e^88 counts as infinite."""
+    x_RD, logp_QV = _rows(x_RD), _rows(logp_QV)
+    lib, (R, D), V, threads = library(), x_RD.shape, kept.shape[0], torch.get_num_threads()
+    sums, room = (
+        memory.empty(-(-V // lib.summed_columns()), R, 3),
+        _room(lib.room(*int64s(R, V, D, True, True, threads))),
+    )
+    lib.softmax_sums(
+        address(x_RD), address(kept.space), *int64s(kept.parts), address(logp_QV), *int64s(len(logp_QV), logp_QV.stride(0)), address(start_R), *int64s(theirs), address(sums),
+        *int64s(R, V, D, x_RD.stride(0)), address(room), compiled.team(), *int64s(threads),
+    )  # fmt: skip
+    return sums.double().sum(0)
+
+
+def _rows(x_NI: Tensor) -> Tensor:
+    """A matrix whose rows' numbers lie side by side."""
+    return x_NI if x_NI.stride(1) == 1 else x_NI.contiguous()
+
+
+def _room(size: int) -> Tensor:
+    """So many bytes, nobody else's until this thread asks again."""
+    room = getattr(_held, "room", None)
+    if room is None or len(room) < size:
+        room = torch.empty(size, dtype=torch.uint8, device="cpu")
+        _held.room = room if size <= HELD_BYTES else None
+    return room
