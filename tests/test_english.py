@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-TO_COME = {"benchmark", "findings"}
+TO_COME = {"findings"}
 """Pages that are not rewritten yet."""
 GENERATED = {"settings"}
 PAGES = [

@@ -686,6 +686,7 @@ def test_every_command_has_its_page():
 
 
 def test_settings_named_in_the_pages_exist():
+    from tunediff.core import variants
     from tunediff.runs.plan import Plan, to_record
 
     docs = Path(__file__).resolve().parents[2] / "docs"
@@ -693,6 +694,8 @@ def test_settings_named_in_the_pages_exist():
         f"{part}.{name}" for part, fields in to_record(Plan()).items() if isinstance(fields, dict) for name in fields
     }
     parts = {name.split(".")[0] for name in known}
+    for part, kinds in (("find", ("finders", "signals")), ("verify", ("trials",))):  # they have settings of their own
+        known |= {f"{part}.{name}" for kind in kinds for name in variants.names(f"tunediff.changes.{kind}")}
     for page in docs.glob("*.md"):
         for name in re.findall(r"[`\s]([a-z]+\.[a-z_]+)[`=]", page.read_text(encoding="utf-8")):
             if name.split(".")[0] in parts:

@@ -49,8 +49,8 @@ def render(cells: Sequence[Cell], vectors: Mapping[str, Tensor], command: str) -
         )
 
     parts = {
-        f"Made by `{command}` ([what the columns are](bench.md)); every cell is in `bench.json`. Means are over tunes and seeds that "
-        "were run, with 95 % intervals over them, so methods run on other tunes are not to be compared by them.": [],
+        f"Made by `{command}` ([what the columns are](bench.md)); every cell is in `bench.json`. Means are over the fine-tunes "
+        "and seeds that were run, with 95 % intervals over them. They do not compare methods that ran on different fine-tunes.": [],
         "## Is there anything?": [
             *_markdown([{"method": m, **detection(mine)} for m, mine in by_method(cells)]),
             "",
@@ -65,18 +65,18 @@ def render(cells: Sequence[Cell], vectors: Mapping[str, Tensor], command: str) -
             "",
             "![Planted words read out](benchmark-words.svg)",
         ],
-        "## Can it be taken out?\n\nShares of held-out answers that show a behavior, mean over tunes. Taken out is the "
-        "first change that names an unwanted behavior (where none does, the first confirmed one that does not name the wanted), as strongly "
-        "as .02 nat a token on neutral text allow. *Random*: random directions of equal energy. *Scaled*: the whole tune scaled down, "
-        "as far as .02 nat allow.": _markdown(undoing(cells)),
-        "## Against BatchTopK\n\nDifferences on the same tune and seed, at the same 24 latents a token where k is a setting; an "
+        "## Can it be taken out?\n\nShares of held-out answers that show a behavior, mean over fine-tunes. The first change "
+        "that names an unwanted behavior is removed. Where none does, it is the first confirmed change that does not name the "
+        "wanted one. It is removed as strongly as 0.02 nat a token on neutral text allows. *Random*: random directions of equal "
+        "energy. *Scaled*: the whole fine-tune scaled down, as far as 0.02 nat allows.": _markdown(undoing(cells)),
+        "## Against BatchTopK\n\nDifferences on the same fine-tune and seed, at the same 24 latents a token where k is a setting; an "
         "interval that excludes 0 is a difference.": _markdown(against(cells)),
-        "## Do two runs agree?\n\nTwo seeds of one tune, against runs on two tunes.": _markdown(
+        "## Do two runs agree?\n\nTwo seeds of one fine-tune, against runs on two fine-tunes.": _markdown(
             stability(cells, vectors)
         ),
         "## What does it cost?": _markdown(dictionaries(cells)),
-        "## Tune by tune\n\n*named*: every behavior is named by a confirmed change among the first five (by the table, for signals "
-        "without a test); *part*: some; *found*: something is confirmed; a dash: nothing is. Over seeds.": by(
+        "## Tune by tune\n\n*Named*: every behavior is named by a confirmed change among the first five (by the table, for "
+        "signals without a test). *Part*: some are. *Found*: something is confirmed. A dash: nothing is. One entry a seed.": by(
             methods, names, _said, method="tune"
         ),
         "## Which tune is it?\n\nThe organism whose planted words are the largest share of what the first five confirmed changes "
