@@ -120,20 +120,21 @@ def load_gguf(path: Path):
     except ImportError:
         raise MissingExtraError("reading GGUF needs the gguf package", remedy="pip install 'tunediff[gguf]'") from None
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    import transformers
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with open(path, "rb") as file:
         start = file.read(4)
     if start != b"GGUF":
         raise SourceError(f"{path} is not a GGUF file", expected="a file that starts with GGUF", got=repr(start))
+    # Newer transformers keep GGUF weights tied to a quantizer, so that they cannot be saved; older ones have no such option.
+    options = (
+        {"quantization_config": transformers.GgufConfig(dequantize=True)} if hasattr(transformers, "GgufConfig") else {}
+    )
     try:
         with _read_once(gguf):
             model = AutoModelForCausalLM.from_pretrained(
-                path.parent,
-                gguf_file=path.name,
-                dtype=torch.float32,
-                # Without dequantize the weights stay tied to a quantizer and cannot be saved.
-                quantization_config=GgufConfig(dequantize=True),
+                path.parent, gguf_file=path.name, dtype=torch.float32, **options
             )
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     except (OSError, ValueError, LookupError, RuntimeError, TypeError, struct.error) as error:

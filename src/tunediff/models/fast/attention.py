@@ -29,6 +29,8 @@ def lighten(network: nn.Module) -> None:
     What is not saved with a network is all that changes: by which name its configuration says how to attend.
     """
     config = network.config.get_text_config(decoder=True)
+    if getattr(config, "attn_logit_softcapping", None) and config._attn_implementation == "sdpa":
+        network.set_attn_implementation("eager")  # older transformers choose the fused kernel, which drops the cap
     if getattr(config, "_attn_implementation", None) != "sdpa" or next(network.parameters()).device.type != "cpu":
         return
     from transformers import AttentionInterface
