@@ -49,7 +49,7 @@ class Lens:
         rows_VD = torch.nn.functional.normalize(rows_VD - rows_VD.mean(0), dim=1)
         read = self.map_SDD[self.sites.index(site)] @ direction_D.to(self.map_SDD)
         read = torch.nn.functional.normalize(read, dim=0).to(rows_VD)
-        scores = (rows_VD @ read).cpu()
+        scores = (rows_VD @ read).detach().cpu()
         may_V = torch.ones(len(scores), dtype=torch.bool) if mask_V is None else mask_V.cpu()
         named = may_V.nonzero()[:, 0]
         order = named[scores[named].argsort(descending=True, stable=True)].tolist()
