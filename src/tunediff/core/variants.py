@@ -82,7 +82,7 @@ def make(base: type[T], name: str, settings: Mapping[str, Any] | None = None, pa
             f"{name} is no {kind_of(package)}", expected=f"a subclass of {base.__name__}", got=repr(kind)
         )
     if inspect.isabstract(kind):
-        missing = ", ".join(sorted(kind.__abstractmethods__))
+        missing = ", ".join(sorted(kind.__abstractmethods__))  # type: ignore[attr-defined]
         raise VariantError(f"{name} is not whole", expected=f"methods {missing}", got="an abstract class")
     made: T = typed(kind, dict(settings or {}), f"{part}.{name}".strip("."), SETTING)
     return made
@@ -93,7 +93,7 @@ def identity(made: Any) -> list[Any]:
     the digest of its source. Empty for a variant as it ships."""
     at_default = {f.name: _default(f) for f in dataclasses.fields(made)}
     changed = {name: getattr(made, name) for name, value in at_default.items() if getattr(made, name) != value}
-    digest = source(type(made))
+    digest = source(type(made))  # type: ignore[arg-type]
     return [part for part in (changed, digest) if part]
 
 
