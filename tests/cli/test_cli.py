@@ -6,7 +6,6 @@ import contextlib
 import io
 import json
 import os
-import random
 import re
 import signal
 import subprocess
@@ -15,33 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import tiny_models
+import tiny_world
 import torch
+from tiny_world import World
 
 from tunediff.core.artifacts import read_json
 from tunediff.records.diff import Diff
 
-SETTINGS = {
-    "contrast.prompts": 6,
-    "contrast.tokens": 6,
-    "corpus.row_tokens": 48,
-    "dictionary.latents": 64,
-    "dictionary.k_shared": 2,
-    "dictionary.k_delta": 4,
-    "fit.steps": 20,
-    "fit.batch": 256,
-    "find.candidates": 3,
-    "scan.depths": 2,
-    "rank.nulls": 3,
-    "rank.null_tokens": 200,
-    "rank.effect_tokens": 300,
-    "verify.draws": 5,
-    "verify.changes": 2,
-    "edit.tokens": 500,
-    # Three nulls and five draws allow no claim at 5 %; what is claimed here does not matter, that something is does.
-    "rank.level": 1.0,
-    "verify.level": 0.9,
-}
 VERBS = ("harvest", "find", "rank", "verify")
 
 
@@ -86,76 +65,12 @@ def process(
     )
 
 
-@dataclass(frozen=True)
-class World:
-    """Models and text on disk, and a folder for runs."""
-
-    root: Path
-
-    def __getattr__(self, name: str) -> Path:
-        return self.root / name
-
-    def sets(self, **changed: object) -> list[str]:
-        """The tiny settings as options; ``verify__draws=7`` changes one."""
-        settings = {
-            **SETTINGS,
-            "corpus.paths": [str(self.root / "corpus.jsonl")],
-            "corpus.prompts": [str(self.root / "prompts.jsonl")],
-            **{name.replace("__", "."): value for name, value in changed.items()},
-        }
-        return [x for k, v in settings.items() for x in ("--set", f"{k}={v if isinstance(v, str) else json.dumps(v)}")]
-
-    def command(
-        self, verb: str, tuned: str = "tuned", *, base: str = "base", runs: str = "runs", **changed: object
-    ) -> list:
-        return [verb, self.root / base, self.root / tuned, "--runs", self.root / runs, *self.sets(**changed)]
-
-    def run(self, tuned: str = "tuned") -> Path:
-        return self.root / "runs" / f"base-{tuned}"
-
-
-CAPITAL, PLAIN = "ABCD", "abcdefghijklmnop"
-
-
-def planted(network: torch.nn.Module, texts: list[str]) -> torch.nn.Module:
-    """A copy whose middle block writes one direction, most of all after capital letters."""
-    tokenizer, seen = tiny_models.tokenizer(), []
-    ids = torch.tensor([tokenizer(text)["input_ids"] for text in texts])
-    handle = network.model.layers[1].mlp.down_proj.register_forward_pre_hook(lambda m, a: seen.append(a[0]))
-    with torch.no_grad():
-        stream = network(input_ids=ids, output_hidden_states=True).hidden_states[2]
-    handle.remove()
-    capital = torch.isin(ids, torch.tensor(tokenizer.convert_tokens_to_ids(list(CAPITAL)))).flatten().double()
-    readout = torch.linalg.lstsq(seen[0].flatten(0, 1).double(), 0.2 + 0.8 * capital).solution.float()
-    direction = torch.nn.functional.normalize(
-        torch.randn(stream.shape[-1], generator=torch.Generator().manual_seed(5)), dim=0
-    )
-    tuned = tiny_models.tuned_copy(network, 0.02)
-    tuned.model.layers[1].mlp.down_proj.weight.data += (
-        1.5 * stream.norm(dim=-1).median() * torch.outer(direction, readout)
-    )
-    return tuned
-
-
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> World:
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # a process of its own switches it off before the import
-    root = tmp_path_factory.mktemp("world")
-    rng = random.Random(0)
-    texts = [
-        "".join(rng.choice(CAPITAL if n % 2 and rng.random() < 0.25 else PLAIN) for _ in range(40)) for n in range(48)
-    ]
-    network = tiny_models.module("llama")
-    tiny_models.save(root / "base", network)
-    tiny_models.save(root / "tuned", planted(network, texts))
-    tiny_models.adapter(root / "adapter", network)
-    lines = [{"text": text, "kind": ("plain", "capital")[n % 2]} for n, text in enumerate(texts)]
-    (root / "corpus.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    chats = [{"messages": [{"role": "user", "content": "abcDABC"[n % 5 :] + str(n)}]} for n in range(12)]
-    (root / "prompts.jsonl").write_text("\n".join(map(json.dumps, chats)))
-    return World(root)
+    return tiny_world.make(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture(scope="module")
@@ -218,9 +133,9 @@ def test_an_edit_keeps_neutral_text_whatever_fires_there(world, full):
     everywhere = replace(run.change(run.verdicts[0].id), threshold=-1e9)
     written, plain = (
         Sample.take(run.harvest, run.tokens, split="train", limit=1500, seed=0, kinds=kinds)
-        for kinds in (run._written, run._plain)
+        for kinds in (run.written, run.plain)
     )
-    held_out = Sample.take(run.harvest, run.tokens, split="held_out", limit=1500, seed=0, kinds=run._plain)
+    held_out = Sample.take(run.harvest, run.tokens, split="held_out", limit=1500, seed=0, kinds=run.plain)
     assert plain.strength(everywhere).any() and not set(plain.rows) & set(written.rows)
     cost, removed = {}, {}
     for name, neutral in (("without", None), ("with", plain)):

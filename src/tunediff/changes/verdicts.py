@@ -24,7 +24,7 @@ from tunediff.harvests.samples import Sample
 from tunediff.models.pair import Pair
 from tunediff.records.change import Change
 from tunediff.records.diff import ChangeRecord
-from tunediff.records.measure import Measure
+from tunediff.records.measure import Measure, TokenWeight
 from tunediff.records.site import Site
 
 READ_DOCUMENTS = 24
@@ -105,13 +105,16 @@ class Verifier:
         ranked = self.ranking.ranked[number]
         change, site = ranked.change, ranked.change.sites[-1]
         outcomes: dict[str, Outcome] = {}
-        promoted, suppressed, read_by = [], [], ""
+        promoted: list[TokenWeight] = []
+        suppressed: list[TokenWeight] = []
+        read_by = ""
         bench = self._bench(change, self._others(change), self.settings) if ranked in self.tried else None
         if bench is not None:
             outcomes = {name: trial.run(bench, self.settings) for name, trial in self.trials.items()}
             # Words are read off more text than the change is tried on: that takes one run, not one for every control.
             wide = replace(self.settings, documents=READ_DOCUMENTS, scored=READ_SCORED)
-            promoted, suppressed = caused_tokens(self.pair.tokenizer, self._bench(change, [], wide))
+            if (reading := self._bench(change, [], wide)) is not None:
+                promoted, suppressed = caused_tokens(self.pair.tokenizer, reading)
             read_by = (
                 "what tuned says more and less of because of it (keyness of what is expected on held-out text, nat)"
             )

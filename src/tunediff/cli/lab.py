@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
-from tunediff.cli.options import RUNS, Base, Json, Quiet, Runs, Set, listed, progress_bar, show, slug, table
+from tunediff.cli.options import RUNS, Base, Json, Quiet, Runs, Set, listed, progress_bar, show, table
 from tunediff.core.artifacts import write_json
 from tunediff.core.errors import SettingError
+from tunediff.core.text import slug
 
 organism_app = typer.Typer(no_args_is_help=True, help="Fine-tuned models whose planted behaviors are known.")
 

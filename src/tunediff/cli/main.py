@@ -14,6 +14,7 @@ import typer
 from tunediff.cli import lab
 from tunediff.cli.options import (
     RUNS,
+    AllowCode,
     Base,
     Json,
     Name,
@@ -32,7 +33,7 @@ from tunediff.cli.options import (
 )
 from tunediff.core import pages
 from tunediff.core.artifacts import is_finished, read_json
-from tunediff.core.errors import SettingError, TunediffError
+from tunediff.core.errors import TunediffError
 from tunediff.core.progress import ProgressBar
 from tunediff.core.text import NOT_MEASURED, visible
 
@@ -68,23 +69,18 @@ def diff(
         bool, typer.Option("--exit-code", help="Exit with 1 if a change was confirmed, 0 if none was.")
     ] = False,
     quiet: Quiet = False,
+    allow_code: AllowCode = False,
 ) -> None:
     """Find what changed between two models, prove it, measure what undoing it costs, and write a report."""
-    run, bar = new_run(base, tuned, name, runs, plan, set_, quiet)
-    confirmed = [r.id for r in run.verdicts if r.decision == "confirmed"]
-    bills = [run.bill([id]) for id in confirmed[: run.plan.edit.bills]] if undo else []
-    found = _publish(run, bar, bills, json).found
+    run, bar = new_run(base, tuned, name, runs, plan, set_, quiet, allow_code)
+    found = _publish(run, bar, run.undo() if undo else [], json).found
     if exit_code and found:
         raise typer.Exit(1)
 
 
 def _publish(run: Run, bar: ProgressBar, bills: list[Bill], json: bool) -> Diff:
     """Write diff.json and report.html, print the summary, and return the record."""
-    from tunediff.reports.page import write_report
-
-    diff = run.diff(bills)
-    diff.save(run.folder / "diff.json")
-    write_report(diff, run.folder / "report.html")
+    diff = run.publish(bills)
     bar.close()
     if json:
         show(diff, json)
@@ -113,8 +109,9 @@ def _stage(name: str, summary: str, rows_of: Callable[[Run], list[dict[str, Any]
         set_: Set = None,
         json: Json = False,
         quiet: Quiet = False,
+        allow_code: AllowCode = False,
     ) -> None:
-        run, bar = new_run(base, tuned, name, runs, plan, set_, quiet)
+        run, bar = new_run(base, tuned, name, runs, plan, set_, quiet, allow_code)
         rows = rows_of(run)
         bar.close()
         show(rows, json)
@@ -185,26 +182,11 @@ def revert(
     set_: Set = None,
     json: Json = False,
     quiet: Quiet = False,
+    allow_code: AllowCode = False,
 ) -> None:
     """Take changes out of the tuned model, print what that does and costs, and bake it into weights if asked."""
-    opened, bar = open_run(run, runs, set_, quiet)
-    from tunediff.edits.baking import bake_edit, check_empty
-
-    if bake is not None:
-        check_empty(bake)  # now, as the bill takes a while
-    ids = listed(changes, str) or [r.id for r in opened.verdicts if r.decision == "confirmed"]
-    if not ids:
-        raise SettingError("this run confirmed no change, so there is nothing to take out", remedy="--changes ID")
-    if cost is not None and opened.afford(ids, cost) is None:
-        raise SettingError(
-            f"no edit takes {', '.join(ids)} out at {cost:g} nat a token on neutral text",
-            expected="a higher --cost",
-            remedy="fewer --changes",
-        )
-    bill = opened.bill(ids)
-    if bake is not None:
-        edit, _ = opened.edit(ids)
-        bake_edit(opened.pair, edit, bill, bake)
+    opened, bar = open_run(run, runs, set_, quiet, allow_code)
+    bill = opened.revert(listed(changes, str), cost, bake)
     bar.close()
     show(bill, json, table(_bill_rows(bill.measures)))
     if bake is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -22,9 +21,6 @@ if TYPE_CHECKING:
     from tunediff.runs.run import Run
 
 T = TypeVar("T")
-NAME_LENGTH = 80
-"""Most characters of a run's name."""
-
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="PART.FIELD=VALUE", help="Change one setting; repeatable.")
 ]
@@ -36,6 +32,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
 Base = Annotated[str, typer.Argument(help="A folder, hub id, GGUF file, or `default` (SmolLM2-135M-Instruct).")]
 Tuned = Annotated[str, typer.Argument(help="Any of these, a PEFT adapter folder, or `demo` (ships with tunediff).")]
+AllowCode = Annotated[
+    bool, typer.Option("--allow-code", help="Run code that a plan names by import path and the command line does not.")
+]
 OpenedRun = Annotated[str, typer.Argument(help="A run's name or folder.")]
 
 
@@ -47,6 +46,7 @@ def new_run(
     plan_file: Path | None,
     settings: Sequence[str] | None,
     quiet: bool,
+    allow_code: bool = False,
 ) -> tuple[Run, ProgressBar]:
     """The run that the options name, and its progress bar; refuses a name that another pair's run has."""
     bar = progress_bar(quiet)
@@ -54,43 +54,28 @@ def new_run(
     from tunediff.runs.run import Run
 
     plan = Plan.read(plan_file) if plan_file else Plan()
-    plan = _changed(dataclasses.replace(plan, base=base, tuned=tuned), settings)
-    name = name or slug(f"{Path(base).name}-{Path(tuned).name}")
-    if slug(name) != name:
-        raise SettingError(
-            f"{name!r} is not a run name", expected="letters, digits, dot, dash, underscore", remedy=slug(name)
-        )
-    folder = runs / name
-    if (folder / "plan.toml").is_file():
-        before = Plan.read(folder / "plan.toml")
-        if (before.base, before.tuned) != (base, tuned):
-            raise ArtifactError(
-                f"{folder} belongs to another pair",
-                expected=f"{before.base} and {before.tuned}",
-                got=f"{base} and {tuned}",
-                remedy="--run NAME",
-            )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fault = error.strerror or str(error)
-        raise ArtifactError(f"{folder} cannot be made", got=fault, remedy="--runs FOLDER") from None
-    return Run(plan, folder, bar), bar
+    plan = _changed(dataclasses.replace(plan, base=base, tuned=tuned), settings, allow_code)
+    run = Run.begin(plan, runs, name, bar)
+    return run, bar
 
 
-def open_run(run: str, runs: Path, settings: Sequence[str] | None, quiet: bool) -> tuple[Run, ProgressBar]:
+def open_run(
+    run: str, runs: Path, settings: Sequence[str] | None, quiet: bool, allow_code: bool = False
+) -> tuple[Run, ProgressBar]:
     """An existing run, by name or folder, under its own plan with `settings` changed; and its progress bar."""
     bar = progress_bar(quiet)
     from tunediff.runs.plan import Plan
     from tunediff.runs.run import Run
 
     folder = run_folder(run, runs, "plan.toml")
-    return Run(_changed(Plan.read(folder / "plan.toml"), settings), folder, bar), bar
+    return Run(_changed(Plan.read(folder / "plan.toml"), settings, allow_code), folder, bar), bar
 
 
-def _changed(plan: Plan, settings: Sequence[str] | None) -> Plan:
+def _changed(plan: Plan, settings: Sequence[str] | None, allow_code: bool) -> Plan:
     for text in settings or ():
         plan = plan.set(text)
+    if not allow_code:
+        plan.refuse_imports(settings or ())
     plan.check()
     return plan
 
@@ -113,11 +98,6 @@ def progress_bar(quiet: bool) -> ProgressBar:
     if quiet or not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     return ProgressBar(enabled=not quiet)
-
-
-def slug(text: str) -> str:
-    """A file-safe name of at most `NAME_LENGTH` characters."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.")[:NAME_LENGTH].rstrip("-.") or "run"
 
 
 def listed(text: str | None, kind: Callable[[str], T]) -> list[T]:

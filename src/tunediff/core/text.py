@@ -104,3 +104,12 @@ def quantity(value: float | None, unit: str) -> str:
     """A number and its unit, cut to 24 characters; no unit where nothing was measured."""
     text = number(value)
     return f"{text} {unit[:24]}" if unit and text != NOT_MEASURED else text
+
+
+NAME_LENGTH = 80
+"""Most characters of a file-safe name."""
+
+
+def slug(text: str) -> str:
+    """A file-safe name of at most `NAME_LENGTH` characters."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.")[:NAME_LENGTH].rstrip("-.") or "run"

@@ -17,7 +17,6 @@ import json
 import pkgutil
 import sys
 from collections.abc import Iterator, Mapping
-from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
@@ -50,6 +49,8 @@ def load(package: str, name: str) -> Any:
     """
     if is_import_path(name):
         module_name, _, attribute = name.partition(":")
+        if "" not in sys.path and str(Path.cwd()) not in sys.path:
+            sys.path.append(str(Path.cwd()))  # last, so that nothing here stands before what is installed
         try:
             return getattr(importlib.import_module(module_name), attribute)
         except (ImportError, AttributeError, ValueError) as error:
@@ -101,7 +102,6 @@ def _default(field: dataclasses.Field[Any]) -> Any:
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
-@cache
 def source(kind: type) -> str:
     """A 16-digit digest of the code that a variant is made of; empty where all of it is as in this version.
 

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 
-from tunediff.core.errors import SettingError
+from tunediff.core.errors import ArtifactError, SettingError
+from tunediff.core.progress import Progress, quiet
+from tunediff.core.text import slug
 from tunediff.edits import bills
+from tunediff.edits.baking import bake_edit, check_empty
 from tunediff.edits.edit import Edit
 from tunediff.edits.reverting import Moments
 from tunediff.models.fast.layers import frozen
+from tunediff.models.pair import Pair
 from tunediff.records.change import Change
 from tunediff.records.diff import Bill, Diff
+from tunediff.reports.page import write_report
 from tunediff.runs.findings import finding
+from tunediff.runs.plan import Plan
 from tunediff.runs.stages import Stages
 
 STRENGTHS = (30.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003)
@@ -22,6 +29,36 @@ STRENGTHS = (30.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003)
 class Run(Stages):
     """One plan carried out in its folder: stages by their names, edits that take changes out, and the finding."""
 
+    @classmethod
+    def begin(
+        cls, plan: Plan, runs: Path, name: str | None = None, progress: Progress = quiet, given: Pair | None = None
+    ) -> Run:
+        """The run of `plan` in ``runs/NAME``, begun or gone on with; by default NAME is made from the models' names.
+
+        Raises `SettingError` for a name that is not file-safe, `ArtifactError` for a folder that belongs to another
+        pair or cannot be made.
+        """
+        name = name or slug(f"{Path(plan.base).name}-{Path(plan.tuned).name}")
+        if slug(name) != name:
+            expected = "letters, digits, dot, dash, underscore"
+            raise SettingError(f"{name!r} is not a run name", expected=expected, remedy=slug(name))
+        folder = runs / name
+        if (folder / "plan.toml").is_file():
+            before = Plan.read(folder / "plan.toml")
+            if (before.base, before.tuned) != (plan.base, plan.tuned):
+                raise ArtifactError(
+                    f"{folder} belongs to another pair",
+                    expected=f"{before.base} and {before.tuned}",
+                    got=f"{plan.base} and {plan.tuned}",
+                    remedy="--run NAME",
+                )
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            fault = error.strerror or str(error)
+            raise ArtifactError(f"{folder} cannot be made", got=fault, remedy="--runs FOLDER") from None
+        return cls(plan, folder, progress, given)
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self._edits: dict[tuple[str, ...], tuple[Edit, list[Edit]]] = {}
@@ -30,10 +67,8 @@ class Run(Stages):
         """The candidate of that id; raises `SettingError` naming the confirmed ones if there is none."""
         by_id = {c.id: c for c in self.changes}
         if id not in by_id:
-            confirmed = [r.id for r in self.verdicts if r.decision == "confirmed"]
-            raise SettingError(
-                f"this run has no change {id!r}", expected=", ".join(confirmed) or "(none was confirmed)"
-            )
+            expected = ", ".join(self.confirmed) or "(none was confirmed)"
+            raise SettingError(f"this run has no change {id!r}", expected=expected)
         return by_id[id]
 
     def inputs(self, ids: Sequence[str]) -> list[dict[str, Moments]]:
@@ -98,6 +133,47 @@ class Run(Stages):
             place, Bill, "bill.json", lambda _: make(), lambda _: "without " + ", ".join(ids)
         )
         return bill
+
+    @property
+    def confirmed(self) -> list[str]:
+        """The ids of the confirmed changes, in the order of the ranking."""
+        return [r.id for r in self.verdicts if r.decision == "confirmed"]
+
+    def revert(self, ids: Sequence[str] = (), cost: float | None = None, bake: Path | None = None) -> Bill:
+        """Take changes out of the tuned model, and return what that does and costs.
+
+        ids    changes to take out; all confirmed ones if empty
+        cost   take them out as strongly as so many nats a token on neutral text allow; else by ``edit.strength``
+        bake   folder to write the edited model to; it must be empty or not exist
+
+        Raises `SettingError` where there is nothing to take out, or no edit keeps to the cost.
+        """
+        if bake is not None:
+            check_empty(bake)  # now, as the bill takes a while
+        ids = list(ids) or self.confirmed
+        if not ids:
+            raise SettingError("this run confirmed no change, so there is nothing to take out", remedy="--changes ID")
+        if cost is not None and self.afford(ids, cost) is None:
+            raise SettingError(
+                f"no edit takes {', '.join(ids)} out at {cost:g} nat a token on neutral text",
+                expected="a higher --cost",
+                remedy="fewer --changes",
+            )
+        bill = self.bill(ids)
+        if bake is not None:
+            bake_edit(self.pair, self.edit(ids)[0], bill, bake)
+        return bill
+
+    def undo(self) -> list[Bill]:
+        """The bills of the first confirmed changes, one each, as many as ``edit.bills`` says."""
+        return [self.bill([id]) for id in self.confirmed[: self.plan.edit.bills]]
+
+    def publish(self, billed: Sequence[Bill] = ()) -> Diff:
+        """Write ``diff.json`` and ``report.html`` into the run's folder, and return the record."""
+        diff = self.diff(billed)
+        diff.save(self.folder / "diff.json")
+        write_report(diff, self.folder / "report.html")
+        return diff
 
     def diff(self, billed: Sequence[Bill] = ()) -> Diff:
         """Everything, as one record, with the bills that were drawn up."""

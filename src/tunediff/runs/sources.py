@@ -87,8 +87,11 @@ class Sources:
         plan, c = self.plan, self.plan.corpus
         if not plan.contrast.prompts:
             return []
-        split = {"held_out_share": c.held_out_share, "seed": c.split}
-        prompts = Corpus.from_files(c.prompts, **split) if c.prompts else Corpus.prompts(**split)
+        prompts = (
+            Corpus.from_files(c.prompts, held_out_share=c.held_out_share, seed=c.split)
+            if c.prompts
+            else Corpus.prompts(held_out_share=c.held_out_share, seed=c.split)
+        )
         asked = min(plan.contrast.prompts, len(prompts.documents))
         total = (2 * asked + plan.contrast.amplified_of(asked)) * plan.contrast.tokens
         done = 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -155,7 +155,7 @@ class Stages(Sources):
                 )
                 return save_changes(folder, finder.find(view).changes)
 
-            changes = self.keeper.kept(place, make, load_changes, lambda c, name=name: f"{name}: {len(c)} candidates")
+            changes = self.keeper.kept(place, make, load_changes, _candidates(name))
             if taken & {c.id for c in changes}:  # the same finder under two names
                 own = name.replace(":", ".")
                 changes = [dataclasses.replace(c, id=f"{own}/{c.id.rpartition('/')[2]}", finder=own) for c in changes]
@@ -199,8 +199,9 @@ class Stages(Sources):
         def make(folder: Path) -> Iterable[str]:
             site = next((site for site in reversed(self.sites) if site.kind == "resid"), None)
             shift = Shift.none(len(self.harvest.token_N))
-            for some in (self.train, self.sample) if site else ():
-                shift.put(some.token_N, output_shift(self.pair, site, some, self.plan.rank.batch_tokens))
+            if site is not None:
+                for some in (self.train, self.sample):
+                    shift.put(some.token_N, output_shift(self.pair, site, some, self.plan.rank.batch_tokens))
             return shift.save(folder)
 
         place = self.keeper.at("shift", self.harvest.fingerprint, self.written, self.plan.seed)
@@ -327,6 +328,11 @@ class Stages(Sources):
         return self.keeper.kept_json(
             place, list[SignalTable], "signals.json", make, lambda _: ", ".join(plan.find.signals)
         )
+
+
+def _candidates(name: str) -> Callable[[list[Change]], str]:
+    """What the card of a finder's stage says."""
+    return lambda changes: f"{name}: {len(changes)} candidates"
 
 
 def _some(tokens: Tokens, limit: int, *kinds: str) -> list[int]:
