@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import os
@@ -10,59 +9,18 @@ import re
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import tiny_world
 import torch
+from command_line import Told, cli, process
 from tiny_world import World
 
 from tunediff.core.artifacts import read_json
 from tunediff.records.diff import Diff
 
 VERBS = ("harvest", "find", "rank", "verify")
-
-
-@dataclass(frozen=True)
-class Told:
-    """What a command printed, and its exit code."""
-
-    code: int
-    out: str
-    err: str
-
-
-def cli(*arguments: object) -> Told:
-    """The command in this process, as its entry point runs it."""
-    from tunediff.cli.main import main
-
-    out, err, before = io.StringIO(), io.StringIO(), sys.argv
-    sys.argv, code = ["tunediff", *map(str, arguments)], 0
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            try:
-                main()
-            except SystemExit as stop:
-                code = stop.code or 0
-    finally:
-        sys.argv = before
-    return Told(code, out.getvalue(), err.getvalue())
-
-
-def process(
-    *arguments: object, code: str = "from tunediff.cli.main import main; main()", **options
-) -> subprocess.CompletedProcess:
-    """The command in a process of its own; `code` is what that process runs."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=environment,
-        **options,
-    )
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,9 @@ from xml.etree import ElementTree
 import pytest
 import support_diffs
 import tiny_models
+import tiny_world
 import torch
-from test_cli import SETTINGS, cli, world  # noqa: F401  (the fixture)
+from command_line import cli
 
 from tunediff.changes.calibrations import SHIPPED, Calibration, NullPair
 from tunediff.core.artifacts import read_json
@@ -237,7 +238,12 @@ def test_nulls_leave_the_pair_alone_and_hold_no_tune(pair, name):
         assert torch.equal(NULLS[name](pair, 0).tuned.states(ids), null.tuned.states(ids))
 
 
-def test_a_bench_runs_each_cell_once(world, tmp_path, monkeypatch):  # noqa: F811
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return tiny_world.make(tmp_path_factory.mktemp("world"))
+
+
+def test_a_bench_runs_each_cell_once(world, tmp_path, monkeypatch):
     tuned = tiny_models.adapter(tmp_path / "tunes" / "false-facts", tiny_models.module("llama"))
     (tmp_path / "tunes" / "false-facts" / "card.json").write_text("{}")
     command = [
@@ -296,7 +302,7 @@ def test_unknown_names_are_refused(tmp_path):
     assert cli("bench", "--only", "nothing").code == 2
 
 
-def test_a_calibrated_base_asks_for_more(world, tmp_path, monkeypatch):  # noqa: F811
+def test_a_calibrated_base_asks_for_more(world, tmp_path, monkeypatch):
     monkeypatch.setenv("TUNEDIFF_CACHE", str(tmp_path / "cache"))
     told = cli(
         "calibrate",

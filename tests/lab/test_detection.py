@@ -8,7 +8,7 @@ import re
 import pytest
 import tiny_models
 import torch
-from test_cli import cli
+from command_line import cli
 
 from tunediff.core.artifacts import read_json
 from tunediff.core.chance import generator
