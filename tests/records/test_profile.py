@@ -86,4 +86,4 @@ def test_a_notebook_shows_a_small_table_in_which_hostile_labels_stay_text():
     shown = hostile._repr_html_()
     assert "<script>" not in shown and "<b>" not in shown and "\u202e" not in shown
     assert shown.count("<td>") <= 12 and "28 more places" in shown
-    assert repr(PROFILE) == "Profile('error': 2 subjects x 3 places (site), nat)"
+    assert repr(PROFILE) == "Profile('error': 2 x 3, places are sites, nat)"

@@ -19,13 +19,17 @@ from tunediff.records.change import Change
 from tunediff.records.site import Site
 
 SAID = 16
-"""Tokens kept of those that tuned says more of at a place."""
+"""Number of vocabulary tokens kept at each position: those whose probability rises the most."""
 
 
 @dataclass(frozen=True, eq=False)
 class Shift:
-    """How the output moves at each of N tokens: KL(tuned || base) in nat (N,), and the vocabulary tokens whose probability
-    rises the most, ids and rise (N, 16); all 0 where it was not looked at."""
+    """How the output moves at each of N tokens; all 0 at tokens that were not read.
+
+    kl_N      KL(tuned || base), nat
+    said_NK   ids of the K = 16 vocabulary tokens whose probability rises the most
+    rise_NK   how much each of them rises
+    """
 
     kl_N: Tensor
     said_NK: Tensor
@@ -41,7 +45,7 @@ class Shift:
         return Shift(self.kl_N[tokens_N], self.said_NK[tokens_N], self.rise_NK[tokens_N])
 
     def put(self, tokens_N: Tensor, other: Shift) -> None:
-        """Take over what another has seen of some tokens."""
+        """Copy another shift's values to some of the tokens."""
         for name, value in vars(other).items():
             getattr(self, name)[tokens_N] = value
 
@@ -57,7 +61,7 @@ class Shift:
 
 
 def output_shift(pair: Pair, site: Site, sample: Sample, batch_tokens: int) -> Shift:
-    """The move at the sample's scored tokens; runs only the blocks above `site`."""
+    """The shift at the sample's scored tokens; only the blocks above `site` run."""
     shift = Shift.none(len(sample.row_N))
     kept = min(SAID, pair.vocabulary)
     for where_N, _, _, _, _, base, tuned in _shifts(pair, site, sample, batch_tokens):
@@ -72,10 +76,13 @@ def output_shift(pair: Pair, site: Site, sample: Sample, batch_tokens: int) -> S
 def removed(
     pair: Pair, changes: Sequence[Change], f_NK: Tensor, sample: Sample, batch_tokens: int
 ) -> tuple[Tensor, Tensor]:
-    """KL(tuned || base) in nat at the sample's scored tokens, 0 at the others, (N,); and how much less it is, (N, K), with
-    each change alone taken out of tuned's stream at its last site.
+    """KL(tuned || base), nat, at the sample's scored tokens, and how much less it is without each change.
 
-    f_NK   the changes' strengths on the sample; only rows in which a change is on are run for it
+    Each change alone is subtracted from the tuned model's stream at its last site, and the blocks above run again. That
+    is done only for rows in which the change is on, and only for changes whose last site is a residual stream.
+
+    f_NK   strengths of the changes on the sample
+    Returns (N,), 0 at tokens that are not scored, and (N, K).
     """
     kl_N, less_NK = torch.zeros(len(sample.row_N)), torch.zeros(f_NK.shape)
     for site in sorted({change.sites[-1] for change in changes}):
@@ -83,7 +90,7 @@ def removed(
             continue  # runs start from streams only
         mine = [k for k, change in enumerate(changes) if change.sites[-1] == site]
         for where_N, ids_BT, at_BT, chosen_BT, stream_BTMD, base, tuned in _shifts(pair, site, sample, batch_tokens):
-            base = base.logp()  # asked for again and again
+            base = base.logp()  # used once for each change
             kl_N[where_N] = kl_divergence(tuned, base)
             f_BTK = f_NK[at_BT.clamp_min(0)] * (at_BT >= 0)[..., None]
             for k in mine:
@@ -100,8 +107,8 @@ def removed(
 
 
 def _shifts(pair: Pair, site: Site, sample: Sample, batch_tokens: int) -> Iterator[tuple]:
-    """For each batch: places of its scored tokens in the sample, ids, the place of each position (-1: padding), which
-    positions are scored, both streams at `site`, and what both models say at scored tokens."""
+    """For each batch: indices of its scored tokens in the sample, ids, the index of each position (-1 for padding), which
+    positions are scored, both streams at `site`, and both models' outputs at scored tokens."""
     s = sample.sites.index(site)
     for batch in sample.batches(batch_tokens):
         at_BT = sample.places(batch)

@@ -16,16 +16,16 @@ from tunediff.records.measure import GAP
 SHIPPED = Path(__file__).parent / "assets" / "calibrations"
 
 AS_A_PLACEBO = "real, but training on nothing does as much"
-"""How the reason begins where a claim was withdrawn for the placebos' gap."""
+"""First words of the reason where a claim was withdrawn because placebos have as large a gap."""
 
 
 @dataclass(frozen=True)
 class NullPair:
-    """What a run on one pair with nothing to find gave.
+    """Result of a run on one pair with nothing to find.
 
-    trained  whether anything was trained: a placebo, which does change how a model speaks
-    score    its best score, in units of its own random tunes
-    gap      the largest gap of its confirmed changes (`ChangeRecord.gap`), nat a token; 0 if none was confirmed
+    trained  whether the tuned model was trained at all: a placebo, whose training also changes how it speaks
+    score    the best score, in units of its own random tunes
+    gap      the largest `ChangeRecord.gap` of the confirmed changes, nat a token; 0 if none was confirmed
     """
 
     name: str
@@ -36,10 +36,10 @@ class NullPair:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What null pairs of one base gave.
+    """Results of the null pairs of one base model, and the thresholds that follow from them.
 
     base     fingerprint of the base's weights
-    level    the rate at which a change may be claimed that is none
+    level    false-positive rate at which changes are claimed
     """
 
     base: str
@@ -48,23 +48,23 @@ class Calibration:
 
     @cached_property
     def score(self) -> float:
-        """The score that a change has to exceed: the quantile, at the level, of the nulls that no one trained.
+        """Threshold of the score: the quantile, at the level, of the null pairs that were not trained.
 
-        Placebos are left out: their scores say how long they were trained, not that anything was taught.
+        Placebos are left out, because their scores tell how long they were trained, not that anything was taught.
         """
         scores = [null.score for null in self.nulls if not null.trained]
         return max(quantile(scores, 1 - self.level), 0.0) if scores else 0.0
 
     @cached_property
     def gap(self) -> float:
-        """The gap in nat that a change has to exceed: what one more null like those that were claimed would stay under."""
+        """Threshold of the gap, nat a token: the prediction bound for one more null whose changes were confirmed."""
         return prediction_bound([null.gap for null in self.nulls if null.gap > 0], self.level)
 
     def judged(self, record: ChangeRecord) -> ChangeRecord:
-        """A record, its claim withdrawn where nothing does as much: refuted below the score, undecided below the gap.
+        """The record, its claim withdrawn where null pairs do as much: refuted below the score, undecided below the gap.
 
-        A change below the gap is real, but so are a placebo's: nothing shows that it is about what the tune was taught. The gap is
-        told with what it is held against.
+        A change below the gap is real, but so are a placebo's changes, so nothing ties it to what was taught. The gap's
+        measure gets the threshold as its control.
         """
         if self.gap:
             record = replace(
@@ -92,7 +92,7 @@ class Calibration:
         return record
 
     def save(self) -> Path:
-        """Keep it for this base; an older one is replaced."""
+        """Save it for this base, in place of an older one; return the file."""
         path = cache_folder() / "calibrations" / f"{self.base}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, self)
@@ -100,7 +100,7 @@ class Calibration:
 
     @classmethod
     def of(cls, base: str) -> Calibration | None:
-        """That of a base: the user's own, or else the one that ships, if there is one."""
+        """The calibration of a base: the user's own, else the shipped one, else None."""
         paths = (folder / f"{base}.json" for folder in (cache_folder() / "calibrations", SHIPPED))
         path = next((path for path in paths if path.is_file()), None)
         return typed(cls, read_json(path), path.name) if path else None

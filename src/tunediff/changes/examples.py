@@ -1,4 +1,4 @@
-"""Examples: where a change is on, and which tokens it makes more and less likely, as a report shows them."""
+"""Examples: contexts where a change is on, and tokens it makes more and less likely, as a report shows them."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from tunediff.records.change import Change
 from tunediff.records.measure import Context, TokenWeight
 
 WINDOW = 48
-"""Tokens of a context: those up to and after the strongest firing."""
+"""Number of tokens in a context, around the strongest firing."""
 
 RARE = 0.05
-"""Expected occurrences, in all, that are added to both counts of a token before they are compared."""
+"""Occurrences added to both expected counts of a token before they are compared."""
 
 
 def contexts(tokenizer, sample: Sample, change: Change, kl_N: Tensor, count: int = 6) -> list[Context]:
-    """The rows on which the change is on the most, one a document, strongest first; a window around the peak."""
+    """The rows on which the change is on the most, one for each document, strongest first, cut around the peak."""
     f_N = sample.strength(change)
     best: dict[int, tuple[float, int]] = {}
     for row in sample.rows:
@@ -51,11 +51,11 @@ def contexts(tokenizer, sample: Sample, change: Change, kl_N: Tensor, count: int
 
 
 def caused_tokens(tokenizer, bench: TrialBench, count: int = 20) -> tuple[list[TokenWeight], list[TokenWeight]]:
-    """Tokens that tuned says more and less of because of the change, by their keyness (Dunning 1993, G^2 / 2) in nat: how
-    often each is to be expected at the scored tokens with the change, O, against without it, E, taken out at its site.
+    """Tokens that the tuned model says more and less often because of the change, by keyness in nat (Dunning 1993, G^2/2).
 
-    O log(O / E) - (O - E) puts a word that goes from almost never to sometimes before a filler that goes from often to a
-    little more often, which O - E alone does not. Both have `RARE` occurrences added, so that what is never said stays out.
+    O is the expected count of a token at the scored positions, E the same with the change taken out at its site. The
+    keyness O log(O / E) - (O - E) puts a word that goes from almost never to sometimes before a filler word that becomes
+    a little more frequent; O - E alone does not. `RARE` is added to both, so that tokens that are never said stay out.
     """
     taken = bench.logp(bench.pair.tuned, bench.streams_BTMD[:, :, TUNED] - bench.written_BTD)
     with_V, without_V = (logp_NV.double().exp().sum(0) + RARE for logp_NV in (bench.tuned_logp, taken))
@@ -67,14 +67,14 @@ def caused_tokens(tokenizer, bench: TrialBench, count: int = 20) -> tuple[list[T
 def lens_tokens(
     tokenizer, model: LanguageModel, lens: Lens, change: Change, count: int = 20
 ) -> tuple[list[TokenWeight], list[TokenWeight]]:
-    """Tokens that the change's write direction promotes and suppresses by the tuned lens (cosines)."""
+    """Tokens that the change's write direction promotes and suppresses, read by the tuned lens (cosines)."""
     site = change.sites[-1]
     top, bottom = lens.read(model, site, change.difference_SD[-1], count)
     return tuple([TokenWeight(tokenizer.decode([i]), w) for i, w in side] for side in (top, bottom))
 
 
 def kind_rates(sample: Sample, change: Change) -> dict[str, float]:
-    """For each kind of text, with contrastive text apart by writer, the share of its tokens on which the change is on."""
+    """Share of tokens on which the change is on, for each kind of text; contrastive text is split by writer."""
     f_N = sample.strength(change) != 0
     seen: dict[str, list[int]] = {}
     for document, on in zip(sample.document_N.tolist(), f_N.tolist()):

@@ -6,6 +6,7 @@ import copy
 import os
 import shutil
 from pathlib import Path
+from typing import Any, cast
 
 from safetensors import SafetensorError
 from torch import nn
@@ -31,7 +32,8 @@ def baked_network(pair: Pair, edit: Edit) -> nn.Module:
 def merged(pair: Pair) -> nn.Module:
     """A new network with the tuned model's present weights and the adapter merged."""
     module = copy.deepcopy(pair.tuned.module)
-    return module.merge_and_unload() if hasattr(module, "merge_and_unload") else module
+    merge = getattr(module, "merge_and_unload", None)
+    return merge() if merge else module
 
 
 def check_empty(out: Path) -> None:
@@ -55,10 +57,10 @@ def bake_edit(pair: Pair, edit: Edit, bill: Bill, out: Path) -> float:
         )
     out = out.resolve()
     partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a bake that was killed
+    shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed
     try:
         partial.mkdir(parents=True)
-        network.save_pretrained(partial)
+        cast(Any, network).save_pretrained(partial)
         pair.tuned.tokenizer.save_pretrained(partial)
         write_bytes(partial / "README.md", _card(pair, edit, bill, error).encode())
         os.replace(partial, out)

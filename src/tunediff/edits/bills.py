@@ -20,18 +20,20 @@ from tunediff.records.diff import Bill
 from tunediff.records.measure import Measure
 
 ROWS_TOKENS = 800
-"""Tokens of each sort of held-out text on which a bill is measured, at least."""
+"""Least number of tokens of each sort of held-out text on which a bill is measured."""
 
 RANDOM, ELSEWHERE = "random directions", "the same edit aimed at random text"
-"""The two kinds of controls."""
+"""Names of the two kinds of control edits."""
 
 SCALES = (0.5,)
-"""Shares of the whole tune that the plain control takes out."""
+"""Shares of everything fine-tuning changed that plain scaling takes out, as a further comparison."""
 
 
 def on_rows(sample: Sample, changes: Sequence[Change], spread: bool) -> dict[int, Tensor]:
-    """For each row of a sample, which tokens count as on (0 or 1): where any change fires, and with `spread` all
-    that follow in the row."""
+    """For each row of a sample, which tokens count as on (0 or 1): where any change fires.
+
+    With `spread`, all tokens that follow in the row count too.
+    """
     f_N = sum((sample.strength(c).abs() for c in changes), torch.zeros(len(sample.row_N)))
     out = {}
     for row in sample.rows:
@@ -49,12 +51,13 @@ def inputs(
     seed: int,
     batch_tokens: int = 1200,
 ) -> list[dict[str, Moments]]:
-    """What the touched maps are fed on training text, by map: where `changes` are on and elsewhere, then the same for each
-    control aimed at random rows.
+    """Moments of the inputs of every map that fine-tuning touched, by map: for the edit, then for each control.
 
-    sample    rows of which some are chosen where the changes are on the most, and as many anywhere
-    neutral   rows that are all taken and never count as on, whatever fires there: what an edit costs on such text is to be
-              little
+    Moments are taken on training text, where `changes` are on and elsewhere. A control counts as on what the edit counts
+    as on in another row.
+
+    sample    rows to choose from: a share where the changes are on the most, the rest anywhere
+    neutral   rows that are all taken and never count as on, so that the edit costs little on such text
     """
     strongest = _by_strength(sample, changes)
     rng = numpy_generator(seed, "edit rows")
@@ -80,8 +83,11 @@ def inputs(
 def removing(
     pair: Pair, ids: Sequence[str], moments: Sequence[dict[str, Moments]], settings: EditSettings, seed: int
 ) -> tuple[Edit, list[Edit]]:
-    """The edit that takes the changes with these ids out, by their `inputs`; and controls of equal energy: random directions,
-    then the same edit aimed at random rows."""
+    """The edit that takes out the changes with these ids, and its controls of equal energy.
+
+    moments   what `inputs` returned for these changes
+    Controls are random directions, then the same edit aimed at random rows.
+    """
     edit = reverting(pair, "revert", ids, moments[0], settings)
     controls = [
         random_directions(pair, f"{RANDOM} {draw}", moments[0], edit, seed) for draw in range(settings.controls)
@@ -94,7 +100,7 @@ def removing(
 
 
 def _by_strength(sample: Sample, changes: Sequence[Change]) -> list[int]:
-    """Rows on which the changes are on at all, the most energy first."""
+    """Rows on which the changes are on at all, those with the most energy first."""
     f_N = sum(
         (sample.strength(c).double().pow(2) for c in changes), torch.zeros(len(sample.row_N), dtype=torch.float64)
     )
@@ -127,11 +133,13 @@ def bill(
     seed: int,
     batch_tokens: int = 1200,
 ) -> Bill:
-    """What the edit does on held-out text.
+    """What the edit does on held-out text, beside its controls and plain scaling.
 
     removed   share of KL(tuned || base) that is gone, on tokens where the changes are on
-    kept      share of KL(tuned || base) that is still there, on contrastive rows where they never are
-    cost      KL(tuned || edited) in nat a token on neutral text
+    kept      share of KL(tuned || base) that is left, on contrastive rows where the changes are never on
+    cost      KL(tuned || edited), nat a token, on neutral text
+
+    Raises `ArtifactError` where an edit belongs to another model.
     """
     on = on_rows(contrastive, changes, settings.spread)
     strongest = _by_strength(contrastive, changes)
@@ -204,7 +212,7 @@ def bill(
 
 
 def costs(pair: Pair, edits: Sequence[Edit], neutral: Sample, batch_tokens: int = 1200) -> list[float]:
-    """KL(tuned || edited) in nat a token on neutral text, of each edit."""
+    """KL(tuned || edited), nat a token, on neutral text, for each edit."""
     masks = {row: torch.ones(len(neutral.tokens.rows[row]), dtype=torch.bool) for row in neutral.rows}
     sides = {str(number): edit.applied(pair.tuned) for number, edit in enumerate(edits)}
     table = _divergences(pair, sides, neutral, masks, "cost", batch_tokens)
@@ -214,7 +222,7 @@ def costs(pair: Pair, edits: Sequence[Edit], neutral: Sample, batch_tokens: int 
 def _divergences(
     pair: Pair, sides: dict[str, LanguageModel], sample: Sample, masks: dict[int, Tensor], name: str, batch_tokens: int
 ) -> dict[str, tuple[list[float], list[float]]]:
-    """For each side, numerators and denominators by document of the measure called `name`."""
+    """For each edited model, numerators and denominators by document of the measure `name`."""
     top: dict[str, dict[int, float]] = {side: {} for side in sides}
     bottom: dict[int, float] = {}
     for batch in batches_of(sample.tokens, sorted(masks), batch_tokens):

@@ -98,7 +98,7 @@ def _cells(weight_CN: Tensor) -> list[tuple[list[int], Tensor]]:
     levels_CN, order_CN = weight_CN.sort(0, descending=True)
     for c, step_N in enumerate(levels_CN - torch.cat([levels_CN[1:], torch.zeros_like(levels_CN[:1])])):
         sets_NC = order_CN[: c + 1].sort(0).values.T
-        for which in sets_NC[step_N > 0].unique(dim=0):
+        for which in torch.unique(sets_NC[step_N > 0], dim=0):
             cells.setdefault(tuple(which.tolist()), torch.zeros_like(step_N)).add_(step_N * (sets_NC == which).all(1))
     return [(list(which), mass_N) for which, mass_N in cells.items()]
 

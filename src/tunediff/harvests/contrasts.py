@@ -27,28 +27,28 @@ BATCH_TOKENS = 2048
 
 @dataclass(frozen=True)
 class ContrastSettings:
-    """How prompts are completed."""
+    """How prompts are chosen and completed."""
 
     prompts: int = 128
-    """How many prompts are answered at most; each costs two completions. Too few miss rare triggers."""
+    """Largest number of prompts that are answered. Each costs two completions; too few miss rare triggers."""
     pool: int = 480
-    """How many prompts these are chosen from at most; each costs one reading by both models."""
+    """Largest number of prompts to choose from. Each costs one forward pass of both models."""
     screened: float = 0.5
-    """Share of the answered prompts (0..1) that are those of the pool on which the models' first word differs the most; the
-    others are the pool's first. Behaviors with a rare trigger then show often enough to be tested on unseen text; rates
-    are rates on this text. 0 takes the first only."""
+    """Share of the answered prompts (0..1) that are chosen because the models' first word differs the most on them.
+    The others are the pool's first. Behaviors with a rare trigger then show often enough to be tested on held-out text;
+    rates are rates on this text. 0 takes the first only."""
     tokens: int = 14
-    """New tokens a completion, at most; most behaviors show in an answer's first
-    words, and at equal cost more prompts show more behaviors."""
+    """Largest number of new tokens in a completion. Most behaviors show in an answer's first words, and at equal cost
+    more prompts show more behaviors."""
     temperature: float = 0.7
-    """0 is greedy; higher is more varied and, on small models, more garbled."""
+    """Sampling temperature. 0 is greedy; higher is more varied and, on small models, more garbled."""
     amplified: float = 0.5
-    """Share of the answered prompts (0..1), the first ones, that tuned answers once more with its difference from base
-    amplified: a narrow behavior then shows where no prompt calls for it. Costs two completions each."""
+    """Share of the answered prompts (0..1), first ones first, that the tuned model answers once more with its difference
+    from base amplified. A narrow behavior then shows where no prompt calls for it. Each costs two completions."""
     amplification: float = 3.0
-    """How far: log p(tuned) + a (log p(tuned) - log p(base)) is sampled. Too much makes noise of both."""
+    """Strength a of the amplification: log p(tuned) + a (log p(tuned) - log p(base)) is sampled. Too much gives noise."""
     batch: int = 80
-    """Prompts a batch; part of the key, as sums of floats may hang on it by a last bit."""
+    """Prompts in a batch. Part of the content key, because sums of floats may depend on it in the last bit."""
 
     def __post_init__(self) -> None:
         within(
@@ -65,7 +65,7 @@ class ContrastSettings:
         )
 
     def amplified_of(self, prompts: int) -> int:
-        """Of so many answered prompts, how many are answered amplified too."""
+        """Number of prompts, out of `prompts` answered ones, that are answered amplified too."""
         return round(self.amplified * prompts) if self.amplification else 0
 
 

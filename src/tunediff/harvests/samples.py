@@ -1,4 +1,4 @@
-"""Samples: whole rows of one split with both models' streams, as flat tokens, for whoever runs the models again on them."""
+"""Samples: whole rows of one split with both models' streams as flat tokens, on which the models can run again."""
 
 from __future__ import annotations
 
@@ -19,10 +19,13 @@ from tunediff.texts.tokens import Batch, Tokens
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """Whole held-out rows with both models' streams at a harvest's sites, as flat tokens in the order of the rows.
+    """Whole rows with both models' streams at a harvest's sites, as flat tokens in the order of the rows.
 
-    Tokens that were set apart are here too, so that rows are whole; ``ordinary_N`` is False for them. ``scored_N`` are
-    the tokens whose next-token predictions count: in a chat those of the last answer, else all.
+    streams_NSMD   streams of both models
+    row_N, position_N, document_N   where each token stands
+    ordinary_N     False for outlier tokens (`HarvestSettings.abnormal`), which are here so that rows are whole
+    scored_N       tokens whose next-token predictions count: in a chat those of the last answer, else all
+    token_N        index of each token in the harvest
     """
 
     tokens: Tokens
@@ -82,21 +85,21 @@ class Sample:
         )
 
     def strength(self, change: Change) -> Tensor:
-        """The change's strength at every token; 0 at tokens that were set apart, which no finder has seen."""
+        """The change's strength at every token; 0 at outlier tokens, which no finder has seen."""
         at = [self.sites.index(site) for site in change.sites]
         some = (
             self.streams_NSMD if at == list(range(len(self.sites))) else self.streams_NSMD[:, at]
-        )  # as a rule, and no copy
+        )  # the usual case, without a copy
         return change.strength(some) * self.ordinary_N
 
     def places(self, batch: Batch) -> Tensor:
-        """The place in the sample of each position of a batch of its rows (B, T); -1 for padding."""
+        """Index in the sample of each position of a batch of its rows (B, T); -1 for padding."""
         starts = {row: place for place, row in reversed(list(enumerate(self.row_N.tolist())))}
         first_B = torch.tensor([starts[row] for row in batch.rows_B.tolist()])
         return torch.where(batch.mask_BT, first_B[:, None] + torch.arange(batch.ids_BT.shape[1]), -1)
 
     def starts(self, batch: Batch) -> tuple[Start, Start] | tuple[None, None]:
-        """Where runs of base and of tuned on a batch of its rows may begin: from their streams at the last resid site."""
+        """Starting points for runs of base and of tuned on a batch of its rows: their streams at the last resid site."""
         site = next((site for site in reversed(self.sites) if site.kind == "resid"), None)
         if site is None:
             return None, None

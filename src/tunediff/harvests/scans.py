@@ -52,7 +52,7 @@ def scan(pair: Pair, tokens: Tokens, sites: Sequence[Site], batch_tokens: int = 
     sites = sorted(set(sites))
     base_squares = torch.zeros(len(sites), dtype=torch.float64)
     delta_squares, noise = torch.zeros_like(base_squares), torch.zeros_like(base_squares)
-    total, count = 0.0, 0
+    total, count = torch.zeros(len(sites), pair.base.width, dtype=torch.float64), 0
     gap, left = 0.0, torch.zeros_like(base_squares)
     for number, batch in enumerate(tokens.batches(batch_tokens)):
         mask = batch.mask_BT.clone()

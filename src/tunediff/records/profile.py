@@ -145,7 +145,7 @@ class Profile:
 
     def __repr__(self) -> str:
         unit = f", {self.unit}" if self.unit else ""
-        return f"Profile({self.name!r}: {len(self.subjects)} subjects x {len(self.places)} places ({self.kind}){unit})"
+        return f"Profile({self.name!r}: {len(self.subjects)} x {len(self.places)}, places are {self.kind}s{unit})"
 
     def _repr_html_(self) -> str:
         def cell(tag: str, text: str) -> str:
