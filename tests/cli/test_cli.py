@@ -127,7 +127,7 @@ def test_results_go_to_stdout_and_progress_to_stderr(full, lora):
     assert "rank" in full.err and "harvest" in full.err
     assert "Traceback" not in full.err + lora.err
     record = json.loads(lora.out)
-    assert record["schema"] == "tunediff.diff/1"
+    assert record["schema"] == "tunediff.diff/2"
     # Each stage says once that it is over.
     assert full.err.count("verify                         2 / 2") == 1
 
