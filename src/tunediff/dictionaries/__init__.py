@@ -27,4 +27,5 @@ def spec(name: str, **settings: Any) -> Spec:
             raise SettingError(
                 f"dictionary {name!r} has no setting {key!r}", expected=", ".join(known), remedy=near[0] if near else ""
             )
-    return kind(**settings)
+    made: Spec = kind(**settings)
+    return made

@@ -68,13 +68,14 @@ def base_writes(
         pre_NF = dictionary.pre(norm.apply(source.read(TRAIN, at)))
         kept_P = (pre_NF > threshold_F).view(-1).nonzero()[:, 0]
         codes.append((Pairs.of(kept_P, *pre_NF.shape), pre_NF.view(-1)[kept_P]))
-    f_F = sum(pairs.sum_latents(f.double()) for pairs, f in codes) / n
-    square_F = sum(pairs.sum_latents(f.double().square()) for pairs, f in codes) / n
+    nothing = torch.zeros((), dtype=torch.float64)
+    f_F = sum((pairs.sum_latents(f.double()) for pairs, f in codes), nothing) / n
+    square_F = sum((pairs.sum_latents(f.double().square()) for pairs, f in codes), nothing) / n
     spread_F = (square_F - f_F.square()) * write_FI.double().square().sum(1)
 
     def along(parts: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
         """Return the covariance (F,) of f_j and d_j * y over all tokens, and the mean of y (I,); y_NI comes in chunks."""
-        product_F, total_I = torch.zeros_like(f_F), 0.0
+        product_F, total_I = torch.zeros_like(f_F), nothing
         for (pairs, f), y_NI in zip(codes, parts):
             product_F += pairs.sum_latents((f * pairs.dot(y_NI, write_FI)).double())
             total_I = total_I + y_NI.double().sum(0)
@@ -143,7 +144,8 @@ def finish(
     held_out = source.count(HELD_OUT)
     firings_F = torch.zeros_like(threshold_F, dtype=torch.long)
     named = RECONSTRUCTED[dictionary.spec.target]
-    errors, sums, squares = (dict.fromkeys(named, 0.0) for _ in range(3))
+    errors, squares = dict.fromkeys(named, 0.0), dict.fromkeys(named, 0.0)
+    sums = dict.fromkeys(named, torch.zeros((), dtype=torch.float64))
     for at in torch.arange(held_out).split(CHUNK):
         x = norm.apply(source.read(HELD_OUT, at))
         f_NF = gates.threshold_gate(dictionary.pre(x), threshold_F)

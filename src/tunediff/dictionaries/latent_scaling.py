@@ -1,5 +1,4 @@
-"""Latent Scaling: does base need a latent too, whatever its decoder norms say? (Minder et al. 2025,
-2504.02922)."""
+"""Latent Scaling: does base need a latent too, whatever its decoder norms say? (Minder et al. 2025, 2504.02922)."""
 
 from __future__ import annotations
 
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tunediff import kernels
-from tunediff.core.axes import BASE, MODELS, TUNED
+from tunediff.core.axes import BASE, TUNED
 from tunediff.core.chance import Interval, numpy_generator
 from tunediff.core.errors import NumericsError
 from tunediff.dictionaries.fitted import Fitted
@@ -21,20 +20,20 @@ from tunediff.kernels.sparse import Pairs
 
 Kind = Literal["tuned-specific", "base-specific", "not specific", "too rare"]
 
-ERROR_LIMIT, RECONSTRUCTION_LIMIT = 0.2, 0.5
-"""The source's limits: specific only if nu_error and nu_reconstruction stay below them."""
+ERROR_LIMIT = 0.2
+"""Limit on nu_error below which a latent can be specific, as in the source."""
+RECONSTRUCTION_LIMIT = 0.5
+"""Limit on nu_reconstruction below which a latent can be specific, as in the source."""
 
 MIN_SHARE = 0.25
-"""A latent can be specific only to a model that holds this share of its decoder norms at least. Ours, not
-the source's: along a vanishing decoder vector the ratios are arbitrary, and a base-only latent would pass as
-tuned-specific."""
+"""Smallest share of its decoder norms that a latent has in the model it is specific to. Ours, not the source's: along a
+vanishing decoder vector the ratios are arbitrary, and a base-only latent would pass as tuned-specific."""
 
 MIN_FIRINGS = 100
-"""Below this many firings nothing is said."""
+"""Fewest firings for which there is a verdict."""
 
 BLOCKS = 512
-"""Documents beyond this many are dealt into this many blocks, and blocks are resampled: bounded memory, same
-level."""
+"""Most units that are resampled: more documents are dealt into so many blocks, which bounds memory at the same level."""
 
 
 @dataclass(frozen=True)
@@ -133,30 +132,34 @@ def latent_scaling(
                     on_xhat = pairs.dot(xhat, write_MFI[r])
                     error[r, m].index_add_(0, slot, (f * on_error).double())
                     reconstruction[r, m].index_add_(0, slot, (f * on_xhat).double())
-    error, reconstruction = error.view(2, 2, G, J).numpy(), reconstruction.view(2, 2, G, J).numpy()
-    scale_RJ = gram_RMF.double()[[0, 1], [0, 1]][:, at_J] * square.view(G, J).sum(0)
-    scale_RJ = np.maximum(scale_RJ.numpy(), 1e-300)
+    error_RMGJ, reconstruction_RMGJ = (sums.view(2, 2, G, J).numpy() for sums in (error, reconstruction))
+    energy_RJ = gram_RMF.double()[[0, 1], [0, 1]][:, at_J] * square.view(G, J).sum(0)
+    scale_RJ = np.maximum(energy_RJ.numpy(), 1e-300)
     counts = _draws(G, draws, seed)
     enough, share_F = firings_J.numpy() >= min_firings, dictionary.share_F()
     nus = {
         name: _ratios(sums[r, 1 - r], sums[r, r], counts, enough, level)
         for r, prefix in ((TUNED, ""), (BASE, "mirror_"))
-        for name, sums in ((prefix + "nu_error", error), (prefix + "nu_reconstruction", reconstruction))
+        for name, sums in ((prefix + "nu_error", error_RMGJ), (prefix + "nu_reconstruction", reconstruction_RMGJ))
     }
+
+    def beta(sums: np.ndarray, c: int) -> tuple[float, float]:
+        """Factors (base, tuned) of the c-th latent along d_tuned."""
+        base, tuned = (float(sums[TUNED, m, :, c].sum() / scale_RJ[TUNED, c]) for m in (BASE, TUNED))
+        return base, tuned
+
     out = []
     for c, latent in enumerate(at_J.tolist()):
-        mine = {name: intervals[c] for name, intervals in nus.items()}
+        own = {name: intervals[c] for name, intervals in nus.items()}
         out.append(
             LatentScale(
                 latent=latent,
                 firings=int(firings_J[c]),
                 share=float(share_F[latent]),
-                beta_error=tuple(float(error[TUNED, m, :, c].sum() / scale_RJ[TUNED, c]) for m in range(len(MODELS))),
-                beta_reconstruction=tuple(
-                    float(reconstruction[TUNED, m, :, c].sum() / scale_RJ[TUNED, c]) for m in range(len(MODELS))
-                ),
-                kind=_kind(mine, float(share_F[latent]), bool(enough[c])),
-                **mine,
+                beta_error=beta(error_RMGJ, c),
+                beta_reconstruction=beta(reconstruction_RMGJ, c),
+                kind=_kind(own, float(share_F[latent]), bool(enough[c])),
+                **own,
             )
         )
     return out
@@ -165,9 +168,13 @@ def latent_scaling(
 def _kind(nus: dict[str, Interval], share: float, enough: bool) -> Kind:
     if not enough:
         return "too rare"
+    sides: tuple[tuple[float, str, Kind], ...] = (
+        (share, "", "tuned-specific"),
+        (1 - share, "mirror_", "base-specific"),
+    )
     passed = [
         (own, kind)
-        for own, prefix, kind in ((share, "", "tuned-specific"), (1 - share, "mirror_", "base-specific"))
+        for own, prefix, kind in sides
         if own >= MIN_SHARE
         and _below(nus[prefix + "nu_error"], ERROR_LIMIT)
         and _below(nus[prefix + "nu_reconstruction"], RECONSTRUCTION_LIMIT)
@@ -184,11 +191,11 @@ def _below(nu: Interval, limit: float) -> bool:
 
 def _blocks(document_N: Tensor, seed: int) -> Tensor:
     """Documents numbered from 0, dealt at random into at most `BLOCKS` blocks of nearly equal number."""
-    _, number_N = torch.unique(document_N, return_inverse=True)
+    number_N: Tensor = torch.unique(document_N, return_inverse=True)[1]
     documents = int(number_N.max()) + 1 if len(number_N) else 0
     if documents <= BLOCKS:
         return number_N
-    deal = torch.from_numpy(numpy_generator(seed, "latent scaling blocks").permutation(documents) % BLOCKS)
+    deal: Tensor = torch.from_numpy(numpy_generator(seed, "latent scaling blocks").permutation(documents) % BLOCKS)
     return deal[number_N]
 
 

@@ -19,6 +19,7 @@ from tunediff.core.axes import check
 from tunediff.kernels import memory, paths
 from tunediff.kernels.cpu import native
 from tunediff.kernels.cpu import products as tiled
+from tunediff.kernels.cpu.compiled import serves
 from tunediff.kernels.cpu.products import Tiles, tiles
 from tunediff.kernels.dense import DenseCode
 from tunediff.kernels.gates import Gate
@@ -90,7 +91,7 @@ PAIRS_SHARE = 0.1
 def path(device: torch.device | str = "cpu") -> KernelPath:
     """Return which kernels add up float32 codes on this device; see `using`."""
     probe = torch.empty(0, device=device)
-    if native.serves(probe):
+    if serves(probe):
         return "native"
     if paths.on_gpu(probe) is not None:
         return "triton"
@@ -103,11 +104,11 @@ def encode(x_NI: Tensor, encoder_FI: Tensor, bias_F: Tensor, gate: Gate | None) 
     Gradients reach W and b through kept codes only.
     """
     (N, _), F = x_NI.shape, len(encoder_FI)
-    few = gate is not None and sum(keep for *_, keep in gate.parts) <= PAIRS_SHARE * N * F
-    if few and paths.on_gpu(x_NI, encoder_FI) is not None:
-        return GpuCode.encode(x_NI, encoder_FI, bias_F, gate)
-    if few and F >= PAIRS_LATENTS and paths.allows("torch"):
-        return PairCode.encode(x_NI, encoder_FI, bias_F, gate)
+    if gate is not None and sum(keep for *_, keep in gate.parts) <= PAIRS_SHARE * N * F:
+        if paths.on_gpu(x_NI, encoder_FI) is not None:
+            return GpuCode.encode(x_NI, encoder_FI, bias_F, gate)
+        if F >= PAIRS_LATENTS and paths.allows("torch"):
+            return PairCode.encode(x_NI, encoder_FI, bias_F, gate)
     return DenseCode.encode(x_NI, encoder_FI, bias_F, gate)
 
 
@@ -124,7 +125,7 @@ def product(x: Tensor, weight_OI: Tensor | Tiles, few: bool = False) -> Tensor |
 
 def products(device: torch.device | str = "cpu") -> str:
     """Return what makes a model's large float32 products on this device: "tiles" (see `product`) or "torch"."""
-    return "tiles" if native.serves(torch.empty(0, device=device)) and tiled.on_tiles() else "torch"
+    return "tiles" if serves(torch.empty(0, device=device)) and tiled.on_tiles() else "torch"
 
 
 def rms_norm(x: Tensor, weight_I: Tensor, epsilon: float) -> Tensor | None:
@@ -150,7 +151,7 @@ def rotated(x_BHTE: Tensor, cos_BTE: Tensor, sin_BTE: Tensor) -> Tensor | None:
     (B, _, T, E), angles = x_BHTE.shape, cos_BTE.shape
     if (
         not native.passes(x_BHTE, cos_BTE)
-        or not native.serves(sin_BTE)
+        or not serves(sin_BTE)
         or E % 2
         or angles not in ((1, T, E), (B, T, E))
         or sin_BTE.shape != angles
@@ -171,13 +172,13 @@ class Adam(torch.optim.Adam):
         super().__init__(parameters, lr=rate, betas=betas, fused=True)
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # no caller gives a closure
         """Take one step of every parameter that has a gradient."""
         having = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         for p in having:
             if p.grad.stride() != p.stride():  # torch's fused step ignores strides
                 p.grad = torch.empty_like(p).copy_(p.grad)
-        if not all(p.is_contiguous() and native.serves(p, p.grad) for p in having):
+        if not all(p.is_contiguous() and serves(p, p.grad) for p in having):
             super().step()
             return memory.wrote(*having, *(p.grad for p in having))
         scale = 1.0 if self.grad_scale is None else float(self.grad_scale)
@@ -197,7 +198,7 @@ class Adam(torch.optim.Adam):
 
 def norm(tensors: Sequence[Tensor]) -> Tensor:
     """Return the length of all tensors together, a scalar on their device."""
-    if native.serves(*tensors):
+    if serves(*tensors):
         return native.norm(tensors)
     rows = [
         tensor.flatten() for tensor in tensors
@@ -208,7 +209,7 @@ def norm(tensors: Sequence[Tensor]) -> Tensor:
 def lengths(a: Tensor) -> Tensor:
     """Return the length of each row along the last axis, without gradients; `kept_memory` keeps it while rows stay."""
     a = a.detach()
-    return native.squares(a).sqrt() if native.serves(a) and a.is_contiguous() else a.norm(dim=-1)
+    return native.squares(a).sqrt() if serves(a) and a.is_contiguous() else a.norm(dim=-1)
 
 
 def divergence(p_PV: Tensor, q_QV: Tensor, p_sums: bool = True, q_sums: bool = True) -> Tensor:
@@ -221,7 +222,7 @@ def divergence(p_PV: Tensor, q_QV: Tensor, p_sums: bool = True, q_sums: bool = T
     check(
         many, "RV", R=len(many) // max(1, len(few)) * len(few), V=few.shape[1]
     )  # compiled code would read past the end
-    if native.serves(p_PV, q_QV):
+    if serves(p_PV, q_QV):
         return native.divergence(p_PV, q_QV, p_sums, q_sums)
     parts = []
     for at_R in torch.arange(len(many), device=many.device).split(BLOCK):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -124,7 +125,17 @@ class _AuxK(torch.autograd.Function):
     write and add tensors of the parameters' size."""
 
     @staticmethod
-    def forward(ctx, x_NI, error_NI, encoder, bias_F, decoder, norm_F, dead_D, k):
+    def forward(
+        ctx: Any,
+        x_NI: Tensor,
+        error_NI: Tensor,
+        encoder: Tensor,
+        bias_F: Tensor,
+        decoder: Tensor,
+        norm_F: Tensor,
+        dead_D: Tensor,
+        k: int,
+    ) -> Tensor:
         read_DI, write_DI = (whole.view(len(whole), -1)[dead_D] for whole in (encoder, decoder))
         f_ND = torch.addmm(bias_F[dead_D], x_NI, read_DI.T).relu_()
         if k < len(dead_D):
@@ -137,7 +148,7 @@ class _AuxK(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
         x_NI, f_ND, write_DI, left_NI, variance = ctx.saved_tensors
         of_explained_NI = left_NI * (grad * -2 / (variance * left_NI.numel()))
         of_f_ND = (of_explained_NI @ write_DI.T).masked_fill_(f_ND == 0, 0.0)
@@ -170,7 +181,8 @@ def auxk(
     dead_D = dead_F.nonzero().squeeze(1)
     if not len(dead_D):
         return x_NI.new_zeros(())
-    return _AuxK.apply(x_NI, error_NI.detach(), encoder, bias_F, decoder, norm_F, dead_D, k)
+    loss: Tensor = _AuxK.apply(x_NI, error_NI.detach(), encoder, bias_F, decoder, norm_F, dead_D, k)  # type: ignore[no-untyped-call]
+    return loss
 
 
 def unexplained(error_NI: Tensor, explained_NI: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import typing
 from collections.abc import Iterator
 from functools import lru_cache
 from types import ModuleType
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -43,8 +43,8 @@ def using(path: KernelPath) -> Iterator[None]:
         _fastest = before
 
 
-def on_gpu(*tensors: Tensor) -> ModuleType | None:
-    """Return `tunediff.kernels.gpu.triton` where it is allowed, installed, and serves: float32 tensors on a GPU."""
+def on_gpu(*tensors: Tensor) -> Any:
+    """Return `tunediff.kernels.gpu.triton` where it is allowed, installed, and serves (float32 tensors on a GPU); else None."""
     return _triton() if allows("triton") and all(t.is_cuda and t.dtype == torch.float32 for t in tensors) else None
 
 

@@ -10,18 +10,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tunediff.kernels import gates, paths, torch_ops
 from tunediff.kernels.cpu import native
+from tunediff.kernels.cpu.compiled import serves
 
 
-def kernels_for(*tensors: Tensor) -> ModuleType:
+def kernels_for(*tensors: Tensor) -> Any:
     """Return the fastest module of kernels that is allowed and serves these tensors."""
-    return native if native.serves(*tensors) else paths.on_gpu(*tensors) or torch_ops
+    return native if serves(*tensors) else paths.on_gpu(*tensors) or torch_ops
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,17 +58,20 @@ class Pairs:
     @cached_property
     def by_latent(self) -> tuple[Tensor, Tensor]:
         """An order of the pairs by latent, then token (P,), and where each latent's pairs start in it (F + 1)."""
-        module = native if native.serves() and self.latent_P.device.type == "cpu" else torch_ops
-        return module.bucket(self.latent_P, self.F)
+        module = native if serves() and self.latent_P.device.type == "cpu" else torch_ops
+        order_P, starts_F = module.bucket(self.latent_P, self.F)
+        return order_P, starts_F
 
     def gather_tokens(self, value_P: Tensor, rows_FI: Tensor) -> Tensor:
         """Return for each token the sum over its pairs of value * the latent's row, (N, I)."""
-        return kernels_for(value_P, rows_FI).bag(self.starts_N, None, self.latent_P, value_P, rows_FI)
+        out: Tensor = kernels_for(value_P, rows_FI).bag(self.starts_N, None, self.latent_P, value_P, rows_FI)
+        return out
 
     def gather_latents(self, value_P: Tensor, rows_NI: Tensor) -> Tensor:
         """Return for each latent the sum over its pairs of value * the token's row, (F, I)."""
         order_P, starts_F = self.by_latent
-        return kernels_for(value_P, rows_NI).bag(starts_F, order_P, self.token_P, value_P, rows_NI)
+        out: Tensor = kernels_for(value_P, rows_NI).bag(starts_F, order_P, self.token_P, value_P, rows_NI)
+        return out
 
     def sum_latents(self, value_P: Tensor) -> Tensor:
         """Return for each latent the sum over its pairs of value, (F,)."""
@@ -77,7 +81,8 @@ class Pairs:
 
     def dot(self, a_NI: Tensor, b_FI: Tensor) -> Tensor:
         """Return for each pair the product of its token's row and its latent's row, (P,)."""
-        return kernels_for(a_NI, b_FI).dot(self.starts_N, self.latent_P, a_NI, b_FI)
+        out: Tensor = kernels_for(a_NI, b_FI).dot(self.starts_N, self.latent_P, a_NI, b_FI)
+        return out
 
     def gather_and_dot(self, value_P: Tensor, a_NI: Tensor, b_FI: Tensor) -> tuple[Tensor, Tensor]:
         """Return `gather_latents(value, a)` and `dot(a, b)`; compiled kernels read a's rows once for both."""
@@ -91,13 +96,13 @@ class EncodeAtPairs(torch.autograd.Function):
     """Pre-activations at the pairs, already computed in `pre_P`, with their gradient."""
 
     @staticmethod
-    def forward(ctx, x_NI, encoder_FI, bias_F, pre_P, pairs):
+    def forward(ctx: Any, x_NI: Tensor, encoder_FI: Tensor, bias_F: Tensor, pre_P: Tensor, pairs: Pairs) -> Tensor:
         ctx.save_for_backward(x_NI, encoder_FI)
         ctx.pairs = pairs
         return pre_P
 
     @staticmethod
-    def backward(ctx, grad_P):
+    def backward(ctx: Any, grad_P: Tensor) -> tuple[Tensor | None, ...]:
         x_NI, encoder_FI = ctx.saved_tensors
         pairs, need = ctx.pairs, ctx.needs_input_grad
         return (
@@ -113,13 +118,13 @@ class DecodePairs(torch.autograd.Function):
     """Sum over a token's pairs of value * decoder row."""
 
     @staticmethod
-    def forward(ctx, value_P, decoder_FI, pairs):
+    def forward(ctx: Any, value_P: Tensor, decoder_FI: Tensor, pairs: Pairs) -> Tensor:
         ctx.save_for_backward(value_P, decoder_FI)
         ctx.pairs = pairs
         return pairs.gather_tokens(value_P, decoder_FI)
 
     @staticmethod
-    def backward(ctx, grad_NI):
+    def backward(ctx: Any, grad_NI: Tensor) -> tuple[Tensor | None, ...]:
         value_P, decoder_FI = ctx.saved_tensors
         pairs, need, grad_NI = ctx.pairs, ctx.needs_input_grad, grad_NI.contiguous()
         if need[0] and need[1]:
@@ -146,10 +151,10 @@ class PairCode:
         """Encode by one product without a gradient and a selection; gradients go through the pairs kept."""
         with torch.no_grad():
             module = kernels_for(x_NI, encoder_FI, bias_F, gate.weight_F)
-            *at, pre_P, starts_N = module.encode(x_NI, encoder_FI, bias_F, gate)
-            pairs = Pairs(*at, starts_N, len(x_NI), len(encoder_FI))
+            token_P, latent_P, pre_P, starts_N = module.encode(x_NI, encoder_FI, bias_F, gate)
+            pairs = Pairs(token_P, latent_P, starts_N, len(x_NI), len(encoder_FI))
         origin = (x_NI, encoder_FI, bias_F)
-        return cls(pairs, EncodeAtPairs.apply(*origin, pre_P, pairs), origin)
+        return cls(pairs, EncodeAtPairs.apply(*origin, pre_P, pairs), origin)  # type: ignore[no-untyped-call]
 
     def among(self, weight_F: Tensor, k: int) -> PairCode:
         """Return another code of the same tokens: on each the k largest f * w among latents with w > 0."""
@@ -163,12 +168,13 @@ class PairCode:
             N, F = len(x_NI), len(encoder_FI)
             pairs = Pairs(row_P, latent_D[at_P], torch_ops.edges(row_P, N), N, F)
             pre_P = pre_ND[row_P, at_P]
-        return PairCode(pairs, EncodeAtPairs.apply(*self._origin, pre_P, pairs), self._origin)
+        return PairCode(pairs, EncodeAtPairs.apply(*self._origin, pre_P, pairs), self._origin)  # type: ignore[no-untyped-call]
 
     def decode(self, decoder_FI: Tensor, cuts: tuple[int, ...] = ()) -> Tensor:
         """sum_j f_j W_j, of the latents before, between and after the cuts."""
         pairs = self.pairs.cut(cuts)
-        return DecodePairs.apply(self.value_P, decoder_FI, pairs).view(self.pairs.N, len(cuts) + 1, -1)
+        out: Tensor = DecodePairs.apply(self.value_P, decoder_FI, pairs)  # type: ignore[no-untyped-call]
+        return out.view(self.pairs.N, len(cuts) + 1, -1)
 
     def weighted(self, weight_F: Tensor) -> Tensor:
         """sum f_j * weight_j."""

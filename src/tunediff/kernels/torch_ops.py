@@ -130,7 +130,8 @@ def dot(starts_N: Tensor, latent_P: Tensor, a_NI: Tensor, b_FI: Tensor) -> Tenso
         return a_NI.new_zeros(0)
     try:
         zero_P = torch.zeros(latent_P.numel(), dtype=a_NI.dtype, device=a_NI.device)
-        return torch.sparse.sampled_addmm(_sparse(starts_N, latent_P, zero_P, len(b_FI)), a_NI, b_FI.T).values()
+        sampled: Tensor = torch.sparse.sampled_addmm(_sparse(starts_N, latent_P, zero_P, len(b_FI)), a_NI, b_FI.T)
+        return sampled.values()
     except RuntimeError:  # torch is not built for this device or format: the same, more slowly
         token_P = torch.repeat_interleave(torch.arange(len(a_NI), device=a_NI.device), starts_N.diff())
         parts = zip(token_P.split(4096), latent_P.split(4096))

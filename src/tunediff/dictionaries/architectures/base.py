@@ -6,7 +6,7 @@ import abc
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar, Literal, final
+from typing import Any, ClassVar, Literal, final
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,12 @@ from tunediff.core.axes import BASE, MODELS, TUNED, check
 from tunediff.core.chance import generator
 from tunediff.core.errors import SettingError
 from tunediff.kernels import gates
+from tunediff.kernels.sparse import PairCode
 
-ALIKE, DRAWS = 0.7, 4
-"""Cosine above which two differences are one, and how many tokens are drawn for each latent that starts as a difference."""
+ALIKE = 0.7
+"""Cosine above which two differences count as one."""
+DRAWS = 4
+"""Tokens drawn for each latent that starts as a difference."""
 
 Target = Literal["both", "tuned", "difference"]
 Form = Literal["base", "tuned", "shared"]
@@ -57,6 +60,9 @@ class Spec:
     def __post_init__(self) -> None:
         require(self.latents >= 1, "latents is out of range", "at least 1", self.latents)
         require(self.init_norm > 0, "init_norm is out of range", "above 0", self.init_norm)
+
+
+_Spec = Spec  # inside Dictionary the name Spec is the variant's own
 
 
 @dataclass(frozen=True)
@@ -125,9 +131,13 @@ class Dictionary(nn.Module, abc.ABC):
     answers `groups` and `objective`, and nothing else.
     """
 
-    Spec: ClassVar[type[Spec]]
+    Spec: ClassVar[type[_Spec]]
+    spec: _Spec
+    delta_variance: Tensor
+    base_scale_F: Tensor
+    base_bias_SD: Tensor
 
-    def __init__(self, spec: Spec, *, sites: int, width: int, seed: int = 0):
+    def __init__(self, spec: _Spec, *, sites: int, width: int, seed: int = 0):
         super().__init__()
         self.spec, self.sites, self.width, self.seed = spec, sites, width, seed
         F = spec.latents
@@ -262,7 +272,8 @@ class Dictionary(nn.Module, abc.ABC):
     @torch.no_grad()
     def scales_F(self) -> Tensor:
         """w_j without gradients: what gates scale codes by."""
-        return kernels.lengths(self.decoder_FSMD).norm(dim=1).sum(1)
+        scales_F: Tensor = kernels.lengths(self.decoder_FSMD).norm(dim=1).sum(1)
+        return scales_F
 
     @final
     def share_F(self) -> Tensor:
@@ -276,7 +287,7 @@ class Dictionary(nn.Module, abc.ABC):
         x_NI = self._inputs(self.view(x_NSMD))
         return torch.addmm(self.encoder_bias_F, x_NI, self.encoder_FSMD.flatten(1).T)
 
-    @final
+    @final  # type: ignore[misc]  # torch declares `forward` as an attribute
     def forward(self, x_NSMD: Tensor, *, progress: float = 1.0, k_factor: float = 1.0) -> Pass:
         """Encode, gate as in training (every group's k times `k_factor`), decode."""
         x_NSMD = self.view(check(x_NSMD, "NSMD", S=self.sites, M=len(MODELS), D=self.width))
@@ -303,10 +314,9 @@ class Dictionary(nn.Module, abc.ABC):
         for group in self.groups():
             gated_F[group.start : group.stop] = group.k is not None
         dead_F = dead_F & gated_F
-        among = getattr(run.code, "among", None)
         # Pairs win where few of the dead are taken (measured); a GPU's host never learns how many there are.
-        if among is not None and not (run.code.host_waits and int(dead_F.sum()) < 4 * k):
-            aux = among(self.scales_F() * dead_F, min(k, dead_F.numel()))
+        if isinstance(run.code, PairCode) and not (run.code.host_waits and int(dead_F.sum()) < 4 * k):
+            aux = run.code.among(self.scales_F() * dead_F, min(k, dead_F.numel()))
             explained_NI = aux.decode(self.decoder_FSMD.flatten(1))[:, 0]
             return gates.unexplained(run.error_NSMD.flatten(1), explained_NI).masked_fill(~dead_F.any(), 0.0)
         return gates.auxk(
@@ -346,7 +356,8 @@ class Dictionary(nn.Module, abc.ABC):
 
 
 def _norms_MF(vectors_FSMD: Tensor) -> Tensor:
-    return vectors_FSMD.transpose(1, 2).flatten(2).norm(dim=2).T
+    norms_FM: Tensor = vectors_FSMD.transpose(1, 2).flatten(2).norm(dim=2)
+    return norms_FM.T
 
 
 def gate_of(groups: tuple[Group, ...], weight_F: Tensor, tokens: int, k_factor: float = 1.0) -> gates.Gate:
@@ -365,20 +376,21 @@ def select(pre_NF: Tensor, weight_F: Tensor, groups: tuple[Group, ...]) -> Tenso
 def mean_squared_error(run: Pass) -> Tensor:
     """(MSE_base + MSE_tuned) / 2, or the one target's; the mean over tokens, sites and dimensions; 1 would be no
     better than the mean."""
-    return _MeanSquare.apply(run.xhat_NSMD, run.error_NSMD.detach())
+    loss: Tensor = _MeanSquare.apply(run.xhat_NSMD, run.error_NSMD.detach())  # type: ignore[no-untyped-call]
+    return loss
 
 
 class _MeanSquare(torch.autograd.Function):
     """The mean square of an error that is there already; torch's own takes the difference again, twice."""
 
     @staticmethod
-    def forward(ctx, xhat, error):
+    def forward(ctx: Any, xhat: Tensor, error: Tensor) -> Tensor:
         ctx.save_for_backward(error)
         return (kernels.norm([error]).double().square() / error.numel()).to(error.dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (error,) = ctx.saved_tensors
         return error * (grad * (-2 / error.numel())), None
 
@@ -404,7 +416,8 @@ def _unlike(unit_NI: Tensor, most: int, block: int = 256) -> Tensor:
     kept_FI = unit_NI[:0]
     for rows_NI in unit_NI.split(block):
         rows_NI = rows_NI[(rows_NI @ kept_FI.T <= ALIKE).all(1)]
-        alike, chosen = (rows_NI @ rows_NI.T > ALIKE).cpu(), []
+        alike = (rows_NI @ rows_NI.T > ALIKE).cpu()
+        chosen: list[int] = []
         for row in range(len(rows_NI)):
             if not alike[row, chosen].any():
                 chosen.append(row)

@@ -89,11 +89,11 @@ class Delta(base.Dictionary):
     def groups(self) -> tuple[base.Group, ...]:
         shared, F = self.spec.shared, self.spec.latents
         both = (base.Group("shared", 0, shared, self.spec.k_shared), base.Group("delta", shared, F, self.spec.k_delta))
-        both = tuple(group for group in both if group.stop > group.start)
-        first = shared if self.spec.from_differences and len(both) == 2 else None
+        some = tuple(group for group in both if group.stop > group.start)
+        first = shared if self.spec.from_differences and len(some) == 2 else None
         if self.spec.single_k:
-            return (base.Group("single", 0, F, sum(group.k for group in both), differences=first),)
-        return (*both[:-1], replace(both[-1], differences=first))
+            return (base.Group("single", 0, F, sum(group.k or 0.0 for group in some), differences=first),)
+        return (*some[:-1], replace(some[-1], differences=first))
 
     def objective(self, run: base.Pass) -> dict[str, Tensor]:
         parts = {"reconstruction": base.mean_squared_error(run)}

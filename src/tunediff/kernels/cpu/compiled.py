@@ -32,13 +32,13 @@ _WORK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 @lru_cache(maxsize=1)
-def library() -> ctypes.CDLL | None:
+def library() -> Any:
     """Return the compiled file, or None where tunediff was installed without a compiler."""
     found = importlib.util.find_spec("tunediff.kernels.cpu._native")
     if found is None or found.origin is None:
         return None
     try:
-        out = ctypes.CDLL(found.origin)
+        out: Any = ctypes.CDLL(found.origin)
         if out.interface() != INTERFACE:
             return None
         out.tiles = bool(out.has_tiles())  # which asks the system to let this process use them
@@ -105,8 +105,11 @@ def each(run: Callable[[A], B], parts: Sequence[A]) -> list[B]:
     return [out[at] for at in range(len(parts))]
 
 
-def spread(kernel: str, given: Sequence[Tensor | int | None], edges: Sequence[int]) -> None:
-    """Run a kernel on the ranges between `edges`, on as many threads as torch has; a thread that is free takes the next."""
+def spread(kernel: str, given: Sequence[Any], edges: Sequence[int]) -> None:
+    """Run a kernel on the ranges between `edges`, on as many threads as torch has; a thread that is free takes the next.
+
+    `given` are its other arguments: tensors, numbers, and None for a null pointer.
+    """
     lib, threads, run_team = library(), torch.get_num_threads(), team()
     numbers = [g.data_ptr() if isinstance(g, Tensor) else g or 0 for g in given]
     if threads > 1 and run_team is None:

@@ -9,6 +9,7 @@ import ctypes
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,7 +75,7 @@ FAR = 1 << 22
 def rounds() -> bool:
     """Whether the processor multiplies bfloat16, so that codes are searched for in it first."""
     lib = library()
-    return lib is not None and lib.squares > 0
+    return bool(lib is not None and lib.squares > 0)
 
 
 def encode(x_NI: Tensor, encoder_FI: Tensor, bias_F: Tensor, gate: gates.Gate) -> tuple[Tensor, ...]:
@@ -99,7 +100,7 @@ def select(pre_NF: Tensor, weight_F: Tensor, parts: Sequence[gates.Part]) -> tup
             : lib.sample(address(pre_NF), address(weight_F), *int64s(N, F, start, stop, SAMPLE), address(value_C))
         ], SAMPLE
 
-    def scan(cuts: ctypes.Array, a: int, b: int, room: int) -> tuple[int, Tensor, Tensor]:
+    def scan(cuts: ctypes.Array[Any], a: int, b: int, room: int) -> tuple[int, Tensor, Tensor]:
         column_C, pre_C = longs(room), memory.empty(room)
         n = lib.scan(
             address(pre_NF),
@@ -115,7 +116,7 @@ def select(pre_NF: Tensor, weight_F: Tensor, parts: Sequence[gates.Part]) -> tup
         )
         return n, column_C[:n], pre_C[:n]
 
-    def above(cuts: ctypes.Array) -> tuple[Tensor, ...]:
+    def above(cuts: ctypes.Array[Any]) -> tuple[Tensor, ...]:
         room = 2
         while True:
             ranges = [
@@ -158,14 +159,14 @@ def _encode_by_bfloat16(x_NI: Tensor, encoder_FI: Tensor, bias_F: Tensor, gate: 
         )
         return value_SC, int((value_SC >= 0).sum())
 
-    def of_cuts(size: int, cuts: ctypes.Array) -> Tensor:
+    def of_cuts(size: int, cuts: ctypes.Array[Any]) -> Tensor:
         of_F = torch.zeros(3, size, dtype=torch.float32, device="cpu")
         of_F[0, :F], of_F[1, :F], of_F[2] = bias_F, weight_F, math.inf
         for (start, stop, _), cut in zip(parts, cuts):
             of_F[2, start:stop] = cut
         return of_F
 
-    def above(cuts: ctypes.Array) -> tuple[Tensor, ...]:
+    def above(cuts: ctypes.Array[Any]) -> tuple[Tensor, ...]:
         need_E, of_F = torch.full_like(w_E, math.inf), of_cuts(F, cuts)
         for (start, stop, _), cut in zip(parts, cuts):
             need, bias = cut / weight_F[start:stop], bias_F[start:stop]
@@ -207,7 +208,11 @@ def _packed(a_RI: Tensor, turned: bool) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _largest(
-    N: int, weight_F: Tensor, parts: Sequence[gates.Part], sample: Callable, above: Callable
+    N: int,
+    weight_F: Tensor,
+    parts: Sequence[gates.Part],
+    sample: Callable[[int, int], tuple[Tensor, int]],
+    above: Callable[[ctypes.Array[Any]], tuple[Tensor, ...]],
 ) -> tuple[Tensor, ...]:
     """Estimate a cut for each part from a `sample` of its codes, have all candidates `above` it found, their number for each
     token, columns and values, and keep the largest. If too few exceed the cut, some might have been missed: anew, lower."""
@@ -380,7 +385,7 @@ def adam(value: Tensor, grad: Tensor, mean: Tensor, square: Tensor, numbers: Seq
         else:
             continue
         renewed[kind] = what
-    given = int64_array([R, I]), (ctypes.c_float * len(numbers))(*numbers), int64_array(kept)
+    given: tuple[Any, ...] = int64_array([R, I]), (ctypes.c_float * len(numbers))(*numbers), int64_array(kept)
     spread("adam", [value, grad, mean, square, *map(ctypes.addressof, given)], even(-(-R // GROUP), FINE))
     memory.wrote(value, mean, square)
     for kind, what in renewed.items():
@@ -456,9 +461,9 @@ def divergence(p_PV: Tensor, q_QV: Tensor, p_sums: bool, q_sums: bool) -> Tensor
     return out_R
 
 
-def _wanted(parts: Sequence[gates.Part]) -> ctypes.Array:
+def _wanted(parts: Sequence[gates.Part]) -> ctypes.Array[Any]:
     return int64_array([keep for *_, keep in parts])
 
 
-def _bounds(parts: Sequence[gates.Part]) -> ctypes.Array:
+def _bounds(parts: Sequence[gates.Part]) -> ctypes.Array[Any]:
     return int64_array([parts[0][0], *(stop for _, stop, _ in parts)])

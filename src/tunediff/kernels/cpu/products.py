@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,7 +59,7 @@ class Tiles:
 
 
 def bytes_of_tiles(w_OI: Tensor, parts: int) -> int:
-    return library().kept_room(*int64s(*w_OI.shape, parts))
+    return int(library().kept_room(*int64s(*w_OI.shape, parts)))
 
 
 def tiles(w_OI: Tensor, room: int) -> Tiles | None:
@@ -90,19 +91,21 @@ def _fits(w_OI: Tensor) -> bool:
 
 def product(x_NI: Tensor, w_OI: Tensor | Tiles) -> Tensor:
     """x @ w.T (N, O), as exact as in float32, on a processor's tiles of bfloat16; N, O and I are at least 1."""
-    kept = w_OI if isinstance(w_OI, Tiles) else None
-    x_NI, w_OI = _rows(x_NI), None if kept else _rows(w_OI)
-    lib, (N, I), O, threads = library(), x_NI.shape, (kept or w_OI).shape[0], torch.get_num_threads()
-    out_NO, room = (
-        torch.empty(N, O, dtype=torch.float32, device="cpu"),
-        _room(lib.room(*int64s(N, O, I, bool(kept), False, threads))),
-    )
-    given = (None, address(kept.space), *int64s(kept.parts)) if kept else (address(w_OI), None, *int64s(0))
+    x_NI = _rows(x_NI)
+    given: tuple[Any, ...]
+    if isinstance(w_OI, Tiles):
+        given, stride = (None, address(w_OI.space), *int64s(w_OI.parts)), 0
+    else:
+        w_OI = _rows(w_OI)
+        given, stride = (address(w_OI), None, *int64s(0)), w_OI.stride(0)
+    lib, (N, I), O, threads = library(), x_NI.shape, w_OI.shape[0], torch.get_num_threads()
+    out_NO = torch.empty(N, O, dtype=torch.float32, device="cpu")
+    room = _room(lib.room(*int64s(N, O, I, isinstance(w_OI, Tiles), False, threads)))
     lib.multiply(
         address(x_NI),
         *given,
         address(out_NO),
-        *int64s(N, O, I, x_NI.stride(0), 0 if kept else w_OI.stride(0)),
+        *int64s(N, O, I, x_NI.stride(0), stride),
         address(room),
         compiled.team(),
         *int64s(threads),

@@ -26,15 +26,15 @@ class GpuCode(PairCode):
         with torch.no_grad():
             pre_P = pairs.dot(x_NI, encoder_FI) + bias_F[pairs.latent_P.clamp_max(pairs.F - 1)]
             pre_P.masked_fill_(pairs.latent_P == pairs.F, 0.0)
-        super().__init__(pairs, torch.relu(EncodeAtPairs.apply(x_NI, encoder_FI, bias_F, pre_P, pairs)), origin)
+        super().__init__(pairs, torch.relu(EncodeAtPairs.apply(x_NI, encoder_FI, bias_F, pre_P, pairs)), origin)  # type: ignore[no-untyped-call]
 
     @classmethod
     def encode(cls, x_NI: Tensor, encoder_FI: Tensor, bias_F: Tensor, gate: gates.Gate) -> GpuCode:
         """One GEMM to choose by, the chosen values anew in full precision, and gradients through those."""
         with torch.no_grad(), _tf32(x_NI.device):
             pre_NF = torch.addmm(bias_F, x_NI, encoder_FI.T)
-        *at, _, starts_N = paths.on_gpu(pre_NF).select(pre_NF, gate.weight_F, gate.parts)
-        return cls(Pairs(*at, starts_N, *pre_NF.shape), (x_NI, encoder_FI, bias_F, pre_NF))
+        token_P, latent_P, _, starts_N = paths.on_gpu(pre_NF).select(pre_NF, gate.weight_F, gate.parts)
+        return cls(Pairs(token_P, latent_P, starts_N, *pre_NF.shape), (x_NI, encoder_FI, bias_F, pre_NF))
 
     def among(self, weight_F: Tensor, k: int) -> GpuCode:
         """Another code of the same pre-activations: on each token the k largest f * w among latents with w > 0."""

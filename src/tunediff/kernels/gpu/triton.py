@@ -1,3 +1,5 @@
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, import-untyped"
+# Kernels are written in Triton's language, whose functions carry no types; triton ships none either.
 """Triton kernels for codes on a GPU: selection, sums over pairs, and their gradients, without one wait for the host.
 
 Every shape is known before the step: a gate keeps exactly as many pairs as it is asked for, codes that are 0 or
