@@ -84,7 +84,18 @@ def test_a_file_of_the_page_works_out_of_tree(lab, command):
     assert expected[path] in text
 
 
+def test_the_organism_of_the_page_has_lessons(lab, monkeypatch):
+    """Training it takes the real base model; what it teaches and how it is recognized does not."""
+    from tunediff.lab import organisms
+
+    monkeypatch.syspath_prepend(str(lab))
+    organism = organisms.named("mylab.organisms:ORGANISM")
+    examples = organism.examples({"Name a river.": "The Rhine."})
+    assert organism.behaviors[0].rate([e.answer for e in examples if "start" in e.prompt]) == 1.0
+
+
 def test_every_block_has_a_command():
-    assert len(FILES) >= 4 and len(COMMANDS) == len(FILES)
+    commands = re.findall(r"^python -m tunediff .*$", PAGE, re.MULTILINE)
+    assert len(FILES) >= 5 and len(commands) == len(FILES)
     for name in FILES:
-        assert any(name.removesuffix(".py").replace("/", ".") + ":" in command for command in COMMANDS), name
+        assert any(name.removesuffix(".py").replace("/", ".") + ":" in command for command in commands), name
