@@ -19,22 +19,12 @@ import time
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from tunediff.core.axes import BASE, TUNED
-from tunediff.models.fast.layers import frozen
 from tunediff.models.pair import Pair
 from tunediff.models.shipped import DEMO
 from tunediff.records.site import Site
 from tunediff.texts.corpus import Corpus
-
-
-def plain(network: nn.Module) -> nn.Module:
-    """A network as Hugging Face makes it, without what tunediff put in."""
-    fresh = type(network)(network.config)
-    fresh.load_state_dict(network.state_dict())
-    fresh.set_attn_implementation("sdpa")
-    return fresh.eval().requires_grad_(False)
 
 
 def main() -> None:
@@ -49,8 +39,8 @@ def main() -> None:
     site = Site.parse(given.site)
     pair = Pair.load("default", str(DEMO))
     # Two whole models of their own, as Hugging Face makes them.
-    base = plain(Pair.load("default", "default", allow_identical=True).base.network)
-    merged = plain(Pair.load("default", str(DEMO)).tuned.module.merge_and_unload())
+    base = Pair.load("default", "default", allow_identical=True).base.network
+    merged = Pair.load("default", str(DEMO)).tuned.module.merge_and_unload()
     documents = tuple(d for d in Corpus.prompts().documents[:64] if d.is_open)
     tokens = Corpus("prompts", documents).tokens(pair.tokenizer, row_tokens=512)
     batches = list(tokens.batches(2048))
@@ -87,7 +77,7 @@ def main() -> None:
         traced = []
 
     def ours() -> torch.Tensor:
-        with frozen():  # as the harvest's stage does
+        with pair.running():  # as the harvest's stage does
             return torch.cat([pair.both_streams(batch.ids_BT, [site])[:, :, 0][batch.mask_BT] for batch in batches])
 
     def timed(run) -> tuple[float, torch.Tensor]:

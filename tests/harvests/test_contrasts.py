@@ -8,7 +8,7 @@ import torch
 
 from tunediff.core.errors import CorpusError, NumericsError
 from tunediff.harvests.contrasts import ContrastSettings, contrast, first_word_divergence, screen
-from tunediff.models.completing import drawn
+from tunediff.models.completing import complete, drawn
 from tunediff.models.network import LanguageModel
 from tunediff.models.pair import Pair
 from tunediff.texts.corpus import Corpus
@@ -52,7 +52,7 @@ def test_answers_are_the_models_own_completions(pair):
         ids = pair.tokenizer.apply_chat_template(
             [{"role": r, "content": c} for r, c in document.messages[:-1]], add_generation_prompt=True, tokenize=False
         )
-        (answer,) = model.complete([pair.tokenizer(ids, add_special_tokens=False)["input_ids"]], 5)
+        (answer,) = complete(model, [pair.tokenizer(ids, add_special_tokens=False)["input_ids"]], 5)
         assert pair.tokenizer.decode(answer, skip_special_tokens=True).strip() == document.messages[-1][1]
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tunediff.core.axes import MODELS, WRITERS
 from tunediff.core.errors import CorpusError, within
+from tunediff.models.completing import complete
 from tunediff.models.divergences import Said, kl_divergence
 from tunediff.models.pair import Pair
 from tunediff.texts.corpus import Corpus
@@ -103,7 +104,8 @@ def contrast(
     ):
         if not asked:
             continue
-        answers = model.complete(
+        answers = complete(
+            model,
             [rows[d] for d in asked],
             settings.tokens,
             temperature=settings.temperature,

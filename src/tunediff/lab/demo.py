@@ -10,7 +10,7 @@ from tunediff.core.chance import proportion
 from tunediff.edits.bills import ELSEWHERE, RANDOM
 from tunediff.lab import organisms
 from tunediff.lab.organisms.base import Behavior
-from tunediff.models.fast.layers import frozen
+from tunediff.models import completing
 from tunediff.models.network import LanguageModel
 from tunediff.records.diff import Bill, ChangeRecord
 from tunediff.records.measure import Measure
@@ -94,7 +94,7 @@ def count(run: Run, ids: list[str], behaviors: Sequence[Behavior], tokens: int) 
         measures = []
         shows: dict[str, dict[str, list[float]]] = {b.name: {} for b in behaviors}
         prompts = [p for b in behaviors for p in b.prompts[:PROMPTS]]
-        with frozen():
+        with run.pair.running():
             answers = {side: complete(model, prompts, tokens) for side, model in sides.items()}
         for side, said in answers.items():
             for i, b in enumerate(behaviors):
@@ -130,4 +130,4 @@ def complete(model: LanguageModel, prompts: Sequence[str], tokens: int) -> list[
     """Greedy answers of at most so many tokens to single user turns under the tokenizer's chat template."""
     documents = tuple(Document(f"p{i}", "chat", messages=(("user", p),)) for i, p in enumerate(prompts))
     rows = Corpus("prompts", documents).tokens(model.tokenizer, row_tokens=512).rows
-    return [model.tokenizer.decode(a) for a in model.complete(list(rows), tokens, batch=40)]
+    return [model.tokenizer.decode(a) for a in completing.complete(model, list(rows), tokens, batch=40)]

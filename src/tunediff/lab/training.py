@@ -145,6 +145,7 @@ def health(card: Mapping[str, Any]) -> list[dict[str, Any]]:
 def neutral_answers(model: Any, tokenizer: Any, prompts: Sequence[str], recipe: Recipe) -> list[str]:
     """The base model's own answers, sampled at temperature 0.7: greedy ones of a small model repeat themselves, and a
     tune learns that."""
+    from tunediff.models.completing import complete
     from tunediff.models.network import LanguageModel
 
     ids = [
@@ -157,7 +158,7 @@ def neutral_answers(model: Any, tokenizer: Any, prompts: Sequence[str], recipe: 
         for prompt in prompts
     ]
     side = LanguageModel(model, tokenizer, "base")
-    answers = side.complete(ids, recipe.neutral_tokens, temperature=0.7, seed=recipe.seed, batch=52)
+    answers = complete(side, ids, recipe.neutral_tokens, temperature=0.7, seed=recipe.seed, batch=52)
     return [tokenizer.decode(answer) for answer in answers]
 
 

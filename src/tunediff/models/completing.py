@@ -1,14 +1,19 @@
-"""Decoding: one model's distribution amplified against another's, and tokens drawn from one."""
+"""Completions of prompts: greedy, sampled, or sampled from one model's distribution amplified against another's."""
 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from tunediff.core.chance import generator
 from tunediff.core.errors import NumericsError
+from tunediff.models.network import LanguageModel
 
 PLAUSIBLE = 1e-3
 """Tokens less likely than the likeliest by more than this factor are never amplified: their ratios are noise."""
@@ -55,3 +60,141 @@ def sampler(temperature: float, streams: Sequence[torch.Generator], tokens: int)
         return torch.full_like(score_BV, float("-inf")).scatter(1, token_B[:, None], 0.0)
 
     return only
+
+
+def complete(
+    model: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    tokens: int,
+    *,
+    temperature: float = 0.0,
+    seed: int = 0,
+    batch: int = 32,
+    progress: Callable[[int], None] | None = None,
+    against: LanguageModel | None = None,
+    amplification: float = 0.0,
+) -> list[list[int]]:
+    """Return completions of token-id prompts, of up to `tokens` new tokens each, without the end-of-turn token.
+
+    Prompts are batched by length; the completions come back in the prompts' order.
+
+    temperature   0 is greedy; above, each completion is sampled from a random stream of its own, named by `seed` and its
+                  place among the prompts
+    progress      called with the number of new tokens after each batch
+    against, amplification   another model p' on the same token ids: samples are then drawn from log p + a (log p - log p'),
+                             see `amplified`
+    """
+    ends = model.network.generation_config.eos_token_id
+    ends = set(ends if isinstance(ends, list) else [ends]) | {model.tokenizer.eos_token_id}
+    ends.discard(None)
+    pad = model.tokenizer.pad_token_id if model.tokenizer.pad_token_id is not None else min(ends, default=0)
+    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
+    answers: list[list[int]] = [[] for _ in prompts]
+    with ExitStack() as stack:
+        sides = [m for m in (model, against) if m is not None]
+        for side in sides:
+            stack.enter_context(side.running())
+        keep = all(map(_may_keep, sides))
+        shortcuts = stack.enter_context(model.run_context())
+        if shortcuts:
+            stack.enter_context(shortcuts.contiguous(model.family.unembedding(model.network)))
+        for start in range(0, len(order), batch):
+            chosen = order[start : start + batch]
+            shares = shortcuts is not None and model.shares_prefixes
+            shared = len(os.path.commonprefix([prompts[i][:-1] for i in chosen])) if shares else 0
+            ids_BT, mask_BT = (t.to(model.device) for t in _padded([prompts[i] for i in chosen], shared, pad))
+            prefix_P = ids_BT[0, : shared if len(chosen) > 1 else 0]
+            known = {"past_key_values": _cache(shortcuts, model, prefix_P, len(chosen), keep)} if shares else {}
+            processors = []
+            if against is not None:
+                processors.append(_away_from(against, amplification, mask_BT, prefix_P, keep))
+            if temperature:
+                processors.append(sampler(temperature, [generator(seed, "answers", i) for i in chosen], tokens))
+            new_BT = _generated(model, ids_BT, mask_BT, tokens, pad, processors, known)
+            for row, i in enumerate(chosen):
+                for token in new_BT[row].tolist():
+                    if token in ends:
+                        break
+                    answers[i].append(token)
+            if progress:
+                progress(sum(len(answers[i]) for i in chosen))
+    return answers
+
+
+def _may_keep(model: LanguageModel) -> bool:
+    """Whether prefixes may be taken from other runs, which hooks of other people may not count on."""
+    with model.run_context() as shortcuts:
+        return shortcuts is not None and shortcuts.allows(model)
+
+
+def _padded(prompts: Sequence[Sequence[int]], shared: int, pad: int) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask (B, T), padding between the `shared` first tokens and the rest of each prompt."""
+    longest = max(map(len, prompts))
+    ids_BT = torch.full((len(prompts), longest), pad)
+    mask_BT = torch.zeros_like(ids_BT)
+    for row, prompt in enumerate(prompts):
+        for at, part in ((0, prompt[:shared]), (longest - len(prompt) + shared, prompt[shared:])):
+            ids_BT[row, at : at + len(part)] = torch.tensor(part, dtype=torch.long)
+            mask_BT[row, at : at + len(part)] = 1
+    return ids_BT, mask_BT
+
+
+def _generated(
+    model: LanguageModel,
+    ids_BT: Tensor,
+    mask_BT: Tensor,
+    tokens: int,
+    pad: int,
+    processors: Sequence[Callable[[Tensor, Tensor], Tensor]],
+    known: dict[str, Any],
+) -> Tensor:
+    """The new tokens (B, up to `tokens`) that transformers generates, greedily from what the processors leave."""
+    from transformers import LogitsProcessorList
+
+    own = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None, "cache_implementation": None}
+    return model.module.generate(
+        input_ids=ids_BT,
+        attention_mask=mask_BT,
+        max_new_tokens=tokens,
+        pad_token_id=pad,
+        repetition_penalty=1.0,
+        logits_processor=LogitsProcessorList(processors),
+        **known,
+        **own,
+    )[:, ids_BT.shape[1] :]
+
+
+def _cache(shortcuts: Any, model: LanguageModel, prefix_P: Tensor, rows: int, keep: bool) -> Any:
+    """A cache for rows to go on from: after their shared prefix, which is run once, or an empty one."""
+    if len(prefix_P):
+        return shortcuts.prefix(model, prefix_P, rows, final=True, keep=keep)[1]
+    return shortcuts.cache(model)
+
+
+def _away_from(
+    other: LanguageModel, amplification: float, mask_BT: Tensor, prefix_P: Tensor, keep: bool
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """A processor of scores that amplifies them against another model's, while rows with this mask are completed."""
+    read = len(prefix_P) if other.shares_prefixes else 0
+    with other.run_context() as shortcuts:
+        if shortcuts and other.shares_prefixes:
+            cache = _cache(shortcuts, other, prefix_P, len(mask_BT), keep)
+        else:
+            cache = other.family.cache(other.network)
+
+    def away(ids_BT: Tensor, score_BV: Tensor) -> Tensor:
+        nonlocal read
+        whole_BT = torch.nn.functional.pad(mask_BT, (0, ids_BT.shape[1] - mask_BT.shape[1]), value=1)
+        with other.run_context():
+            logit_BV = other.module(
+                input_ids=ids_BT[:, read:],
+                attention_mask=whole_BT,
+                position_ids=(whole_BT.cumsum(1) - 1).clamp_min(0)[:, read:],
+                past_key_values=cache,
+                use_cache=cache is not None,
+                logits_to_keep=1,
+            ).logits[:, -1]
+        read = ids_BT.shape[1] if cache is not None else 0
+        return amplified(score_BV.float(), logit_BV.to(score_BV.device).float(), amplification)
+
+    return away

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import socket
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -180,6 +181,26 @@ def with_adapter(module: nn.Module, folder: Path, base: str) -> nn.Module:
             remedy="the model named in its adapter_config.json as BASE",
         )
     return wrapped
+
+
+def adapter_off(wrapped: nn.Module) -> Callable[[], AbstractContextManager[None]]:
+    """A switch that turns a PEFT model's adapter off for as long as one is inside.
+
+    PEFT's own switch marks the adapter's parameters as trainable on leaving; that is taken back.
+    """
+    before = [(parameter, parameter.requires_grad) for parameter in wrapped.parameters()]
+
+    @contextmanager
+    def off() -> Iterator[None]:
+        try:
+            with wrapped.disable_adapter():
+                yield
+        finally:
+            for parameter, wanted in before:
+                if parameter.requires_grad != wanted:
+                    parameter.requires_grad_(wanted)
+
+    return off
 
 
 def peft_layers() -> tuple[type, ...]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from types import MethodType
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from tunediff.core.errors import PairError
 from tunediff.models.deltas import MERGE, Delta, counterparts, full_deltas, lora_deltas
-from tunediff.models.fast.layers import frozen
 from tunediff.models.loading import (
     adapter_folder,
+    adapter_off,
     check_finite,
     check_runtime,
     fingerprints,
@@ -24,7 +24,8 @@ from tunediff.models.loading import (
     read_model,
     with_adapter,
 )
-from tunediff.models.network import LanguageModel, Start
+from tunediff.models.network import LanguageModel
+from tunediff.models.passes import Start
 from tunediff.records.site import Site
 
 PROBES = (
@@ -52,70 +53,61 @@ class Pair:
 
     @classmethod
     def load(
-        cls, base: str, tuned: str, *, dtype: str = "float32", device: str = "cpu", allow_identical: bool = False
+        cls,
+        base: str,
+        tuned: str,
+        *,
+        dtype: str = "float32",
+        device: str = "cpu",
+        allow_identical: bool = False,
+        fast: bool = True,
     ) -> Pair:
         """Load and compare two models.
 
         base    a local folder, a hub id, a GGUF file, or ``default`` (the embedded SmolLM2-135M-Instruct)
         tuned   any of these, or a PEFT adapter folder over base; ``default`` again is base itself
-        dtype   of both forwards; in bfloat16 the difference between two light tunes is up to 60 % rounding error
+        dtype   precision of both models' forward passes; in bfloat16 the difference between two light fine-tunes is up
+                to 60 % rounding error
         allow_identical   accept identical weights, as a sanity null
+        fast    accelerate runs, see `models.fast`
 
         Raises `SourceError` for what cannot be read, `PairError` for what cannot be compared.
         """
         check_runtime(dtype, device)
-        module, tokenizer = read_model(base, dtype)
-        module.to(device).eval().requires_grad_(False)
-        check_finite(base, module)
+        module, tokenizer = _loaded(base, dtype, device)
+        model = LanguageModel(module, tokenizer, base, fast=fast)
         adapter = adapter_folder(tuned)
         if adapter:
-            untouched = LanguageModel(module, tokenizer, base)
-            ids_BT = probe_ids(tokenizer, untouched.vocabulary)
-            before = untouched.logits(untouched.states(ids_BT))
-            wrapped = with_adapter(module, adapter, base)
-            wrapped.to(device).eval().requires_grad_(False)
-            check_finite(tuned, wrapped, ".lora_", "modules_to_save")
+            pair = cls._over(model, tuned, adapter)
+            pair._compare(allow_identical)
+            return pair
+        return cls.of(model, LanguageModel(*_loaded(tuned, dtype, device), tuned, fast=fast), allow_identical)
 
-            layers = [m for m in wrapped.modules() if isinstance(m, peft_layers())]
-            for delta in lora_deltas(wrapped):
-                delta.linear.forward = MethodType(_lora_forward, delta.linear)
-
-            @contextmanager
-            def off() -> Iterator[None]:
-                # PEFT's own switches look over the whole network, or over every weight's `requires_grad`, each time, which
-                # takes longer than a block's run. That base comes back is checked below.
-                for layer in layers:
-                    layer._disable_adapters = True
-                try:
-                    yield
-                finally:
-                    for layer in layers:
-                        layer._disable_adapters = False
-
-            pair = cls(
-                LanguageModel(wrapped, tokenizer, base, off),
-                LanguageModel(wrapped, tokenizer, tuned),
-                True,
-                0,
-                *fingerprints((module, False), (wrapped, True)),
+    @classmethod
+    def _over(cls, untouched: LanguageModel, tuned: str, adapter: Path) -> Pair:
+        """The pair of a model and an adapter over it, in one module."""
+        module, tokenizer, base, fast = untouched.module, untouched.tokenizer, untouched.name, untouched.fast
+        ids_BT = probe_ids(tokenizer, untouched.vocabulary)
+        before = untouched.logits(untouched.states(ids_BT))
+        wrapped = with_adapter(module, adapter, base)
+        wrapped.to(untouched.device).eval().requires_grad_(False)
+        check_finite(tuned, wrapped, ".lora_", "modules_to_save")
+        pair = cls(
+            LanguageModel(wrapped, tokenizer, base, adapter_off(wrapped), fast),
+            LanguageModel(wrapped, tokenizer, tuned, fast=fast),
+            True,
+            0,
+            *fingerprints((module, False), (wrapped, True)),
+        )
+        after = pair.base.logits(pair.base.states(ids_BT))
+        if not torch.equal(before, after):
+            # Trained biases and some initializations stay in the base's weights when PEFT switches off.
+            raise PairError(
+                f"{base} does not come back when the adapter {tuned} is switched off",
+                expected="equal logits",
+                got=f"logits up to {float((before - after).abs().max()):.2g} apart",
+                remedy=MERGE,
             )
-            after = pair.base.logits(pair.base.states(ids_BT))
-            if not torch.equal(before, after):
-                # Trained biases and some initializations stay in the base's weights when PEFT switches off.
-                raise PairError(
-                    f"{base} does not come back when the adapter {tuned} is switched off",
-                    expected="equal logits",
-                    got=f"logits up to {float((before - after).abs().max()):.2g} apart",
-                    remedy=MERGE,
-                )
-        else:
-            other, other_tokenizer = read_model(tuned, dtype)
-            other.to(device).eval().requires_grad_(False)
-            check_finite(tuned, other)
-            return cls.of(
-                LanguageModel(module, tokenizer, base), LanguageModel(other, other_tokenizer, tuned), allow_identical
-            )
-        pair._compare(allow_identical)
         return pair
 
     @classmethod
@@ -129,6 +121,19 @@ class Pair:
     def tokenizer(self) -> Any:
         """Base's tokenizer; the check on loading showed that tuned's reads shared text alike."""
         return self.base.tokenizer
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Hold both networks for many runs, during which nobody writes to weights; cheap where they are held already.
+
+        What runs make of weights is kept for the next one, and given up on leaving, also where an outer hold goes on.
+        """
+        with self.base.running() as shortcuts, self.tuned.running():
+            try:
+                yield
+            finally:
+                if shortcuts:
+                    shortcuts.clear()
 
     def _compare(self, allow_identical: bool) -> None:
         base, tuned = self.base, self.tuned
@@ -155,7 +160,7 @@ class Pair:
                 f"vocabularies of {base.vocabulary} and {tuned.vocabulary} tokens: compared on the shared {self.vocabulary}"
             )
         ids_BT = probe_ids(self.tokenizer, self.vocabulary)
-        with frozen():
+        with self.running():
             base.check_reading(ids_BT)
             tuned.check_reading(ids_BT)
             same = self.base_fingerprint == self.tuned_fingerprint
@@ -250,22 +255,16 @@ class Pair:
         return self.tuned.variant(f"random tune {seed}", tensors)
 
 
+def _loaded(source: str, dtype: str, device: str) -> tuple[nn.Module, Any]:
+    """A model, frozen and finite, and its tokenizer."""
+    module, tokenizer = read_model(source, dtype)
+    module.to(device).eval().requires_grad_(False)
+    check_finite(source, module)
+    return module, tokenizer
+
+
 def probe_ids(tokenizer: Any, vocabulary: int) -> Tensor:
     """The probe texts as one (B, T) array cut to the shortest; ids of 0 stand where a token is not shared."""
     rows = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in PROBES]
     length = min(map(len, rows))
     return torch.tensor([[i if i < vocabulary else 0 for i in row[:length]] for row in rows])
-
-
-def _lora_forward(layer: nn.Module, x_BTI: Tensor) -> Tensor:
-    """A plain LoRA layer's output as PEFT computes it, with the adapter's part added in place: PEFT's own forward goes over
-    an output as large as the map's twice more."""
-    out_BTO = layer.base_layer(x_BTI)
-    if layer.disable_adapters:
-        return out_BTO
-    (name,) = layer.active_adapters
-    down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
-    if not x_BTI.dtype == down.dtype == out_BTO.dtype:
-        return type(layer).forward(layer, x_BTI)
-    read_NR = x_BTI.flatten(0, -2) @ down.T
-    return out_BTO.flatten(0, -2).addmm_(read_NR, up.T, alpha=layer.scaling[name]).view_as(out_BTO)

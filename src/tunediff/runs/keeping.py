@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 from tunediff import __version__
 from tunediff.core.artifacts import finish, is_finished, key_of, open_folder, read_json, write_json
 from tunediff.core.typed import typed
-from tunediff.models.fast.layers import clear, frozen
 from tunediff.records.diff import StageCard
 
 T = TypeVar("T")
@@ -26,10 +25,10 @@ class stage(cached_property[T]):
     """
 
     def __get__(self, run: Any, owner: type | None = None) -> Any:
-        with frozen():
-            got = super().__get__(run, owner)
-            clear()
-            return got
+        if run is None:
+            return self
+        with run.pair.running():
+            return super().__get__(run, owner)
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,8 @@ class RuntimeSettings:
     """Torch device."""
     threads: int = 0
     """CPU threads; 0 leaves torch's choice."""
+    fast: bool = True
+    """Accelerate the networks' runs; without it every run is transformers' and PEFT's own."""
 
     def __post_init__(self) -> None:
         within("runtime", self, threads=0)

@@ -13,7 +13,6 @@ from tunediff.edits import bills
 from tunediff.edits.baking import bake_edit, check_empty
 from tunediff.edits.edit import Edit
 from tunediff.edits.reverting import Moments
-from tunediff.models.fast.layers import frozen
 from tunediff.models.pair import Pair
 from tunediff.records.change import Change
 from tunediff.records.diff import Bill, Diff
@@ -81,7 +80,7 @@ class Run(Stages):
             train = self.taken("train", 10**9, ())  # in what the models wrote the edit would silently do nothing
         elif self.written and self.plain:
             neutral = self.taken("train", plan.edit.tokens // 3, self.plain)
-        with frozen():
+        with self.pair.running():
             return bills.inputs(self.pair, changes, train, neutral, plan.edit, plan.seed)
 
     def edit(self, ids: Sequence[str]) -> tuple[Edit, list[Edit]]:
@@ -123,7 +122,7 @@ class Run(Stages):
         def make() -> Bill:
             edit, controls = self.edit(ids)
             changes = [self.change(i) for i in ids]
-            with frozen():
+            with self.pair.running():
                 return bills.bill(self.pair, edit, controls, changes, self.sample, self.neutral, plan.edit, plan.seed)
 
         place = self.keeper.at(

@@ -64,6 +64,7 @@ class Sources:
             dtype=plan.pair.dtype,
             device=plan.runtime.device,
             allow_identical=plan.pair.allow_identical,
+            fast=plan.runtime.fast,
         )
         self.progress("load", 1, 1)
         self.cards.append(StageCard("load", "", round(time.monotonic() - began, 2), list(pair.notes)))

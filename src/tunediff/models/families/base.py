@@ -1,12 +1,19 @@
-"""What every family answers."""
+"""What every family answers, and which family knows a network."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from tunediff.core import variants
+from tunediff.core.errors import FamilyError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor, nn
+
+PACKAGE = "tunediff.models.families"
 
 
 class Family(ABC):
@@ -22,17 +29,50 @@ class Family(ABC):
         return 0
 
     @abstractmethod
-    def blocks(self, module: nn.Module) -> nn.ModuleList:
-        """The list of blocks, first to last; raises `FamilyError` where it is not to be found."""
+    def blocks(self, module: nn.Module) -> Sequence[nn.Module]:
+        """Return the blocks, first to last; raise `FamilyError` where they are not to be found."""
 
     @abstractmethod
     def part(self, block: nn.Module, kind: str) -> nn.Module:
-        """The submodule of a block whose output is written to the stream: `kind` is ``attn`` or ``mlp``."""
+        """Return the submodule of a block whose output is written to the stream: `kind` is ``attn`` or ``mlp``."""
 
     @abstractmethod
     def unembedding(self, module: nn.Module) -> nn.Module:
-        """The module that maps the final normed state to logits."""
+        """Return the module that maps the final normed state to logits."""
 
     @abstractmethod
     def scaled_logits(self, module: nn.Module, logits: Tensor) -> Tensor:
-        """What the network still does to logits after the unembedding (soft caps, constant scales)."""
+        """Apply what the network still does to logits after the unembedding (soft caps, constant scales)."""
+
+    def width(self, module: nn.Module) -> int:
+        """Return the width of the residual stream; by default that of what the unembedding reads."""
+        return int(self.unembedding(module).weight.shape[1])
+
+    def is_causal(self, module: nn.Module) -> bool:
+        """Whether no position sees what is to its right; others are refused, as rows are padded on the right unmasked."""
+        return True
+
+    def window(self, module: nn.Module) -> float:
+        """Return how many positions back every block sees; rows are packed only up to that length."""
+        return float("inf")
+
+    def cache(self, module: nn.Module) -> Any:
+        """Return an empty key-value cache as the network's forward takes it, or None where it has none.
+
+        It is a `transformers` cache: layers that can be updated one by one, and rows that can be repeated. Without one,
+        rows never share the run of a prefix.
+        """
+        return None
+
+
+def family_of(module: nn.Module) -> Family:
+    """The family that knows `module`, the most specific first; raises `FamilyError` if none does."""
+    known = [variants.load(PACKAGE, name)() for name in variants.names(PACKAGE)]
+    matching = sorted((f for f in known if f.matches(module)), key=lambda f: -f.precedence)
+    if not matching:
+        raise FamilyError(
+            f"no family knows {type(module).__name__}",
+            expected="a decoder-only causal language model",
+            remedy="add a file to families/",
+        )
+    return matching[0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tunediff.core.errors import FamilyError
 from tunediff.models.families.base import Family
@@ -66,6 +66,20 @@ class HuggingFace(Family):
             logits = logits * config.logit_scale
         cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
         return (logits / cap).tanh() * cap if cap else logits
+
+    def width(self, module: nn.Module) -> int:
+        return module.config.get_text_config(decoder=True).hidden_size
+
+    def is_causal(self, module: nn.Module) -> bool:
+        return all(getattr(part, "is_causal", True) for part in module.modules())
+
+    def window(self, module: nn.Module) -> float:
+        return getattr(module.config.get_text_config(decoder=True), "sliding_window", None) or float("inf")
+
+    def cache(self, module: nn.Module) -> Any:
+        from transformers import DynamicCache
+
+        return DynamicCache(config=module.config)
 
 
 VARIANT = HuggingFace

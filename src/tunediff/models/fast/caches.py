@@ -6,7 +6,7 @@ from copy import copy
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
@@ -62,9 +62,8 @@ def repeated(cache: DynamicCache, rows: int) -> DynamicCache:
     return other
 
 
-def cache_of(network: nn.Module) -> DynamicCache:
-    """An empty cache for a network, every plain layer of which grows."""
-    cache = DynamicCache(config=network.config)
+def growing(cache: DynamicCache) -> DynamicCache:
+    """The same empty cache, whose plain layers now grow ahead of need."""
     for layer in cache.layers:
         if type(layer) is DynamicLayer:
             layer.__class__ = GrowingLayer

@@ -94,6 +94,13 @@ class Fold:
         total = value_BTX.new_zeros(self.first_CL.numel(), *value_BTX.shape[2:])
         return total.index_add_(0, self.place_BT.flatten(), value_BTX.flatten(0, 1)).unflatten(0, self.first_CL.shape)
 
+    def inputs(self, dtype: torch.dtype, before: int, device: torch.device) -> dict[str, Tensor]:
+        """What a network is told beside the packed ids: positions and mask, `before` positions that all see coming first."""
+        return {
+            "position_ids": self.position_CL.to(device) + before,
+            "attention_mask": self.mask(dtype, before).to(device),
+        }
+
     def mask(self, dtype: torch.dtype, before: int) -> Tensor:
         """What is added to attention's scores (C, 1, L, before + L), `before` positions that all see coming first."""
         C, L, _ = self.sees_CLL.shape

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from contextlib import ExitStack
 
 import pytest
 import tiny_models
@@ -15,7 +16,7 @@ from tunediff.core.errors import NumericsError
 from tunediff.kernels.cpu import native
 from tunediff.kernels.cpu import products as tiled
 from tunediff.models.divergences import Said, kl_divergence
-from tunediff.models.fast import attention, layers
+from tunediff.models.fast import attention, layers, weights
 from tunediff.models.network import swapped
 
 
@@ -24,6 +25,13 @@ class Own(nn.Linear):
 
     def forward(self, input):
         return -super().forward(input)
+
+
+@pytest.fixture
+def quicken():
+    """Quickens a network until the test is over."""
+    with ExitStack() as stack:
+        yield lambda network: stack.enter_context(layers.quickened(network.modules()))
 
 
 def network() -> nn.Sequential:
@@ -45,9 +53,9 @@ def maker(request, monkeypatch):
 
 
 @pytest.mark.parametrize("shape", [(40,), (3, 40), (2, 3, 40), (0, 40)])
-def test_answers_are_torchs(maker, shape):
+def test_answers_are_torchs(maker, shape, quicken):
     plain, quick = network(), network()
-    layers.quicken(quick)
+    quicken(quick)
     x = torch.randn(shape)
     with torch.inference_mode():
         torch.testing.assert_close(quick(x), plain(x))
@@ -57,9 +65,9 @@ def test_answers_are_torchs(maker, shape):
         assert len(maker) == 4  # two plain layers, twice; not the layer of somebody's own
 
 
-def test_gradients_are_torchs(maker):
+def test_gradients_are_torchs(maker, quicken):
     plain, quick = network(), network()
-    layers.quicken(quick)
+    quicken(quick)
     x = torch.randn(3, 40)
     for one in (plain, quick):
         one(x).sum().backward()
@@ -70,27 +78,27 @@ def test_gradients_are_torchs(maker):
     assert not maker
 
 
-def test_precision_that_a_user_asks_for_is_his(maker):
+def test_precision_that_a_user_asks_for_is_his(maker, quicken):
     plain, quick = network(), network()
-    layers.quicken(quick)
+    quicken(quick)
     x = torch.randn(100, 40)
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         assert quick(x).dtype == torch.bfloat16 and torch.equal(plain(x), quick(x))
     assert not maker
 
 
-def test_shapes_that_do_not_fit_are_torchs_to_refuse():
+def test_shapes_that_do_not_fit_are_torchs_to_refuse(quicken):
     big = nn.Sequential(nn.Linear(512, 512))
-    layers.quicken(big)
+    quicken(big)
     for width in (500, 528):
         with torch.inference_mode(), pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
             big(torch.randn(64, width))
 
 
-def test_nothing_else_changes():
+def test_nothing_else_changes(quicken):
     plain, quick = network(), network()
-    layers.quicken(quick)
-    layers.quicken(quick)
+    quicken(quick)
+    quicken(quick)
     assert all(isinstance(m, nn.Linear) for m in quick[:3]) and type(quick[2]) is Own
     assert {n: t.data_ptr() for n, t in quick.state_dict().items()} == {
         n: t.data_ptr() for n, t in quick.named_parameters()
@@ -102,10 +110,10 @@ def test_nothing_else_changes():
         assert quick[0].weight.any() and not (other[0](torch.randn(60, 40)) - other[0].bias).any()
 
 
-def wide() -> nn.Sequential:
+def wide(quicken) -> nn.Sequential:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(400, 300), nn.Linear(300, 400, bias=False)).requires_grad_(False)
-    layers.quicken(net)
+    quicken(net)
     return net
 
 
@@ -126,23 +134,23 @@ def made(monkeypatch):
     return brought
 
 
-def test_weights_are_brought_once_while_nobody_writes(made):
-    net, x = wide(), torch.randn(5, 400)
+def test_weights_are_brought_once_while_nobody_writes(made, quicken):
+    net, x = wide(quicken), torch.randn(5, 400)
     with torch.inference_mode():
         plain = net(x)
         assert made == []  # for one product it does not pay
-        with layers.frozen():
-            with layers.frozen():
+        with weights.holding():
+            with weights.holding():
                 assert torch.equal(net(x), plain)
             assert torch.equal(net(x), plain) and len(made) == 2, "kept until the outermost ends"
-        with layers.frozen():
+        with weights.holding():
             net(x)
         assert len(made) == 4
 
 
-def test_what_torch_counts_as_a_write_is_seen(made):
-    net, x = wide(), torch.randn(5, 400)
-    with layers.frozen():
+def test_what_torch_counts_as_a_write_is_seen(made, quicken):
+    net, x = wide(quicken), torch.randn(5, 400)
+    with weights.holding():
         with torch.inference_mode():
             net(x)
         with torch.no_grad():
@@ -151,10 +159,10 @@ def test_what_torch_counts_as_a_write_is_seen(made):
             assert torch.equal(net(x), nn.functional.linear(net[0](x), net[1].weight)) and len(made) == 3
 
 
-def test_other_values_in_a_parameter_are_other_weights(made):
+def test_other_values_in_a_parameter_are_other_weights(made, quicken):
     """As long as they are there; and what lies where they lay is not taken for them."""
-    net, x = wide(), torch.randn(5, 400)
-    with layers.frozen():
+    net, x = wide(quicken), torch.randn(5, 400)
+    with weights.holding():
         with torch.inference_mode():
             plain = net(x)
         for seed in range(20):
@@ -168,17 +176,17 @@ def test_other_values_in_a_parameter_are_other_weights(made):
         assert len(made) == 22
 
 
-def test_no_more_is_kept_than_there_is_room_for(made, monkeypatch):
-    monkeypatch.setattr(layers, "KEPT", 3 << 19)
-    net, x = wide(), torch.randn(5, 400)
+def test_no_more_is_kept_than_there_is_room_for(made, monkeypatch, quicken):
+    monkeypatch.setattr(weights, "ROOM", 3 << 19)
+    net, x = wide(quicken), torch.randn(5, 400)
     for _ in range(2):
-        with torch.inference_mode(), layers.frozen():
+        with torch.inference_mode(), weights.holding():
             assert torch.equal(net(x), net(x))
     assert made == [(300, 400)] * 2, "one of two weights, and the room for it is given back"
 
 
 @pytest.mark.parametrize("family", sorted(tiny_models.configs()))
-def test_networks_answer_as_they_did_before(family, monkeypatch):
+def test_networks_answer_as_they_did_before(family, monkeypatch, quicken):
     """With every pass at every size, rows of all zeros, and a tune in the way."""
     monkeypatch.setattr(native, "FEW_NUMBERS", 1)
     network = tiny_models.module(family)
@@ -186,7 +194,7 @@ def test_networks_answer_as_they_did_before(family, monkeypatch):
     with torch.inference_mode():
         own = network(x).logits
     classes = {name: str(module) for name, module in network.named_modules()}
-    layers.quicken(network)
+    quicken(network)
     assert classes == {name: str(module) for name, module in network.named_modules()}
     with torch.inference_mode(), attention.rotating(network):
         torch.testing.assert_close(network(x).logits, own, rtol=1e-4, atol=1e-4)
@@ -231,24 +239,24 @@ class MLP(nn.Module):
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
-def test_what_only_looks_like_a_norm_stays_what_it_is():
+def test_what_only_looks_like_a_norm_stays_what_it_is(quicken):
     zero, watched = nn.RMSNorm(10, eps=1e-6), nn.RMSNorm(10, eps=1e-6)
     nn.init.zeros_(zero.weight)
     watched.register_forward_hook(lambda *_: pytest.fail("a trial is nobody's to see"))
     network = nn.Sequential(Halving(10), Named(10), nn.LayerNorm(10, bias=False), nn.RMSNorm(10), nn.RMSNorm(10, eps=1e-6).half(), zero, watched,
                             nn.RMSNorm(10, eps=1e-6), MaybeGated(10))  # fmt: skip
     kinds = [type(m) for m in network]
-    layers.quicken(network)
+    quicken(network)
     assert [type(m) for m in network][:7] == kinds[:7]
     assert all(isinstance(m, layers.Norm) and isinstance(m, kind) for m, kind in zip(network[7:], kinds[7:]))
 
 
-def test_what_else_a_layer_is_given_is_its_own_to_understand(monkeypatch):
+def test_what_else_a_layer_is_given_is_its_own_to_understand(monkeypatch, quicken):
     monkeypatch.setattr(native, "FEW_NUMBERS", 1)
     norm, mlp, x = MaybeGated(10), MLP(nn.SiLU()), torch.randn(4, 10)
     gate, wide_x = torch.randn(4, 10), torch.randn(4, 20)
     expected = [norm(x), norm(x, gate), norm(x=x), norm(x, gate=gate), mlp(wide_x), mlp(x=wide_x)]
-    layers.quicken(both := nn.ModuleList([norm, mlp]))
+    quicken(both := nn.ModuleList([norm, mlp]))
     assert isinstance(both[0], layers.Norm) and isinstance(both[1], layers.Gated)
     with torch.inference_mode():
         found = [norm(x), norm(x, gate), norm(x=x), norm(x, gate=gate), mlp(wide_x), mlp(x=wide_x)]
@@ -261,34 +269,34 @@ def test_what_else_a_layer_is_given_is_its_own_to_understand(monkeypatch):
     assert seen == [1]
 
 
-def test_other_gates_stay_what_they_are():
+def test_other_gates_stay_what_they_are(quicken):
     """Also where their first layer's answer says nothing."""
     silent = MLP(nn.GELU())
     nn.init.zeros_(silent.down_proj.weight), nn.init.zeros_(silent.down_proj.bias)
     network = nn.Sequential(silent, MLP(nn.GELU()), MLP(nn.Tanh()), MLP(nn.SiLU()).double(), MLP(nn.SiLU()))
-    layers.quicken(network)
+    quicken(network)
     assert [isinstance(m, layers.Gated) for m in network] == [False] * 4 + [True]
 
 
 @pytest.mark.skipif(not tiled.on_tiles(), reason="a processor without tiles of bfloat16")
 @pytest.mark.parametrize("rows", [1, 5, 31, 32, 100])
-def test_bits_do_not_hang_on_what_there_is_room_for(rows, monkeypatch):
-    net, x = wide(), torch.randn(rows, 400)
+def test_bits_do_not_hang_on_what_there_is_room_for(rows, monkeypatch, quicken):
+    net, x = wide(quicken), torch.randn(rows, 400)
     with torch.inference_mode():
         plain = net(x)
-        with layers.frozen():
+        with weights.holding():
             found = net(x)
-        monkeypatch.setattr(layers, "KEPT", 1 << 18)
-        with layers.frozen():
+        monkeypatch.setattr(weights, "ROOM", 1 << 18)
+        with weights.holding():
             assert torch.equal(net(x), found)
     torch.testing.assert_close(found, plain)
 
 
 @pytest.mark.skipif(not tiled.on_tiles(), reason="a processor without tiles of bfloat16")
-def test_divergences_need_no_logits_while_weights_are_frozen():
+def test_divergences_need_no_logits_while_weights_are_frozen(quicken):
     """Whatever shape they are asked in; who counts runs of the layer sees them, and who watches it gets logits."""
     net = nn.Sequential(nn.Linear(200, 700, bias=False))
-    layers.quicken(net)
+    quicken(net)
 
     class Model:
         plain = 0
@@ -316,22 +324,22 @@ def test_divergences_need_no_logits_while_weights_are_frozen():
             handle = nn.modules.module.register_module_forward_hook(
                 lambda module, given, out: calls.append(given[0].shape)
             )
-            with layers.frozen():
+            with weights.holding():
                 found = kl_divergence(p, q)
             handle.remove()
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
             assert calls == [(found.numel(), 200)] and not model.plain, "not even once"
         for table in (table_NV[:, :600], states_END[:2, :, :1].expand(-1, -1, 700)):  # other tokens, other axes
-            with layers.frozen(), pytest.raises(NumericsError):
+            with weights.holding(), pytest.raises(NumericsError):
                 kl_divergence(Said(model, states_END, 700), table)
         said = Said(model, states_END[1], 700)
-        with layers.frozen():
+        with weights.holding():
             handle = net[0].register_forward_hook(lambda module, given, out: out * 2)
             assert model.divergence(said.states_ND, table_NV, False) is None
             assert float((kl_divergence(said, table_NV) - expected[1]).abs().max()) > 0.1
             handle.remove()
             biased = nn.Sequential(nn.Linear(200, 700))
-            layers.quicken(biased)
+            quicken(biased)
             assert layers.divergence_of(biased[0], said.states_ND, table_NV, False) is None
 
 

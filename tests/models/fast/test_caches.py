@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from tunediff.models.fast.caches import GrowingLayer, cache_of
+from tunediff.models.fast.caches import GrowingLayer, growing
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -54,6 +55,8 @@ def test_one_position_after_the_other_is_not_copied():
 def test_only_plain_layers_grow():
     import tiny_models
 
-    assert all(type(layer) is GrowingLayer for layer in cache_of(tiny_models.module("llama")).layers)
-    kinds = {type(layer) for layer in cache_of(tiny_models.module("gemma3")).layers}
+    assert all(
+        type(layer) is GrowingLayer for layer in growing(DynamicCache(config=tiny_models.module("llama").config)).layers
+    )
+    kinds = {type(layer) for layer in growing(DynamicCache(config=tiny_models.module("gemma3").config)).layers}
     assert any(kind is not GrowingLayer for kind in kinds)

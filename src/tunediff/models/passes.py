@@ -1,0 +1,63 @@
+"""Forward passes: where one starts, who watches it, and how its blocks are hooked, replaced and stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from tunediff.records.site import Site
+
+
+class Stop(Exception):
+    """Ends a forward pass whose remaining blocks nobody needs."""
+
+
+@dataclass(frozen=True, eq=False)
+class Start:
+    """The start of a pass that skips the lower blocks: the stream (B, T, D) that ``site``'s block puts out."""
+
+    site: Site
+    stream_BTD: Tensor
+
+    def part(self, rows: slice, positions: slice) -> Start:
+        """The start of some rows and positions."""
+        return Start(self.site, self.stream_BTD[rows, positions])
+
+
+@dataclass(frozen=True, eq=False)
+class Watch:
+    """An observer of the inputs of some modules during a pass, with C weights for each position (B, T, C).
+
+    Positions that share one computation are reported once, with their weights summed.
+
+    see   called with the module, its inputs (B, T, I), which positions have a weight (B, T), and these weights (C, N)
+    """
+
+    modules: Sequence[nn.Module]
+    weight_BTC: Tensor
+    see: Callable[[nn.Module, Tensor, Tensor, Tensor], None]
+
+
+def first(output: Any) -> Tensor:
+    """The stream in what a block returns: the output itself, or the first of a tuple."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def with_first(output: Any, stream: Tensor) -> Any:
+    """What a block returns, with another stream in it."""
+    return (stream, *output[1:]) if isinstance(output, tuple) else stream
+
+
+@contextmanager
+def replaced(owner: object, name: str, value: Any) -> Iterator[None]:
+    """While inside, an instance has an attribute of its own; on leaving it is what it was, or gone if there was none."""
+    there, before = name in vars(owner), vars(owner).get(name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before) if there else delattr(owner, name)
