@@ -685,55 +685,6 @@ def test_divergence_without_logits_is_refused_where_it_would_be_wrong():
 needs_native = pytest.mark.skipif(not HAVE_NATIVE, reason="no compiled file")
 
 
-@needs_native
-@pytest.mark.parametrize("N, I", [(1, 1), (3, 64), (40, 100), (7, 576), (301, 33)])
-def test_norms_gates_and_rotations_are_as_exact_as_torchs(N, I):
-    g = torch.Generator().manual_seed(I)
-    x_NI, up_NI, weight_I = torch.randn(N, I, generator=g), torch.randn(N, I, generator=g), torch.randn(I, generator=g)
-    x_NI *= torch.logspace(-4, 3, N)[:, None]
-    for found, make in (
-        (native.rms_norm(x_NI, weight_I, 1e-5), lambda x, _, w: torch.nn.functional.rms_norm(x, w.shape, w, 1e-5)),
-        (native.gated(x_NI, up_NI), lambda x, up, _: torch.nn.functional.silu(x) * up),
-    ):
-        exact = make(*(t.double() for t in (x_NI, up_NI, weight_I)))
-        torch.testing.assert_close(found.double(), exact, rtol=1e-6, atol=1e-30)
-        assert float((found - exact).norm()) <= 2 * float((make(x_NI, up_NI, weight_I) - exact).norm()) + 1e-12
-    odd = torch.tensor([[-torch.inf, torch.inf, torch.nan, 0.0, -200.0, 200.0]])
-    torch.testing.assert_close(native.gated(odd, torch.ones_like(odd)), torch.nn.functional.silu(odd), equal_nan=True)
-    x_BHTE = torch.randn(2, N, 3, 2 * I, generator=g).transpose(1, 2)  # heads inside positions, as networks make them
-    for B in (1, 2):
-        cos_BTE, sin_BTE = torch.randn(2, B, N, 2 * I, generator=g)
-        crossed = torch.cat([-x_BHTE[..., I:], x_BHTE[..., :I]], -1)
-        torch.testing.assert_close(
-            native.rotated(x_BHTE, cos_BTE, sin_BTE), x_BHTE * cos_BTE[:, None] + crossed * sin_BTE[:, None]
-        )
-
-
-@needs_native
-def test_who_is_given_a_pass(monkeypatch):
-    """Few numbers, other kinds of numbers and shapes that do not fit are torch's."""
-    x, w = torch.ones(300, 100), torch.ones(100)
-    assert kernels.rms_norm(x, w, 1e-5) is not None and kernels.gated(x, x) is not None
-    for a, b in (
-        (x[:10], w),
-        (x.double(), w),
-        (x, w.double()),
-        (x, w[:99]),
-        (Wrapped(x), w),
-        (x.to("meta"), w.to("meta")),
-    ):
-        assert kernels.rms_norm(a, b, 1e-5) is None
-    for a, b in ((x[:10], x[:10]), (x.double(), x.double()), (x, x[:, :99]), (x, Wrapped(x))):
-        assert kernels.gated(a, b) is None
-    x, angle = torch.ones(2, 3, 100, 40), torch.ones(2, 100, 40)
-    assert kernels.rotated(x, angle, angle) is not None
-    for a, b, c in ((x[..., :39], angle[..., :39], angle[..., :39]), (x, angle[:, :99], angle[:, :99]), (x, angle, angle[:1]),
-                    (x.double(), angle, angle), (x, angle, angle.double())):  # fmt: skip
-        assert kernels.rotated(a, b, c) is None
-    with kernels.using("torch"):
-        assert kernels.gated(x, x) is None
-
-
 @needs_tiles
 def test_products_on_tiles_take_numbers_where_they_lie():
     """Rows apart in memory, numbers apart in a row; the ends of rows and columns are nobody else's."""

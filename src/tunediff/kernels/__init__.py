@@ -37,15 +37,12 @@ __all__ = [
     "divergence_of",
     "encode",
     "fast_matmul",
-    "gated",
     "kept_memory",
     "lengths",
     "norm",
     "path",
     "product",
     "products",
-    "rms_norm",
-    "rotated",
     "tiles",
     "using",
 ]
@@ -126,38 +123,6 @@ def product(x: Tensor, weight_OI: Tensor | Tiles, few: bool = False) -> Tensor |
 def products(device: torch.device | str = "cpu") -> str:
     """Return what makes a model's large float32 products on this device: "tiles" (see `product`) or "torch"."""
     return "tiles" if serves(torch.empty(0, device=device)) and tiled.on_tiles() else "torch"
-
-
-def rms_norm(x: Tensor, weight_I: Tensor, epsilon: float) -> Tensor | None:
-    """Return weight * x / sqrt(mean of x * x + epsilon) of each row of x (..., I), without gradients, in one pass.
-
-    None where the compiled kernels do not serve.
-    """
-    if not native.passes(x, weight_I) or x.shape[-1:] != weight_I.shape:
-        return None
-    return native.rms_norm(x.reshape(-1, len(weight_I)), weight_I, epsilon).view(x.shape)
-
-
-def gated(gate: Tensor, up: Tensor) -> Tensor | None:
-    """Return gate * sigmoid(gate) * up, without gradients, in one pass; None where the compiled kernels do not serve."""
-    return native.gated(gate, up) if native.passes(gate, up) and gate.shape == up.shape else None
-
-
-def rotated(x_BHTE: Tensor, cos_BTE: Tensor, sin_BTE: Tensor) -> Tensor | None:
-    """Return x * cos + (the second half of x negated, then the first) * sin, without gradients, in one pass.
-
-    Angles are given once for all rows of a batch (B = 1) or for each. None where the compiled kernels do not serve.
-    """
-    (B, _, T, E), angles = x_BHTE.shape, cos_BTE.shape
-    if (
-        not native.passes(x_BHTE, cos_BTE)
-        or not serves(sin_BTE)
-        or E % 2
-        or angles not in ((1, T, E), (B, T, E))
-        or sin_BTE.shape != angles
-    ):
-        return None
-    return native.rotated(x_BHTE, cos_BTE, sin_BTE)
 
 
 class Adam(torch.optim.Adam):

@@ -1,6 +1,6 @@
 """The compiled kernels for float32 on the CPU: search for codes, sums over pairs, Adam, and sums over large tensors.
 
-They call the functions of `codes.c`, `panels.c`, `adam.c` and `streams.c` (see `compiled`).
+They call the functions of `codes.c`, `panels.c`, and `adam.c` (see `compiled`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from tunediff.kernels import gates, memory
 from tunediff.kernels.cpu.compiled import (
@@ -28,7 +27,6 @@ from tunediff.kernels.cpu.compiled import (
     int64s,
     library,
     longs,
-    serves,
     spread,
 )
 
@@ -50,10 +48,6 @@ TOKENS = 1 << 12
 """Tokens whose candidates are computed together: as many as fit a panel."""
 BLOCK = 1 << 16
 """Numbers whose squares are summed by one thread at a time."""
-SMALL_BLOCK = 1 << 12
-"""Numbers that one thread gates at a time."""
-FEW_NUMBERS = 1 << 14
-"""Fewest numbers for which one compiled pass is faster than torch's operations (measured)."""
 TILES = "tiles"
 """Kind of `memory.derived`: rows packed in bfloat16, by their number."""
 PANELED = "panels"
@@ -416,39 +410,6 @@ def squares(a: Tensor) -> Tensor:
         return out
 
     return memory.derived(a, (LENGTHS, a.shape[-1]), make)
-
-
-def passes(x: Tensor, other: Tensor) -> bool:
-    """Whether `rms_norm`, `gated` or `rotated` of these serves and pays: torch's operations take as long over a few numbers."""
-    return x.numel() >= FEW_NUMBERS and type(x) is Tensor and type(other) in (Tensor, Parameter) and serves(x, other)
-
-
-def rms_norm(x_NI: Tensor, weight_I: Tensor, epsilon: float) -> Tensor:
-    """weight * x / sqrt(mean of x * x + epsilon) of each row."""
-    x_NI, weight_I = x_NI.contiguous(), weight_I.contiguous()
-    out_NI, epsilon_ = torch.empty_like(x_NI), ctypes.c_double(epsilon)
-    N, I = x_NI.shape
-    spread("rms_norm", [x_NI, weight_I, ctypes.addressof(epsilon_), I, out_NI], even(N, FINE))
-    return out_NI
-
-
-def gated(gate: Tensor, up: Tensor) -> Tensor:
-    """gate * sigmoid(gate) * up."""
-    gate, up = gate.contiguous(), up.contiguous()
-    out, blocks = torch.empty_like(gate), -(-gate.numel() // SMALL_BLOCK)
-    spread("gated", [gate, up, gate.numel(), SMALL_BLOCK, out], even(blocks, FINE))
-    return out
-
-
-def rotated(x_BHTE: Tensor, cos_BTE: Tensor, sin_BTE: Tensor) -> Tensor:
-    """x * cos + (the second half of x negated, then the first) * sin; the angles are those of one batch or of each."""
-    if x_BHTE.stride(3) != 1:
-        x_BHTE = x_BHTE.contiguous()
-    cos_BTE, sin_BTE, (B, H, T, E) = cos_BTE.contiguous(), sin_BTE.contiguous(), x_BHTE.shape
-    out_BHTE = torch.empty(B, H, T, E, dtype=torch.float32, device="cpu")
-    sizes = int64_array([H, T, E, *x_BHTE.stride()[:3], T * E * (len(cos_BTE) > 1)])
-    spread("rotated", [x_BHTE, cos_BTE, sin_BTE, ctypes.addressof(sizes), out_BHTE], even(B * H * T, FINE))
-    return out_BHTE
 
 
 def divergence(p_PV: Tensor, q_QV: Tensor, p_sums: bool, q_sums: bool) -> Tensor:

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tunediff import kernels
 from tunediff.kernels.matmuls import precision
 
 NAME = "tunediff"
-ROTATE = "apply_rotary_pos_emb"
-"""What a network's module calls the function that turns queries and keys by their positions."""
-
 SHORT = 160
 """Keys up to which multiplying out is faster: the fused kernel is made for long rows, and before it transformers copies keys and
 values that heads share. From a third faster at 64 to as fast at 166, measured at 3 to 32 heads of 64 and 128."""
@@ -65,53 +59,6 @@ def _with_parts(config: Any) -> Iterator[Any]:
     for name in config.sub_configs:
         if getattr(config, name, None) is not None:
             yield from _with_parts(getattr(config, name))
-
-
-@contextmanager
-def rotating(network: nn.Module) -> Iterator[None]:
-    """While inside, heads of a network in float32 on the CPU are turned by `kernels.rotated`, if its own function for that does just
-    that; others that transformers makes of the same kind meanwhile, too."""
-    home = sys.modules[type(network).__module__]
-    own = getattr(home, ROTATE, None)
-    if own is None or hasattr(own, "own") or next(network.parameters()).device.type != "cpu" or not _rotates(own):
-        yield
-        return
-
-    def rotate(
-        q_BHTE: Tensor, k_BHTE: Tensor, cos: Tensor, sin: Tensor, *rest: Any, **named: Any
-    ) -> tuple[Tensor, Tensor]:
-        ours = torch.is_inference_mode_enabled() and cos.dim() == 3 and not rest and not named
-        turned = [kernels.rotated(x_BHTE, cos, sin) for x_BHTE in (q_BHTE, k_BHTE)] if ours else [None]
-        if any(x is None for x in turned):
-            return own(q_BHTE, k_BHTE, cos, sin, *rest, **named)
-        return turned[0], turned[1]
-
-    rotate.own = own  # whoever finds it there leaves it to the one who put it there
-    setattr(home, ROTATE, rotate)
-    try:
-        yield
-    finally:
-        setattr(home, ROTATE, own)
-
-
-@cache
-def _rotates(own: Callable) -> bool:
-    """Whether a function of queries, keys, cosines and sines turns as `kernels.rotated` does."""
-    rng = torch.Generator().manual_seed(0)
-    q_BHTE, k_BHTE, cos_BTE, sin_BTE = (
-        torch.randn(s, generator=rng) for s in ((2, 3, 5, 8), (2, 1, 5, 8), (2, 5, 8), (2, 5, 8))
-    )
-    try:
-        found = own(q_BHTE, k_BHTE, cos_BTE, sin_BTE)
-    except Exception:  # of whatever kind, by a function of other arguments
-        return False
-    for x_BHTE, turned_BHTE in zip((q_BHTE, k_BHTE), found):
-        crossed = torch.cat([-x_BHTE[..., 4:], x_BHTE[..., :4]], -1)
-        if not torch.allclose(
-            turned_BHTE, x_BHTE * cos_BTE[:, None] + crossed * sin_BTE[:, None], rtol=1e-5, atol=1e-5
-        ):
-            return False
-    return True
 
 
 def _attend(

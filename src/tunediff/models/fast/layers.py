@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,86 +28,18 @@ class Linear(nn.Linear):
         return found if self.bias is None else found.add_(self.bias)
 
 
-class Norm(nn.Module):
-    """Stands before a class that divides rows by their root mean square: in inference mode `kernels.rms_norm` does, if that serves."""
-
-    def forward(self, *given: Any, **named: Any) -> Any:
-        """(..., I) to (..., I); whatever else is given is the class's own to understand."""
-        only = _ours() and len(given) == 1 and not named
-        found = kernels.rms_norm(given[0], self.weight, _epsilon(self)) if only else None
-        return super().forward(*given, **named) if found is None else found
-
-
-class Gated(nn.Module):
-    """Stands before the class of an MLP gated by SiLU: in inference mode `kernels.gated` makes what is between its maps, if that serves."""
-
-    def forward(self, *given: Any, **named: Any) -> Any:
-        """(..., I) to (..., I); whatever else is given is the class's own to understand."""
-        if not _ours() or self.training or len(given) != 1 or named or watched(self.act_fn):
-            return super().forward(*given, **named)
-        gate, up = self.gate_proj(*given), self.up_proj(*given)
-        found = kernels.gated(gate, up)
-        return self.down_proj(self.act_fn(gate) * up if found is None else found)
-
-
 @contextmanager
 def quickened(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """While inside, every plain linear layer is a `Linear`, and `Norm` and `Gated` stand before the classes of those
-    that, on trial, do just what they do. Parameters, names, states and other layers stay as they are."""
-    changed: list[tuple[nn.Module, type, type]] = []
+    """While inside, every plain linear layer is a `Linear`. Parameters, names, states and other layers stay as they are."""
+    plain = [module for module in modules if type(module) is nn.Linear]
+    for module in plain:
+        module.__class__ = Linear
     try:
-        for module in modules:
-            own, faster = type(module), _faster(module)
-            if faster is not None:
-                module.__class__ = faster
-                changed.append((module, own, faster))
         yield
     finally:
-        for module, own, faster in changed:
-            if type(module) is faster:
-                module.__class__ = own
-
-
-def _faster(module: nn.Module) -> type | None:
-    """The class that a module is given meanwhile; None where it keeps its own."""
-    if type(module) is nn.Linear:
-        return Linear
-    if isinstance(module, (Norm, Gated)):
-        return None
-    if list(module._parameters) == ["weight"] and not module._modules and _epsilon(module) is not None:
-        if _agree(
-            module,
-            lambda: len(module.weight),
-            lambda x: nn.functional.rms_norm(x, x.shape[-1:], module.weight, _epsilon(module)),
-        ):
-            return _before(Norm, type(module))
-    elif set(module._modules) == {"gate_proj", "up_proj", "down_proj", "act_fn"}:
-        if _agree(module.act_fn, lambda: 64, nn.functional.silu) and _agree(
-            module,
-            lambda: module.gate_proj.in_features,
-            lambda x: module.down_proj(nn.functional.silu(module.gate_proj(x)) * module.up_proj(x)),
-        ):
-            return _before(Gated, type(module))
-    return None
-
-
-def _agree(module: nn.Module, width: Callable[[], int], other: Callable[[Tensor], Tensor]) -> bool:
-    """Whether a module in float32 on the CPU does to rows of this width, of any size, what `other` does, and does something."""
-    if "forward" in vars(module) or any(map(watched, module.modules())):
-        return False
-    if any(p.dtype != torch.float32 or p.device.type != "cpu" for p in module.parameters()):
-        return False
-    try:
-        x_RI = torch.randn(3, width(), generator=torch.Generator().manual_seed(0), dtype=torch.float32) * torch.tensor(
-            [[0.01], [1.0], [100.0]]
-        )
-        with torch.inference_mode():
-            expected = other(x_RI)
-            return bool(expected.any(1).all()) and torch.allclose(
-                type(module).forward(module, x_RI), expected, rtol=1e-4, atol=1e-6
-            )
-    except Exception:  # of whatever kind a module raises that is not what it looks like
-        return False
+        for module in plain:
+            if type(module) is Linear:
+                module.__class__ = nn.Linear
 
 
 def watched(module: nn.Module) -> bool:
@@ -124,10 +55,6 @@ def _before(faster: type, known: type) -> type:
 
 def _ours() -> bool:
     return torch.is_inference_mode_enabled() and not torch.is_autocast_enabled("cpu")
-
-
-def _epsilon(module: nn.Module) -> float | None:
-    return getattr(module, "variance_epsilon", getattr(module, "eps", None))
 
 
 def divergence_of(linear: nn.Module, x_RD: Tensor, logp_QV: Tensor, theirs: bool) -> Tensor | None:

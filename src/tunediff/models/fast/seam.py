@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 
 from torch import nn
 
-from tunediff.models.fast.attention import attending, rotating
+from tunediff.models.fast.attention import attending
 from tunediff.models.fast.layers import contiguous, divergence_of, quickened
 from tunediff.models.fast.lora import adapted
 from tunediff.models.fast.prefixes import Sharing
@@ -37,7 +37,6 @@ class _Inside:
             stack.enter_context(quickened(self.shortcuts.modules))
             stack.enter_context(adapted(module))
             stack.enter_context(attending(network))
-            stack.enter_context(rotating(network))
             self.undo = stack.pop_all()
 
 
