@@ -7,6 +7,7 @@ import tiny_models
 import torch
 
 from tunediff.core.errors import CorpusError, NumericsError
+from tunediff.harvests import contrasts
 from tunediff.harvests.contrasts import ContrastSettings, contrast, first_word_divergence, screen
 from tunediff.models.completing import complete, drawn
 from tunediff.models.network import LanguageModel
@@ -82,9 +83,9 @@ def test_the_models_are_left_as_they_were(pair):
 
 
 def test_prompts_without_an_answer_are_left_out_for_both(pair, monkeypatch):
-    real = LanguageModel.complete
+    real = contrasts.complete
 
-    def complete(self, prompts, *rest, **named):
+    def completed(self, prompts, *rest, **named):
         answers = real(self, prompts, *rest, **named)
         space = pair.tokenizer(" ", add_special_tokens=False)["input_ids"]
         if self.name == "base":
@@ -93,7 +94,7 @@ def test_prompts_without_an_answer_are_left_out_for_both(pair, monkeypatch):
             answers[4] = space  # nothing but white space is nothing
         return answers
 
-    monkeypatch.setattr(LanguageModel, "complete", complete)
+    monkeypatch.setattr(contrasts, "complete", completed)
     made = contrast(pair, prompts(), QUICK, seed=0)
     assert [d.group for d in made[::2]] == [d.group for d in made[1::2]] == [f"p/{n}" for n in (0, 2, 3, 5, 6, 7)]
 
@@ -101,11 +102,11 @@ def test_prompts_without_an_answer_are_left_out_for_both(pair, monkeypatch):
 def test_prompts_too_long_to_be_read_whole_are_left_out(pair, monkeypatch):
     given = []
 
-    def complete(self, prompts, *rest, **named):
+    def completed(self, prompts, *rest, **named):
         given.append(prompts)
         return [[50, 51]] * len(prompts)
 
-    monkeypatch.setattr(LanguageModel, "complete", complete)
+    monkeypatch.setattr(contrasts, "complete", completed)
     long = Document("long", "chat", messages=(("user", "x" * 600),))
     made = contrast(pair, Corpus("p", (long, *prompts(2).documents)), QUICK, seed=0)
     assert [d.group for d in made] == ["p/0", "p/0", "p/1", "p/1"]

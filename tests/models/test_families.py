@@ -9,7 +9,6 @@ import tiny_models
 import torch
 
 from tunediff.core.errors import FamilyError
-from tunediff.kernels.matmuls import fast_matmul
 from tunediff.models.completing import PLAUSIBLE, complete
 from tunediff.models.network import LanguageModel
 from tunediff.models.passes import Start
@@ -32,7 +31,7 @@ def test_what_cache_a_network_would_choose_is_no_matter(model, monkeypatch):
 
 
 def own(model: LanguageModel):
-    with torch.inference_mode(), fast_matmul():
+    with model.run_context():
         return model.network(input_ids=IDS, output_hidden_states=True, use_cache=False)
 
 
