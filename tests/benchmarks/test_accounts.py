@@ -10,8 +10,8 @@ import tiny_models
 import torch
 from accounts import counted
 
-from tunediff.models.network import Start
 from tunediff.models.pair import Pair
+from tunediff.models.passes import Start
 from tunediff.records.site import Site
 from tunediff.runs.plan import Plan
 from tunediff.runs.run import Run

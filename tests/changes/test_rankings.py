@@ -20,7 +20,7 @@ from tunediff.core.axes import TUNED
 from tunediff.core.errors import NumericsError
 from tunediff.harvests.samples import Sample
 from tunediff.models.divergences import kl_divergence
-from tunediff.models.network import Start
+from tunediff.models.passes import Start
 
 DRAWS, CHANGES, REPETITIONS = 19, 6, 200
 

@@ -13,8 +13,8 @@ from tunediff.core.artifacts import read_tensors, write_tensors
 from tunediff.core.axes import BASE, TUNED
 from tunediff.harvests.samples import Sample
 from tunediff.models.divergences import Said, blocks, kl_divergence
-from tunediff.models.network import Start
 from tunediff.models.pair import Pair
+from tunediff.models.passes import Start
 from tunediff.records.change import Change
 from tunediff.records.site import Site
 

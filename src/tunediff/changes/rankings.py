@@ -28,8 +28,9 @@ from tunediff.core.chance import Interval, bootstrap_mean, bootstrap_ratio, seed
 from tunediff.core.errors import NumericsError, within
 from tunediff.core.typed import typed
 from tunediff.harvests.samples import Sample
-from tunediff.models.network import LanguageModel, Start
+from tunediff.models.network import LanguageModel
 from tunediff.models.pair import Pair
+from tunediff.models.passes import Start
 from tunediff.records.change import Change
 from tunediff.records.diff import load_depth
 from tunediff.records.profile import Profile

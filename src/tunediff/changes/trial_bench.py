@@ -15,8 +15,9 @@ from tunediff.core.axes import BASE, TUNED
 from tunediff.core.chance import generator
 from tunediff.harvests.samples import Sample
 from tunediff.models.divergences import Divergence, Said, by_document, kl_divergence
-from tunediff.models.network import LanguageModel, Start
+from tunediff.models.network import LanguageModel
 from tunediff.models.pair import Pair
+from tunediff.models.passes import Start
 from tunediff.records.change import Change
 from tunediff.records.site import Site
 from tunediff.texts.tokens import Batch

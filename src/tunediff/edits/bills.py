@@ -13,8 +13,9 @@ from tunediff.edits.edit import Edit, EditSettings, scaling
 from tunediff.edits.reverting import Moments, input_moments, random_directions, reverting
 from tunediff.harvests.samples import Sample, batches_of
 from tunediff.models.divergences import Said, by_document, kl_divergence, parts
-from tunediff.models.network import LanguageModel, Start
+from tunediff.models.network import LanguageModel
 from tunediff.models.pair import Pair
+from tunediff.models.passes import Start
 from tunediff.records.change import Change
 from tunediff.records.diff import Bill
 from tunediff.records.measure import Measure

@@ -25,8 +25,9 @@ from tunediff.core.chance import generator
 from tunediff.core.errors import NumericsError
 from tunediff.edits.edit import Edit, EditSettings
 from tunediff.models.deltas import Delta
-from tunediff.models.network import LanguageModel, Watch
+from tunediff.models.network import LanguageModel
 from tunediff.models.pair import Pair
+from tunediff.models.passes import Watch
 from tunediff.texts.tokens import Tokens
 
 

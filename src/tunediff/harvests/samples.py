@@ -11,7 +11,7 @@ from torch import Tensor
 from tunediff.core.axes import BASE, TUNED
 from tunediff.core.chance import seed_of
 from tunediff.harvests.harvest import Harvest
-from tunediff.models.network import Start
+from tunediff.models.passes import Start
 from tunediff.records.change import Change
 from tunediff.records.site import Site
 from tunediff.texts.tokens import Batch, Tokens

@@ -11,8 +11,8 @@ from tunediff.core.axes import BASE, TUNED
 from tunediff.core.errors import within
 from tunediff.harvests.harvest import noise_floor
 from tunediff.models.divergences import Said, kl_divergence
-from tunediff.models.network import Start
 from tunediff.models.pair import Pair
+from tunediff.models.passes import Start
 from tunediff.records.profile import Profile
 from tunediff.records.scan import Scan
 from tunediff.records.site import Site

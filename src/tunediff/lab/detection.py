@@ -20,7 +20,8 @@ from tunediff.core.chance import generator
 from tunediff.core.errors import SettingError
 from tunediff.core.progress import Progress, quiet
 from tunediff.dictionaries.sources import HELD_OUT, TensorSource
-from tunediff.models.network import LanguageModel, Start
+from tunediff.models.network import LanguageModel
+from tunediff.models.passes import Start
 from tunediff.records.change import Change
 from tunediff.records.site import Site
 from tunediff.runs.plan import Plan

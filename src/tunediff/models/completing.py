@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -84,9 +83,7 @@ def complete(
     against, amplification   another model p' on the same token ids: samples are then drawn from log p + a (log p - log p'),
                              see `amplified`
     """
-    ends = model.network.generation_config.eos_token_id
-    ends = set(ends if isinstance(ends, list) else [ends]) | {model.tokenizer.eos_token_id}
-    ends.discard(None)
+    ends = _ends(model)
     pad = model.tokenizer.pad_token_id if model.tokenizer.pad_token_id is not None else min(ends, default=0)
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
     answers: list[list[int]] = [[] for _ in prompts]
@@ -101,7 +98,7 @@ def complete(
         for start in range(0, len(order), batch):
             chosen = order[start : start + batch]
             shares = shortcuts is not None and model.shares_prefixes
-            shared = len(os.path.commonprefix([prompts[i][:-1] for i in chosen])) if shares else 0
+            shared = _common([prompts[i][:-1] for i in chosen]) if shares else 0
             ids_BT, mask_BT = (t.to(model.device) for t in _padded([prompts[i] for i in chosen], shared, pad))
             prefix_P = ids_BT[0, : shared if len(chosen) > 1 else 0]
             known = {"past_key_values": _cache(shortcuts, model, prefix_P, len(chosen), keep)} if shares else {}
@@ -125,6 +122,18 @@ def _may_keep(model: LanguageModel) -> bool:
     """Whether prefixes may be taken from other runs, which hooks of other people may not count on."""
     with model.run_context() as shortcuts:
         return shortcuts is not None and shortcuts.allows(model)
+
+
+def _ends(model: LanguageModel) -> set[int]:
+    """The tokens that end an answer."""
+    network: Any = model.network
+    own = network.generation_config.eos_token_id
+    return {*(own if isinstance(own, list) else [own]), model.tokenizer.eos_token_id} - {None}
+
+
+def _common(rows: Sequence[Sequence[int]]) -> int:
+    """The number of tokens that all rows begin with."""
+    return next((t for t, column in enumerate(zip(*rows)) if len(set(column)) > 1), min(map(len, rows)))
 
 
 def _padded(prompts: Sequence[Sequence[int]], shared: int, pad: int) -> tuple[Tensor, Tensor]:
@@ -152,7 +161,8 @@ def _generated(
     from transformers import LogitsProcessorList
 
     own = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None, "cache_implementation": None}
-    return model.module.generate(
+    module: Any = model.module
+    out_BT: Tensor = module.generate(
         input_ids=ids_BT,
         attention_mask=mask_BT,
         max_new_tokens=tokens,
@@ -161,7 +171,8 @@ def _generated(
         logits_processor=LogitsProcessorList(processors),
         **known,
         **own,
-    )[:, ids_BT.shape[1] :]
+    )
+    return out_BT[:, ids_BT.shape[1] :]
 
 
 def _cache(shortcuts: Any, model: LanguageModel, prefix_P: Tensor, rows: int, keep: bool) -> Any:

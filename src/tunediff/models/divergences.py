@@ -11,7 +11,8 @@ from torch import Tensor
 
 from tunediff import kernels
 from tunediff.core.errors import NumericsError
-from tunediff.models.network import LanguageModel, Start
+from tunediff.models.network import LanguageModel
+from tunediff.models.passes import Start
 
 TILE = 256
 """Rows of logits multiplied out at a time; `kernels.BLOCK` of them are gone through at a time. Those of a whole batch are hundreds

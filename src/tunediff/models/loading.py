@@ -140,7 +140,7 @@ def adapter_folder(source: str) -> Path | None:
     return folder if (folder / "adapter_config.json").is_file() else None
 
 
-def with_adapter(module: nn.Module, folder: Path, base: str) -> nn.Module:
+def with_adapter(module: nn.Module, folder: Path, base: str) -> Any:
     try:
         from peft import PeftModel
     except ImportError:
@@ -183,7 +183,7 @@ def with_adapter(module: nn.Module, folder: Path, base: str) -> nn.Module:
     return wrapped
 
 
-def adapter_off(wrapped: nn.Module) -> Callable[[], AbstractContextManager[None]]:
+def adapter_off(wrapped: Any) -> Callable[[], AbstractContextManager[None]]:
     """A switch that turns a PEFT model's adapter off for as long as one is inside.
 
     PEFT's own switch marks the adapter's parameters as trainable on leaving; that is taken back.

@@ -54,7 +54,8 @@ class LanguageModel:
         # PEFT wraps the network; families look at the network itself.
         self.network: nn.Module = module.get_base_model() if hasattr(module, "get_base_model") else module
         self.family = family_of(self.network)
-        self.blocks = self.family.blocks(self.network)
+        blocks = self.family.blocks(self.network)
+        self.blocks = blocks if isinstance(blocks, nn.ModuleList) else nn.ModuleList(blocks)
         if not self.family.is_causal(self.network):
             raise FamilyError(
                 f"positions of {type(self.network).__name__} see what is to their right",

@@ -44,7 +44,8 @@ class Watch:
 
 def first(output: Any) -> Tensor:
     """The stream in what a block returns: the output itself, or the first of a tuple."""
-    return output[0] if isinstance(output, tuple) else output
+    stream: Tensor = output[0] if isinstance(output, tuple) else output
+    return stream
 
 
 def with_first(output: Any, stream: Tensor) -> Any:

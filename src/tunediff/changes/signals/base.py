@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from tunediff.harvests.samples import batches_of
-from tunediff.models.network import Start
 from tunediff.models.pair import Pair
+from tunediff.models.passes import Start
 from tunediff.records.measure import SignalTable
 from tunediff.texts.document import Document
 from tunediff.texts.tokens import Batch, Tokens

@@ -9,7 +9,7 @@ from tunediff.core import variants
 from tunediff.core.errors import FamilyError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable
 
     from torch import Tensor, nn
 
@@ -29,7 +29,7 @@ class Family(ABC):
         return 0
 
     @abstractmethod
-    def blocks(self, module: nn.Module) -> Sequence[nn.Module]:
+    def blocks(self, module: nn.Module) -> Iterable[nn.Module]:
         """Return the blocks, first to last; raise `FamilyError` where they are not to be found."""
 
     @abstractmethod
@@ -46,7 +46,8 @@ class Family(ABC):
 
     def width(self, module: nn.Module) -> int:
         """Return the width of the residual stream; by default that of what the unembedding reads."""
-        return int(self.unembedding(module).weight.shape[1])
+        weight: Any = self.unembedding(module).weight
+        return int(weight.shape[1])
 
     def is_causal(self, module: nn.Module) -> bool:
         """Whether no position sees what is to its right; others are refused, as rows are padded on the right unmasked."""
@@ -67,7 +68,7 @@ class Family(ABC):
 
 def family_of(module: nn.Module) -> Family:
     """The family that knows `module`, the most specific first; raises `FamilyError` if none does."""
-    known = [variants.load(PACKAGE, name)() for name in variants.names(PACKAGE)]
+    known: list[Family] = [variants.load(PACKAGE, name)() for name in variants.names(PACKAGE)]
     matching = sorted((f for f in known if f.matches(module)), key=lambda f: -f.precedence)
     if not matching:
         raise FamilyError(

@@ -17,10 +17,10 @@ MLP_NAMES = ("mlp", "feed_forward", "ffn", "block_sparse_moe")
 class HuggingFace(Family):
     """Blocks are the one ModuleList as long as the config says there are layers; the rest is asked of the model."""
 
-    def matches(self, module: nn.Module) -> bool:
+    def matches(self, module: Any) -> bool:
         return hasattr(module, "config") and hasattr(module, "get_output_embeddings")
 
-    def blocks(self, module: nn.Module) -> nn.ModuleList:
+    def blocks(self, module: Any) -> nn.ModuleList:
         from torch import nn
 
         config = module.config.get_text_config(decoder=True)
@@ -32,17 +32,17 @@ class HuggingFace(Family):
         ]
         # A list inside a block (experts, say) may happen to have the same length: the outermost is the stack.
         shallowest = min((name.count(".") for name, _ in lists), default=0)
-        lists = [child for name, child in lists if name.count(".") == shallowest]
-        if len(lists) != 1:
+        stacks = [child for name, child in lists if name.count(".") == shallowest]
+        if len(stacks) != 1:
             raise FamilyError(
                 f"the blocks of {type(module).__name__} cannot be told by structure",
                 expected=f"one ModuleList of {depth} blocks",
-                got=f"{len(lists)} such lists",
+                got=f"{len(stacks)} such lists",
                 remedy="add a file to families/ for this network",
             )
-        return lists[0]
+        return stacks[0]
 
-    def part(self, block: nn.Module, kind: str) -> nn.Module:
+    def part(self, block: nn.Module, kind: str) -> Any:
         for name in ATTENTION_NAMES if kind == "attn" else MLP_NAMES:
             if hasattr(block, name):
                 return getattr(block, name)
@@ -52,13 +52,13 @@ class HuggingFace(Family):
             remedy="a resid site",
         )
 
-    def unembedding(self, module: nn.Module) -> nn.Module:
+    def unembedding(self, module: Any) -> Any:
         head = module.get_output_embeddings()
         if head is None:
             raise FamilyError(f"{type(module).__name__} has no unembedding", expected="a causal language model")
         return head
 
-    def scaled_logits(self, module: nn.Module, logits: Tensor) -> Tensor:
+    def scaled_logits(self, module: Any, logits: Tensor) -> Tensor:
         config = module.config.get_text_config(decoder=True)
         if getattr(config, "logits_scaling", None):  # Granite divides
             logits = logits / config.logits_scaling
@@ -67,16 +67,16 @@ class HuggingFace(Family):
         cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
         return (logits / cap).tanh() * cap if cap else logits
 
-    def width(self, module: nn.Module) -> int:
-        return module.config.get_text_config(decoder=True).hidden_size
+    def width(self, module: Any) -> int:
+        return int(module.config.get_text_config(decoder=True).hidden_size)
 
-    def is_causal(self, module: nn.Module) -> bool:
+    def is_causal(self, module: Any) -> bool:
         return all(getattr(part, "is_causal", True) for part in module.modules())
 
-    def window(self, module: nn.Module) -> float:
+    def window(self, module: Any) -> float:
         return getattr(module.config.get_text_config(decoder=True), "sliding_window", None) or float("inf")
 
-    def cache(self, module: nn.Module) -> Any:
+    def cache(self, module: Any) -> Any:
         from transformers import DynamicCache
 
         return DynamicCache(config=module.config)

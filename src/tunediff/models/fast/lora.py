@@ -14,7 +14,7 @@ from tunediff.models.passes import replaced
 
 
 @contextmanager
-def adapted(module: nn.Module) -> Iterator[None]:
+def adapted(module: Any) -> Iterator[None]:
     """While inside, a PEFT model's plain LoRA layers run by `forward`, and its `disable_adapter` only sets flags."""
     with ExitStack() as stack:
         if hasattr(module, "peft_config"):
@@ -30,7 +30,7 @@ def adapted(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _disabled(layers: list[nn.Module]) -> Iterator[None]:
+def _disabled(layers: list[Any]) -> Iterator[None]:
     """While inside, no adapter is active.
 
     PEFT's own switch looks over the whole network each time, which takes longer than a block's pass.
@@ -48,7 +48,7 @@ def _disabled(layers: list[nn.Module]) -> Iterator[None]:
                 layer._disable_adapters = own
 
 
-def _is_plain(layer: nn.Module) -> bool:
+def _is_plain(layer: Any) -> bool:
     """Whether a layer is one that `forward` computes: a single LoRA adapter on a linear map, not merged, run by PEFT's own forward."""
     from peft.tuners.lora import layer as lora
 
@@ -60,7 +60,7 @@ def _is_plain(layer: nn.Module) -> bool:
     return still and name not in layer.lora_variant and not layer.lora_bias.get(name)
 
 
-def forward(layer: nn.Module, x_BTI: Tensor, *rest: Any, **named: Any) -> Tensor:
+def forward(layer: Any, x_BTI: Tensor, *rest: Any, **named: Any) -> Any:
     """A plain LoRA layer's output as PEFT computes it, without two more passes over an output as large as the map's."""
     if rest or named:
         return type(layer).forward(layer, x_BTI, *rest, **named)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,10 @@ SHORTEST = 8
 """Shortest shared prefix worth caching."""
 PREFIXES = 16
 """Most prefixes kept at once, each with its keys and values and what was read of it; the oldest go first."""
+
+
+Read = tuple[Tensor | None, Tensor | None]
+"""What a pass returns: streams at sites, final normed states."""
 
 
 class Sharing:
@@ -47,7 +51,7 @@ class Sharing:
         start: Start | None,
         wanted_BT: Tensor | None,
         watch: Watch | None,
-    ) -> tuple[Tensor | None, Tensor | None]:
+    ) -> Read:
         """As `LanguageModel.read`, with less work.
 
         The prefix of all rows (a chat's system prompt) is run once; of the rest, what some rows begin with is run once
@@ -58,7 +62,7 @@ class Sharing:
         tail_BT, start_tail = ids_BT[:, rest], start and start.part(slice(None), rest)
         fold, wanted_tail = None, None if wanted_BT is None else wanted_BT[:, rest]
         if ids_BT.shape[1] <= model.family.window(model.network):  # a fold's mask is the same in every block
-            fold = Fold.of(tail_BT, start_tail and start_tail.stream_BTD, wanted_tail)
+            fold = Fold.of(tail_BT, start_tail.stream_BTD if start_tail else None, wanted_tail)
         if fold:
             tail_BT = fold.pack(tail_BT)
             wanted_tail = None if wanted_tail is None else fold.total(wanted_tail.cpu().int()) > 0
@@ -68,20 +72,18 @@ class Sharing:
             at_head = replace(watch, weight_BTC=watch.weight_BTC[:, :length].sum(0, True))
             weight_BTC = watch.weight_BTC[:, rest]
             at_tail = replace(watch, weight_BTC=fold.total(weight_BTC) if fold else weight_BTC)
-        head, cache = (), None
+        head: Read = (None, None)
+        cache = None
         if length:
             head, cache = self.prefix(model, ids_BT[0, :length], len(tail_BT), sites, final, start, at_head)
-        spared = final and wanted_tail is not None and not watch
-        with _spared(model, wanted_tail) if spared else nullcontext():
+        with _spared(model, wanted_tail) if final and wanted_tail is not None and not watch else nullcontext():
             named = fold.inputs(next(model.module.parameters()).dtype, length, model.device) if fold else {}
             tail = model.run(tail_BT, sites, final, start_tail, at_tail, cache, **named)
         if fold:
-            tail = tuple(None if t is None else fold.unpack(t) for t in tail)
+            tail = _both(fold.unpack, tail)
         if not length:
             return tail
-        return tuple(
-            None if h is None else torch.cat([h.expand(len(ids_BT), *h.shape[1:]), t], 1) for h, t in zip(head, tail)
-        )
+        return _both(lambda h, t: torch.cat([h.expand(len(ids_BT), *h.shape[1:]), t], 1), head, tail)
 
     def prefix(
         self,
@@ -93,7 +95,7 @@ class Sharing:
         start: Start | None = None,
         watch: Watch | None = None,
         keep: bool = True,
-    ) -> tuple[tuple[Tensor | None, ...], Any]:
+    ) -> tuple[Read, Any]:
         """What is read on a prefix of `rows` rows, and a cache from which each of them goes on.
 
         Batch after batch begins alike, so the latest prefixes are kept while the network is held, unless somebody
@@ -104,15 +106,14 @@ class Sharing:
         prefixes = kept.prefixes if keep and watch is None and kept.depth else None
         key = model.network, model.switch, tuple(ids_P.tolist()), tuple(sites), final, start and start.site
         start = start and start.part(slice(0, 1), slice(0, len(ids_P)))
-        head, cache, begun = found = prefixes.pop(key, (None, None, None)) if prefixes else (None, None, None)
-        if cache is None or start and not torch.equal(begun, start.stream_BTD):
-            head, cache = self._run_prefix(model, ids_P, sites, final, start, watch)
-            found = head, cache, start and start.stream_BTD.clone()
+        found = prefixes.pop(key, None) if prefixes else None
+        if found is None or start and not torch.equal(found[2], start.stream_BTD):
+            found = *self._run_prefix(model, ids_P, sites, final, start, watch), start and start.stream_BTD.clone()
         if prefixes is not None:
             prefixes[key] = found  # now the latest
             for old in list(prefixes)[:-PREFIXES]:
                 del prefixes[old]
-        return head, repeated(cache, rows)
+        return found[0], repeated(found[1], rows)
 
     def _run_prefix(
         self,
@@ -122,7 +123,7 @@ class Sharing:
         final: bool,
         start: Start | None,
         watch: Watch | None,
-    ) -> tuple[tuple[Tensor | None, ...], Any]:
+    ) -> tuple[Read, Any]:
         cache = self.cache(model)
         head = model.run(ids_P[None], sites, final, start, watch, cache)
         # Masks and positions follow from the length of every layer's keys, those of skipped blocks included.
@@ -161,6 +162,12 @@ class Sharing:
             return False
         finally:
             model.shares_prefixes = False
+
+
+def _both(make: Callable[..., Tensor], *reads: Read) -> Read:
+    """Both parts of what passes returned, made into one; None stays None."""
+    streams, states = (None if parts[0] is None else make(*parts) for parts in zip(*reads))
+    return streams, states
 
 
 def _common_prefix(ids_BT: Tensor, start: Start | None) -> int:

@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
 
 from torch import nn
 
@@ -30,7 +31,7 @@ class Shortcuts(Sharing):
 class _Inside:
     """One accelerated network: how many are inside, and how to put everything back."""
 
-    def __init__(self, module: nn.Module):
+    def __init__(self, module: Any):
         self.depth, self.shortcuts = 0, Shortcuts(tuple(module.modules()))
         network = module.get_base_model() if hasattr(module, "get_base_model") else module
         with ExitStack() as stack:
