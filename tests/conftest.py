@@ -20,12 +20,24 @@ def one_thread():
     torch.set_num_threads(1)
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--plain", action="store_true", help="Run every network as transformers and PEFT do, unaccelerated."
+    )
+
+
 def pytest_configure(config):
     """Files are dealt to processes in the order of their tests, not by how many these are."""
+    if config.getoption("--plain"):
+        os.environ["TUNEDIFF_FAST"] = "0"  # read when tunediff is imported, by the processes that tests start too
     if hasattr(config.option, "loadscopereorder"):
         config.option.loadscopereorder = False
 
 
 def pytest_collection_modifyitems(items):
     longest = ["test_realmodel_bench.py", "test_realmodel.py", "test_planted.py"]
+    if os.environ.get("TUNEDIFF_FAST") == "0":
+        for item in items:
+            if item.path.parent.name == "fast":
+                item.add_marker(pytest.mark.skip(reason="what is tested is turned off"))
     items.sort(key=lambda item: longest.index(item.path.name) if item.path.name in longest else len(longest))

@@ -84,6 +84,36 @@ def test_imports_point_down(module):
         assert not climbs(module, imports_of(module))
 
 
+DOOR = "tunediff.models.fast"
+BEHIND_THE_DOOR = {"accelerated", "forget"}
+"""All that others may import of `models.fast`, where what patches other people's networks is kept."""
+
+
+def reaches_past_the_door(module: str, found: list[tuple[int, str]]) -> list[str]:
+    """The imports of a module outside `models.fast` that name anything there but the door."""
+    allowed = {f"{DOOR}.{name}" for name in BEHIND_THE_DOOR}
+    return [
+        f"{module}, line {line}: {name}"
+        for line, name in found
+        if (name == DOOR or name.startswith(f"{DOOR}.")) and name not in allowed
+    ]
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if not name.startswith(DOOR)])
+def test_what_patches_networks_is_behind_one_door(module):
+    assert not reaches_past_the_door(module, imports_of(module))
+
+
+def test_the_door_is_narrow_and_who_passes_it_is_seen():
+    assert {name for _, name in imports_of(DOOR)} == {f"{DOOR}.seam.accelerated", f"{DOOR}.weights.forget"}
+    text = (
+        "from tunediff.models.fast import accelerated, forget, layers\nimport tunediff.models.fast.folds\n"
+        "def f():\n    from tunediff.models.fast.caches import GrowingLayer\n    from tunediff.models import fast\n"
+    )
+    told = reaches_past_the_door("tunediff.runs.run", list(imports(ast.parse(text), "tunediff.runs.run", False)))
+    assert len(told) == 4 and all("accelerated" not in line and "forget" not in line for line in told)
+
+
 def test_an_import_that_points_up_or_sideways_is_seen_wherever_it_hides():
     text = (
         "from typing import TYPE_CHECKING\n"
