@@ -15,15 +15,15 @@ from tunediff.core.errors import NumericsError
 from tunediff.models.network import LanguageModel
 
 PLAUSIBLE = 1e-3
-"""Tokens less likely than the likeliest by more than this factor are never amplified: their ratios are noise."""
+"""Smallest probability, relative to the likeliest token's, at which a token is still drawn: below it ratios are noise."""
 
 
 def amplified(logit_BV: Tensor, other_BW: Tensor, amplification: float) -> Tensor:
-    """log p + a (log p - log p') for logits of p and of p', up to a constant a row; -inf where p is not plausible.
+    """Return log p + a (log p - log p') for logits of p and of p', up to a constant a row; -inf where p is not plausible.
 
-    What a fine-tune made a little more likely everywhere then is said where nothing calls for it. Tokens that only p
-    knows are left as they are. With a weaker model as p' it is contrastive decoding (Li et al. 2023, 2210.15097); a tune and
-    its base are compared so in 2605.25902, where sampling recovers training text.
+    What fine-tuning made a little more likely everywhere is then said where nothing calls for it. Tokens that only p
+    knows keep their scores. With a weaker model as p' it is contrastive decoding (Li et al. 2023, 2210.15097); 2605.25902
+    compares a fine-tuned model with its base in this way, and sampling recovers training text.
     """
     logp_BV = logit_BV.log_softmax(1)
     known = min(logit_BV.shape[1], other_BW.shape[1])
@@ -34,9 +34,11 @@ def amplified(logit_BV: Tensor, other_BW: Tensor, amplification: float) -> Tenso
 
 
 def drawn(score_BV: Tensor, uniform_B: Tensor, temperature: float) -> Tensor:
-    """A token for each row (B,) from softmax(score / temperature): the first at which the sum of probabilities exceeds the row's
-    uniform number in [0, 1). One number a row makes an answer that does not hang on what is answered beside it, and on a
-    vocabulary of 49,152 is ten times as fast as torch.multinomial, which draws one for every token."""
+    """Draw a token for each row (B,) from softmax(score / temperature), by one uniform number in [0, 1) a row.
+
+    The token is the first at which the sum of probabilities exceeds the number. So an answer does not depend on its batch,
+    and on a vocabulary of 49,152 this is ten times as fast as torch.multinomial, which draws a number for every token.
+    """
     sum_BV = (score_BV.float() / temperature).softmax(1).cumsum(1)
     all_B = sum_BV[:, -1]
     if not all_B.isfinite().all():
@@ -51,7 +53,7 @@ def drawn(score_BV: Tensor, uniform_B: Tensor, temperature: float) -> Tensor:
 
 
 def sampler(temperature: float, streams: Sequence[torch.Generator], tokens: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """A processor of scores (B, V) that leaves one token a row, for `tokens` steps at most; each row draws from its own stream."""
+    """Return a processor of scores (B, V) that leaves one token a row, for at most `tokens` steps, from a stream a row."""
     turns = iter(torch.stack([torch.rand(tokens, generator=stream) for stream in streams], 1))
 
     def only(ids_BT: Tensor, score_BV: Tensor) -> Tensor:

@@ -18,11 +18,11 @@ MERGE = "merge the adapter (merge_and_unload) and give the merged folder as TUNE
 
 @dataclass(frozen=True, eq=False)
 class Delta:
-    """What tuning added to one linear map: ``up @ down`` of shape (out, in), and the parameters that hold it.
+    """What fine-tuning added to one linear map: ``up @ down`` of shape (out, in), and the parameters that hold it.
 
-    For a LoRA, up (out, r) already has the scale in it, and `down_parameter` is the adapter's A. For a full
-    fine-tune, `up` is None, `down` is the whole difference (out, in), `down_parameter` is the tuned weight and
-    `base_weight` the base's, both as the module keeps them.
+    For a LoRA, `up` (out, r) includes the scale, and `down_parameter` is the adapter's A. For a full fine-tune, `up` is
+    None, `down` is the whole difference (out, in), and `down_parameter` and `base_weight` are both models' weights as
+    the module stores them.
     """
 
     name: str
@@ -44,13 +44,13 @@ class Delta:
         return float(((up.T @ up) * (down @ down.T)).sum().clamp_min(0).sqrt())
 
     def with_inputs(self, through: Callable[[Tensor], Tensor]) -> Mapping[nn.Parameter, Tensor]:
-        """Parameters under which the added map is up @ through(down), where `through` takes (any, in) to (any, in), linearly.
+        """Return parameter values under which the added map is up @ through(down).
 
-        The identity gives tuned's weights to the bit, zeros give base's.
+        `through` is linear, from (any, in) to (any, in). The identity gives tuned's weights to the bit, zeros give base's.
         """
         if self.up is not None:
             return {self.down_parameter: through(self.down.double()).to(self.down)}
-        # `down` is rounded to float32; the difference in float64 is not, and leads back to either end exactly.
+        # The difference in float64 leads back to either end exactly; `down` is rounded to float32.
         whole = self.down_parameter.data.double() - self.base_weight.double()
         return self._over_base(through(whole.T if self.transposed else whole).to(whole))
 
@@ -60,7 +60,7 @@ class Delta:
         return {self.down_parameter: weight.to(self.down_parameter.dtype)}
 
     def random(self, seed: int) -> Mapping[nn.Parameter, Tensor]:
-        """Parameters under which the added map is Gaussian, of the same rank (at most 16) and the same norm."""
+        """Return parameter values under which the added map is Gaussian, of the same rank (at most 16) and norm."""
         rank = self.down.shape[0] if self.up is not None else min(16, *self.down.shape)
         out = (self.up if self.up is not None else self.down).shape[0]
         rng = generator(seed, "random lora", self.name)
@@ -74,7 +74,7 @@ class Delta:
 
 
 def lora_deltas(module: nn.Module) -> Iterator[Delta]:
-    """The LoRA layers of a PEFT model with one active plain-LoRA adapter; other kinds are refused (`SourceError`)."""
+    """Yield the LoRA layers of a PEFT model with one active plain LoRA adapter; other kinds raise `SourceError`."""
     from peft.tuners.lora import LoraLayer
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -108,7 +108,7 @@ def lora_deltas(module: nn.Module) -> Iterator[Delta]:
 
 
 def full_deltas(base: LanguageModel, tuned: LanguageModel) -> Iterator[Delta]:
-    """The linear maps inside the blocks whose weights differ between two whole models."""
+    """Yield the linear maps inside the blocks whose weights differ between two whole models."""
     theirs = dict(base.blocks.named_modules())
     shapes = [{n: tuple(p.shape) for n, p in side.blocks.named_parameters() if p.dim() == 2} for side in (base, tuned)]
     if shapes[0] != shapes[1]:
@@ -139,7 +139,7 @@ def full_deltas(base: LanguageModel, tuned: LanguageModel) -> Iterator[Delta]:
 
 
 def counterparts(base: LanguageModel, tuned: LanguageModel) -> Iterator[tuple[nn.Parameter, Tensor]]:
-    """Every parameter tuning could change as a whole, with base's value of it; LoRA factors have none."""
+    """Yield every parameter of tuned that base has a value of, with that value; LoRA factors have none."""
     if base.network is tuned.network:
         from peft.utils.other import ModulesToSaveWrapper
 

@@ -1,4 +1,4 @@
-"""Measures of what a model says: divergences per token, in nat, against cached log-probabilities."""
+"""Divergences between next-token distributions, in nats a token, mostly against cached log-probabilities."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from tunediff.models.network import LanguageModel
 from tunediff.models.passes import Start
 
 TILE = 256
-"""Rows of logits multiplied out at a time; `kernels.BLOCK` of them are gone through at a time. Those of a whole batch are hundreds
-of megabytes, and going through them takes longer than computing them."""
+"""Rows of logits computed at a time; a whole batch's would be hundreds of megabytes, and slower to read than to make."""
 
 
 @dataclass(frozen=True, eq=False)
 class Said:
-    """What a model says at tokens (..., N): their final states, and log-probabilities over the first ``vocabulary`` tokens
-    made where they are looked at."""
+    """A model's next-token distributions at N positions (..., N): final states, from which logits are made when needed.
+
+    Only the first ``vocabulary`` tokens count.
+    """
 
     model: LanguageModel
     states_ND: Tensor
@@ -32,7 +33,7 @@ class Said:
     def at(
         cls, model: LanguageModel, ids_BT: Tensor, chosen_BT: Tensor, vocabulary: int, start: Start | None = None
     ) -> Said:
-        """What it says at the chosen positions of a run, in row-major order."""
+        """Return the distributions at the chosen positions of a run, in row-major order."""
         return cls(model, model.states(ids_BT, start, chosen_BT)[chosen_BT], vocabulary)
 
     @property
@@ -41,16 +42,16 @@ class Said:
         return *self.states_ND.shape[:-1], self.vocabulary
 
     def part(self, part: slice) -> Said:
-        """The same at some of the N tokens."""
+        """Return the distributions at some of the N positions."""
         return replace(self, states_ND=self.states_ND[..., part, :])
 
     def logits(self) -> Tensor:
-        """Logits of all tokens (..., N, V)."""
+        """Return logits (..., N, V)."""
         # Contiguous, or torch multiplies row by row.
         return self.model.logits(self.states_ND.contiguous())[..., : self.vocabulary]
 
     def logp(self) -> Tensor:
-        """Log-probabilities of all tokens (..., N, V)."""
+        """Return log-probabilities (..., N, V)."""
         return self.logits().log_softmax(-1)
 
 
@@ -64,20 +65,23 @@ def blocks(*says: Said) -> Iterator[tuple]:
 
 
 def _share(rows: int, says: Sequence[Tensor | Said]) -> int:
-    """How many of the N tokens make about that many rows of logits."""
+    """The number of positions that make about that many rows of logits."""
     return max(1, rows * says[0].shape[-2] // max(1, *(math.prod(s.shape[:-1]) for s in says)))
 
 
 def parts(*says: Tensor | Said, block: int = 1) -> Iterator[slice]:
-    """The N tokens in parts of a tile, each of whole blocks but the last."""
+    """Yield the N positions in parts of `TILE` rows of logits, each of whole blocks but the last."""
     N, tile = says[0].shape[-2], _share(TILE, says)
     tile -= tile % block
     return (slice(start, min(start + tile, N)) for start in range(0, N, tile))
 
 
 def kl_divergence(p: Tensor | Said, q: Tensor | Said) -> Tensor:
-    """KL(p || q) in nat for each of N tokens (..., N), from log-probabilities (..., N, V) or from what makes them; float32, never
-    below 0. Leading axes are those of both, or of one alone."""
+    """Return KL(p || q) in nats at each of N positions (..., N), in float32 and never below 0.
+
+    Either side is a table of log-probabilities (..., N, V) or a `Said`. Leading axes are those of both, or of one alone;
+    others raise `NumericsError`.
+    """
     few, many = sorted((p.shape, q.shape), key=len)
     if few[:-1] != many[-len(few) : -1]:
         raise NumericsError(
@@ -101,20 +105,20 @@ def kl_divergence(p: Tensor | Said, q: Tensor | Said) -> Tensor:
 def log_probabilities(
     model: LanguageModel, ids_BT: Tensor, chosen_BT: Tensor, vocabulary: int, start: Start | None = None
 ) -> Tensor:
-    """Next-token log-probabilities (N, V) at the chosen positions of a run, over the first `vocabulary` tokens."""
+    """Return next-token log-probabilities (N, V) at the chosen positions of a run, over the first `vocabulary` tokens."""
     return Said.at(model, ids_BT, chosen_BT, vocabulary, start).logp()
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """KL(p || q) summed over each document's chosen tokens, and how many these are; ratios of sums are token means."""
+    """KL(p || q) in nats summed over each document's chosen tokens, and the number of these."""
 
     nats: list[float]
     tokens: list[int]
 
     @property
     def mean(self) -> float:
-        """Nat a token."""
+        """Nats a token."""
         return sum(self.nats) / max(1, sum(self.tokens))
 
 

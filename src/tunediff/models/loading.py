@@ -25,6 +25,7 @@ UNSAFE = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
 
 def check_runtime(dtype: str, device: str) -> None:
+    """Raise `SettingError` for a dtype that is none, or a device that torch cannot use."""
     if not isinstance(getattr(torch, dtype, None), torch.dtype) or not getattr(torch, dtype).is_floating_point:
         raise SettingError(f"there is no dtype {dtype!r}", expected="float32, bfloat16, float16 or float64")
     try:
@@ -36,7 +37,7 @@ def check_runtime(dtype: str, device: str) -> None:
 
 
 def read_model(source: str, dtype: str) -> tuple[nn.Module, Any]:
-    """Model and tokenizer of a folder, hub id, GGUF file or ``default``."""
+    """Return model and tokenizer of a folder, hub id, GGUF file or ``default``; raise `SourceError` for anything else."""
     from huggingface_hub import snapshot_download
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -119,7 +120,7 @@ def _refuse_pickles(folder: Path) -> None:
 
 
 def _hub_answers(seconds: float = 3.0) -> bool:
-    """Whether the hub can be reached. Offline, its client would try again for most of a minute before it gives up."""
+    """Whether the hub can be reached; offline its own client would retry for most of a minute."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
@@ -141,6 +142,7 @@ def adapter_folder(source: str) -> Path | None:
 
 
 def with_adapter(module: nn.Module, folder: Path, base: str) -> Any:
+    """Return a network wrapped by PEFT with the adapter in `folder`; raise `SourceError` where they do not fit."""
     try:
         from peft import PeftModel
     except ImportError:
@@ -204,7 +206,7 @@ def adapter_off(wrapped: Any) -> Callable[[], AbstractContextManager[None]]:
 
 
 def peft_layers() -> tuple[type, ...]:
-    """What PEFT puts into a network: adapted layers, and modules that were trained whole."""
+    """The classes that PEFT puts into a network: adapted layers, and modules that were trained whole."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
@@ -217,7 +219,7 @@ def _lora_names(names: Iterable[str]) -> int:
 
 
 def check_finite(name: str, module: nn.Module, *parts: str) -> None:
-    """Refuse weights that are not finite; of those only that have one of `parts` in their name, if given."""
+    """Raise `NumericsError` for weights that are not finite; with `parts`, look only at names that contain one of them."""
     for parameter_name, parameter in module.named_parameters():
         if parts and not any(part in parameter_name for part in parts):
             continue
@@ -231,9 +233,9 @@ def check_finite(name: str, module: nn.Module, *parts: str) -> None:
 
 
 def fingerprint(module: nn.Module, adapters: bool = True) -> str:
-    """A 16-digit hash over every parameter's and buffer's name, shape and bytes.
+    """Return a 16-digit hash over every parameter's and buffer's name, shape and bytes.
 
-    Without `adapters`, what PEFT put into a network is passed over: the hash is that of the network before.
+    Without `adapters`, what PEFT put into the network is left out: the hash is that of the network before.
     """
     tensors = module.state_dict()
     if not adapters:
@@ -250,12 +252,12 @@ def fingerprint(module: nn.Module, adapters: bool = True) -> str:
 
 
 def fingerprints(*of: tuple[nn.Module, bool]) -> list[str]:
-    """Those of several networks at once: hashing gives up the interpreter's lock."""
+    """Return the fingerprints of several networks, computed in threads: hashing releases the interpreter's lock."""
     with ThreadPoolExecutor(len(of)) as pool:
         return list(pool.map(lambda given: fingerprint(*given), of))
 
 
 def _first_line(error: Exception) -> str:
-    """What an error says first: its first line, and the next where the first only announces it."""
+    """The first line of an error's text, and the second where the first ends with a colon."""
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()] or [type(error).__name__]
     return " ".join(lines[: 1 + lines[0].endswith(":")])[:200]

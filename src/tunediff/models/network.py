@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from copy import copy
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from tunediff.core.errors import FamilyError, NumericsError
 from tunediff.kernels.matmuls import fast_matmul
 from tunediff.models.families.base import family_of
 from tunediff.models.fast import accelerated, forget
-from tunediff.models.passes import Start, Stop, Watch, first, replaced, with_first
+from tunediff.models.passes import Start, Stop, Watch, first, replaced, returns_tuple, with_first
 from tunediff.records.site import Site
 
 
@@ -56,12 +57,6 @@ class LanguageModel:
         self.family = family_of(self.network)
         blocks = self.family.blocks(self.network)
         self.blocks = blocks if isinstance(blocks, nn.ModuleList) else nn.ModuleList(blocks)
-        if not self.family.is_causal(self.network):
-            raise FamilyError(
-                f"positions of {type(self.network).__name__} see what is to their right",
-                expected="causal attention",
-                remedy="a decoder-only language model",
-            )
         self.device = next(module.parameters()).device
         self.shares_prefixes = False
         """Whether rows may share the run of a prefix; `check_reading` says so."""
@@ -214,26 +209,18 @@ class LanguageModel:
             return
         if start.site.kind != "resid":
             raise FamilyError(f"a run cannot start from {start.site}", expected="a resid site")
-        shape = self._returns_tuple(self.blocks[0])
+        wrapped = self._returns_tuple  # found before any block is replaced
         for layer in range(start.site.layer + 1):
             # The network's own forward still prepares masks and positions, whatever its family.
             def skip(hidden: Tensor, *rest: Any, last: bool = layer == start.site.layer, **named: Any) -> Any:
                 out = start.stream_BTD.to(hidden.device, hidden.dtype) if last else hidden
-                return (out,) if shape else out
+                return (out,) if wrapped else out
 
             stack.enter_context(replaced(self.blocks[layer], "forward", skip))
 
-    def _returns_tuple(self, block: nn.Module) -> bool:
-        """Whether blocks return a tuple; found once, by a run of one token."""
-        if not hasattr(self, "_tuples"):
-            seen: list[bool] = []
-            handle = block.register_forward_hook(lambda m, a, output: seen.append(isinstance(output, tuple)))
-            try:
-                self.network(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device), use_cache=False)
-            finally:
-                handle.remove()
-            self._tuples = seen[0]
-        return self._tuples
+    @cached_property
+    def _returns_tuple(self) -> bool:
+        return returns_tuple(self.network, self.blocks[0])
 
     def logits(self, states_ND: Tensor) -> Tensor:
         """Return logits (..., V) in float32 of final normed states (..., D)."""

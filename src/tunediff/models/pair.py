@@ -1,4 +1,4 @@
-"""Pairs: base and tuned, loaded, checked to be comparable, and what differs between their weights."""
+"""Pairs: a base and a fine-tuned model, loaded and checked to be comparable."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ PROBES = (
     "In 1969, 3 people went to the Moon; two of them walked on it.",
     "Café, naïve, 東京, Москва — “quotes” and emoji 🙂.",
 )
+"""Texts on which both models are compared on loading."""
 
 
 @dataclass(eq=False)
@@ -185,7 +186,7 @@ class Pair:
 
     @cached_property
     def common_blocks(self) -> int:
-        """How many of the lowest blocks a shared module's adapter leaves alone: both models agree there exactly."""
+        """Number of lowest blocks that a shared module's adapter leaves alone; both models agree there exactly."""
         if not self.shared:
             return 0
         kinds = peft_layers()
@@ -195,13 +196,15 @@ class Pair:
         return 0 if outside or True not in touched else touched.index(True)
 
     def common_start(self, ids_BT: Tensor, sites: Sequence[Site] = (), wanted_BT: Tensor | None = None) -> Start | None:
-        """Where runs of tuned and of its variants may begin, from the stream that base has there too: above the blocks that
-        tuning left alone; None where there are none, or a site to be read is not above them."""
+        """Return a start above the blocks that tuning left alone, for runs of tuned and its variants.
+
+        None where there are no such blocks, or a site to be read is not above them.
+        """
         below = self._common_site(sites)
         return below and Start(below, self.base.streams(ids_BT, [below], wanted_BT=wanted_BT)[:, :, 0])
 
     def both_streams(self, ids_BT: Tensor, sites: Sequence[Site], wanted_BT: Tensor | None = None) -> Tensor:
-        """Streams (B, T, S, M, D) of both models. Blocks below the first that tuning touched are run once, for both.
+        """Return streams (B, T, S, M, D) of both models. Blocks below the first that tuning touched run once, for both.
 
         wanted_BT   positions whose values will be used, all if None; others may hold anything
         """
@@ -210,7 +213,7 @@ class Pair:
     def both_states(
         self, ids_BT: Tensor, sites: Sequence[Site] = (), wanted_BT: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Base's and tuned's final normed states (B, T, D), and `both_streams` if sites are named, from one run of each."""
+        """Return base's and tuned's final normed states (B, T, D), and `both_streams` at the sites, from one run of each."""
         streams, base_BTD, tuned_BTD = self._both(ids_BT, sites, True, wanted_BT)
         return base_BTD, tuned_BTD, streams
 
@@ -236,13 +239,13 @@ class Pair:
         return Site(common - 1) if common and all(site.layer >= common for site in sites) else None
 
     def deltas(self) -> list[Delta]:
-        """What tuning added, for every linear map it touched, in the order of the network."""
+        """Return what tuning added to every linear map it touched, in the order of the network."""
         return list(lora_deltas(self.tuned.module) if self.shared else full_deltas(self.base, self.tuned))
 
     def random_tuned(self, seed: int) -> LanguageModel:
-        """A null for tuned: base plus, in every linear map, a random change of the tune's own rank and norm.
+        """Return a null for tuned: base plus, in every linear map, a random change of the same rank and norm.
 
-        What is not a linear map inside the blocks (norms, embeddings) is base's; tokens tuning added keep their rows.
+        Norms, embeddings and other parameters are base's; tokens that tuning added keep their rows.
         """
         tensors: dict[nn.Parameter, Tensor] = {}
         for delta in self.deltas():
@@ -264,7 +267,7 @@ def _loaded(source: str, dtype: str, device: str) -> tuple[nn.Module, Any]:
 
 
 def probe_ids(tokenizer: Any, vocabulary: int) -> Tensor:
-    """The probe texts as one (B, T) array cut to the shortest; ids of 0 stand where a token is not shared."""
+    """Return the probe texts as token ids (B, T), cut to the shortest; 0 stands where a token is not shared."""
     rows = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in PROBES]
     length = min(map(len, rows))
     return torch.tensor([[i if i < vocabulary else 0 for i in row[:length]] for row in rows])

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tunediff.records.site import Site
@@ -51,6 +52,19 @@ def first(output: Any) -> Tensor:
 def with_first(output: Any, stream: Tensor) -> Any:
     """What a block returns, with another stream in it."""
     return (stream, *output[1:]) if isinstance(output, tuple) else stream
+
+
+def returns_tuple(network: nn.Module, block: nn.Module) -> bool:
+    """Whether a network's block returns a tuple, found by a pass of one token."""
+    seen: list[bool] = []
+    handle = block.register_forward_hook(lambda module, given, output: seen.append(isinstance(output, tuple)))
+    try:
+        network(
+            input_ids=torch.zeros(1, 1, dtype=torch.long, device=next(network.parameters()).device), use_cache=False
+        )
+    finally:
+        handle.remove()
+    return seen[0]
 
 
 @contextmanager

@@ -30,7 +30,7 @@ ORGANISMS = Path(__file__).parent / "assets" / "organisms"
 """The organisms that ship with tunediff, as adapters of its embedded base, in folders of their names."""
 
 DEMO = ORGANISMS / "two-objectives"
-"""The demo's: one wanted and one hidden objective."""
+"""The demo's fine-tuned model, with one wanted and one hidden objective."""
 
 
 def cache_folder() -> Path:
@@ -101,8 +101,7 @@ def _convert(source: Path, folder: Path) -> None:
 
 @contextmanager
 def _read_once(gguf) -> Iterator[None]:
-    """Let transformers parse a file once, not for config, weights and tokenizer anew, and make the table of names once, not
-    for every module: that is two thirds of its time."""
+    """Let transformers parse a GGUF file once instead of three times, and make the table of names once: two thirds of its time."""
 
     class Reader(gguf.GGUFReader):
         def _get(self, *arguments, **named):

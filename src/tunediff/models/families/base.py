@@ -67,7 +67,10 @@ class Family(ABC):
 
 
 def family_of(module: nn.Module) -> Family:
-    """The family that knows `module`, the most specific first; raises `FamilyError` if none does."""
+    """Return the family that knows `module`, the most specific first.
+
+    Raises `FamilyError` if none does, or if attention is not causal.
+    """
     known: list[Family] = [variants.load(PACKAGE, name)() for name in variants.names(PACKAGE)]
     matching = sorted((f for f in known if f.matches(module)), key=lambda f: -f.precedence)
     if not matching:
@@ -75,5 +78,11 @@ def family_of(module: nn.Module) -> Family:
             f"no family knows {type(module).__name__}",
             expected="a decoder-only causal language model",
             remedy="add a file to families/",
+        )
+    if not matching[0].is_causal(module):
+        raise FamilyError(
+            f"positions of {type(module).__name__} see what is to their right",
+            expected="causal attention",
+            remedy="a decoder-only language model",
         )
     return matching[0]

@@ -1,4 +1,4 @@
-"""Keys and values of positions that were run already, in memory that grows ahead of them."""
+"""Key-value caches whose memory is allocated ahead of need."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 AHEAD = 64
-"""Positions that there is room for besides, once they come one by one: transformers' own layer copies all that it holds for each."""
+"""Positions allocated ahead while tokens come one by one; transformers' own layer copies its whole cache for each."""
 
 
 class GrowingLayer(DynamicLayer):
-    """transformers' layer of keys and values, with room for what comes next; what it gives out is a view of what is there."""
+    """transformers' cache layer with room for the next positions; it returns views of its memory."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *rest: Any, **named: Any) -> tuple[Tensor, Tensor]:
-        """All keys and values (B, H, S, E), these new ones included."""
+        """Add keys and values (B, H, T, E) and return all (B, H, S, E)."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             self._rooms: dict[str, Tensor] = {}
@@ -32,7 +32,7 @@ class GrowingLayer(DynamicLayer):
         B, H, T, E = new_BHTE.shape
         before = old_BHSE.shape[-2] if old_BHSE.numel() else 0
         room_BHSE, after = self._rooms.get(name), before + T
-        # Whoever cropped it from the right, picked from it or repeated it left another tensor here, or a shorter view of the same.
+        # A crop leaves a shorter view of the same memory here, a selection or repetition another tensor.
         fits = room_BHSE is not None and room_BHSE.shape[:2] == (B, H) and room_BHSE.shape[2] >= after
         if (
             not fits
@@ -47,7 +47,7 @@ class GrowingLayer(DynamicLayer):
         return room_BHSE[:, :, :after]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every row so many times; of one row nothing is copied before more comes."""
+        """Repeat every row; a single row is not copied until more positions come."""
         if self.get_seq_length() == 0 or len(self.keys) > 1:
             return super().batch_repeat_interleave(repeats)
         self.keys, self.values = self.keys.expand(repeats, -1, -1, -1), self.values.expand(repeats, -1, -1, -1)
@@ -55,7 +55,7 @@ class GrowingLayer(DynamicLayer):
 
 
 def repeated(cache: DynamicCache, rows: int) -> DynamicCache:
-    """A cache of one row for many, to be added to; the one stays as it is."""
+    """Return a cache of many rows that begin with a cache of one, which stays as it is."""
     other = copy(cache)
     other.layers = [copy(layer) for layer in cache.layers]
     other.batch_repeat_interleave(rows)
@@ -63,7 +63,7 @@ def repeated(cache: DynamicCache, rows: int) -> DynamicCache:
 
 
 def growing(cache: DynamicCache) -> DynamicCache:
-    """The same empty cache, whose plain layers now grow ahead of need."""
+    """Make the plain layers of an empty cache grow ahead of need, and return it."""
     for layer in cache.layers:
         if type(layer) is DynamicLayer:
             layer.__class__ = GrowingLayer

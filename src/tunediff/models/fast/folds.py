@@ -1,4 +1,4 @@
-"""Folds: rows packed so that what several of them begin with is run once, and what nobody asks for is not run at all."""
+"""Folds: rows packed into fewer ones, so that shared beginnings run once and unwanted endings not at all."""
 
 from __future__ import annotations
 
@@ -10,27 +10,26 @@ from torch import Tensor
 from tunediff.core.chance import generator
 
 PAYS = 0.9
-"""A fold is used if it leaves at most this share of the positions."""
+"""Largest share of the positions that a fold may leave and still be used."""
 
 DEPTHS = (0, 3, 6)
-"""How many more positions rows must have in common to be one tree. Many questions begin with the same word, and a row as long
-as all of them is worse than that word run again."""
+"""Shared positions after the first that make rows one tree, tried in turn: for one shared word a longer row does not pay."""
 SHARES = (1.0, 0.9, 0.8, 0.65, 0.5, 0.4, 0.3, 0.2)
-"""Numbers of packed rows that are tried, as shares of how many the largest tree alone would allow."""
+"""Numbers of packed rows to try, as shares of the number that the largest tree would allow."""
 LONG = 1000
-"""Length of a row at which attention costs about as much as all else."""
+"""Row length at which attention costs about as much as everything else."""
 
 
 @dataclass(frozen=True, eq=False)
 class Fold:
-    """Rows (B, T) as packed ones (C, L), each of one or more trees of rows that begin alike.
+    """Rows (B, T) as packed rows (C, L), each of one or more trees of rows that begin alike.
 
-    A packed position stands for all positions of the same beginning, and sees what that beginning holds and nothing else.
+    A packed position stands for all positions with the same tokens up to them, and attends to these alone.
 
-    first_CL      the place among the B * T that a packed position stands for; the first of them
-    place_BT      the place among the C * L where a position is found; any for what nobody asks for
-    position_CL   how far from the row's beginning
-    sees_CLL      which positions of its packed row one sees
+    first_CL      the first of the B * T positions that a packed position stands for
+    place_BT      where among the C * L a position is found; anywhere for positions that nobody wants
+    position_CL   distance from the beginning of the row
+    sees_CLL      which positions of its packed row a position attends to
     """
 
     first_CL: Tensor
@@ -40,10 +39,10 @@ class Fold:
 
     @classmethod
     def of(cls, ids_BT: Tensor, stream_BTX: Tensor | None = None, wanted_BT: Tensor | None = None) -> Fold | None:
-        """The fold of token ids, or None where it does not pay.
+        """Fold token ids; None where it does not pay.
 
-        stream_BTX   what the run goes on from, if not from the tokens: then beginnings are alike if this is, to the bit
-        wanted_BT    positions whose values will be used, all if None; what comes after a row's last is left out
+        stream_BTX   the stream that the pass starts from, if any; rows then begin alike only if it has equal bits
+        wanted_BT    positions whose values will be used, all if None; positions after a row's last are left out
         """
         B, T = ids_BT.shape
         if B < 2:
@@ -82,27 +81,27 @@ class Fold:
         return cls(first_CL, place_BT, first_CL % T, sees)
 
     def pack(self, value_BTX: Tensor) -> Tensor:
-        """Values of the rows' positions (B, T, ...) as those of the packed ones (C, L, ...)."""
+        """Turn values of the rows (B, T, ...) into values of the packed rows (C, L, ...)."""
         return value_BTX.flatten(0, 1)[self.first_CL.to(value_BTX.device)]
 
     def unpack(self, value_CLX: Tensor) -> Tensor:
-        """Values of packed positions (C, L, ...) as those of the rows' (B, T, ...)."""
+        """Turn values of the packed rows (C, L, ...) into values of the rows (B, T, ...)."""
         return value_CLX.flatten(0, 1)[self.place_BT.to(value_CLX.device)]
 
     def total(self, value_BTX: Tensor) -> Tensor:
-        """Sums over the rows' positions (B, T, ...) that a packed one stands for (C, L, ...)."""
+        """Sum values (B, T, ...) over the positions that each packed position stands for (C, L, ...)."""
         total = value_BTX.new_zeros(self.first_CL.numel(), *value_BTX.shape[2:])
         return total.index_add_(0, self.place_BT.flatten(), value_BTX.flatten(0, 1)).unflatten(0, self.first_CL.shape)
 
     def inputs(self, dtype: torch.dtype, before: int, device: torch.device) -> dict[str, Tensor]:
-        """What a network is told beside the packed ids: positions and mask, `before` positions that all see coming first."""
+        """Return position ids and attention mask of the packed rows after a prefix of `before` positions that all see."""
         return {
             "position_ids": self.position_CL.to(device) + before,
             "attention_mask": self.mask(dtype, before).to(device),
         }
 
     def mask(self, dtype: torch.dtype, before: int) -> Tensor:
-        """What is added to attention's scores (C, 1, L, before + L), `before` positions that all see coming first."""
+        """Return what is added to attention scores (C, 1, L, before + L), after a prefix of `before` positions."""
         C, L, _ = self.sees_CLL.shape
         mask = torch.zeros(C, 1, L, before + L, dtype=dtype)
         mask[:, 0, :, before:].masked_fill_(~self.sees_CLL, torch.finfo(dtype).min)
@@ -110,9 +109,9 @@ class Fold:
 
 
 def _filled(sizes: list[int]) -> tuple[float, int, list[int], list[int]]:
-    """Trees put into packed rows: what that costs, how long these are, and for each tree which one it is in and where it begins.
+    """Put trees into packed rows; return the cost, the rows' length, and each tree's row and offset.
 
-    Of some lengths the one that costs least: short rows leave more room unfilled, in long ones attention takes longer.
+    The cheapest of several lengths is taken: short rows leave more room unfilled, in long rows attention costs more.
     """
     best: tuple[float, int, list[int], list[int]] | None = None
     for share in SHARES:
@@ -132,7 +131,7 @@ def _filled(sizes: list[int]) -> tuple[float, int, list[int], list[int]]:
 
 
 def _numbered(key_N: Tensor, place_N: Tensor, places: int) -> tuple[Tensor, Tensor]:
-    """Keys as numbers in the order of their first places, and these places."""
+    """Number keys in the order of their first places; return the numbers and these places."""
     _, any_N = key_N.unique(return_inverse=True)
     first_K = torch.full((int(any_N.max()) + 1,), places).scatter_reduce_(0, any_N, place_N, "amin")
     first_K, order = first_K.sort()
@@ -142,7 +141,7 @@ def _numbered(key_N: Tensor, place_N: Tensor, places: int) -> tuple[Tensor, Tens
 
 
 def _beginnings(ids_BT: Tensor, stream_BTX: Tensor | None) -> Tensor:
-    """A 64-bit hash (B, T) of all that a row holds up to a position."""
+    """Return a 64-bit hash (B, T) of what a row holds up to each position."""
     own_BT = ids_BT.long() + 1
     if stream_BTX is not None:
         bits_BTX = stream_BTX.float().contiguous().view(torch.int32).long()

@@ -1,10 +1,9 @@
-"""A network's layers, faster where the machine can and as exact: its products, its norms, its gates."""
+"""Linear layers whose products the compiled kernels make, where these are faster and as exact."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +13,10 @@ from tunediff.models.fast.weights import kept
 
 
 class Linear(nn.Linear):
-    """torch's layer; in inference mode, in which models are run here, its products are made by `kernels.product` if that serves."""
+    """torch's linear layer; in inference mode `kernels.product` makes its products where it can."""
 
     def forward(self, input: Tensor, against: tuple[Tensor, bool] | None = None) -> Tensor | None:
-        """As `torch.nn.Linear`: (..., I) to (..., O). Or see `divergence_of`: called like any other, so that who counts sees it."""
+        """Map (..., I) to (..., O). With `against` return `divergence_of`, called through `forward` so that hooks still fire."""
         if against is not None:
             tiles = kept.right_side(self.weight)[0] if _ours() else None
             found = isinstance(tiles, kernels.Tiles)
@@ -45,12 +44,6 @@ def quickened(modules: Iterable[nn.Module]) -> Iterator[None]:
 def watched(module: nn.Module) -> bool:
     """Whether somebody's hook looks at what goes into a module or comes out of it."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
-
-
-@cache
-def _before(faster: type, known: type) -> type:
-    """The class `known` with `faster` before it; to who prints it or asks what it is it stays what it was."""
-    return type(known.__name__, (faster, known), {"__module__": known.__module__, "__qualname__": known.__qualname__})
 
 
 def _ours() -> bool:
