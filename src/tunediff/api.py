@@ -200,7 +200,7 @@ def _pair(base: Model, tuned: Model, names: Sequence[str], plan: Plan) -> Pair |
                     expected="an ordinary model, or the adapter's folder with its base's path",
                     remedy="model.merge_and_unload()",
                 )
-        sides.append(LanguageModel(module, tokenizer, name, fast=plan.runtime.fast))
+        sides.append(LanguageModel(module, tokenizer, name, fast=plan.runtime.fast, family=plan.pair.family))
     return Pair.of(sides[0], sides[1], plan.pair.allow_identical)
 
 

@@ -267,6 +267,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(pair, tokens, tmp_path):
     finally:
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
+        process.stdout.close()
     assert sorted(path.name for path in killed.iterdir()) == ["shard-00000.safetensors", "work.json"]
     (killed / ".shard-00001.safetensors.partial").write_bytes(b"half a shard")
     first = (killed / "shard-00000.safetensors").stat().st_mtime_ns

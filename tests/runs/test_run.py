@@ -143,3 +143,30 @@ def test_a_run_whose_plan_names_code_is_opened_only_with_leave(world, write, tmp
     assert cli(*fresh).code == 2 and cli(*fresh, "--allow-code").code == 0
     with pytest.raises(tunediff.TunediffError, match="names code"):
         tunediff.revert(tmp_path / "runs" / "base-tuned")
+
+
+FAMILY = """
+    from tunediff.models.families.huggingface import HuggingFace
+
+    class Named(HuggingFace):
+        asked = 0
+
+        def matches(self, module):
+            Named.asked += 1
+            return type(module).__name__ == "{network}"
+"""
+
+
+def test_a_family_of_ones_own_reads_both_networks(world, write, tmp_path):
+    write(FAMILY.format(network="LlamaForCausalLM"))
+    run = Run(planned(world, pair={"family": "runlab:Named"}), tmp_path / "run")
+    plain = Run(planned(world), tmp_path / "run")
+    assert type(run.pair.base.family).__name__ == type(run.pair.tuned.family).__name__ == "Named"
+    assert run.scan == plain.scan
+    assert len(list((tmp_path / "run" / "scan").iterdir())) == 2, "who reads the networks is in the key"
+
+
+def test_a_family_that_does_not_know_the_network_is_refused(world, write, tmp_path):
+    write(FAMILY.format(network="OtherForCausalLM"))
+    with pytest.raises(tunediff.TunediffError, match="does not know LlamaForCausalLM"):
+        Run(planned(world, pair={"family": "runlab:Named"}), tmp_path / "run").pair

@@ -76,7 +76,7 @@ def relative_error(pair: Pair, edit: Edit, network: nn.Module) -> float:
     ids_BT = probe_ids(pair.tokenizer, pair.vocabulary)
     live = edit.applied(pair.tuned)
     expected = live.logits(live.states(ids_BT))
-    baked = LanguageModel(network, pair.tokenizer, "baked", fast=pair.tuned.fast)
+    baked = LanguageModel(network, pair.tokenizer, "baked", fast=pair.tuned.fast, family=pair.tuned.family_name)
     got = baked.logits(baked.states(ids_BT))
     return float((got - expected).abs().max() / expected.abs().max())
 

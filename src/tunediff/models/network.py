@@ -41,6 +41,7 @@ class LanguageModel:
 
     switch   entered around every run: how one module in memory serves as base (adapter off) and as tuned (adapter on)
     fast     accelerate runs (see `models.fast`); without it, every run is the network's own forward pass
+    family   name or import path of the family that reads the network; empty for the one that its structure tells
     """
 
     def __init__(
@@ -50,11 +51,12 @@ class LanguageModel:
         name: str,
         switch: Callable[[], AbstractContextManager] = nullcontext,
         fast: bool = True,
+        family: str = "",
     ):
         self.module, self.tokenizer, self.name, self.switch, self.fast = module, tokenizer, name, switch, fast
         # PEFT wraps the network; families look at the network itself.
         self.network: nn.Module = module.get_base_model() if hasattr(module, "get_base_model") else module
-        self.family = family_of(self.network)
+        self.family, self.family_name = family_of(self.network, family), family
         blocks = self.family.blocks(self.network)
         self.blocks = blocks if isinstance(blocks, nn.ModuleList) else nn.ModuleList(blocks)
         self.device = next(module.parameters()).device

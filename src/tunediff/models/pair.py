@@ -62,6 +62,7 @@ class Pair:
         device: str = "cpu",
         allow_identical: bool = False,
         fast: bool = True,
+        family: str = "",
     ) -> Pair:
         """Load and compare two models.
 
@@ -71,31 +72,34 @@ class Pair:
                 to 60 % rounding error
         allow_identical   accept identical weights, as a sanity null
         fast    accelerate runs, see `models.fast`
+        family  name or import path of the family that reads both networks; empty for what their structure tells
 
         Raises `SourceError` for what cannot be read, `PairError` for what cannot be compared.
         """
         check_runtime(dtype, device)
         module, tokenizer = _loaded(base, dtype, device)
-        model = LanguageModel(module, tokenizer, base, fast=fast)
+        model = LanguageModel(module, tokenizer, base, fast=fast, family=family)
         adapter = adapter_folder(tuned)
         if adapter:
             pair = cls._over(model, tuned, adapter)
             pair._compare(allow_identical)
             return pair
-        return cls.of(model, LanguageModel(*_loaded(tuned, dtype, device), tuned, fast=fast), allow_identical)
+        other = LanguageModel(*_loaded(tuned, dtype, device), tuned, fast=fast, family=family)
+        return cls.of(model, other, allow_identical)
 
     @classmethod
     def _over(cls, untouched: LanguageModel, tuned: str, adapter: Path) -> Pair:
         """The pair of a model and an adapter over it, in one module."""
-        module, tokenizer, base, fast = untouched.module, untouched.tokenizer, untouched.name, untouched.fast
+        module, tokenizer, base = untouched.module, untouched.tokenizer, untouched.name
+        alike: dict[str, Any] = {"fast": untouched.fast, "family": untouched.family_name}
         ids_BT = probe_ids(tokenizer, untouched.vocabulary)
         before = untouched.logits(untouched.states(ids_BT))
         wrapped = with_adapter(module, adapter, base)
         wrapped.to(untouched.device).eval().requires_grad_(False)
         check_finite(tuned, wrapped, ".lora_", "modules_to_save")
         pair = cls(
-            LanguageModel(wrapped, tokenizer, base, adapter_off(wrapped), fast),
-            LanguageModel(wrapped, tokenizer, tuned, fast=fast),
+            LanguageModel(wrapped, tokenizer, base, adapter_off(wrapped), **alike),
+            LanguageModel(wrapped, tokenizer, tuned, **alike),
             True,
             0,
             *fingerprints((module, False), (wrapped, True)),

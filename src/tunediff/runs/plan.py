@@ -23,6 +23,7 @@ from tunediff.edits.edit import EditSettings
 from tunediff.harvests.contrasts import ContrastSettings
 from tunediff.harvests.harvest import HarvestSettings
 from tunediff.harvests.scans import ScanSettings
+from tunediff.models.families.base import Family
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class PairSettings:
 
     dtype: str = "float32"
     """Of both forwards. In bfloat16 the difference between two light tunes is up to 60 % rounding error."""
+    family: str = ""
+    """Who reads both networks, by name or import path; empty: the family that their structure tells."""
     allow_identical: bool = False
     """Accept a tuned model that changes nothing, as a sanity null."""
 
@@ -127,9 +130,14 @@ class Plan:
         settings = self.verify.settings
         return {name: variants.make(Trial, name, settings.get(name), "verify") for name in self.verify.trials}
 
+    def family(self) -> Family | None:
+        """The family that the plan names; None where the networks' structure tells it."""
+        return variants.make(Family, self.pair.family) if self.pair.family else None
+
     def check(self) -> None:
         """Raise `VariantError` or `SettingError` if a named part does not exist, or a setting names no chosen part."""
         self.spec()
+        self.family()
         for part, table, chosen in (
             ("find", self.find.settings, {**self.finders(), **self.signals()}),
             ("verify", self.verify.settings, self.trials()),
@@ -141,7 +149,7 @@ class Plan:
 
     def imports(self) -> list[str]:
         """The import paths that this plan names: carrying it out runs code that does not ship with tunediff."""
-        named = (*self.find.finders, *self.find.signals, self.find.dictionary, *self.verify.trials)
+        named = (self.pair.family, *self.find.finders, *self.find.signals, self.find.dictionary, *self.verify.trials)
         return sorted({name for name in named if variants.is_import_path(name)})
 
     def refuse_imports(self, typed: Iterable[str] = ()) -> None:
@@ -191,12 +199,14 @@ class Plan:
 
 def to_record(plan: Any) -> dict[str, Any]:
     """A plan as nested plain values."""
-    return record(plan)
+    values: dict[str, Any] = record(plan)
+    return values
 
 
 def from_record(values: dict[str, Any]) -> Plan:
     """A plan from nested plain values; unknown keys are errors that name the nearest known one."""
-    return typed(Plan, _without_retired(values), "", SETTING)
+    plan: Plan = typed(Plan, _without_retired(values), "", SETTING)
+    return plan
 
 
 RETIRED = {("fit", "precision"): "float32"}

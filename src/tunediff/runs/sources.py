@@ -7,9 +7,11 @@ import time
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from tunediff.core import variants
 from tunediff.core.artifacts import write_bytes
 from tunediff.core.progress import Progress, quiet
 from tunediff.harvests.contrasts import contrast
@@ -65,14 +67,18 @@ class Sources:
             device=plan.runtime.device,
             allow_identical=plan.pair.allow_identical,
             fast=plan.runtime.fast,
+            family=plan.pair.family,
         )
         self.progress("load", 1, 1)
         self.cards.append(StageCard("load", "", round(time.monotonic() - began, 2), list(pair.notes)))
         return pair
 
     @property
-    def _models(self) -> list[str]:
-        return [self.pair.base_fingerprint, self.pair.tuned_fingerprint, self.plan.pair.dtype]
+    def _models(self) -> list[Any]:
+        """What results depend on of the models, for content keys."""
+        named = [self.pair.base_fingerprint, self.pair.tuned_fingerprint, self.plan.pair.dtype]
+        family = self.plan.family()
+        return [*named, self.plan.pair.family, *variants.identity(family)] if family else named
 
     @cached_property
     def corpus(self) -> Corpus:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tunediff.core import variants
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 PACKAGE = "tunediff.models.families"
 
 
+@dataclass(frozen=True)
 class Family(ABC):
     """How to read one kind of network. Stateless: every method takes the module."""
 
@@ -66,18 +68,21 @@ class Family(ABC):
         return None
 
 
-def family_of(module: nn.Module) -> Family:
-    """Return the family that knows `module`, the most specific first.
+def family_of(module: nn.Module, name: str = "") -> Family:
+    """Return the family called `name`, which may be an import path; without a name, the most specific that knows `module`.
 
-    Raises `FamilyError` if none does, or if attention is not causal.
+    Raises `VariantError` for a name that is no family's, `FamilyError` if none knows the module, or if attention is not
+    causal.
     """
-    known: list[Family] = [variants.load(PACKAGE, name)() for name in variants.names(PACKAGE)]
+    known = [variants.make(Family, one) for one in ([name] if name else variants.names(PACKAGE))]
     matching = sorted((f for f in known if f.matches(module)), key=lambda f: -f.precedence)
     if not matching:
         raise FamilyError(
-            f"no family knows {type(module).__name__}",
+            f"the family {name} does not know {type(module).__name__}"
+            if name
+            else f"no family knows {type(module).__name__}",
             expected="a decoder-only causal language model",
-            remedy="add a file to families/",
+            remedy="pair.family left empty, which goes by structure" if name else "add a file to families/",
         )
     if not matching[0].is_causal(module):
         raise FamilyError(
