@@ -1,5 +1,4 @@
-"""Dictionaries: sparse codes shared by two models, one file an architecture; the file's name is its
-registration."""
+"""Dictionaries: sparse codes shared by two models; each architecture is one file, registered by its file name."""
 
 from __future__ import annotations
 
@@ -15,9 +14,9 @@ PACKAGE = "tunediff.dictionaries.architectures"
 
 
 def spec(name: str, **settings: Any) -> Spec:
-    """The settings of the dictionary called `name` (or ``module:Class``), with `settings` over its defaults.
+    """Return the settings of the dictionary called `name` (or ``module:Class``), with `settings` in place of defaults.
 
-    Raises `VariantError` if there is none of that name, `SettingError` for an unknown or unfit setting.
+    Raises `VariantError` if no dictionary has that name, `SettingError` for an unknown setting or a value out of range.
     """
     kind = variants.load(PACKAGE, name).Spec
     known = [field.name for field in dataclasses.fields(kind)]

@@ -1,4 +1,4 @@
-"""From a trained dictionary to a `Fitted` one: inference thresholds, base's share of the vectors, held-out quality."""
+"""Calibration of a trained dictionary: inference thresholds, decoder vectors for base, and held-out quality."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ RECONSTRUCTED: dict[Target, tuple[str, ...]] = {
 def apart(source: Source, settings: FitSettings) -> tuple[Tensor, Tensor]:
     """Return indices (N,) into the training split, ascending: tokens to train on, and tokens held out for calibration.
 
-    Whole documents are drawn by the seed, since tokens of one document are not independent; single tokens where the
-    source knows no documents or only one. With nothing to hold out, both are all tokens.
+    Whole documents are drawn by the seed, because tokens of one document are not independent. Single tokens are drawn
+    if the source knows no documents or only one. If nothing can be held out, both results are all tokens.
     """
     count = source.count(TRAIN)
     unit_N = torch.arange(count)
@@ -53,12 +53,12 @@ def apart(source: Source, settings: FitSettings) -> tuple[Tensor, Tensor]:
 def base_writes(
     dictionary: Dictionary, source: Source, norm: Normalization, threshold_F: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return what base has of a dictionary that reads tuned alone: a factor beta (F,) on each vector, an offset (S, D).
+    """Return the factors beta (F,) and the offset (S, D) with which a dictionary of tuned alone best reconstructs base.
 
-    They are the least-squares fit of x_base by sum_j beta_j f_j d_j + offset over the training tokens, by conjugate
-    gradients from beta = 1. A latent that never varies keeps beta = 1, which claims no difference. At the optimum
-    beta_j is Latent Scaling's factor on base's error (Minder et al. 2025, 2504.02922), for all latents at once: fitted
-    one by one, latents that fire together would each claim their common change.
+    Conjugate gradients from beta = 1 give the least-squares fit of x_base by sum_j beta_j f_j d_j + offset over the
+    training tokens. A latent that never varies keeps beta = 1, which claims no difference. At the optimum, beta_j is
+    Latent Scaling's factor on base's error (Minder et al. 2025, 2504.02922), jointly for all latents. If each latent
+    were fitted alone, latents that fire together would each claim their common change.
     """
     write_FI, bias_I = dictionary.decoder_FSMD.flatten(1), dictionary.decoder_bias_SMD.flatten()
     chunks = spread(source.count(TRAIN), BASE_TOKENS).split(CHUNK)
@@ -74,7 +74,8 @@ def base_writes(
     spread_F = (square_F - f_F.square()) * write_FI.double().square().sum(1)
 
     def along(parts: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
-        """Return the covariance (F,) of f_j and d_j * y over all tokens, and the mean of y (I,); y_NI comes in chunks."""
+        """Return the covariance (F,) of f_j and d_j * y over all tokens, and the mean of y (I,); y_NI comes in
+        chunks."""
         product_F, total_I = torch.zeros_like(f_F), nothing
         for (pairs, f), y_NI in zip(codes, parts):
             product_F += pairs.sum_latents((f * pairs.dot(y_NI, write_FI)).double())
@@ -128,7 +129,7 @@ def finish(
         for group in groups:
             if group.k is not None:
                 part = value_NF[:, group.start : group.stop]
-                # No chunk of shuffled tokens has more than four times its share above the common threshold.
+                # A chunk of shuffled tokens has at most four times its share of codes above the common threshold.
                 pools[group.name].append(
                     part.reshape(-1)[gates.batch_topk(part, min(4 * group.k + 1, group.stop - group.start))]
                 )

@@ -30,7 +30,7 @@ class Quality:
     ev_base, ev_tuned   share of variance explained: 1 is perfect, 0 no better than the mean, below 0 worse; nan if the
                         dictionary reconstructs the difference alone. Where it reads tuned alone, base is explained
                         with `base_writes`
-    ev_delta            share of variance explained of tuned - base; a low value means that the change was missed
+    ev_delta            explained share of the variance of tuned - base; a low value means that the change was missed
     l0_training         mean latents on a token under the training gates, on the calibration tokens
     l0_inference        mean latents on a token at inference thresholds
     l0_gap              l0_inference / l0_training - 1; comparisons are not valid beyond 0.05 either way
@@ -69,7 +69,7 @@ class Fitted:
     normalization   from raw to normalized units and back
     thresholds      threshold of each gate group, on the scaled code f*w; 0 keeps every positive code
     sites           the sites along axis S
-    quality         see `Quality`
+    quality         measures on held-out tokens
     curve           rows of the training curve, each a dict from column to number
     firings_F       number of held-out tokens on which each latent fires
     seed            seed of the fit
@@ -198,7 +198,7 @@ class Fitted:
         return cls(
             dictionary=dictionary.requires_grad_(False),
             normalization=norm,
-            # Infinity was saved as null: a gate that never opens.
+            # JSON stores infinity, the threshold of a gate that never opens, as null.
             thresholds={k: float("inf") if v is None else v for k, v in manifest["thresholds"].items()},
             sites=sites,
             quality=Quality(**{name: _restored(value) for name, value in manifest["quality"].items()}),
@@ -213,7 +213,7 @@ class Fitted:
 
 
 def _restored(value: Any) -> Any:
-    """A value as it was before JSON, which has neither nan (null) nor tuples (lists)."""
+    """Convert a value read from JSON back: null to nan, lists to tuples."""
     if isinstance(value, list):
         return tuple(map(_restored, value))
     return float("nan") if value is None else value

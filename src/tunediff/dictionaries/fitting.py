@@ -22,7 +22,7 @@ from tunediff.dictionaries.schedule import FitSettings, Schedule, State
 from tunediff.dictionaries.sources import TRAIN, Normalization, OnDevice, Source
 
 START = 1 << 14
-"""Most training tokens that a dictionary's first vectors are drawn from."""
+"""Most training tokens from which initial vectors of latents are drawn."""
 Progress = Callable[[int, int, dict[str, float]], None]
 """Called with tokens done, tokens in all, and the newest row of the training curve."""
 
@@ -37,10 +37,10 @@ def fit(
 ) -> Fitted:
     """Train the dictionary that `spec` names, set its thresholds on held-out training text, and measure it.
 
-    folder     where the result is kept. A finished fit of the same spec, settings and source is opened instead of
-               trained again; a killed one resumes from its last checkpoint and ends with the same bytes
+    folder     folder for the result. A finished fit of the same spec, settings and source is opened instead of
+               trained again; a killed fit resumes from its last checkpoint and ends with the same bytes
     progress   called at every row of the training curve
-    device     where to train; what is returned is on the CPU
+    device     device to train on; the result is on the CPU
 
     Raises ArtifactError if `folder` holds something else, NumericsError if activations or the loss are not finite.
     """
@@ -137,11 +137,11 @@ def step(state: State, x_NSMD: Tensor, settings: FitSettings, schedule: Schedule
     if settings.aux_weight:
         k = min(max(1, dictionary.width // 2), settings.aux_k)
         parts = {**parts, "aux": settings.aux_weight * dictionary.auxiliary(run, dead_F, k)}
-        if parts["aux"].requires_grad:  # after the others: it adds to gradients that are there
+        if parts["aux"].requires_grad:  # last, so that AuxK adds to existing gradients in place
             parts["aux"].backward()
     dictionary.hold()
     norm = kernels.norm([p.grad for p in dictionary.parameters() if p.grad is not None])
-    # The fused step divides by it, which saves a pass over the gradients.
+    # The fused step divides gradients by `grad_scale`, so clipping needs no pass of its own.
     optimizer.grad_scale = ((norm.float() + 1e-6) / settings.clip).clamp_min(1)
     rate = schedule.rate_at(state.step, settings)
     for group in optimizer.param_groups:

@@ -1,4 +1,5 @@
-"""Latent Scaling: does base need a latent too, whatever its decoder norms say? (Minder et al. 2025, 2504.02922)."""
+"""Latent Scaling: a test of whether base uses a latent too, independent of decoder norms (Minder et al. 2025,
+2504.02922)."""
 
 from __future__ import annotations
 
@@ -21,40 +22,43 @@ from tunediff.kernels.sparse import Pairs
 Kind = Literal["tuned-specific", "base-specific", "not specific", "too rare"]
 
 ERROR_LIMIT = 0.2
-"""Limit on nu_error below which a latent can be specific, as in the source."""
+"""Threshold on nu_error below which a latent can be specific, as in the source."""
 RECONSTRUCTION_LIMIT = 0.5
-"""Limit on nu_reconstruction below which a latent can be specific, as in the source."""
+"""Threshold on nu_reconstruction below which a latent can be specific, as in the source."""
 
 MIN_SHARE = 0.25
-"""Smallest share of its decoder norms that a latent has in the model it is specific to. Ours, not the source's: along a
-vanishing decoder vector the ratios are arbitrary, and a base-only latent would pass as tuned-specific."""
+"""Smallest share of its decoder norms that a latent has in the model it is specific to.
+
+The source has no such limit. Along a vanishing decoder vector the ratios are arbitrary, and a base-only latent could
+pass as tuned-specific.
+"""
 
 MIN_FIRINGS = 100
-"""Fewest firings for which there is a verdict."""
+"""Fewest firings for which a latent gets a verdict."""
 
 BLOCKS = 512
-"""Most units that are resampled: more documents are dealt into so many blocks, which bounds memory at the same level."""
+"""Most resampling units of the bootstrap; more documents are grouped into this many blocks, which bounds memory."""
 
 
 @dataclass(frozen=True)
 class LatentScale:
-    """How one latent scales in both models, on tokens the dictionary was not fitted to.
+    """Latent Scaling of one latent in both models, on tokens that the dictionary was not fitted to.
 
-    beta_m is the factor by which direction d, times the code, best explains a target in model m. With d =
-    d_tuned: ``nu_error`` is beta_base / beta_tuned on the error with this latent's own part put back (near
-    1: base needs the latent too, complete shrinkage), ``nu_reconstruction`` the same on the reconstruction
-    (near 1: other latents write it into base, latent decoupling). ``mirror_*`` swap the models, with d =
-    d_base. Intervals are percentile bootstraps over documents; a factor that is not positive in the model it
-    is about makes the ratio infinite. A specific latent is specific to *these* activations; it does not
-    follow that it causes anything. A dictionary of tuned alone writes into base what its factor there says; one
-    of the difference writes nothing into base, so its error is all of base, and only the difference is taken
-    out of tuned's.
+    beta_m is the factor on code * d, for direction d, that best explains a target in model m. With d = d_tuned,
+    ``nu_error`` is beta_base / beta_tuned on the error plus the latent's own part: near 1, base needs the latent too
+    (complete shrinkage). ``nu_reconstruction`` is the same ratio on the reconstruction: near 1, other latents write the
+    direction into base (latent decoupling). ``mirror_*`` swap the models, with d = d_base.
 
-    latent, firings   its number, and on how many tokens it fires
+    Intervals are percentile bootstraps over documents. A ratio is infinite if its denominator is not positive. A latent
+    is specific to *these* activations only, which does not show that the latent causes anything. If the target is
+    tuned, the write into base is `base_scale_F` times d. If the target is the difference, nothing is written into base,
+    so base's error is the whole stream.
+
+    latent, firings   number of the latent, and number of tokens on which it fires
     share             |d_tuned| / (|d_base| + |d_tuned|)
     beta_error, beta_reconstruction   (base, tuned), along d_tuned
-    kind              the verdict. Specific: both upper ends below their limits, neither ratio below minus its
-                      limit, and the model's own share of norms at least .25; if both models pass, the one with
+    kind              verdict. Specific: both upper ends below their thresholds, neither ratio below minus its
+                      threshold, and the model's own share of norms at least .25; if both models pass, the one with
                       the larger norm. "too rare" below 100 firings
     """
 
@@ -83,13 +87,16 @@ def latent_scaling(
     level: float = 0.95,
     min_firings: int = MIN_FIRINGS,
 ) -> list[LatentScale]:
-    """Latent Scaling of `latents` (all of them by default), streamed over `split` in one pass, in normalized
-    units.
+    """Measure Latent Scaling of `latents` (default: all) in one pass over `split`, in normalized units.
 
-    `doc_N`: the document of every token of the split; without it every token counts as one of its own, which
-    is right only for independent samples. Each product is taken at the pairs (token, latent) that fire, so
-    the cost follows L0 and not the number of latents. Raises `NumericsError` if `doc_N` has another length
-    than the split.
+    doc_N         document of each token of the split; None treats tokens as independent samples
+    seed          seed of the bootstrap
+    draws         bootstrap samples
+    level         level of the intervals
+    min_firings   fewest firings for a verdict
+
+    Products are computed only at the (token, latent) pairs that fire, so the cost follows L0 instead of the number of
+    latents. Raises `NumericsError` if the length of `doc_N` is not the number of tokens in the split.
     """
     dictionary, norm = fitted.dictionary, fitted.normalization
     F, N = dictionary.spec.latents, source.count(split)
@@ -107,7 +114,7 @@ def latent_scaling(
     write_MFI = dictionary.write_FSMD().transpose(1, 2).transpose(0, 1).flatten(2).contiguous()
     bias_MI = dictionary.bias_SMD().transpose(0, 1).flatten(1)
     gram_RMF = torch.einsum("rfi,mfi->rmf", write_MFI, write_MFI)
-    # sums over a block's tokens of f * (d_r . Y^m), and of f^2; r says whose vector is the direction
+    # sums over a block's tokens of f * (d_r . Y^m), and of f^2; r is the model whose decoder vector is the direction
     error, reconstruction = (torch.zeros(2, 2, G * J, dtype=torch.float64) for _ in range(2))
     square, firings_J = torch.zeros(G * J, dtype=torch.float64), torch.zeros(J, dtype=torch.long)
     with kernels.fast_matmul():
@@ -144,7 +151,7 @@ def latent_scaling(
     }
 
     def beta(sums: np.ndarray, c: int) -> tuple[float, float]:
-        """Factors (base, tuned) of the c-th latent along d_tuned."""
+        """Return the factors (base, tuned) of the c-th latent along d_tuned."""
         base, tuned = (float(sums[TUNED, m, :, c].sum() / scale_RJ[TUNED, c]) for m in (BASE, TUNED))
         return base, tuned
 
@@ -183,14 +190,17 @@ def _kind(nus: dict[str, Interval], share: float, enough: bool) -> Kind:
 
 
 def _below(nu: Interval, limit: float) -> bool:
-    """Whether all of the interval is, and the ratio is not as far below 0: then the other model holds the opposite
-    instead of nothing (ours, not the source's; latents of a difference that read a removed feature, or
-    noise, do that)."""
+    """Return whether the whole interval is below the limit and the ratio is above minus the limit.
+
+    The second condition is not in the source. A strongly negative ratio means that the other model holds the opposite
+    direction instead of nothing; latents of a difference that read a removed feature, or noise, have such ratios.
+    """
     return nu.high < limit and nu.value > -limit
 
 
 def _blocks(document_N: Tensor, seed: int) -> Tensor:
-    """Documents numbered from 0, dealt at random into at most `BLOCKS` blocks of nearly equal number."""
+    """Return the block of each token: documents are assigned at random to at most `BLOCKS` blocks of nearly equal
+    size."""
     number_N: Tensor = torch.unique(document_N, return_inverse=True)[1]
     documents = int(number_N.max()) + 1 if len(number_N) else 0
     if documents <= BLOCKS:
@@ -200,7 +210,7 @@ def _blocks(document_N: Tensor, seed: int) -> Tensor:
 
 
 def _draws(blocks: int, draws: int, seed: int) -> np.ndarray:
-    """How often each block is drawn, (R, G)."""
+    """Return the number of times that each bootstrap sample draws each block, (R, G)."""
     rng = numpy_generator(seed, "latent scaling bootstrap")
     return rng.multinomial(blocks, np.full(blocks, 1 / blocks), size=draws).astype(np.float64)
 
@@ -208,8 +218,10 @@ def _draws(blocks: int, draws: int, seed: int) -> np.ndarray:
 def _ratios(
     top_GJ: np.ndarray, bottom_GJ: np.ndarray, counts: np.ndarray, enough_J: np.ndarray, level: float
 ) -> list[Interval]:
-    """Ratio of sums over blocks for each latent; infinite where the bottom is not positive. Rare ones: no
-    interval."""
+    """Return the ratio of sums over blocks for each latent; infinite if the denominator is not positive.
+
+    Rare latents get the interval (-inf, inf).
+    """
 
     def ratio(top: np.ndarray, bottom: np.ndarray) -> np.ndarray:
         return np.where(bottom > 0, top / np.where(bottom > 0, bottom, 1.0), np.inf)

@@ -1,4 +1,4 @@
-"""Settings of a fit, the schedule of its steps, and everything that training changes."""
+"""Settings of a fit, the schedule of its steps, and the state that training changes."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ class FitSettings:
     """Largest global gradient norm. Too small: slow training. Too large: one odd batch moves every parameter."""
 
     anneal_from: float = 1.0
-    """Factor on every gate's k at the first step, which falls to 1; 1 switches annealing off. A higher factor gives more
-    latents an early gradient."""
+    """Factor on every gate's k at the first step, which falls to 1; 1 switches annealing off. A higher factor gives
+    more latents an early gradient."""
 
     anneal: float = 0.1
     """Share of the steps over which the factor on k falls to 1."""
@@ -59,9 +59,9 @@ class FitSettings:
     """Most tokens on which the inference thresholds are set. Too few: the mean L0 at inference misses k."""
 
     calibration_share: float = 0.1
-    """Share of the training documents (of the tokens, where documents are not known) on which thresholds are set and the
-    dictionary is not trained. At 0 thresholds are set on training text: after many epochs codes are larger there, and
-    L0 elsewhere misses k by up to a factor of 2. Too large: less text to train on."""
+    """Share of the training documents (of the tokens, where documents are not known) on which thresholds are set and
+    the dictionary is not trained. At 0 thresholds are set on training text: after many epochs codes are larger there,
+    and L0 elsewhere misses k by up to a factor of 2. Too large: less text to train on."""
 
     seed: int = 0
     """Seed of the initial vectors and of the order of tokens."""
@@ -147,7 +147,7 @@ class State:
 
     @classmethod
     def new(cls, dictionary: Dictionary, schedule: Schedule) -> State:
-        """Start at step 0."""
+        """Return the state before the first step."""
         optimizer = kernels.Adam(dictionary.parameters(), schedule.rate)
         silent_F = torch.zeros_like(dictionary.encoder_bias_F, dtype=torch.long, requires_grad=False)
         return cls(dictionary, optimizer, silent_F, 0, [])
@@ -164,7 +164,7 @@ class State:
         return out
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Go back to the state that `tensors` holds."""
+        """Restore the state from named tensors that `tensors` returned."""
         self.step = int(tensors["step"])
         self.silent_F.copy_(tensors["silent_F"])
         columns = [name.removeprefix("curve.") for name in tensors if name.startswith("curve.")]

@@ -24,15 +24,15 @@ HELD_OUT = "held_out"
 CHUNK = 4096
 """Tokens read at a time by a pass without gradients; changes speed only."""
 LIMIT = 1 << 20
-"""Most training tokens that means and variances are measured on; of more tokens, so many spread evenly."""
+"""Most training tokens for means and variances; of more tokens, this many are taken at even spacing."""
 
 
 class Source(Protocol):
     """Where activations come from: a harvest on disk, or tensors in memory.
 
     A source may also have ``documents(split)``, the document number of each token (N,): calibration then holds out
-    whole documents. One that cannot read everywhere at the same cost may have ``order(split, index_N, generator)``, a
-    random order of the tokens at `index_N` that it reads fast.
+    whole documents. A source with slow random access may have ``order(split, index_N, generator)``, a random order of
+    the tokens at `index_N` that the source reads fast.
     """
 
     @property
@@ -127,7 +127,7 @@ class Normalization:
 
     @classmethod
     def measure(cls, source: Source, *, limit: int = LIMIT) -> Normalization:
-        """Measure it on the training tokens: all of them, or `limit` spread evenly; sums are in float64.
+        """Measure the normalization on all training tokens, or on `limit` evenly spaced ones, with sums in float64.
 
         Raises NumericsError on non-finite activations or a site that never varies.
         """
@@ -162,7 +162,7 @@ class Normalization:
         )
 
     def apply(self, x_NSMD: Tensor) -> Tensor:
-        """From raw to normalized."""
+        """Convert raw activations to normalized ones."""
         return (x_NSMD - self.center_SMD) / self.scale_S[:, None, None]
 
     def to(self, device: torch.device | str) -> Normalization:
@@ -171,10 +171,10 @@ class Normalization:
         return dataclasses.replace(self, **parts)
 
     def undo(self, x_NSMD: Tensor) -> Tensor:
-        """From normalized to raw."""
+        """Convert normalized activations to raw ones."""
         return x_NSMD * self.scale_S[:, None, None] + self.center_SMD
 
 
 def spread(count: int, limit: int) -> Tensor:
-    """Return the indices [0, count), or `limit` of them spread evenly where there are more."""
+    """Return the indices [0, count), or `limit` evenly spaced ones if there are more."""
     return torch.arange(count) if count <= limit else torch.arange(limit) * count // limit

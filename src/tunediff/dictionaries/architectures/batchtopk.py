@@ -17,8 +17,8 @@ class BatchTopKSpec(base.Spec):
     variant: ClassVar[str] = "batchtopk"
 
     k: float = 32.0
-    """Latents on a token, on average over the batch. Too few: rare changes lose to common features. Too many:
-    noise is coded and tuned-only latents keep a foot in base."""
+    """Mean number of latents on a token, over the batch. Too few: rare changes lose to common features. Too many: noise
+    is coded, and tuned-only latents still write into base."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -26,10 +26,9 @@ class BatchTopKSpec(base.Spec):
 
 
 class BatchTopK(base.Dictionary):
-    """Mean squared error under one BatchTopK gate over all latents.
+    """Crosscoder trained on the mean squared error, with one BatchTopK gate over all latents.
 
-    The paper minimizes half the squared norm; ours is the mean over elements, which differs by a constant
-    factor.
+    The paper minimizes half the squared norm. The mean over elements, used here, differs by a constant factor.
     """
 
     Spec = BatchTopKSpec

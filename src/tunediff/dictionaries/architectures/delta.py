@@ -18,29 +18,29 @@ class DeltaSpec(base.Spec):
     variant: ClassVar[str] = "delta"
 
     shared_share: float = 0.2
-    """Share of the latents in the shared group, which comes first. 0 or 1 leaves one group."""
+    """Share of the latents (0 to 1) in the shared group, which comes first. 0 or 1 leaves one group."""
 
     k_shared: float = 8.0
-    """Shared latents on a token, on average. An absolute number, not a multiplier."""
+    """Mean number of shared latents on a token: an absolute number, not a multiplier."""
 
     k_delta: float = 16.0
-    """Delta latents on a token, on average. Too few: rare changes lose to common ones."""
+    """Mean number of delta latents on a token. Too few: rare changes lose to common ones."""
 
     lambda_delta: float = 0.05
-    """Weight of the masked delta term, in units of the variance of delta. 0: plain two-group BatchTopK (the
-    first ablation). Too large: the code serves delta alone, and both reconstructions suffer."""
+    """Weight of the delta loss, which is divided by the variance of delta. 0: plain two-group BatchTopK (the first
+    ablation). Too large: latents explain delta alone, and both models are reconstructed badly."""
 
     masked: bool = True
-    """Whether the delta term sees the delta latents alone. Without the mask (an ablation) it is |e^tuned - e^base|^2,
-    which adds nothing but an incentive for correlated errors."""
+    """Whether the delta loss uses the delta latents alone. Without the mask (an ablation) the loss is
+    |e^tuned - e^base|^2, which only rewards correlated errors."""
 
     single_k: bool = False
-    """Whether both groups share one gate of k_shared + k_delta (an ablation): the delta latents then have no room of
-    their own."""
+    """Whether both groups share one gate of k_shared + k_delta (an ablation). Delta latents then compete with shared
+    ones."""
 
     from_differences: bool = True
-    """Whether delta latents start as readers and writers of differences seen in training. From random vectors, which read
-    what both models say, they hardly come to see a difference of some percent of the stream in a few hundred steps."""
+    """Whether delta latents are initialized from differences of training activations. Random vectors read what both
+    models share, and a few hundred steps hardly turn them to a difference of some percent of the stream."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -61,26 +61,26 @@ class DeltaSpec(base.Spec):
 
     @property
     def shared(self) -> int:
-        """How many latents are in the shared group."""
+        """Number of latents in the shared group."""
         return round(self.latents * self.shared_share)
 
     @property
     def cuts(self) -> tuple[int, ...]:
-        """Between the groups, where the second loss is on."""
+        """Border between the groups if the delta loss is used; see `base.Spec.cuts`."""
         return (self.shared,) if self.lambda_delta and 0 < self.shared < self.latents else ()
 
 
 class Delta(base.Dictionary):
-    """Two groups with a BatchTopK each, and a second loss: the delta latents alone must explain tuned minus
-    base.
+    """Crosscoder with two BatchTopK groups and a second loss: the delta latents alone must explain tuned minus base.
 
-    Loss = (MSE_a + MSE_b)/2 + lambda_delta * |delta - (W^b - W^a) z|^2 / Var(delta), z the code with shared
-    entries 0; the shared latents get no gradient from the second term. Where we part from the source: k is
-    absolute for each group; the term is divided by the variance of delta over the training tokens, or it is
-    about .001 of the loss for a narrow tune; and the decoder biases' difference is taken off delta, so that
-    without the mask the term is exactly |e^b - e^a|^2. And each delta latent starts as the centered difference at one
-    training token, drawn in proportion to its energy (Frieze, Kannan & Vempala 2004): it reads v * (x^b - x^a) and
-    writes v/2 into tuned and -v/2 into base.
+    With a for base and b for tuned, and z the code with shared entries set to 0, the loss is
+    (MSE_a + MSE_b)/2 + lambda_delta * |delta - (W^b - W^a) z|^2 / Var(delta).
+    Shared latents get no gradient from the second term.
+
+    Four things differ from the source. Each group has an absolute k. The second term is divided by the variance of
+    delta over the training tokens; undivided, it is about .001 of the loss for narrow fine-tuning. The difference of
+    the decoder biases is subtracted from delta, so without the mask the term is exactly |e^b - e^a|^2. Each delta
+    latent is initialized from the centered difference at one training token (see `base.Dictionary.begin`).
     """
 
     Spec = DeltaSpec
@@ -103,7 +103,8 @@ class Delta(base.Dictionary):
         return parts
 
     def delta_error(self, run: base.Pass, start: int) -> Tensor:
-        """Mean squared error of delta as latents from `start` on (the delta group's, or 0: all) explain it."""
+        """Return the mean squared error of delta as explained by latents from `start` on: the delta group, or all for
+        0."""
         parts_NSMD = sum(run.parts[:-1], run.parts[-1]) if start == 0 else run.parts[-1]
         bias_SD = self.decoder_bias_SMD[:, TUNED] - self.decoder_bias_SMD[:, BASE]
         return (base.delta_of(run.x_NSMD - parts_NSMD) - bias_SD).square().mean()

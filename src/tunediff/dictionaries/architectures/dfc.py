@@ -17,11 +17,11 @@ class DFCSpec(base.Spec):
     variant: ClassVar[str] = "dfc"
 
     k: float = 32.0
-    """Latents on a token, on average over the batch, of all groups together."""
+    """Mean number of latents on a token, over the batch and all groups together."""
 
     exclusive_share: float = 0.05
-    """Share of the latents that each model has to itself (the source: .01, .03, .05). Too small: changes get no
-    latent. Too large: what both models have is learned twice, and reads as a change."""
+    """Share of the latents that are exclusive to each model (the source: .01, .03, .05). Too small: changes get no
+    latent. Too large: features of both models are learned twice, and look like changes."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -35,17 +35,16 @@ class DFCSpec(base.Spec):
 
     @property
     def exclusive(self) -> int:
-        """How many latents each model has to itself."""
+        """Number of latents that are exclusive to each model."""
         return round(self.latents * self.exclusive_share)
 
 
 class DFC(base.Dictionary):
-    """BatchTopK crosscoder whose first latents are base's alone and the next ones tuned's alone: the other model's
-    encoder rows and decoder vectors are exactly 0, in AuxK too.
+    """BatchTopK crosscoder with latents that are exclusive to one model: the first to base, the next to tuned.
 
-    One gate over all three groups, as in the source. Its k comes down from 5 times the final one over the first
-    steps; here that is `fit.anneal_from`. Which group a latent is in is by construction, so a share of 0 or 1
-    here is no evidence of anything: run Latent Scaling.
+    The other model's encoder rows and decoder vectors of an exclusive latent are exactly 0, in AuxK too. One gate
+    covers all three groups, as in the source. The source anneals k from 5 times its final value; set `fit.anneal_from`
+    for that. A share of 0 or 1 holds by construction, so it is no evidence of a change: run Latent Scaling.
     """
 
     Spec = DFCSpec

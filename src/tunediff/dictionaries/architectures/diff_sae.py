@@ -13,14 +13,14 @@ from tunediff.dictionaries.architectures import base
 
 @dataclass(frozen=True)
 class DiffSAESpec(base.Spec):
-    """Settings of the SAE on tuned - base."""
+    """Settings of the sparse autoencoder on tuned minus base."""
 
     variant: ClassVar[str] = "diff_sae"
     target: ClassVar[base.Target] = "difference"
 
     k: float = 32.0
-    """Latents on a token, on average over the batch. Too few: rare changes lose to strong ones. Too many: noise
-    is coded, and a difference has more of it than a stream."""
+    """Mean number of latents on a token, over the batch. Too few: rare changes lose to strong ones. Too many: noise is
+    coded, and a difference holds more noise than a stream."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -28,16 +28,16 @@ class DiffSAESpec(base.Spec):
 
 
 class DiffSAE(base.Dictionary):
-    """A BatchTopK SAE (Bussmann et al. 2024, 2412.06410) on the centered difference tuned - base.
+    """BatchTopK sparse autoencoder (Bussmann et al. 2024, 2412.06410) on the centered difference tuned - base.
 
-    As a change, a latent reads tuned minus base and writes its decoder vector into tuned alone: the difference is
-    all it knows, so it cannot say whether a feature is new, amplified or moved. Its share is 1 by construction.
-    Only the difference is reconstructed: the streams' own explained variances are not defined (nan). Latent
-    Scaling then asks how much of either stream itself lies along the vector.
+    As a change, a latent reads tuned minus base and writes its decoder vector into tuned alone. The difference does not
+    show whether a feature is new, amplified or moved, and every latent's share is 1 by construction. The explained
+    variances of base and tuned are nan, because only the difference is reconstructed. Latent Scaling then measures how
+    much of each model's stream lies along the decoder vector.
 
-    Where we part from the sources: the constant offset is taken off before and not left to the decoder bias,
-    and decoder vectors are not brought to length 1. Codes are selected by f |d|, which does not change when
-    length moves from one to the other, so the reconstructions within reach are the same.
+    Two things differ from the sources. The constant offset is subtracted first instead of left to the decoder bias.
+    Decoder vectors are not normalized to length 1. Codes are selected by f |d|, which stays the same if a factor moves
+    between f and d, so the same reconstructions are possible.
     """
 
     Spec = DiffSAESpec

@@ -18,16 +18,15 @@ class DSFSpec(base.Spec):
     variant: ClassVar[str] = "dsf"
 
     k: float = 32.0
-    """Latents on a token, on average, over both groups. Too few: rare changes lose to common features. Too
-    many: noise is coded."""
+    """Mean number of latents on a token, over both groups. Too few: rare changes lose to common features. Too many:
+    noise is coded."""
 
     shared_share: float = 0.1
-    """Share of the latents in the designated shared group, which comes first. Too small: free latents code what
-    is common. Too large: none are left for what differs."""
+    """Share of the latents in the designated shared group, which comes first. Too small: free latents code common
+    features. Too large: few latents are left for differences."""
 
     shared_density: float = 2.0
-    """How many times as often as a free latent a designated one is on. 1: the groups differ by their decoders
-    alone."""
+    """Firing rate of a designated latent relative to a free one. 1: the groups differ by their decoders alone."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -47,29 +46,29 @@ class DSFSpec(base.Spec):
 
     @property
     def shared(self) -> int:
-        """How many latents are designated."""
+        """Number of designated latents."""
         return round(self.latents * self.shared_share)
 
     @property
     def k_shared(self) -> float:
-        """Designated latents on a token."""
+        """Mean number of designated latents on a token."""
         dense = self.shared_density * self.shared
         return self.k * dense / (dense + self.latents - self.shared)
 
     @property
     def k_free(self) -> float:
-        """Free latents on a token."""
+        """Mean number of free latents on a token."""
         return self.k - self.k_shared
 
 
 class DSF(base.Dictionary):
-    """Mean squared error under two BatchTopK gates: a small group with one decoder vector for both models may be
-    on more often and takes up what they share, so that the others need not.
+    """Crosscoder with two BatchTopK groups, of which a small one has one decoder vector for both models.
 
-    The source ties the decoders of the designated group and lowers its L1 penalty. As in later comparisons
-    (Kassem et al. 2026, 2603.04426) both groups have a BatchTopK gate here, and the lower penalty becomes a
-    higher density; encoders stay free. `k` is the sum over the groups, so that L0 compares with one-gate
-    dictionaries. That a free latent is exclusive is an outcome, not a constraint.
+    The designated group fires more often and takes up the shared features, so that free latents need not code them. The
+    source ties the decoders of the designated group and lowers its L1 penalty. Here both groups have a BatchTopK gate,
+    as in later comparisons (Kassem et al. 2026, 2603.04426), and a higher density replaces the lower penalty. Encoders
+    stay free. `k` is the sum over both groups, so L0 is comparable with one-gate dictionaries. Nothing forces a free
+    latent to be exclusive to one model.
     """
 
     Spec = DSFSpec

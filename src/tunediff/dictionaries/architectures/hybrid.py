@@ -1,4 +1,4 @@
-"""BatchTopK as an upper bound on the codes, with a small penalty on their weighted norm."""
+"""BatchTopK crosscoder with a small penalty on the norm-weighted codes, so that fewer than k may stay on."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class HybridSpec(base.Spec):
     variant: ClassVar[str] = "hybrid"
 
     k: float = 32.0
-    """The most latents on a token, on average over the batch; the penalty may leave fewer."""
+    """Largest mean number of latents on a token, over the batch; the penalty may leave fewer."""
 
     norm_penalty: float = 0.05
-    """Weight of sum_j f_j w_j (see `base.weighted_norm`). 0: BatchTopK, whose tuned-only latents keep a foot
-    in base. Too large: complete shrinkage as in the L1 crosscoder."""
+    """Weight of the penalty sum_j f_j w_j (see `base.weighted_norm`). 0: BatchTopK, whose tuned-only latents still
+    write into base. Too large: complete shrinkage, as in the L1 crosscoder."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -30,10 +30,9 @@ class HybridSpec(base.Spec):
 
 
 class Hybrid(base.Dictionary):
-    """BatchTopK (2504.02922) plus a small Lindsey et al. 2024 penalty: repairs norms while latents stay
-    shared.
+    """BatchTopK crosscoder (2504.02922) with a small penalty of Lindsey et al. 2024, which corrects decoder norms.
 
-    Ours; measured on planted truths only, so judge it on your models before you lean on it.
+    This combination is not published. It was measured on planted changes only, so test it on your models first.
     """
 
     Spec = HybridSpec

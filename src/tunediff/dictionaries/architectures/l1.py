@@ -17,11 +17,11 @@ class L1Spec(base.Spec):
     variant: ClassVar[str] = "l1"
 
     init_norm: float = 0.08
-    """Length of each model's decoder vector at the start; the source's choice is small (.05 to .08)."""
+    """Initial length of each model's decoder vector; the source uses .05 to .08."""
 
     sparsity: float = 0.1
-    """Weight of sum_j f_j w_j (see `base.weighted_norm`). Too small: dense codes. Too large: complete
-    shrinkage, which reads as false tuned-only latents."""
+    """Weight of the penalty sum_j f_j w_j (see `base.weighted_norm`). Too small: dense codes. Too large: complete
+    shrinkage, which gives false tuned-only latents."""
 
     ramp: float = 0.05
     """Share of training over which `sparsity` grows from 0. Too short: latents die at the start."""
@@ -33,10 +33,11 @@ class L1Spec(base.Spec):
 
 
 class L1(base.Dictionary):
-    """Mean squared error plus the decoder-norm-weighted L1 of the codes; ReLU gate.
+    """Crosscoder with a ReLU gate, trained on the mean squared error plus the decoder-norm-weighted L1 norm of the
+    codes.
 
-    Known fault: complete shrinkage and latent decoupling give false tuned-only latents (2504.02922). Here as
-    the baseline that others are measured against.
+    Known fault: complete shrinkage and latent decoupling give false tuned-only latents (Minder et al. 2025,
+    2504.02922). The L1 crosscoder serves as the baseline for the other architectures.
     """
 
     Spec = L1Spec

@@ -19,11 +19,12 @@ class MatryoshkaSpec(base.Spec):
     variant: ClassVar[str] = "matryoshka"
 
     k: float = 32.0
-    """Latents on a token, on average over the batch, of the whole dictionary."""
+    """Mean number of latents on a token, over the batch, of the whole dictionary."""
 
     prefixes: int = 5
-    """Nested dictionaries, each about twice the one before: 1/32, 3/32, 7/32, 15/32 and all of the latents for 5
-    (the source's sizes). 1: BatchTopK. More: early latents are more general, later ones fewer and weaker."""
+    """Number of nested dictionaries, each about twice as large as the one before. 5 gives 1/32, 3/32, 7/32, 15/32 and
+    all of the latents, as in the source. 1: BatchTopK. More: early latents are more general, later ones fewer and
+    weaker."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -32,22 +33,23 @@ class MatryoshkaSpec(base.Spec):
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """How many latents each prefix has, ascending; in a small dictionary those that coincide count once."""
+        """Number of latents of each prefix, ascending; in a small dictionary equal sizes count once."""
         parts = 1 << self.prefixes
         inner = {round(self.latents * ((1 << i) - 1) / parts) for i in range(1, self.prefixes)}
         return (*sorted(inner - {0, self.latents}), self.latents)
 
     @property
     def cuts(self) -> tuple[int, ...]:
-        """Where a prefix ends."""
+        """Ends of all prefixes but the last; see `base.Spec.cuts`."""
         return self.sizes[:-1]
 
 
 class Matryoshka(base.Dictionary):
-    """One BatchTopK gate over all latents; every prefix of them must reconstruct both models by itself.
+    """BatchTopK crosscoder of which every prefix of the latents must reconstruct both models by itself.
 
-    The source is about one model; this is the same loss with a decoder vector for each. It sums over prefixes,
-    ours is the mean, so that AuxK keeps its weight; sizes are fixed and not drawn anew for every batch.
+    The source trains an autoencoder of one model; here each latent has a decoder vector for each model. The source sums
+    the loss over prefixes. Here it is the mean, so that AuxK keeps its relative weight. Prefix sizes are fixed instead
+    of drawn for every batch.
     """
 
     Spec = MatryoshkaSpec
@@ -61,7 +63,8 @@ class Matryoshka(base.Dictionary):
         return {"reconstruction": torch.stack(errors).mean()}
 
     def prefixes(self, run: base.Pass) -> list[Tensor]:
-        """xhat_NSMD of each prefix, the whole dictionary's last: every block is decoded once and added up."""
+        """Return xhat_NSMD of each prefix, the whole dictionary last, as running sums of blocks that are decoded
+        once."""
         sums = itertools.accumulate(run.parts[:-1], initial=self.decoder_bias_SMD)
         return [*itertools.islice(sums, 1, None), run.xhat_NSMD]
 

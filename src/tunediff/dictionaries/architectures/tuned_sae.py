@@ -1,4 +1,4 @@
-"""Sparse autoencoder on the tuned model alone, to be read with Latent Scaling (Minder et al. 2025, 2504.02922)."""
+"""Sparse autoencoder on the fine-tuned model alone, for use with Latent Scaling (Minder et al. 2025, 2504.02922)."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from tunediff.dictionaries.architectures import base
 
 @dataclass(frozen=True)
 class TunedSAESpec(base.Spec):
-    """Settings of the SAE on tuned's activations."""
+    """Settings of the sparse autoencoder on the fine-tuned model's activations."""
 
     variant: ClassVar[str] = "tuned_sae"
     target: ClassVar[base.Target] = "tuned"
 
     k: float = 32.0
-    """Latents on a token, on average over the batch. Too few: rare features, and so rare changes, get none. Too
-    many: noise is coded."""
+    """Mean number of latents on a token, over the batch. Too few: rare features, and so rare changes, get no latent.
+    Too many: noise is coded."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -27,18 +27,17 @@ class TunedSAESpec(base.Spec):
 
 
 class TunedSAE(base.Dictionary):
-    """A BatchTopK SAE (Bussmann et al. 2024, 2412.06410) on the centered activations of tuned.
+    """BatchTopK sparse autoencoder (Bussmann et al. 2024, 2412.06410) on the centered activations of tuned.
 
-    As a change, a latent reads tuned alone and writes d into tuned and beta * d into base, with beta its Latent
-    Scaling in base, found for all latents at once by least squares after training
-    (`tunediff.dictionaries.calibrating.base_writes`). With 0 instead every feature that both models have would claim to be new,
-    and taking it out would take it out of tuned altogether. Base's explained variance is then what tuned's codes
-    say of base, and the difference's what those betas leave of it. It is blind to what tuning removed, and a
-    feature that was turned reads as weaker.
+    As a change, a latent reads tuned alone and writes d into tuned and beta * d into base. The factors beta are Latent
+    Scaling in base, found after training for all latents at once by least squares
+    (`tunediff.dictionaries.calibrating.base_writes`). With beta = 0, every feature of both models would count as new,
+    and reverting it would remove the feature from tuned. Base's explained variance measures the reconstruction of base
+    from tuned's codes. This autoencoder does not see features that fine-tuning removed, and shows a rotated feature as
+    weaker.
 
-    Where we part from the source: decoder vectors are not brought to length 1. Codes are selected by f |d|,
-    which does not change when length moves from one to the other, so the reconstructions within reach are the
-    same.
+    Unlike in the source, decoder vectors are not normalized to length 1. Codes are selected by f |d|, which stays the
+    same if a factor moves between f and d, so the same reconstructions are possible.
     """
 
     Spec = TunedSAESpec
