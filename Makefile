@@ -2,7 +2,7 @@
 PYTHON ?= $(if $(VIRTUAL_ENV),$(VIRTUAL_ENV)/bin/python,.venv/bin/python)
 CODE = src tests tools benchmarks
 
-.PHONY: check lint types docs quick test format
+.PHONY: check lint types docs quick test plain format
 
 check: lint types docs quick
 
@@ -21,6 +21,10 @@ quick:
 
 test:
 	$(PYTHON) -m pytest -m "not gpu" -n 2 --dist loadfile
+
+# The suite with every network run as transformers and PEFT do, without `models/fast`.
+plain:
+	$(PYTHON) -m pytest -m "not gpu" --plain -n 2 --dist loadfile
 
 format:
 	$(PYTHON) -m ruff format $(CODE)

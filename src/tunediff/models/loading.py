@@ -47,34 +47,7 @@ def read_model(source: str, dtype: str) -> tuple[nn.Module, Any]:
             raise SourceError(f"{source} does not exist", expected="a GGUF file", remedy="check the path")
         model, tokenizer = embedded.load_gguf(path)
         return model.to(getattr(torch, dtype)), tokenizer
-    if (path / "adapter_config.json").is_file():
-        raise SourceError(
-            f"{source} is an adapter",
-            expected="a whole model as BASE",
-            remedy="the adapter as TUNED, and the model it was trained on as BASE",
-        )
-    if path.suffix in UNSAFE:
-        raise SourceError(
-            f"{source} is a pickled checkpoint, which can run code when loaded",
-            expected="a folder with *.safetensors, a GGUF file or a PEFT adapter",
-            remedy="save it with safe_serialization=True and name the folder",
-        )
-    if path.is_dir():
-        _refuse_pickles(path)
-        if not (path / "config.json").is_file():
-            raise SourceError(
-                f"{source} holds no model",
-                expected="config.json and *.safetensors",
-                got=", ".join(sorted(p.name for p in path.iterdir())[:5]) or "an empty folder",
-                remedy="the folder that holds config.json",
-            )
-    elif path.exists() or source.startswith((".", "/", "~")):
-        raise SourceError(
-            f"{source} is not a model",
-            expected="a folder, a hub id, a GGUF file or a PEFT adapter",
-            got="a file" if path.exists() else "nothing there",
-            remedy="check the path",
-        )
+    _refuse_what_is_no_model(source, path)
     try:
         local = path.is_dir() or not _hub_answers()
         name = str(path) if path.is_dir() else snapshot_download(source, local_files_only=True) if local else source
@@ -105,6 +78,38 @@ def read_model(source: str, dtype: str) -> tuple[nn.Module, Any]:
             remedy="a whole checkpoint",
         )
     return model, tokenizer
+
+
+def _refuse_what_is_no_model(source: str, path: Path) -> None:
+    """Raise `SourceError` for an adapter, for pickles, and for a path at which there is no model; a hub id passes."""
+    if (path / "adapter_config.json").is_file():
+        raise SourceError(
+            f"{source} is an adapter",
+            expected="a whole model as BASE",
+            remedy="the adapter as TUNED, and the model it was trained on as BASE",
+        )
+    if path.suffix in UNSAFE:
+        raise SourceError(
+            f"{source} is a pickled checkpoint, which can run code when loaded",
+            expected="a folder with *.safetensors, a GGUF file or a PEFT adapter",
+            remedy="save it with safe_serialization=True and name the folder",
+        )
+    if path.is_dir():
+        _refuse_pickles(path)
+        if not (path / "config.json").is_file():
+            raise SourceError(
+                f"{source} holds no model",
+                expected="config.json and *.safetensors",
+                got=", ".join(sorted(p.name for p in path.iterdir())[:5]) or "an empty folder",
+                remedy="the folder that holds config.json",
+            )
+    elif path.exists() or source.startswith((".", "/", "~")):
+        raise SourceError(
+            f"{source} is not a model",
+            expected="a folder, a hub id, a GGUF file or a PEFT adapter",
+            got="a file" if path.exists() else "nothing there",
+            remedy="check the path",
+        )
 
 
 def _refuse_pickles(folder: Path) -> None:
