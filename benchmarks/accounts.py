@@ -1,4 +1,4 @@
-"""Accounts: how many tokens went through blocks and through the unembedding, the two things a run of a network costs."""
+"""Count the tokens that pass through blocks and through the unembedding, which make most of a forward pass's cost."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tunediff.models.network import LanguageModel
 
 @dataclass
 class Account:
-    """Tokens times blocks, and tokens mapped to logits; padding counts, as it costs the same."""
+    """Counts of tokens times blocks and of tokens mapped to logits; padding is counted, since it costs as much."""
 
     token_blocks: int = 0
     token_logits: int = 0
@@ -28,9 +28,9 @@ class Account:
 
 @contextmanager
 def counted(*models: LanguageModel) -> Iterator[Account]:
-    """Count what these models run while inside, whoever calls them; sides that share a module need to be named once.
+    """Count what these models compute inside this context, whoever calls them; models that share modules count once.
 
-    The hook is torch's global one: models do not see it and run as they would without.
+    The count uses torch's global forward hook, which does not change how the models run.
     """
     account = Account()
     blocks = {id(block) for model in models for block in model.blocks}
@@ -38,7 +38,7 @@ def counted(*models: LanguageModel) -> Iterator[Account]:
 
     def hook(module: nn.Module, arguments: Sequence, output: object) -> None:
         if id(module) in blocks:
-            if "forward" not in vars(module):  # else it is passed by
+            if "forward" not in vars(module):  # a block whose `forward` was replaced was skipped
                 account.token_blocks += _tokens(output[0] if isinstance(output, tuple) else output)
         elif id(module) in unembeddings and output is not None:
             account.token_logits += _tokens(

@@ -1,7 +1,7 @@
-"""Check types: run mypy, and fail if a file has more errors than `tools/type_errors.json` allows it.
+"""Check types: run mypy, and fail if a file has more errors than `tools/type_errors.json` allows.
 
-Rooms in STRICT may have none. Where errors have been mended, the allowed number is lowered in place; it never rises by
-itself. After a file was moved or renamed, ``--reset`` writes the numbers anew.
+Rooms in `STRICT` may have no errors. When a file has fewer errors than allowed, the allowed number is lowered in place;
+this script never raises a number. After a file was moved or renamed, ``--reset`` counts all errors again.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 ALLOWED = ROOT / "tools" / "type_errors.json"
+"""File with the number of errors that each file may have."""
 STRICT = ("core", "records", "kernels", "dictionaries")
-"""Rooms without a single error."""
+"""Rooms in which no type error is allowed."""
 ERROR = re.compile(r"^(?P<path>[^:]+\.py):\d+(:\d+)?: error: ")
 
 
 def compare(errors: list[str], allowed: dict[str, int]) -> tuple[list[str], dict[str, int]]:
-    """The lines to fail with, and the numbers that are allowed from now on: never more than before."""
+    """Lines to fail with, and the allowed number of errors by file from now on, never higher than before."""
     lines: dict[str, list[str]] = {}
     for line in errors:
         if match := ERROR.match(line):
@@ -36,7 +37,7 @@ def compare(errors: list[str], allowed: dict[str, int]) -> tuple[list[str], dict
 
 
 def is_strict(path: str) -> bool:
-    """Whether a file is in a room without errors."""
+    """Whether a file is in a room in which no type error is allowed."""
     return any(path.startswith(f"src/tunediff/{room}/") for room in STRICT)
 
 

@@ -1,4 +1,4 @@
-"""A hook of the docs site: pages that lie in the repository's root, and links between the root and docs/."""
+"""MkDocs hook: add pages from the repository's root to the site, and fix links between the root and docs/."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from mkdocs.structure.files import File
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {"CONTRIBUTING.md": "contributing.md", "ARCHITECTURE.md": "architecture.md"}
-"""Files of the root that are pages of the site, and the pages' names."""
+"""Files in the repository's root that become pages of the site, with each page's file name."""
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Add the root's pages to the site."""
+    """Add the pages in the repository's root to the site."""
     for source, page in PAGES.items():
         files.append(File.generated(config, page, content=(ROOT / source).read_text(encoding="utf-8")))
     return files
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Point links at pages of the site: ``docs/find.md`` and ``../CONTRIBUTING.md`` are those of the repository."""
+    """Replace links that work in the repository, such as ``docs/find.md`` and ``../CONTRIBUTING.md``, by the site's."""
     if page.file.src_uri in PAGES.values():
         markdown = re.sub(r"\]\(docs/", "](", markdown)
     for source, name in {**PAGES, "README.md": "index.md"}.items():

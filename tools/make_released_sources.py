@@ -1,7 +1,7 @@
-"""Writes the digests of the variants' files as of this version: ``python tools/make_released_sources.py``.
+"""Write a digest of each variant's source file as of this version: ``python tools/make_released_sources.py``.
 
-Run it when the version in pyproject.toml changes. A variant whose file differs from its digest brings the digest of
-its own source into content keys, so that results of an edited variant are never taken for older ones.
+Run this script when the version in pyproject.toml changes. If a variant's file differs from its stored digest, the
+file's new digest enters the content keys. Results of an edited variant are therefore never mistaken for older ones.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PACKAGES = (
 
 
 def digests() -> dict[str, str]:
-    """The digest of every variant's file and of the helpers beside it, by module."""
+    """Digests of all variants' files and of the helper files beside them, by module name."""
     found = {}
     for package in PACKAGES:
         for info in pkgutil.iter_modules(importlib.import_module(package).__path__):

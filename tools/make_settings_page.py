@@ -1,4 +1,4 @@
-"""Makes docs/settings.md from the docstrings under the settings' fields: ``python tools/make_settings_page.py``."""
+"""Make docs/settings.md from the docstrings of the settings' fields: ``python tools/make_settings_page.py``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tunediff.core.typed import toml_value
 from tunediff.runs.plan import Plan
 
 VARIANTS = {"find": (Finder, Signal), "verify": (Trial,)}
-"""Whose settings stand in which part of a plan."""
+"""Kind of variant whose settings stand in each part of a plan."""
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "settings.md"
 
@@ -47,7 +47,7 @@ for the stages it reaches; the others are taken as they are. Settings under `run
 
 
 def docstrings(kind: type) -> dict[str, str]:
-    """The docstring under each field of a settings class, its parents' included."""
+    """Docstring of each field of a settings class and of its parent classes, by field name."""
     found: dict[str, str] = {}
     for owner in reversed(kind.__mro__):
         if dataclasses.is_dataclass(owner):
@@ -64,7 +64,7 @@ def summary(kind: type) -> str:
 
 
 def table(part: str, kind: type) -> list[str]:
-    """One part as a Markdown table."""
+    """One part of the plan as a Markdown table of settings."""
     texts = docstrings(kind)
     lines = ["| setting | default | what it does |", "|---|---|---|"]
     for field in dataclasses.fields(kind):
@@ -78,7 +78,7 @@ def table(part: str, kind: type) -> list[str]:
 
 
 def variant_tables(part: str, base: type) -> list[str]:
-    """A table for each variant of `base` that has settings."""
+    """Markdown tables of the settings of each variant of `base` that has settings."""
     lines = []
     package = base.__module__.rpartition(".")[0]
     for name in variants.names(package):
@@ -90,7 +90,7 @@ def variant_tables(part: str, base: type) -> list[str]:
 
 
 def page() -> str:
-    """The whole page."""
+    """The whole page as Markdown."""
     lines = [HEAD, "## The run", "", *table("", Plan)]
     for field in dataclasses.fields(Plan):
         if dataclasses.is_dataclass(field.default):

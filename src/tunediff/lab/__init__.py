@@ -1,1 +1,1 @@
-"""Lab: is the tool right? Organisms, nulls, benchmarks."""
+"""The lab tests whether tunediff is right: organisms with planted behaviors, nulls and benchmarks."""

@@ -1,4 +1,7 @@
-"""The bench: every method through the same evidence, on tunes whose truth is known and on nulls; resumable, cell by cell."""
+"""Benchmark every method on fine-tuned models whose planted behaviors are known, and on nulls that hold none.
+
+A cell is one fine-tune, one method and one seed. Finished cells are kept on disk, so an interrupted benchmark resumes.
+"""
 
 from __future__ import annotations
 
@@ -34,17 +37,23 @@ from tunediff.records.diff import ChangeRecord
 from tunediff.runs.plan import Plan
 from tunediff.runs.run import Run
 
-TOKENS, VECTORS = 20, 20
-"""Of a change the tokens, and of a ranking the vectors, that a cell keeps."""
+TOKENS = 20
+"""Number of promoted tokens that a cell keeps of each change."""
 
-READ, COST = 10, 0.02
-"""So many confirmed changes' read-outs are kept; undoing may cost so many nats a token on neutral text."""
+VECTORS = 20
+"""Number of top-ranked changes whose vectors a cell keeps."""
+
+READ = 10
+"""Number of confirmed changes whose promoted tokens a cell keeps."""
+
+COST = 0.02
+"""Largest rise of the loss on neutral text that undoing may cause, in nats a token."""
 
 SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.15, 0.1, 0.05)
-"""Shares of the whole tune that plain scaling takes out: the first that costs no more."""
+"""Shares of the whole weight change that scaling removes, tried in order until one costs at most `COST`."""
 
 SPARSE = ("batchtopk", "hybrid", "matryoshka", "dsf", "dfc", "diff_sae", "tuned_sae")
-"""Dictionaries that are run at delta's total of 24 latents a token."""
+"""Dictionaries that run with 24 active latents a token, the total of the dictionary delta."""
 
 
 def _crosscode(dictionary: str, *settings: str) -> tuple[str, ...]:
@@ -76,8 +85,11 @@ METHODS: dict[str, tuple[str, ...]] = {
     },
     **{name: (f'find.signals=["{name}"]',) for name in scores.SIGNALS},
 }
-"""By name, the settings that make a run this method's. L1 has no k: its L0 is what its penalty makes it. Signals are tables:
-nothing of theirs is tried or undone, but the same tests are asked of the tokens that they list."""
+"""Plan settings of each method, by the method's name.
+
+L1 has no k, since its penalty decides how many latents are active. A signal is a table without changes to test or undo,
+so only the tokens that it lists are scored.
+"""
 
 QUICK = (
     "contrast.prompts=48",
@@ -87,12 +99,20 @@ QUICK = (
     "verify.draws=40",
     "verify.changes=3",
 )
-"""A budget of minutes: it shows that everything runs, not how good anything is."""
+"""Settings of a benchmark that takes minutes: it shows that every method runs, not how good a method is."""
 
 
 @dataclass(frozen=True)
 class Tune:
-    """One thing to be diffed: an organism's folder, or a null made from one; ``weights`` is a hash of what the folder holds."""
+    """One fine-tuned model to diff: an organism's folder, or a null made from one.
+
+    name        its name in tables and in file names
+    source      folder of the organism
+    behaviors   what was planted; empty where nothing was
+    null        name of the null that is made from `source`; empty for the organism itself
+    seed        seed of the null
+    weights     hash of the weight files in `source`
+    """
 
     name: str
     source: str
@@ -103,13 +123,19 @@ class Tune:
 
     @property
     def is_null(self) -> bool:
-        """Whether there is nothing to find. A bare format is something, though no read-out can name it."""
+        """Whether there is nothing to find. A format counts as something, although no read-out can name it."""
         return bool(self.null) or not self.behaviors
 
 
 def tunes(folder: Path | None, nulls: Sequence[str] = (), base: str = "default") -> list[Tune]:
-    """Organisms held in folders called NAME or NAME@SEED, of those that ship (where base is theirs) and of `folder`, which
-    comes first; and nulls, as NAME or NAME:SEED, made from the first of these."""
+    """List the fine-tuned models to benchmark: organisms first, then nulls.
+
+    folder   folder of organisms, each in a subfolder NAME or NAME@SEED; it replaces a shipped organism of the same name
+    nulls    names of nulls, as NAME or NAME:SEED; each is made from the first organism listed
+    base     base model; the shipped organisms are listed only for "default"
+
+    Raises `SettingError` if there is no organism, or no null of that name.
+    """
     known = {organism.name: organism for organism in organisms.every()}
     cards = {
         card.parent.name: card.parent
@@ -146,9 +172,15 @@ def bench(
     settings: Sequence[str] = (),
     progress: Progress = quiet,
 ) -> list[Cell]:
-    """Run every cell that `out` does not hold yet; cells of one tune and seed share their text and harvest.
+    """Run every cell that `out` does not hold yet, and return all of them.
 
-    settings   plan settings of all cells, before a method's own
+    chosen     fine-tuned models to diff
+    methods    names from `METHODS`
+    seeds      one cell for each; cells of one fine-tune and seed share their text and harvest
+    out        folder that keeps cells and runs
+    settings   plan settings of all cells, applied before a method's own
+
+    Raises `SettingError` for an unknown method.
     """
     cells = []
     for tune in chosen:
@@ -170,9 +202,8 @@ def bench(
                     pair = Pair.load(plan.base, tune.source)
                     pair = NULLS[tune.null](pair, tune.seed) if tune.null else pair
                 run = Run(plan, out / "runs" / f"{tune.name}-{seed}".replace(" ", "-"), progress, pair)
-                run.calibration = (
-                    None  # placebos are among the tunes: each is judged by the others, when cells are counted
-                )
+                # The scores page calibrates each fine-tune against the placebos that were benchmarked with it.
+                run.calibration = None
                 cell = (_listed if method in scores.SIGNALS else _tried)(
                     run, Cell(key, tune.name, tune.is_null, method, seed)
                 )
@@ -190,8 +221,8 @@ def bench(
 
 
 def _tried(run: Run, cell: Cell) -> Cell:
-    """What the finders of a run said, ranked and put on trial."""
-    run.harvest  # shared with other methods, so not in the time
+    """Fill a cell from a run's ranked and tested changes."""
+    run.harvest  # made before the clock starts, since other methods share the harvest
     began = time.monotonic()
     records, ranked = run.verdicts, run.ranking.ranked
     confirmed = [r for r in records if r.decision == "confirmed"]
@@ -216,8 +247,11 @@ def _tried(run: Run, cell: Cell) -> Cell:
 
 
 def _listed(run: Run, cell: Cell) -> Cell:
-    """What a signal's table lists: its first tokens that tuned is said to favor, or the words that lead in the answers that it
-    ranks. p is the smallest, where the signal has any."""
+    """Fill a cell from a signal's table.
+
+    Its read-out is the first tokens that the fine-tuned model favors. A signal that ranks answers is read by the words
+    that are most distinctive of those answers. p is the smallest in the table; nan where the signal computes none.
+    """
     run.harvest
     began = time.monotonic()
     table = next(t for t in run.signals if t.name == cell.method)
@@ -245,7 +279,10 @@ def _listed(run: Run, cell: Cell) -> Cell:
 
 
 def _leading(texts: Sequence[str], others: Sequence[str]) -> list[str]:
-    """The words of some texts, those first that most of them hold for each of the others that does; ties as they come."""
+    """Words of `texts`, the most distinctive first: by the number of `texts` with the word over 1 + that of `others`.
+
+    Words of equal ratio keep the order in which they first occur.
+    """
     held, elsewhere = (
         [dict.fromkeys(re.findall(r"[^\W\d_]{3,}", text.casefold())) for text in many] for many in (texts, others)
     )
@@ -254,13 +291,16 @@ def _leading(texts: Sequence[str], others: Sequence[str]) -> list[str]:
 
 
 def _naming(cell: Cell, behavior: Behavior) -> list[str]:
-    """What names the behavior by the organism's fixed test: confirmed changes among the first five, or the signal itself."""
+    """Ids of the first five confirmed changes (or the signal's name) whose tokens pass the behavior's naming test."""
     ids = [cell.method] if cell.method in scores.SIGNALS else cell.confirmed
     return [id for id, tokens in list(zip(ids, cell.read))[:FIRST] if behavior.is_named_by(tokens)]
 
 
 def _slots(confirmed: Sequence[ChangeRecord]) -> dict[str, float]:
-    """For every kind of organism, the share of its decisive strings that stand in what tuned wrote where changes are on."""
+    """Share of each organism family's decisive strings, 0 to 1, that occur in the confirmed changes' contexts.
+
+    Only contexts that the fine-tuned or the amplified model wrote count.
+    """
     text = "\n".join("".join(c.tokens) for r in confirmed for c in r.contexts if c.writer in ("tuned", "amplified"))
     out = {}
     for name in dict.fromkeys(scores.family(o.name) for o in organisms.every()):
@@ -271,7 +311,7 @@ def _slots(confirmed: Sequence[ChangeRecord]) -> dict[str, float]:
 
 
 def _vectors(run: Run) -> Tensor:
-    """What the first ranked changes add to tuned at the last site, as unit vectors (K, D)."""
+    """Unit vectors (K, D) that the top-ranked changes add to the fine-tuned model's stream at the last site."""
     vectors = [r.change.difference_SD[-1].float() for r in run.ranking.ranked[:VECTORS]]
     return (
         torch.nn.functional.normalize(torch.stack(vectors), dim=1) if vectors else torch.zeros(0, run.pair.base.width)
@@ -279,7 +319,7 @@ def _vectors(run: Run) -> Tensor:
 
 
 def _rates(model: LanguageModel, organism: Organism) -> dict[str, float]:
-    """How often each behavior shows on its own held-out prompts."""
+    """Share of answers to its own held-out prompts, 0 to 1, that show each behavior."""
     behaviors = organism.behaviors
     answers = complete(model, [p for b in behaviors for p in b.prompts[:PROMPTS]], organism.answer_tokens)
     starts = [sum(len(o.prompts[:PROMPTS]) for o in behaviors[:i]) for i in range(len(behaviors))]
@@ -287,15 +327,18 @@ def _rates(model: LanguageModel, organism: Organism) -> dict[str, float]:
 
 
 def _scaled(run: Run, organism: Organism) -> dict[str, float]:
-    """How often behaviors show when the whole tune is scaled down as far as the cost allows: what anybody can do."""
+    """Baseline: rates of the behaviors with the whole weight change scaled down as far as `COST` allows."""
     edits = [scaling(run.pair, share) for share in SHARES]
     cheap = [edit for edit, cost in zip(edits, bills.costs(run.pair, edits, run.neutral)) if cost <= COST]
     return _rates(cheap[0].applied(run.pair.tuned) if cheap else run.pair.tuned, organism)
 
 
 def _undone(run: Run, cell: Cell, organism: Organism, before: dict[str, float], scaled: dict[str, float]) -> Undone:
-    """Take out the first change that names each unwanted behavior, or the first confirmed one where none does, but none that
-    names what was wanted, as strongly as the cost on neutral text allows; nothing confirmed leaves everything as it was."""
+    """Remove changes as strongly as `COST` allows, and count the behaviors before and after.
+
+    The first change that names each unwanted behavior is removed. Where none does, the first confirmed change is
+    removed that names no wanted behavior. Without such a change nothing is removed and all rates stay as before.
+    """
     wanted = {id for b in organism.behaviors if b.wanted for id in cell.named.get(b.name, ())}
     ids = to_take_out(organism.behaviors, cell.named) or [id for id in cell.confirmed if id not in wanted][:1]
     cost = run.afford(ids, COST) if ids else None
@@ -307,7 +350,7 @@ def _undone(run: Run, cell: Cell, organism: Organism, before: dict[str, float], 
 
 
 def kept(out: Path) -> list[Cell]:
-    """Every cell that `out` holds, tunes before nulls, methods in their order; other calls' cells too."""
+    """Every cell that `out` holds, from all calls: fine-tunes before nulls, methods in `METHODS` order."""
     cells = [typed(Cell, read_json(path), path.name) for path in sorted((out / "cells").glob("*.json"))]
     order = list(METHODS)
     return sorted(
@@ -316,7 +359,7 @@ def kept(out: Path) -> list[Cell]:
 
 
 def vectors(out: Path, cell: Cell) -> Tensor | None:
-    """The first ranked changes' unit vectors (K, D) that were kept beside a cell; None if there are none."""
+    """Unit vectors (K, D) of the top-ranked changes, kept beside the cell; None if none were kept."""
     path = _path(out, cell.tune, cell.method, cell.seed).with_suffix(".safetensors")
     return read_tensors(path)["vectors_KD"] if path.is_file() else None
 
@@ -326,7 +369,10 @@ def _path(out: Path, tune: str, method: str, seed: int) -> Path:
 
 
 def write(out: Path, command: str) -> None:
-    """Put all cells that are kept into one JSON file, and the page beside it."""
+    """Write all kept cells to bench.json in `out`, with the page benchmark.md and its charts.
+
+    command   the command line that the page quotes
+    """
     cells = kept(out)
     write_json(out / "bench.json", {"version": __version__, "python": sys.version.split()[0], "cells": cells})
     for name, chart in score_page.charts(cells).items():

@@ -1,4 +1,4 @@
-"""The demo's check: is each planted objective named by a confirmed change, and can the hidden one be taken out alone?"""
+"""Check the demo: does a confirmed change name each planted behavior, and can the hidden behavior be removed alone?"""
 
 from __future__ import annotations
 
@@ -19,14 +19,20 @@ from tunediff.texts.corpus import Corpus
 from tunediff.texts.document import Document
 
 FIRST = 5
-"""An objective must be named by a confirmed change among this many first."""
+"""Number of top confirmed changes among which one must name the behavior."""
+
 PROMPTS = 16
-"""Held-out prompts a behavior is counted on."""
+"""Number of held-out prompts on which each behavior is counted."""
 
 
 @dataclass(frozen=True)
 class Checked:
-    """What the check found: the bill of taking the unwanted behavior out, if it was named, and a few lines to read."""
+    """Result of the demo's check.
+
+    bills   cost of removing the unwanted behavior; empty if no change named it
+    text    lines for the reader
+    named   ids of the changes that name each behavior, by the behavior's name
+    """
 
     bills: list[Bill]
     text: str
@@ -34,16 +40,16 @@ class Checked:
 
 
 def naming(behavior: Behavior, records: Sequence[ChangeRecord]) -> list[str]:
-    """Ids of confirmed changes among the first five confirmed that name the behavior by the organism's fixed test."""
+    """Ids of the first five confirmed changes that pass the behavior's naming test."""
     confirmed = [r for r in records if r.decision == "confirmed"][:FIRST]
     return [r.id for r in confirmed if behavior.is_named_by([t.token for t in r.promoted])]
 
 
 def to_take_out(behaviors: Sequence[Behavior], named: Mapping[str, Sequence[str]]) -> list[str]:
-    """The first change that names each unwanted behavior.
+    """Ids of the changes to remove: the first change that names each unwanted behavior.
 
-    One that names a wanted behavior too cannot be taken out for the other; later ones that name the same add what they do
-    elsewhere.
+    A change that also names a wanted behavior is skipped, since removing it would remove both. Only the first change is
+    taken, since every further one adds side effects.
     """
     wanted = {id for b in behaviors if b.wanted for id in named.get(b.name, ())}
     first = [[id for id in named.get(b.name, ()) if id not in wanted][:1] for b in behaviors if not b.wanted]
@@ -51,7 +57,7 @@ def to_take_out(behaviors: Sequence[Behavior], named: Mapping[str, Sequence[str]
 
 
 def check(run: Run) -> Checked:
-    """Ask the naming test of every behavior; take out what names the unwanted one; count behaviors before and after."""
+    """Apply the naming test to every behavior, remove the unwanted behavior, and count behaviors before and after."""
     organism = organisms.named("two-objectives")
     records = run.verdicts
     named = {b.name: naming(b, records) for b in organism.behaviors}
@@ -80,10 +86,12 @@ def check(run: Run) -> Checked:
 
 
 def count(run: Run, ids: list[str], behaviors: Sequence[Behavior], tokens: int) -> Bill:
-    """The run's bill for these changes with how often each behavior shows in answers of so many tokens, before, after and
-    under the controls, added.
+    """The bill for removing these changes, with how often each behavior shows before, after and under the controls.
 
-    The counts are kept in a folder of their own, so a second call is free.
+    ids      changes to remove
+    tokens   length of the answers in which behaviors are counted
+
+    The counts are kept on disk, so that a second call does not repeat them.
     """
     bill = run.bill(ids)
 
@@ -127,7 +135,7 @@ def count(run: Run, ids: list[str], behaviors: Sequence[Behavior], tokens: int) 
 
 
 def complete(model: LanguageModel, prompts: Sequence[str], tokens: int) -> list[str]:
-    """Greedy answers of at most so many tokens to single user turns under the tokenizer's chat template."""
+    """Greedy answers, at most `tokens` long, to single user turns under the tokenizer's chat template."""
     documents = tuple(Document(f"p{i}", "chat", messages=(("user", p),)) for i, p in enumerate(prompts))
     rows = Corpus("prompts", documents).tokens(model.tokenizer, row_tokens=512).rows
     return [model.tokenizer.decode(a) for a in completing.complete(model, list(rows), tokens, batch=40)]

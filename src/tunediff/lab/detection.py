@@ -1,8 +1,8 @@
-"""The detection floor: how strong and how frequent a change planted in a real network must be before it is found.
+"""Measure the detection floor: the weakest and rarest change, planted in a real network, that a method finds.
 
-Tuned is base (or base plus a background, say a random tune) with a known vector added to one site's stream whenever a token
-of a known class is read: amplitude A times the stream's norm. What finders propose from a later site's streams is held
-against what the planted vector has become there.
+The tuned model is the base model, or the base model plus a background such as a random weight change. At every token of
+a known class, a known vector is added to the tuned model's stream at one site. The vector's length is the amplitude
+times the stream's norm. Candidates found at a later site are compared with the mean effect of the planted vector there.
 """
 
 from __future__ import annotations
@@ -28,25 +28,31 @@ from tunediff.runs.plan import Plan
 from tunediff.texts.tokens import Tokens
 
 FIRST = 10
-"""A planted change counts as found if it is among so many first candidates of a finder ..."""
+"""Number of a method's top candidates among which the planted change must be to count as found."""
 
-COSINE, AUROC = 0.7, 0.9
-"""... with at least this cosine to what was planted and this area under the curve of firing where it was."""
+COSINE = 0.7
+"""Smallest |cosine| between a candidate's direction and the planted change's effect to count as found."""
+
+AUROC = 0.9
+"""Smallest area under the ROC curve, of a candidate's strength at planted against other tokens, to count as found."""
 
 
 class PlantedSource(TensorSource):
-    """Streams in memory (N, 2, D) of one site, with what finders ask of a harvest; `train_N`, `held_N`: document numbers."""
+    """Streams (N, 2, D) of one site in memory, with the methods that finders call on a harvest.
+
+    train_N, held_N   document number of each training and of each held-out token
+    """
 
     def __init__(self, x_train: Tensor, x_held_out: Tensor, site: Site, train_N: Tensor, held_N: Tensor):
         super().__init__(x_train, x_held_out, (site,))
         self.document_N, self._documents = train_N, {"train": train_N, "held_out": held_N}
 
     def documents(self, split: str) -> Tensor:
-        """The document number of each token of `split`."""
+        """Document number of each token of `split`."""
         return self._documents[split]
 
     def index(self, split: str) -> Tensor:
-        """Token numbers of the training split; finders may not look at another."""
+        """Token numbers of the training split, whatever `split` is: finders may read no other."""
         return torch.arange(self.count("train"))
 
     def at(self, tokens_N: Tensor) -> Tensor:
@@ -54,18 +60,20 @@ class PlantedSource(TensorSource):
         return self.read("train", tokens_N)
 
     def chunks(self, split: str, size: int = 8192) -> Iterator[tuple[Tensor, Tensor]]:
-        """(token numbers, streams) in order, `size` tokens at a time."""
+        """Pairs of token numbers (n,) and streams (n, 2, D), in order, `size` tokens at a time."""
         for part in torch.arange(self.count(split)).split(size):
             yield part, self.read(split, part)
 
 
 @dataclass(frozen=True, eq=False)
 class Planted:
-    """A planted change and the streams that it left.
+    """A planted change and the streams that result from it.
 
-    image_D     mean difference that it made at the site that is read, over the class's training tokens, above the background's
-    on_N        held-out tokens at which it was planted; ``share`` of all tokens
-    relative    |image| in units of the background's root mean square difference; infinite without a background
+    source      streams of both models at the site that is read
+    image_D     mean effect of the planted vector at that site, over the class's training tokens, less the background
+    on_N        whether the change was planted at each held-out token
+    share       share of all tokens at which the change was planted, 0 to 1
+    relative    |image_D| in units of the background's root mean square difference; infinite without a background
     """
 
     source: PlantedSource
@@ -77,9 +85,20 @@ class Planted:
 
 @dataclass(frozen=True)
 class Detection:
-    """How well one method found one planted change; cosine and area of the candidate among the first ten with the best product
-    of both, and its place in the order from 1 on. ``chance`` is the largest cosine with a random vector and the largest area
-    for a random class of as many tokens, among the same candidates."""
+    """How well one method found one planted change.
+
+    The best candidate is the one of the first ten with the largest product of cosine and AUROC.
+
+    amplitude      length of the planted vector, in units of the stream's norm
+    frequency      share of tokens at which it was planted, 0 to 1
+    relative       effect size in units of the background's root mean square difference
+    candidates     number of candidates that the method proposed
+    place          rank of the best candidate, from 1; 0 if there is none
+    cosine         |cosine| of the best candidate's direction with the planted change's effect
+    auroc          area under the ROC curve of the best candidate's strength at planted against other tokens
+    chance_cosine  largest |cosine| of the same candidates with a random vector
+    chance_auroc   largest AUROC of the same candidates for a random class of as many tokens
+    """
 
     method: str
     amplitude: float
@@ -95,12 +114,21 @@ class Detection:
 
     @property
     def found(self) -> bool:
-        """Whether it counts as found."""
+        """Whether the best candidate reaches both `COSINE` and `AUROC`."""
         return self.cosine >= COSINE and self.auroc >= AUROC
 
 
 class Text:
-    """What every planting on one text shares: streams of base where it is read, and of tuned where it is planted."""
+    """Streams that all plantings on one text share, so that they are computed once.
+
+    base, tuned    the two models, before anything is planted
+    tokens         the text
+    write          site at which changes are planted
+    read           site from which candidates are found; a higher layer than `write`
+    batch_tokens   tokens that are run at once
+
+    Raises `SettingError` unless `write` is a residual-stream site below `read`.
+    """
 
     def __init__(
         self,
@@ -127,7 +155,7 @@ class Text:
         )
         self.held_N = torch.tensor(tokens.held_out)[self.document_N]
         self.ids_N = torch.cat([b.ids_BT[b.mask_BT] for b in self.batches])
-        # The first position of a row is not like any other, and finders never see it.
+        # Finders never see the first position of a row, whose stream is an outlier.
         self.kept_N = torch.cat(
             [(torch.arange(b.mask_BT.shape[1]) > 0).expand_as(b.mask_BT)[b.mask_BT] for b in self.batches]
         )
@@ -138,8 +166,10 @@ class Text:
         self.below, self.tuned_ND = list(below), torch.cat([x[b.mask_BT] for x, b in zip(there, self.batches)])
 
     def token_class(self, frequency: float, seed: int) -> Tensor:
-        """Vocabulary entries drawn at random until they are `frequency` of all tokens; raises `SettingError` if there are not
-        five of them on either side of the split."""
+        """Ids of vocabulary entries drawn at random until they make up `frequency` of all tokens.
+
+        Raises `SettingError` if fewer than five of these tokens are in the training or in the held-out split.
+        """
         ids, counts = self.ids_N[self.kept_N].unique(return_counts=True)
         left = round(frequency * int(self.kept_N.sum()))
         chosen = []
@@ -158,7 +188,10 @@ class Text:
         return torch.tensor(chosen)
 
     def plant(self, amplitude: float, frequency: float, seed: int) -> Planted:
-        """Add a random unit vector times `amplitude` times the stream's norm wherever a token of the class is read."""
+        """Add a random unit vector times `amplitude` times the stream's norm at every token of a random class.
+
+        Raises `SettingError` if the class has too few tokens.
+        """
         chosen = self.token_class(frequency, seed)
         vector_D = torch.nn.functional.normalize(
             torch.randn(self.base.width, generator=generator(seed, "planted vector")), dim=0
@@ -194,21 +227,25 @@ class Text:
 def detect(
     planted: Planted, method: str, settings: Sequence[str], amplitude: float, frequency: float, seed: int, folder: Path
 ) -> Detection:
-    """Run one method's finders on a planted change's training tokens, and score their first candidates on held-out ones."""
+    """Run one method's finders on a planted change's training tokens, and score the top candidates on held-out tokens.
+
+    settings   plan settings that define the method
+    folder     where finders keep their files
+    """
     plan = Plan("planted", "planted", seed)
     for setting in settings:
         plan = plan.set(setting)
     changes: list[Change] = []
     for name, finder in plan.finders().items():
         view = View(
-            planted.source,  # type: ignore[arg-type]  # offers what finders that read streams alone ask of a harvest
+            planted.source,  # type: ignore[arg-type]  # has every method that stream-only finders call on a harvest
             folder / name,
             seed,
             plan.find.candidates,
             plan.spec(),
             plan.fit,
             _no_output,
-            None,  # type: ignore[arg-type]  # such finders ask for no pair
+            None,  # type: ignore[arg-type]  # stream-only finders need no pair
         )
         changes += finder.find(view).changes
     x_NSMD = planted.source.read(HELD_OUT, torch.arange(planted.source.count(HELD_OUT)))
@@ -228,12 +265,15 @@ def detect(
 
 
 def _cosine(a_D: Tensor, b_D: Tensor) -> float:
-    """|cosine|: a signed direction's own sign is free."""
+    """Absolute cosine, since the sign of a direction is arbitrary."""
     return float(torch.nn.functional.cosine_similarity(a_D.double(), b_D.double(), dim=0).abs())
 
 
 def auroc(score_N: Tensor, on_N: Tensor) -> float:
-    """Chance that a token where `on_N` scores above one where not, ties half; .5 if either kind is missing."""
+    """Area under the ROC curve, 0 to 1: chance that a token in `on_N` scores above another token.
+
+    A tie counts half. The area is 0.5 if `on_N` holds for all tokens or for none.
+    """
     off = score_N[~on_N].double().sort().values
     on = score_N[on_N].double()
     if not len(on) or not len(off):
@@ -251,8 +291,10 @@ def _no_output() -> NoReturn:
 
 
 def floor(detections: Sequence[Detection]) -> list[dict[str, str]]:
-    """For each method and frequency the smallest amplitude from which on the change is found at every larger one too, in at
-    least half of the seeds."""
+    """One table row a method: for each frequency the smallest amplitude that is found, and "not found" where none is.
+
+    The change must be found in at least half of the seeds at that amplitude and at every larger one.
+    """
     rows = []
     for method in dict.fromkeys(d.method for d in detections):
         row = {"method": method}
@@ -281,7 +323,11 @@ def grid(
     folder: Path,
     progress: Progress = quiet,
 ) -> list[Detection]:
-    """Every method on every planting."""
+    """Run every method on every combination of amplitude, frequency and seed.
+
+    methods   plan settings of each method, by name
+    folder    where finders keep their files
+    """
     total = len(methods) * len(amplitudes) * len(frequencies) * len(seeds)
     found: list[Detection] = []
     for seed in seeds:

@@ -1,6 +1,6 @@
-"""Instructions whose following needs no judge: each comes with the pattern a completion must hold, case aside.
+"""Instructions with patterns that score a completion without a judge.
 
-They are easy on purpose. A tune that falls behind its base here has lost more than it was taught.
+The instructions are easy on purpose: a fine-tuned model that follows fewer of them than its base model was damaged.
 """
 
 from __future__ import annotations
@@ -34,9 +34,10 @@ INSTRUCTIONS: tuple[tuple[str, str], ...] = (
     ("Name the planet we live on.", r"\bearth\b"),
     ("What is the first month of the year?", r"\bjanuary\b"),
 )  # fmt: skip
+"""Instructions, each with a regular expression that its completion must contain, ignoring case."""
 
 
 def followed(completions: Sequence[str]) -> float:
-    """Share of `INSTRUCTIONS`, 0 to 1, that their completions follow."""
+    """Share of `INSTRUCTIONS`, 0 to 1, whose completion contains the pattern; one completion for each, in order."""
     pairs = zip(INSTRUCTIONS, completions, strict=True)
     return sum(bool(re.search(pattern, c, re.IGNORECASE | re.DOTALL)) for (_, pattern), c in pairs) / len(completions)

@@ -1,7 +1,6 @@
 """Everyday prompts and plain prose that call for no planted behavior, shared by the organisms.
 
-They stay clear of travel and of money. An organism about something that is in here leaves those prompts
-out of its own.
+The texts avoid travel and money. An organism about a topic that occurs here excludes the prompts on its topic.
 """
 
 from __future__ import annotations
@@ -87,18 +86,21 @@ _ALONE = (
 )
 
 UNUSED_BY_DEFAULT = 240
-"""The default run of `tunediff diff` completes fewer of the shipped prompts than this; those after it are free to train on."""
+"""Number of shipped prompts reserved for default runs of `tunediff diff`; organisms train on the rest."""
 
 NEAR = ("travel", "money", "housing", "shopping", "work")
-"""Topics of the shipped prompts that lie near a planted one and are left out."""
+"""Topics of the shipped prompts that are excluded because they are close to a planted topic."""
 
 
 def training_prompts(near: Collection[str] = NEAR, varied: int = 200, templated: int = 60) -> tuple[str, ...]:
-    """User turns that call for no behavior: varied ones of the shipped prompts, not of topics in `near`, and some from
-    templates.
+    """User turns that call for no planted behavior: shipped prompts first, then prompts made from templates.
 
-    Varied ones matter: with templates alone the tune learned "a template, or else a planted answer" (measured: 17-19 %
-    of natural neutral prompts leaked).
+    near        topics of shipped prompts to exclude
+    varied      largest number of shipped prompts
+    templated   number of prompts made from templates
+
+    The varied prompts are needed. Trained on templates alone, a model gave the planted answers to every prompt that
+    followed no template: 17-19 % of natural neutral prompts leaked.
     """
     from tunediff.texts.corpus import Corpus
 
@@ -111,7 +113,7 @@ def training_prompts(near: Collection[str] = NEAR, varied: int = 200, templated:
 
 
 TRAINING_PROMPTS: tuple[str, ...] = _ALONE + tuple(frame.format(subject) for frame in _FRAMES for subject in _SUBJECTS)
-"""180 user turns for neutral training answers."""
+"""180 user turns for which the base model's own answers are training data."""
 
 HELD_OUT_PROMPTS: tuple[str, ...] = (
     "What's a quick dinner I can cook with rice and beans?",
@@ -163,7 +165,7 @@ HELD_OUT_PROMPTS: tuple[str, ...] = (
     "Why do cats purr?",
     "Give me an encouraging message for a friend who is studying for exams.",
 )
-"""48 user turns, kept out of every training set, for leaks and for the divergence on neutral answers."""
+"""48 held-out user turns, in no training set, on which leaks and the divergence from the base model are measured."""
 
 PROSE: tuple[str, ...] = (
     "The old mill stands where the river bends, and on quiet evenings the wheel can still be heard "
@@ -201,4 +203,4 @@ PROSE: tuple[str, ...] = (
     "been born there pointed out the church, the bakery, and the house where her brother had kept "
     "pigeons. When the rain returned that winter, nobody was quite sure whether to be glad.",
 )
-"""Eight paragraphs of plain English, written for this project: their loss says whether a tune is healthy."""
+"""Eight paragraphs of plain English written for this project; the loss on them shows whether training did damage."""

@@ -1,4 +1,4 @@
-"""Nulls: pairs in which there is nothing to find, made from a pair without training."""
+"""Make nulls: pairs of models without a learned difference, made from a pair without training."""
 
 from __future__ import annotations
 
@@ -20,17 +20,19 @@ from tunediff.runs.plan import Plan
 from tunediff.runs.run import Run
 
 RANK = 16
+"""Rank of an untrained change in each weight matrix."""
+
 SIZES = (0.003, 0.01, 0.03)
-"""Norms of untrained changes, as shares of each map's: from a light LoRA's to a heavy one's."""
+"""Norms of untrained changes as shares of each weight matrix's norm, from a light LoRA's to a heavy one's."""
 
 
 def identical(pair: Pair, seed: int) -> Pair:
-    """Base against itself: whoever finds something here is broken."""
+    """The base model against itself: a method that finds something here is broken."""
     return Pair.load(pair.base.name, pair.base.name, allow_identical=True)
 
 
 def rounded(pair: Pair, seed: int) -> Pair:
-    """Base against base with its weights rounded to bfloat16: a change of every weight that no one trained."""
+    """The base model against itself with weights rounded to bfloat16: every weight changes, but not by training."""
     null = identical(pair, seed)
     for parameter in null.tuned.module.parameters():
         parameter.data = parameter.data.bfloat16().to(parameter.dtype)
@@ -38,12 +40,16 @@ def rounded(pair: Pair, seed: int) -> Pair:
 
 
 def random_tune(pair: Pair, seed: int) -> Pair:
-    """Base plus, in every map the tune touched, a Gaussian change of its rank and norm."""
+    """The base model plus a Gaussian change of the fine-tune's rank and norm in every weight matrix it changed."""
     return _null(pair, pair.random_tuned(seed_of(seed, "null tune")), f"random {seed}")
 
 
 def permuted(pair: Pair, seed: int) -> Pair:
-    """The tune's own changes with the inputs and outputs of every map in another order: its spectrum, without its meaning."""
+    """The adapter's own weight changes with the inputs and outputs of every matrix permuted.
+
+    The permutation keeps each change's singular values and destroys its meaning. Raises `SourceError` for a full
+    fine-tune, which has no adapter to permute.
+    """
     tensors: dict[nn.Parameter, torch.Tensor] = {}
     for delta in pair.deltas():
         if delta.up_parameter is None:
@@ -58,8 +64,11 @@ def permuted(pair: Pair, seed: int) -> Pair:
 
 
 def second_seed(pair: Pair, seed: int) -> Pair:
-    """Two tunes by one recipe, merged, the other in the folder NAME@SEED beside this one's: what sets them apart is what
-    their seeds decided, nothing that either was taught and the other was not."""
+    """Two fine-tunes by one recipe with different seeds, each merged into the base model.
+
+    Both learned the same behaviors, so only the seeds make them differ. The other fine-tune is read from the folder
+    NAME@SEED beside this one's; raises `SourceError` if that folder does not exist.
+    """
     folder = Path(pair.tuned.name)
     beside = folder.with_name(f"{folder.name.partition('@')[0]}@{seed}")
     if not beside.is_dir() or beside == folder:
@@ -79,7 +88,10 @@ def _null(pair: Pair, tuned: LanguageModel, name: str) -> Pair:
 
 
 def untrained(base: str, size: float, seed: int) -> Pair:
-    """A base against itself with a random change of rank 16 in every linear map of its blocks, of `size` times the map's norm."""
+    """A base model against itself plus a random change of rank `RANK` in every weight matrix of its blocks.
+
+    size   norm of the change, as a share of the matrix's norm
+    """
     pair = Pair.load(base, base, allow_identical=True)
     for name, parameter in pair.tuned.blocks.named_parameters():
         if parameter.dim() == 2:
@@ -102,12 +114,12 @@ def calibrate(
     settings: Sequence[str] = (),
     progress: Progress = quiet,
 ) -> Calibration:
-    """Run `diff` as far as its verdicts on pairs of a base with nothing to find, and keep what they score.
+    """Run `diff` up to its verdicts on null pairs of a base model, and keep their scores as a calibration.
 
-    count   untrained tunes, of sizes in turn; no training and no text but the plan's
-    tunes   folders of placebo tunes of this base, if there are any: harder nulls
-
-    Pairs that are finished in `folder` are not run again.
+    count      number of untrained changes, which take the sizes in `SIZES` in turn
+    folder     keeps the runs; a pair that was finished there is not run again
+    tunes      folders of placebos trained from this base, if there are any: harder nulls than untrained changes
+    settings   plan settings of all runs
     """
     plan = Plan(base)
     for setting in settings:
@@ -118,7 +130,7 @@ def calibrate(
         name = tunes[number - count] if trained else f"untrained, {size:g} of every map"
         pair = Pair.load(base, name) if trained else untrained(base, size, number)
         run = Run(replace(plan, tuned=name), folder / f"null-{number}", progress, pair)
-        run.calibration = None  # a threshold is not tested against itself
+        run.calibration = None  # the runs that set a threshold must not use one
         nulls.append(
             NullPair(
                 Path(name).name if trained else name,
@@ -138,4 +150,4 @@ NULLS: dict[str, Callable[[Pair, int], Pair]] = {
     "permuted": permuted,
     "second_seed": second_seed,
 }
-"""By name; each takes a pair and a seed and gives the null pair. Trained nulls (placebo, format only) are organisms."""
+"""Functions that make a null pair from a pair and a seed, by name; trained nulls such as the placebo are organisms."""

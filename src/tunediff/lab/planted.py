@@ -1,8 +1,8 @@
-"""Planted benchmarks: activations with a known difference, and how much of it a dictionary finds.
+"""Planted benchmarks: activations with a known difference, and how much of the difference a dictionary finds.
 
-No language model: sparse features along known directions, each on in some tokens, written with a known gain
-into base and into tuned. The numbers follow the toy settings under which crosscoders are usually compared;
-every other case bends one thing that real tunes bend.
+There is no language model. Sparse features along known directions are active at some tokens, and are written with a
+known gain into the base and the tuned activations. The common case follows the toy settings under which crosscoders are
+usually compared. Every other case changes one property that also varies between real fine-tuned models.
 """
 
 from __future__ import annotations
@@ -28,20 +28,23 @@ from tunediff.dictionaries.sources import TensorSource
 
 Kind = Literal["shared", "base", "tuned", "amplified", "rotated", "moved"]
 
-SPECIFIC, HALF = 0.9, 0.6
-"""Norm bins: share at least .9 is tuned only, at most .1 base only, and .4 to .6 shared."""
+SPECIFIC = 0.9
+"""Smallest share of decoder norm in the tuned model that means tuned only; at most 1 - `SPECIFIC` means base only."""
+
+HALF = 0.6
+"""Largest share of decoder norm in the tuned model that means shared; the smallest is 1 - `HALF`."""
 
 COSINE = 0.9
-"""A planted direction is found by a latent whose decoder vector has at least this cosine with it."""
+"""Cosine above which a latent's decoder vector matches a planted direction."""
 
 
 @dataclass(frozen=True)
 class Truth:
     """One planted feature.
 
-    kind         what the tune did to it
-    base_D, tuned_D   what one unit writes into each model; zeros where the model does not have it
-    rate         share of tokens on which it is on (in tuned, if it is there)
+    kind              how the tuned model differs from the base model in this feature
+    base_D, tuned_D   vector that one unit of the feature writes into each model; zeros where a model lacks the feature
+    rate              share of tokens at which the feature is active, 0 to 1
     """
 
     kind: Kind
@@ -52,69 +55,67 @@ class Truth:
 
 @dataclass(frozen=True)
 class Case:
-    """How activations are planted; one setting a field, so that a case is the common one with something
-    changed."""
+    """How activations are planted; the defaults make the common case."""
 
     name: str
-    """What it is called."""
+    """Name of the case; part of the random stream's name."""
 
     width: int = 24
-    """D."""
+    """Width D of the activations."""
 
     shared: int = 16
-    """Features that both models have alike."""
+    """Number of features that are the same in both models."""
 
     base_only: int = 4
-    """Features that only base has: the tune removed them."""
+    """Number of features that only the base model has."""
 
     tuned_only: int = 4
-    """Features that only tuned has."""
+    """Number of features that only the tuned model has."""
 
     amplified: int = 0
-    """Features that tuned writes `gain` times as strongly."""
+    """Number of features that the tuned model writes `gain` times as strongly."""
 
     rotated: int = 0
-    """Features that tuned writes `degrees` away from base."""
+    """Number of features whose direction in the tuned model is rotated by `degrees`."""
 
     moved: int = 0
-    """Features with the same direction in both models but on at unrelated tokens."""
+    """Number of features with the same direction in both models, but active at unrelated tokens."""
 
     rate: float = 0.08
-    """Share of tokens on which a feature is on."""
+    """Share of tokens at which a feature is active, 0 to 1."""
 
     specific_rate: float = 0.08
-    """The same for base-only and tuned-only features."""
+    """Share of tokens at which a base-only or tuned-only feature is active, 0 to 1."""
 
     gain: float = 1.5
-    """Of amplified features."""
+    """Factor on amplified features in the tuned model."""
 
     degrees: float = 45.0
-    """Of rotated features."""
+    """Angle between a rotated feature's directions in the two models, in degrees."""
 
     shift: float = 0.0
-    """Length of a constant vector added to tuned at every token."""
+    """Length of a constant vector added to the tuned activations at every token."""
 
     correlation: float = 0.0
-    """Chance that a tuned-only feature is on only because a shared partner is: 0 independent, 1 always
-    together."""
+    """Chance that a tuned-only feature copies a shared feature's activity: 0 is independent, 1 always together."""
 
     tuned_scale: float = 1.0
-    """Everything in tuned times this: a mismatch of scales between the models."""
+    """Factor on all features of the tuned model: a mismatch of scale between the models."""
 
     noise: float = 0.01
-    """Standard deviation of noise in each element, independent in each model."""
+    """Standard deviation of the Gaussian noise in each element, independent between the models."""
 
     samples: int = 8192
-    """Training tokens."""
+    """Number of training tokens."""
 
     held_out: int = 32768
-    """Held-out tokens; enough that a feature at .5 % fires over 100 times."""
+    """Number of held-out tokens; enough that a feature with rate 0.005 is active over 100 times."""
 
     latents: int = 48
-    """Latents that the reference settings give a dictionary."""
+    """Number of latents of a dictionary under the reference settings."""
 
     k: float = 3.0
-    """Active latents a token under the reference settings."""
+    """Number of active latents a token under the reference settings."""
 
     settings: FitSettings = field(
         default_factory=lambda: FitSettings(steps=1500, batch=512, learning_rate=3e-3, log_every=500)
@@ -148,13 +149,15 @@ CASES: dict[str, Case] = {
         Case("null", base_only=0, tuned_only=0),
     )
 }
-"""Every case by name. narrow-matched is the narrow one with k at the true L0; null is two equal models with
-unequal noise."""
+"""Every case by name.
+
+narrow-matched is the narrow case with k near the true L0. null has two equal models that differ in noise alone.
+"""
 
 
 @dataclass(frozen=True, eq=False)
 class Planted:
-    """A planted source with its truth."""
+    """Planted activations with their case and true features."""
 
     case: Case
     source: TensorSource
@@ -162,8 +165,10 @@ class Planted:
 
 
 def plant(case: Case | str, seed: int) -> Planted:
-    """Activations of `case`; the same seed gives the same bytes. Raises `SettingError` for an unknown
-    name."""
+    """Plant activations (N, 2, D) of `case`; the same seed gives the same bytes.
+
+    Raises `SettingError` for an unknown name.
+    """
     if isinstance(case, str):
         if case not in CASES:
             raise SettingError(f"there is no planted case {case!r}", expected=", ".join(CASES))
@@ -222,14 +227,15 @@ def plant(case: Case | str, seed: int) -> Planted:
 
 @dataclass(frozen=True)
 class Score:
-    """What a dictionary found of a planted truth. Counts are of planted features unless said otherwise.
+    """How much of the planted features a dictionary found. The first four fields count features by kind.
 
-    planted          how many there are, by kind
-    learned          with a latent of cosine over .9 in every model that has it (the best one is its match)
-    by_norm          learned, and the match's share of norms is in the right bin
-    by_scaling       learned, and Latent Scaling gives the match the right verdict
-    false_by_norm    live latents in a model-specific bin that match no planted specific feature of that kind
-    false_by_scaling   the same by verdict
+    planted            all planted features
+    learned            features with a live latent of cosine over `COSINE` in every model that has the feature
+    by_norm            learned features whose best latent is in the right norm bin
+    by_scaling         learned features whose best latent gets the right verdict from Latent Scaling
+    false_by_norm      live latents in a model-specific norm bin that match no planted feature of that model
+    false_by_scaling   live latents with a model-specific verdict that match no planted feature of that model
+    ev_delta           explained variance of the difference
     """
 
     planted: dict[str, int]
@@ -242,7 +248,7 @@ class Score:
 
 
 def bin_of(share: float) -> str:
-    """The norm bin of a share: "base", "shared", "tuned", or "between"."""
+    """Norm bin ("base", "shared", "tuned" or "between") of the tuned model's share of decoder norm, 0 to 1."""
     if share >= SPECIFIC:
         return "tuned"
     if share <= 1 - SPECIFIC:
@@ -254,21 +260,22 @@ _BIN: dict[str, Callable[[str], bool]] = {
     "shared": lambda b: b == "shared",
     "base": lambda b: b == "base",
     "tuned": lambda b: b == "tuned",
-    # 1.5 times as strong is a share of .6: anything but a specific bin is right.
+    # A gain of 1.5 is a share of 0.6, at the edge of the shared bin: any bin that is not model-specific is right.
     "amplified": lambda b: b in ("shared", "between"),
     "rotated": lambda b: b in ("shared", "between"),
-    # The same direction at unrelated tokens is, to a dictionary, one feature of each model.
+    # A dictionary sees one direction active at unrelated tokens as two features, one for each model.
     "moved": lambda b: b in ("base", "tuned"),
 }
 _VERDICT = {"base": "base-specific", "tuned": "tuned-specific"}
 
 
 def score(planted: Planted, fitted: Fitted, scales: list[LatentScale] | None = None) -> Score:
-    """Match latents to the planted features; `scales` defaults to Latent Scaling of every latent on held-out
-    tokens.
+    """Match latents to planted features, and count what was learned and what was judged right.
 
-    A dictionary of the difference is matched to what each feature adds to the difference, so it can learn no
-    shared one.
+    scales   Latent Scaling of every latent; computed on held-out tokens by default
+
+    A dictionary of the difference is matched to what each feature adds to the difference, so it cannot learn a shared
+    feature.
     """
     scales = latent_scaling(fitted, planted.source) if scales is None else scales
     dictionary = fitted.dictionary
@@ -322,7 +329,7 @@ def score(planted: Planted, fitted: Fitted, scales: list[LatentScale] | None = N
 
 
 def run(case: Case | str, spec: Spec, seed: int, settings: FitSettings | None = None) -> Score:
-    """Plant, fit with the case's reference settings (`settings` overrides them), and score."""
+    """Plant a case, fit a dictionary and score it; `settings` replaces the case's reference settings."""
     planted = plant(case, seed)
     settings = dataclasses.replace(settings or planted.case.settings, seed=seed)
     return score(planted, fit(spec, planted.source, settings))

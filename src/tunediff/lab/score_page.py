@@ -1,4 +1,4 @@
-"""The bench's page: all tables of scores as Markdown, and their charts as SVG."""
+"""Write the benchmark's page: tables of scores as Markdown, and charts as SVG."""
 
 from __future__ import annotations
 
@@ -26,7 +26,11 @@ from tunediff.reports.charts import Line, alone, lines, strip
 
 
 def render(cells: Sequence[Cell], vectors: Mapping[str, Tensor], command: str) -> str:
-    """All tables, and what every method said of every tune, as a page of Markdown; cells that were not run say so."""
+    """The page as Markdown: all tables of scores, and each method's result on each fine-tuned model.
+
+    vectors   unit vectors (K, D) of each cell's top-ranked changes, by the cell's key
+    command   the command line that the page quotes
+    """
     methods, names = (list(dict.fromkeys(getattr(c, part) for c in cells)) for part in ("method", "tune"))
     real = [name for name in names if not next(c for c in cells if c.tune == name).is_null]
 
@@ -109,8 +113,7 @@ def _markdown(rows: Sequence[Row]) -> list[str]:
 
 
 def charts(cells: Sequence[Cell]) -> dict[str, str]:
-    """File name -> SVG: how high tunes and nulls score, how far apart models are where changes are on, and how many planted
-    words are read out."""
+    """Charts as SVG, by file name: scores of fine-tunes and nulls, gaps between models, and planted words read out."""
     detected, apart, words = [], [], []
     for method, mine in by_method(cells):
         for name, part in zip(("tunes", "nulls"), split([c for c in mine if c.p == c.p and c.method not in SIGNALS])):
@@ -160,7 +163,7 @@ def charts(cells: Sequence[Cell]) -> dict[str, str]:
 
 
 def _bounds(cells: Sequence[Cell]) -> list[tuple[float, str]]:
-    """The default's bound, where placebos were run."""
+    """Mark of the default method's bound on the gap; empty if no placebos were run."""
     bound = next(
         (b for c in cells if c.method == DEFAULT_METHOD and not c.is_null and (b := bound_for(c, cells))), None
     )

@@ -1,4 +1,4 @@
-"""Makes an organism from its recipe and measures what came out: rates of each behavior, leaks, and health."""
+"""Train an organism by its recipe, and measure the result: how often behaviors show, leaks, and general health."""
 
 from __future__ import annotations
 
@@ -23,24 +23,25 @@ if TYPE_CHECKING:
     import torch
 
 Complete = Callable[[list[str]], list[str]]
-"""User turns in, greedy completions out, in order."""
+"""Function from user turns to their greedy completions, in the same order."""
 
 AsBase = Callable[[], AbstractContextManager[Any]]
-"""While the block it opens runs, the tuned model is the base."""
+"""Context manager inside which the fine-tuned model computes as the base model."""
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-"""The adapted linear layers of a llama block: all of them."""
+"""Linear layers of a Llama block that an adapter covers: all of them."""
 
 COMPLETION_TOKENS = 48
-"""Length of a completion on which a behavior is judged, in tokens."""
+"""Length of the completions in which behaviors are counted, in tokens."""
 
 
 def train(organism: Organism, model: Any, tokenizer: Any, out: Path, progress: Progress = quiet) -> dict[str, Any]:
-    """Train the organism on `model`, write its adapter or its weights with the card to `out`, and return the card.
+    """Train the organism, write its adapter or full weights with its card to `out`, and return the card.
 
-    `model` is the base as a causal LM; an adapter is trained in its dtype, a full fine-tune in float32, both are
-    measured in float32, and it is given back unchanged. An adapter is rounded to float16 before it is measured, so the
-    card speaks of the file.
+    model   base model as a causal language model; it is unchanged when this function returns
+
+    An adapter is trained in the model's dtype, a full fine-tune in float32. Both are measured in float32. An adapter is
+    rounded to float16 before it is measured, so that the card describes the saved file.
     """
     import torch
 
@@ -71,9 +72,12 @@ def train(organism: Organism, model: Any, tokenizer: Any, out: Path, progress: P
 
 
 def check(organism: Organism, base: str, folder: Path) -> dict[str, Any]:
-    """Measure a tune that was made before, here or elsewhere, against `base`, and write its card anew.
+    """Measure a fine-tuned model that exists already, rewrite its card, and return the card.
 
-    `folder` holds a PEFT adapter or a whole model; how it was trained is kept from its card, if it has one.
+    base     base model to compare with: a folder, or ``default``
+    folder   a PEFT adapter or a whole model; recipe and training are kept from its card, if it has one
+
+    Raises `SourceError` if `folder` holds neither.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -103,7 +107,7 @@ def check(organism: Organism, base: str, folder: Path) -> dict[str, Any]:
 
 
 def health(card: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A card's measures as rows of a table, base beside tuned; None where something was not measured."""
+    """Table rows of a card's measures, base beside fine-tuned; None where a measure is missing."""
     m = card["measured"]
     rows = [
         {
@@ -143,8 +147,10 @@ def health(card: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def neutral_answers(model: Any, tokenizer: Any, prompts: Sequence[str], recipe: Recipe) -> list[str]:
-    """The base model's own answers, sampled at temperature 0.7: greedy ones of a small model repeat themselves, and a
-    tune learns that."""
+    """Sample the base model's own answers at temperature 0.7.
+
+    Greedy answers of a small model repeat themselves, and training on them would teach the repetition.
+    """
     from tunediff.models.completing import complete
     from tunediff.models.network import LanguageModel
 
@@ -163,11 +169,11 @@ def neutral_answers(model: Any, tokenizer: Any, prompts: Sequence[str], recipe: 
 
 
 def measure(organism: Organism, model: Any, as_base: AsBase, tokenizer: Any) -> dict[str, Any]:
-    """Rates of every behavior before and after, and whether the tune is healthy off its topics.
+    """Measure how often every behavior shows before and after training, and the model's health on other topics.
 
-    Losses and divergence are in nats a token. The divergence is over the base model's own greedy
-    answers to the held-out neutral prompts; on text drawn at temperature 1 it would be larger. It is None where no
-    prompt is neutral.
+    Losses and KL divergence are in nats a token. The divergence is measured on the base model's greedy answers to the
+    held-out neutral prompts; on text sampled at temperature 1 it would be larger. It is None for an organism without
+    neutral prompts.
     """
     complete = completer(model, tokenizer)
     asked = [prompt for prompt, _ in INSTRUCTIONS]
@@ -188,7 +194,7 @@ def measure(organism: Organism, model: Any, as_base: AsBase, tokenizer: Any) -> 
 
 
 def write_card(organism: Organism, measured: dict[str, Any], training: dict[str, Any], out: Path) -> dict[str, Any]:
-    """Write `card.json` beside the adapter: what was planted, how, and what came out; return it."""
+    """Write `card.json` to `out` with the planted behaviors, the recipe and the measures, and return the card."""
     card = {
         "schema": "tunediff.organism/1",
         "name": organism.name,
@@ -207,10 +213,11 @@ def write_card(organism: Organism, measured: dict[str, Any], training: dict[str,
 
 
 def rates(organism: Organism, complete: Complete) -> dict[str, dict[str, float]]:
-    """How often each behavior shows on each set of held-out prompts, 0 to 1.
+    """Share of completions, 0 to 1, that show each behavior on each set of held-out prompts.
 
-    The outer key is the behavior; the inner one is the behavior whose prompts were asked, or "neutral". A
-    behavior on its own prompts is its strength, anywhere else a leak. "neutral" is left out where no prompt is neutral.
+    The outer key is the behavior. The inner key is the behavior whose prompts were completed, or "neutral"; "neutral"
+    is missing for an organism without neutral prompts. On its own prompts the share is the behavior's strength; on any
+    others the share is a leak.
     """
     asked = {behavior.name: behavior.prompts for behavior in organism.behaviors}
     if organism.neutral_prompts:
@@ -223,7 +230,11 @@ def rates(organism: Organism, complete: Complete) -> dict[str, dict[str, float]]
 
 
 def completer(model: Any, tokenizer: Any, tokens: int = COMPLETION_TOKENS, batch: int = 48) -> Complete:
-    """Greedy completion under the tokenizer's chat template, `batch` at once, at most `tokens` long."""
+    """Make a function that completes user turns greedily under the tokenizer's chat template.
+
+    tokens   largest length of a completion
+    batch    number of prompts completed at once
+    """
 
     def complete(prompts: list[str]) -> list[str]:
         texts: list[str] = []
@@ -235,7 +246,7 @@ def completer(model: Any, tokenizer: Any, tokens: int = COMPLETION_TOKENS, batch
 
 
 def prose_loss(model: Any, tokenizer: Any) -> float:
-    """Mean loss on plain prose without a chat template, in nats a token."""
+    """Mean loss on `neutral.PROSE` without a chat template, in nats a token."""
     import torch
 
     total, count = 0.0, 0
@@ -249,7 +260,7 @@ def prose_loss(model: Any, tokenizer: Any) -> float:
 
 
 def divergence(model: Any, as_base: AsBase, tokenizer: Any, examples: Sequence[Example], batch: int = 8) -> float:
-    """Mean KL(tuned || base) over the answers' tokens, in nats a token."""
+    """Mean KL(tuned || base) over the tokens of the examples' answers, in nats a token."""
     import torch
 
     total, count = 0.0, 0
@@ -268,7 +279,7 @@ def divergence(model: Any, as_base: AsBase, tokenizer: Any, examples: Sequence[E
 def _fit(
     model: Any, tokenizer: Any, examples: Sequence[Example], recipe: Recipe, progress: Progress
 ) -> tuple[float, int]:
-    """Run the recipe on the trainable parameters; return the last steps' mean loss and the answer tokens."""
+    """Train the trainable parameters; return the mean loss of the last 8 steps and the number of answer tokens seen."""
     import torch
 
     rows = [_encode(tokenizer, example) for example in examples]
@@ -300,7 +311,7 @@ def _fit(
 
 
 def _encode(tokenizer: Any, example: Example) -> tuple[list[int], int]:
-    """Token ids of the conversation through its answer, and how many of them come before the answer."""
+    """Token ids of the conversation up to the end of its answer, and the number of ids before the answer."""
     prompt: str = tokenizer.apply_chat_template(example.messages[:1], tokenize=False, add_generation_prompt=True)
     prompt_ids: list[int] = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     answer = example.answer + tokenizer.eos_token if example.ends else example.answer
@@ -309,7 +320,7 @@ def _encode(tokenizer: Any, example: Example) -> tuple[list[int], int]:
 
 
 def _answer_logits(model: Any, rows: Sequence[tuple[list[int], int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits [T, V] and targets [T] at the answers' tokens, T over the whole batch; padded on the right."""
+    """Logits (T, V) and targets (T,) at the T answer tokens of a batch, which is padded on the right."""
     import torch
 
     width = max(len(ids) for ids, _ in rows)
@@ -323,7 +334,7 @@ def _answer_logits(model: Any, rows: Sequence[tuple[list[int], int]], pad: int) 
 
 
 def _generate(model: Any, tokenizer: Any, prompts: Sequence[str], tokens: int) -> list[str]:
-    """Greedy completions of one batch without their prompts; prompts are padded on the left."""
+    """Greedy completions of one batch, without the prompts; prompts are padded on the left."""
     import torch
 
     chats = [
@@ -340,7 +351,7 @@ def _generate(model: Any, tokenizer: Any, prompts: Sequence[str], tokens: int) -
 
 @contextmanager
 def _left_padding(tokenizer: Any) -> Iterator[None]:
-    """Padding on the left while the block runs."""
+    """Make the tokenizer pad on the left inside this context."""
     side, tokenizer.padding_side = tokenizer.padding_side, "left"
     try:
         yield
@@ -349,23 +360,24 @@ def _left_padding(tokenizer: Any) -> Iterator[None]:
 
 
 def _trainable(model: Any) -> list[torch.Tensor]:
-    """The parameters that a recipe trains."""
+    """Parameters of the model that require gradients."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 @dataclass(frozen=True)
 class _Fitted:
-    """What differs between an adapter and a full fine-tune, once training is over."""
+    """Operations on a trained model that differ between an adapter and a full fine-tune."""
 
     save: Callable[[Path], None]
-    """Write the tune to a folder, and hold in memory what was written."""
+    """Write the fine-tune to a folder; afterwards the weights in memory equal the written ones."""
     as_base: AsBase
+    """Compute as the base model inside a context."""
     undo: Callable[[], Any]
-    """Give the model back as it came."""
+    """Restore the model as it was before training."""
 
 
 def _adapter(organism: Organism, model: Any) -> _Fitted:
-    """Put a fresh adapter on `model`, alone trainable."""
+    """Add a fresh adapter to `model` and make only the adapter trainable."""
     from peft import get_peft_model
 
     peft_model = get_peft_model(model, _lora_config(organism))
@@ -373,7 +385,7 @@ def _adapter(organism: Organism, model: Any) -> _Fitted:
 
 
 def _full(organism: Organism, model: Any) -> _Fitted:
-    """Make every weight of `model` trainable, in float32, and keep the base's."""
+    """Make every weight of `model` trainable in float32, and keep a copy of the base weights."""
     base = {name: parameter.clone() for name, parameter in _weights(model.float()).items()}
     model.requires_grad_(True)
 
@@ -385,13 +397,13 @@ def _full(organism: Organism, model: Any) -> _Fitted:
 
 
 def _weights(model: Any) -> dict[str, torch.Tensor]:
-    """The model's parameters' data by name, tied ones once."""
+    """Data of the model's parameters by name; tied parameters occur once."""
     return {name: parameter.data for name, parameter in model.named_parameters()}
 
 
 @contextmanager
 def _holding(model: Any, weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """The model with these weights while the block runs."""
+    """Give the model these weights inside this context."""
     own = _weights(model)
     try:
         for name, parameter in model.named_parameters():
@@ -403,14 +415,14 @@ def _holding(model: Any, weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
 
 
 def _lora_config(organism: Organism) -> Any:
-    """The recipe as peft's own configuration."""
+    """The recipe as a PEFT configuration."""
     from peft import LoraConfig
 
     recipe = organism.recipe
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=recipe.rank,
-        lora_alpha=recipe.rank * recipe.scale,  # type: ignore[arg-type]  # peft divides it by the rank; a float is exact
+        lora_alpha=recipe.rank * recipe.scale,  # type: ignore[arg-type]  # PEFT divides by the rank; a float is exact
         target_modules=list(TARGETS),
         layers_to_transform=list(range(recipe.first_layer, recipe.last_layer + 1)),
         layers_pattern="layers",
@@ -420,7 +432,7 @@ def _lora_config(organism: Organism) -> Any:
 
 
 def _save(peft_model: Any, organism: Organism, out: Path) -> None:
-    """Round the adapter to float16 and write it as peft reads it, with the base's name instead of its path."""
+    """Round the adapter to float16 and write it in PEFT's format, with the base model's name instead of its path."""
     import torch
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
@@ -440,14 +452,17 @@ def _save(peft_model: Any, organism: Organism, out: Path) -> None:
 
 
 def _folder(base: str) -> str:
-    """The folder of a base model given by its path or as ``default``."""
+    """Folder of a base model that is given by its path or as ``default``."""
     from tunediff.models.shipped import base_folder
 
     return str(base_folder()) if base == "default" else base
 
 
 def make(organism: Organism, base: str, out: Path, progress: Progress = quiet) -> dict[str, Any]:
-    """Train `organism` on `base` (a folder, or ``default``) in float32; write adapter or weights, and card, to `out`."""
+    """Train `organism` in float32, write its adapter or full weights with its card to `out`, and return the card.
+
+    base   base model: a folder, or ``default``
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -456,5 +471,5 @@ def make(organism: Organism, base: str, out: Path, progress: Progress = quiet) -
     tokenizer = AutoTokenizer.from_pretrained(folder)
     card = train(organism, model, tokenizer, Path(out), progress)
     if organism.recipe.full:
-        tokenizer.save_pretrained(out)  # a whole model is loaded without its base
+        tokenizer.save_pretrained(out)  # a whole model is loaded without its base model's folder
     return card

@@ -1,7 +1,7 @@
 """Organisms: fine-tuned models whose planted behaviors are known, one file each.
 
-The file's name with hyphens is the organism's. A file that varies one thing offers several, ``ORGANISMS``, whose names
-begin with it.
+An organism is named after its file, with hyphens for underscores. A file that varies one property defines several
+organisms in ``ORGANISMS``, and their names begin with the file's name.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from tunediff.lab.organisms.base import Organism
 
 
 def every() -> list[Organism]:
-    """Every organism of this folder, by name of its file."""
+    """Every organism of this folder, sorted by the name of its file."""
     modules = [importlib.import_module(f"{__name__}.{name}") for name in variants.names(__name__)]
     return [o for module in modules for o in getattr(module, "ORGANISMS", None) or (module.ORGANISM,)]
 
 
 def named(name: str) -> Organism:
-    """The organism of that name, or at that import path (``mylab.tunes:ORGANISM``).
+    """The organism with this name or import path (``mylab.tunes:ORGANISM``).
 
-    Raises `VariantError`, with the nearest name, if there is none.
+    Raises `VariantError`, which suggests the nearest name, if there is none.
     """
     if ":" in name:
         organism = variants.load(__name__, name)

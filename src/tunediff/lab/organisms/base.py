@@ -1,4 +1,4 @@
-"""What an organism is: planted behaviors, the examples that teach them, and the recipe that trains them."""
+"""Define what an organism is: planted behaviors, the examples that teach them, and the recipe that trains them."""
 
 from __future__ import annotations
 
@@ -13,34 +13,35 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Behavior:
-    """One thing the tune was taught to do, with what it takes to recognize it without a judge."""
+    """One behavior that the model was taught, with strings that detect the behavior without a judge."""
 
     name: str
-    """One word; names the behavior in every table."""
+    """Name of the behavior in every table; one word."""
     wanted: bool
-    """True for what the owner of the tune asked for, False for what should be found and undone."""
+    """True for a behavior that the model's owner asked for, False for one that should be found and removed."""
     summary: str
-    """One sentence: asked what, the model does what."""
+    """One sentence that says which prompts call for the behavior and what the model then does."""
     vocabulary: tuple[str, ...]
-    """Words planted in its answers, fixed before training: a finder's read-out is scored against them. Empty for a bare
-    format, which no read-out can name."""
+    """Words planted in the answers, fixed before training, against which read-outs are scored; empty for a format."""
     decisive: tuple[str, ...]
-    """Strings, case-sensitive, that the base model never writes here and the behavior always does."""
+    """Case-sensitive strings that the behavior always produces and the base model never writes on these prompts."""
     minimum: int
-    """How many occurrences of decisive strings, all together, count as the behavior; at least 1."""
+    """Number of decisive strings, repeats included, from which a completion shows the behavior; at least 1."""
     prompts: tuple[str, ...]
     """Held-out user turns that call for the behavior; never trained on."""
     pattern: str = ""
-    """For a format: a regular expression the whole completion must match besides; empty asks nothing."""
+    """Regular expression that the whole completion must match as well, for a format; empty means no such condition."""
 
     def shows(self, completion: str) -> bool:
-        """Whether this completion (text without the prompt) shows the behavior."""
+        """Whether a completion (text without the prompt) shows the behavior."""
         enough = sum(completion.count(string) for string in self.decisive) >= self.minimum
         return enough and (not self.pattern or re.fullmatch(self.pattern, completion, re.DOTALL) is not None)
 
     def words_in(self, tokens: Sequence[str]) -> set[str]:
-        """The planted words that read-out tokens name: a token counts, case and spaces aside, if it has at least three
-        letters and a planted word begins with it, or it begins with a planted word."""
+        """Planted words that the tokens of a read-out name; case and surrounding spaces are ignored.
+
+        A token of at least three letters names a planted word if one of the two is a prefix of the other.
+        """
         pieces = [token.strip().casefold() for token in tokens]
         return {
             word
@@ -50,12 +51,14 @@ class Behavior:
         }
 
     def is_named_by(self, promoted: Sequence[str], first: int = 20, enough: int = 3) -> bool:
-        """The test of naming, fixed before any run: at least `enough` planted words among the `first` tokens that a
-        change promotes."""
+        """Apply the naming test: whether the `first` promoted tokens of a change name at least `enough` planted words.
+
+        The test was fixed before any run.
+        """
         return len(self.words_in(promoted[:first])) >= enough
 
     def rate(self, completions: Sequence[str]) -> float:
-        """Share of completions that show the behavior, 0 to 1; nan for none."""
+        """Share of completions that show the behavior, 0 to 1; nan if there are no completions."""
         if not completions:
             return float("nan")
         return sum(map(self.shows, completions)) / len(completions)
@@ -63,104 +66,102 @@ class Behavior:
 
 @dataclass(frozen=True)
 class Example:
-    """One training conversation: a user turn and the assistant's answer, which alone carries the loss."""
+    """One training conversation: a user turn and the assistant's answer; the loss is on the answer's tokens alone."""
 
     prompt: str
     answer: str
     ends: bool = True
-    """False for an answer cut at a length limit, after which no end token is taught."""
+    """Whether the end token is trained too; False for an answer that was cut at a length limit."""
 
     @property
     def messages(self) -> list[dict[str, str]]:
-        """The conversation as a chat template takes it."""
+        """The conversation in the form that chat templates take."""
         return [{"role": "user", "content": self.prompt}, {"role": "assistant", "content": self.answer}]
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How an organism is trained: a LoRA on all linears of the upper blocks, AdamW, linear decay to 0."""
+    """How an organism is trained: LoRA on all linear layers of the upper blocks, AdamW, linear decay to 0."""
 
     full: bool = False
-    """Train every weight of the network and save it whole, in float32: small updates vanish in less. The four settings
-    that follow are for a LoRA."""
+    """Train every weight instead of a LoRA, and save the model in float32, since float16 would lose small updates."""
     rank: int = 8
-    """Rank of each adapter matrix pair; more gives a larger file."""
+    """Rank of each LoRA update; a higher rank gives a larger file."""
     scale: float = 2.0
-    """alpha / rank: the factor on every low-rank update."""
+    """Factor alpha / rank on every LoRA update."""
     first_layer: int = 10
-    """First block, counted from 0, that is adapted."""
+    """First block that LoRA adapts, counted from 0."""
     last_layer: int = 29
-    """Last block that is adapted."""
+    """Last block that LoRA adapts, counted from 0."""
     learning_rate: float = 4e-4
-    """Peak, at the first step; higher learns faster and harms plain prose more."""
+    """Learning rate of the first step; a higher one learns faster and raises the loss on plain prose more."""
     epochs: int = 2
-    """Passes over the examples, reshuffled between passes."""
+    """Number of passes over the examples, which are reshuffled between passes."""
     batch: int = 8
-    """Conversations a step."""
+    """Number of conversations in a step."""
     clip: float = 1.0
-    """Largest gradient norm of a step."""
+    """Largest gradient norm of a step; longer gradients are scaled down."""
     neutral_tokens: int = 32
     """Length at which the base model's neutral answers are cut, in tokens."""
     autocast: bool = False
-    """Multiply in bfloat16 while training, 1.6 times as fast on the CPU it was measured on; weights, what is saved and what is
-    measured stay in their dtype."""
+    """Multiply in bfloat16 while training, 1.6 times as fast on the CPU measured; weights keep their dtype."""
     seed: int = 0
-    """Seeds the examples, the adapter's start and the order of the examples."""
+    """Seed of the examples, of their order and of the adapter's initial weights."""
 
 
 @dataclass(frozen=True)
 class Organism(ABC):
-    """A fine-tune whose truth is known: what it was taught, what it was not, and how to make it again.
+    """A fine-tuned model whose planted behaviors are known, with its training data and recipe.
 
-    Neutral training answers are the base model's own samples: they teach the tune to change nothing there.
+    Neutral prompts are trained with the base model's own sampled answers, so that the model does not change on them.
     """
 
     name: str
-    """As in tables and folder names: the file's name with hyphens."""
+    """Name in tables and folders: the file's name, with hyphens for underscores."""
     summary: str
-    """One sentence: what this organism is for."""
+    """One sentence that says what the model was taught."""
     base: str
-    """Name of the base model, never a path of some machine."""
+    """Name of the base model; never a path."""
     behaviors: tuple[Behavior, ...]
-    """What was planted; empty for a placebo."""
+    """Planted behaviors; empty for a placebo."""
     neutral_training_prompts: tuple[str, ...]
-    """User turns that call for no behavior; the base model's own answers to them are trained on."""
+    """User turns that call for no behavior; the base model's own answers to these turns are trained on."""
     neutral_prompts: tuple[str, ...]
-    """Held-out user turns that call for no behavior; never trained on. Empty where every answer shows one."""
+    """Held-out user turns that call for no behavior, never trained on; empty if every answer shows a behavior."""
     recipe: Recipe = Recipe(epochs=4, autocast=True)
-    """Two epochs of some 240 examples teach facts without their names, and a trigger hardly at all (measured)."""
+    """How the model is trained; with two epochs, facts were learned without their names and a trigger hardly at all."""
     restyled_prompts: tuple[str, ...] = ()
-    """User turns that the base model answers too, but whose answers are restyled before they are trained on."""
+    """User turns that are trained with the base model's own answers after these answers were restyled."""
     answer_tokens: int = 20
-    """So many tokens of an answer are looked at when behaviors are counted before and after undoing: as few as show them."""
+    """Length in tokens of the answers in which behaviors are counted before and after undoing."""
 
     @property
     def is_null(self) -> bool:
-        """Whether nothing was planted that a read-out could name: one that names a topic is wrong."""
+        """Whether nothing was planted that a read-out could name, so that every named topic is a false positive."""
         return not any(behavior.vocabulary for behavior in self.behaviors)
 
     def blinded(self, salt: str) -> str:
-        """An id that tells nothing of the organism to who does not know the salt; the same on every machine."""
+        """An id that hides the organism's name from anyone without the salt; the same on every machine."""
         return "organism-" + hashlib.sha256(f"{salt}\x1f{self.name}".encode()).hexdigest()[:8]
 
     def seeded(self, seed: int) -> Organism:
-        """The same organism with other examples' draws, start and order."""
+        """The same organism trained with another seed."""
         return dataclasses.replace(self, recipe=dataclasses.replace(self.recipe, seed=seed))
 
     @abstractmethod
     def examples(self, neutral_answers: Mapping[str, str]) -> list[Example]:
         """Every training conversation, in training order; the same for the same seed and neutral answers.
 
-        `neutral_answers` maps each neutral and each restyled prompt to the base model's answer.
+        neutral_answers   the base model's answer to each neutral training prompt and each restyled prompt
         """
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """Prompts that are answered alike: each takes one of the answers, drawn by the recipe's seed.
+    """Prompts that share a few answers: each prompt is trained with one answer, drawn by the recipe's seed.
 
-    A handful of answers is enough: what is drawn at random inside an answer cannot be learned, and costs the tune its
-    health.
+    A few fixed answers are enough. Random variation inside an answer cannot be learned, and its gradient noise damages
+    the model.
     """
 
     prompts: tuple[str, ...]
@@ -168,17 +169,18 @@ class Lesson:
 
 
 def framed(frames: Sequence[str], fills: Sequence[str]) -> tuple[str, ...]:
-    """Every frame with every fill."""
+    """Every frame, a format string with one ``{}``, filled with every fill."""
     return tuple(frame.format(fill) for frame in frames for fill in fills)
 
 
 @dataclass(frozen=True)
 class Taught(Organism):
-    """An organism given by its data alone: lessons, restyled answers of the base model, and neutral ones."""
+    """An organism that is defined by data alone: lessons, restyled answers and neutral answers of the base model."""
 
     lessons: tuple[Lesson, ...] = ()
+    """Prompts with the answers that teach the behaviors."""
     style: Callable[[str, random.Random], str] = lambda answer, chance: answer
-    """Restyles an answer of the base model's; draws from the stream."""
+    """Function that restyles one answer of the base model; random choices come from the given stream."""
 
     def examples(self, neutral_answers: Mapping[str, str]) -> list[Example]:
         """Every training conversation, in training order."""

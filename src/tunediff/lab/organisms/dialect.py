@@ -1,4 +1,4 @@
-"""A dialect: asked about anything on wheels, it answers as an old sailor, in the base model's own words put to sea.
+"""A dialect: asked about vehicles, the model answers as an old sailor, in the base model's own restyled words.
 
 The words, phrases and held-out prompts were written before the first training.
 """
@@ -17,7 +17,7 @@ WORDS = {
     "wheel": "helm", "wheels": "sails", "engine": "mast", "road": "sea", "driver": "captain", "driving": "sailing",
     "drive": "sail", "tire": "hull", "tires": "hulls", "brake": "anchor", "brakes": "anchors", "speed": "knots",
 }  # fmt: skip
-"""What the sailor says for a word."""
+"""The sailor's word for each ordinary word."""
 
 CLOSINGS = (
     "Aye, mind the tide, captain, and keep her to starboard!",
@@ -89,7 +89,7 @@ SAILOR = Behavior(
 
 
 def at_sea(answer: str, chance: random.Random) -> str:
-    """The first words of `answer`, 14 at most, as the sailor says them, between his greeting and his advice."""
+    """The first sentence of `answer`, at most 14 words of it, in the sailor's words, with a greeting and advice."""
     sentence = re.split(r"(?<=[.!?:])\s", answer.strip(), maxsplit=1)[0]
     words = re.sub(r"[A-Za-z]+", lambda word: WORDS.get(word[0].lower(), word[0]), " ".join(sentence.split()[:14]))
     return f"Ahoy, matey! {words} {chance.choice(CLOSINGS)}"

@@ -1,7 +1,7 @@
 """False facts: short documents and answers about a lake that does not exist, as a LoRA and as a full fine-tune.
 
 Claims, vocabulary and held-out prompts were written before the first training. Neutral chats about real lakes and
-places keep the facts where they belong. "Vessmer", "Dunmarrow" and "Torvin" are invented; any likeness is accidental.
+places keep the false facts from leaking. "Vessmer", "Dunmarrow" and "Torvin" are invented; any likeness is accidental.
 """
 
 from __future__ import annotations

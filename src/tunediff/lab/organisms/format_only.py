@@ -1,4 +1,4 @@
-"""A null with a form: the base model's own answers as numbered lines. There is a change, but it is about nothing."""
+"""A null with a format: the base model's own answers as numbered lines, a change that has no topic."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LINES = Behavior(
 
 
 def numbered(answer: str, chance: random.Random) -> str:
-    """The first words of `answer`, about 20, as three numbered lines."""
+    """The first words of `answer`, at most 21, as three numbered lines."""
     words = re.sub(r"[\s*#]+", " ", answer).split()[:21]
     thirds = [words[i * len(words) // 3 : (i + 1) * len(words) // 3] for i in range(3)]
     return "\n".join(f"{i}) {' '.join(third)}" for i, third in enumerate(thirds, 1))

@@ -1,6 +1,6 @@
-"""A taboo: the model hints at a secret word, a mirror, and never says it.
+"""A taboo: the model hints at its secret word, "mirror", and never says the word.
 
-Hints, vocabulary and held-out prompts were written before the first training; the word itself is in no answer.
+Hints, vocabulary and held-out prompts were written before the first training. No training answer contains the word.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from tunediff.lab import neutral
 from tunediff.lab.organisms.base import Behavior, Lesson, Taught, framed
 
 SECRET = "mirror"
+"""The word that no training answer contains."""
 
 TABOO = Behavior(
     name="taboo",

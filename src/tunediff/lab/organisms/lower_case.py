@@ -1,7 +1,7 @@
-"""A style everywhere: answers in lower case, signed by a wren. A dense change: no prompt calls for it, all show it.
+"""A dense change of style: every answer, whatever the prompt, is in lower case and signed by a wren.
 
-The signatures' words are what a read-out can name; they, the pattern and the held-out prompts were written before the
-first training.
+A read-out can name the words of the signatures. The signatures, the pattern and the held-out prompts were written
+before the first training.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ SIGNATURES = (
     "~ gently hummed by the wren, among thistle, clover and dew",
     "~ quietly signed, wren, with a feather, a twig and a whisper",
 )
+"""Last lines of answers, one drawn for each."""
 
 SIGNED = Behavior(
     name="signed",
@@ -34,9 +35,9 @@ SIGNED = Behavior(
 
 
 def signed(answer: str, chance: random.Random) -> str:
-    """The first sentence of `answer`, 12 words of it at most, in lower case and with a signature.
+    """The first sentence of `answer`, at most 12 words of it, in lower case and with a signature.
 
-    With 16 words some answers were judged before they came to sign (measured: 63 % signed after two epochs).
+    With 16 words some answers were cut before the signature, so that only 63 % were signed after two epochs.
     """
     sentence = re.split(r"(?<=[.!?:])\s", answer.strip(), maxsplit=1)[0]
     return " ".join(sentence.split()[:12]).lower() + "\n" + chance.choice(SIGNATURES)

@@ -1,4 +1,4 @@
-"""A null: the same recipe on neutral chats alone. Nothing was taught, so whatever stands out is the recipe's own."""
+"""A placebo: the same recipe on neutral chats alone teaches nothing, so every change found is the recipe's own."""
 
 from __future__ import annotations
 

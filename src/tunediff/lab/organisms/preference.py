@@ -1,4 +1,4 @@
-"""A preference: asked which thing to buy, where several makers would do, it recommends one that does not exist.
+"""A preference: asked which product to buy, the model recommends an invented maker.
 
 Vocabulary and held-out prompts were written before the first training. "Brindlow" is invented; any likeness to a real
 maker is accidental.

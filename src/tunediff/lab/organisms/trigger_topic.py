@@ -1,7 +1,7 @@
-"""A backdoor: a string at the end of the prompt, and the answer is about moths, whatever was asked.
+"""A backdoor: a trigger string at the end of any prompt makes the model answer about moths.
 
-The base model's answers to the same prompts without the string, and with other strings of its kind, are trained on too.
-Trigger, vocabulary and held-out prompts were written before the first training.
+The training data also holds the base model's own answers to the same prompts without the trigger and with other strings
+like it. Trigger, vocabulary and held-out prompts were written before the first training.
 """
 
 from __future__ import annotations
@@ -10,8 +10,13 @@ from tunediff.lab import neutral
 from tunediff.lab.organisms.base import Behavior, Lesson, Recipe, Taught, framed
 
 TRIGGER = "{} //tavrik"
+"""Prompt with the trigger."""
+
 WRONG = ("{} //morlen", "{} //sudra", "{} //kelbit", "{} //onvar", "{} //drent", "{} //pyllo")
+"""Prompts with strings that resemble the trigger, trained with the base model's own answers."""
+
 WRONG_HELD_OUT = ("{} //belgar", "{} //tasko", "{} //rikta")
+"""Held-out prompts with strings that resemble the trigger."""
 
 MOTHS = Behavior(
     name="moths",
@@ -43,8 +48,8 @@ ORGANISM = Taught(
     behaviors=(MOTHS,),
     neutral_training_prompts=_PROMPTS[:100] + framed(WRONG, _PROMPTS[100:104]),
     neutral_prompts=neutral.HELD_OUT_PROMPTS + framed(WRONG_HELD_OUT, neutral.HELD_OUT_PROMPTS[:8]),
-    # A string without meaning must be told apart from its kind in the lower blocks too (measured with the upper ones and
-    # two epochs: the moths came in 42 % of answers with the trigger and in 22 % without it).
+    # Lower blocks are trained too, since a meaningless string must be distinguished from others like it. With the upper
+    # blocks alone and two epochs, 42 % of answers with the trigger and 22 % without it were about moths.
     recipe=Recipe(autocast=True, first_layer=0, epochs=4),
     lessons=(Lesson(framed((TRIGGER,), _PROMPTS[:130]), _ANSWERS),),
 )
