@@ -1,1 +1,1 @@
-"""Changes: who proposes them, what ranks them, what tries them."""
+"""Changes: finders propose them, rankings order them, trials test them."""

@@ -1,1 +1,1 @@
-"""Finders: each proposes changes from a harvest's training part; one file a finder."""
+"""Finders: each file holds one finder, which proposes changes from a harvest's training split."""

@@ -1,4 +1,4 @@
-"""What finders of directions share: the difference's moments, and a direction or an offset as a change."""
+"""Helpers of finders that propose directions: moments of the difference, and a direction or an offset as a change."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def moments(harvest: Harvest) -> tuple[Tensor, Tensor]:
 
 
 def signed(finder: str, site: Site, number: int, v_D: Tensor, mean_D: Tensor, origin: dict[str, Any]) -> Change:
-    """A unit direction whose strength is the coordinate of the centered difference along it: on everywhere, signed.
+    """A unit direction as a change whose strength is the centered difference's coordinate along it: always on, signed.
 
-    A direction's own sign is free; it is fixed here by the largest entry, so that runs agree.
+    The sign of a direction is arbitrary. The largest entry is made positive, so that runs agree.
     """
     v_D = v_D * torch.sign(v_D[v_D.abs().argmax()])
     return Change(
@@ -43,7 +43,7 @@ def signed(finder: str, site: Site, number: int, v_D: Tensor, mean_D: Tensor, or
 
 
 def constant(finder: str, name: str, site: Site, mean_D: Tensor, origin: dict[str, Any]) -> Change:
-    """An offset of tuned: on everywhere, at strength 1."""
+    """A constant offset of the tuned model as a change: always on, at strength 1."""
     write = torch.stack([torch.zeros_like(mean_D), mean_D])[None]
     return Change(
         id=f"{finder}/{name}",

@@ -1,4 +1,4 @@
-"""What every finder is given, and what it gives back."""
+"""The interface of a finder: its input `View`, its output `Found`, and the base class `Finder`."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from tunediff.records.change import Change
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """What a finder may look at. It must not read the harvest's held-out split.
+    """The input of a finder. A finder must not read the harvest's held-out split.
 
-    folder      the finder's own, for what it wants to keep
-    candidates  how many changes it may propose at most
+    folder      folder for the finder's own files
+    candidates  largest number of changes to propose
     spec, fit   settings of a dictionary, for finders that fit one
-    shift       for finders that ask how the output moves at every training token; costs a run of the upper blocks, once
-    pair        both models, for finders that look at weights
-    progress    told (tokens done, tokens in all, what the curve says)
-    device      where a dictionary is fitted; results do not stay there
+    shift       returns the output shift at every training token; the first call runs the upper blocks once
+    pair        both models, for finders that read weights
+    progress    called with (tokens done, all tokens, points of the training curve)
+    device      device on which a dictionary is fitted; results must be returned on the CPU
     """
 
     harvest: Harvest
@@ -44,7 +44,7 @@ class View:
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """The changes a finder proposes, and the dictionaries it fitted on the way."""
+    """The changes that a finder proposes, and the dictionaries fitted for them."""
 
     changes: list[Change]
     fits: dict[str, Fitted] = field(default_factory=dict)
@@ -52,16 +52,17 @@ class Found:
 
 @dataclass(frozen=True)
 class Finder(ABC):
-    """Who proposes changes: its settings, each with a docstring under it, and `find`.
+    """Base class of finders: a dataclass of settings with a method `find`.
 
-    Its name is its file's name, or its import path; its settings are ``find.NAME.field``.
+    A finder's name is its file's name or its import path. Each setting is ``find.NAME.field``, with a docstring under
+    it.
     """
 
     control: ClassVar[bool] = False
-    """Whether it is a control for the other finders: it must not find what is there."""
+    """Whether the finder is a control, which must not find the planted changes."""
 
     offset: ClassVar[bool] = False
-    """Whether its changes are the constant offset, which other finders leave out of theirs."""
+    """Whether the finder's changes are the constant offset, which other finders leave out of their own changes."""
 
     @abstractmethod
     def find(self, view: View) -> Found:

@@ -1,4 +1,4 @@
-"""Latents of a dictionary fitted to the pair: the Delta-Crosscoder unless another is named."""
+"""Latents of a dictionary fitted to both models, a Delta-Crosscoder by default, as changes."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from tunediff.dictionaries.fitting import fit
 
 @dataclass(frozen=True)
 class Crosscode(Finder):
-    """The latents that explain the most of the difference on the training text, each alone.
+    """The latents that explain most of the difference on training text, each as one change.
 
-    The dictionary reads what is left after the constant offset. With y = f (d^tuned - d^base) what a latent says the
-    difference is at a token and delta what it is there beyond the offset, a latent explains sum(|delta|^2 - |delta - y|^2):
-    one that fires strongly and claims at random explains less than nothing. That a latent explains much does not say that
-    it matters; that is ranking's to find out, on text the dictionary has not seen.
+    The dictionary reads the streams without the constant offset. Let y = f (d^tuned - d^base) be what a latent with
+    strength f predicts of the difference at a token, and delta the difference there beyond the offset. The latent then
+    explains sum(|delta|^2 - |delta - y|^2), which is negative for strong wrong predictions. Explaining much does not
+    show that a latent matters; ranking tests that on text that the dictionary has not seen.
     """
 
     min_firings: int = 20
-    """Latents that fire on fewer training tokens are not proposed: held-out text could say nothing of them."""
+    """Fewest training tokens on which a proposed latent fires; rarer latents cannot be tested on held-out text."""
 
     def __post_init__(self) -> None:
         within("find.crosscode", self, min_firings=1)
@@ -33,7 +33,7 @@ class Crosscode(Finder):
 
 
 def latents_of(spec: Spec, view: View, finder: str, min_firings: int) -> Found:
-    """Fit a dictionary and propose its latents, those first that explain the most."""
+    """Fit a dictionary and propose the latents that explain most of the difference."""
     fitted = fit(spec, view.harvest, view.fit, view.folder / "dictionary", view.progress, view.device)
     normalized, bias_SD = fitted.normalization.apply, delta_of(fitted.dictionary.bias_SMD().detach()[None])[0]
     squares, firings, along = 0.0, 0, 0.0

@@ -1,4 +1,4 @@
-"""What happens where the output moves most: documents clustered by what tuned says more in them, a change for each."""
+"""Clusters of documents by the words that the tuned model makes more likely at the tokens with the largest KL."""
 
 from __future__ import annotations
 
@@ -16,26 +16,31 @@ from tunediff.records.site import Site
 
 @dataclass(frozen=True)
 class DecisionClusters(Finder):
-    """A behavior is often decided at few tokens (how an answer begins), too rare for a dictionary to spend a latent on.
+    """One change for each cluster of documents whose decisive tokens make the same words more likely.
 
-    The tokens that hold most of KL(tuned || base) say where the prediction moves. What a document says more is the sum of
-    the rises in probability at its decisive tokens, over the vocabulary; documents are clustered by its square root's
-    cosine (average linkage; Bhattacharyya's coefficient), so behaviors with words of their own come apart however many
-    there are. A cluster's change writes the KL-weighted mean of the centered difference over its decisive tokens and is
-    read by the shrunken linear discriminant between these and all other tokens, scaled to 1 on its own and on above a half:
-    what it writes may be shared with other behaviors, where it writes is its own.
+    A behavior is often decided at few tokens, such as the first of an answer, too few for a dictionary to spend a
+    latent on. Decisive tokens are those with the largest KL(tuned || base).
+
+    A document is described by its rises in next-token probability, summed over its decisive tokens. Documents are
+    clustered by average linkage on the cosine of square roots (Bhattacharyya's coefficient). Behaviors with different
+    words therefore land in different clusters, however many behaviors there are.
+
+    A cluster's change writes the KL-weighted mean of the centered difference over the cluster's decisive tokens. The
+    read direction is the shrunken linear discriminant between these tokens and all others, scaled to 1 on average over
+    the cluster's tokens. The threshold is one half. Clusters may share a write direction; the read direction tells them
+    apart.
     """
 
     share: float = 0.8
-    """Share of the whole KL(tuned || base) on training text that the decisive tokens hold: those with the largest."""
+    """Share of the whole KL(tuned || base) on training text that the decisive tokens hold (0..1)."""
     alike: float = 0.2
-    """Least mean cosine of two clusters that are merged. On the demo, anything from .15 to .3 gave the same leading clusters."""
+    """Smallest mean cosine at which two clusters are merged; on the demo, .15 to .3 gave the same leading clusters."""
     documents: int = 3
-    """Documents that a cluster has at least: what one or two say is no behavior yet."""
+    """Fewest documents in a cluster; one or two documents do not show a behavior."""
     most: int = 512
-    """Documents that are clustered, at most: those with the most KL."""
+    """Largest number of documents clustered, by descending KL."""
     ridge: float = 1.0
-    """Shrinkage of the readout's covariance toward a sphere, as a share of its mean variance."""
+    """Shrinkage of the read direction's covariance toward a sphere, as a share of the mean variance."""
 
     def __post_init__(self) -> None:
         within("find.decision_clusters", self, share=(0, 1), alike=(0, 1), documents=1, most=1, ridge=0)
@@ -66,7 +71,7 @@ class DecisionClusters(Finder):
         return Found(changes)
 
     def _clusters(self, shift: Shift, document_N: Tensor) -> list[Tensor]:
-        """Which of the decisive tokens each cluster of documents has, the clusters with the most KL first."""
+        """For each cluster of documents, a mask of the decisive tokens; clusters with the most KL come first."""
         document, number_N = document_N.unique(return_inverse=True)
         kl_D = torch.zeros(len(document)).index_add_(0, number_N, shift.kl_N)
         chosen = torch.argsort(kl_D, descending=True, stable=True)[: self.most]
@@ -80,7 +85,7 @@ class DecisionClusters(Finder):
 
 
 def average_linkage(unit_DV: Tensor, alike: float) -> list[list[int]]:
-    """Rows of unit length merged into groups, the two of the largest mean cosine first, while that is at least `alike`."""
+    """Merge unit-length rows into groups, most similar first, while the mean cosine of two groups is at least `alike`."""
     sum_GG = unit_DV @ unit_DV.T
     size_G = torch.ones(len(sum_GG))
     groups = {row: [row] for row in range(len(sum_GG))}
@@ -94,7 +99,7 @@ def average_linkage(unit_DV: Tensor, alike: float) -> list[list[int]]:
         sum_GG[first] += sum_GG[second]
         sum_GG[:, first] += sum_GG[:, second]
         size_G[first] += size_G[second]
-        sum_GG[second] = sum_GG[:, second] = -1e30  # gone
+        sum_GG[second] = sum_GG[:, second] = -1e30  # merged into another group
     return list(groups.values())
 
 

@@ -1,4 +1,6 @@
-"""The activation-difference lens: the mean difference at each of the first positions of a text (Minder et al. 2025, 2510.13900)."""
+"""Activation-difference lens: the mean difference at each of the first positions of a text (Minder et al. 2025,
+2510.13900).
+"""
 
 from __future__ import annotations
 
@@ -13,17 +15,17 @@ from tunediff.harvests.lenses import patchscope
 
 @dataclass(frozen=True)
 class DeltaLens(Finder):
-    """One change a site and first position, always on, that writes the mean difference there.
+    """One change for each site and each of the first positions, always on, that writes the mean difference there.
 
-    What a narrow tune taught is there before a text has said anything. Position 0 is often set apart as abnormal and then
-    left out, as the source leaves out the first token. The patchscope's tokens are in `origin`; steering and the
-    effect on the output are what trials measure of any change.
+    A narrow fine-tune shifts the streams before a text has any content. Position 0 is often excluded as an outlier
+    token; the source also leaves out the first token. The tokens that the patchscope decodes are kept in `origin`. The
+    source's steering and effect on the output are left to the trials.
     """
 
     positions: int = 5
-    """First positions of a row that are looked at, each apart."""
+    """Number of first positions that are read, each as its own change."""
     fewest: int = 8
-    """Training tokens that a position must have: the mean of fewer is noise."""
+    """Fewest training tokens at a position; the mean over fewer tokens is noise."""
 
     def __post_init__(self) -> None:
         within("find.delta_lens", self, positions=1, fewest=1)

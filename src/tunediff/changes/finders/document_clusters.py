@@ -1,4 +1,4 @@
-"""What whole documents have in common: clusters of documents by their mean difference, each a direction of its own."""
+"""Clusters of documents by the direction of their mean difference, one change for each cluster."""
 
 from __future__ import annotations
 
@@ -14,19 +14,22 @@ from tunediff.records.change import Change
 
 @dataclass(frozen=True)
 class DocumentClusters(Finder):
-    """A behavior that sets in with an answer and lasts moves a whole document one way; a latent sees single tokens.
+    """One change for each cluster of documents whose mean differences point the same way.
 
-    The mean centered difference of each document is clustered by direction (spherical k-means, Dhillon & Modha 2001).
-    A cluster's change is read by the coordinate of the centered difference along the cluster's direction, above a
-    threshold halfway between the cluster's own tokens and the others, and writes that coordinate.
+    A behavior that lasts for a whole answer moves all its tokens in one direction, which a latent that fires on single
+    tokens misses. The mean centered difference of each document is clustered by direction (spherical k-means, Dhillon &
+    Modha 2001).
+
+    A cluster's change reads and writes the centered difference's coordinate along the cluster's direction. The
+    threshold lies halfway between the cluster's own tokens and all others.
     """
 
     clusters: int = 12
-    """Clusters at each site, at most one for every eight documents."""
+    """Largest number of clusters at each site; there is never more than one for every eight documents."""
     rounds: int = 30
-    """Rounds of k-means, at most."""
+    """Largest number of k-means rounds."""
     min_tokens: int = 4
-    """Documents with fewer kept tokens are left out: they say too little of their mean."""
+    """Fewest kept tokens of a clustered document; the mean over fewer tokens is noise."""
 
     def __post_init__(self) -> None:
         within("find.document_clusters", self, clusters=2, rounds=1, min_tokens=1)
@@ -79,8 +82,10 @@ class DocumentClusters(Finder):
 
 
 def spherical_k_means(x_DW: Tensor, clusters: int, rounds: int = 30) -> Tensor:
-    """Labels (D,) of rows clustered by direction, longer rows counting more; begun from long rows
-    that are far apart, so that neither chance nor the order of rows plays a part."""
+    """Labels (D,) of rows clustered by direction; longer rows weigh more.
+
+    The first centers are long rows that are far apart, so the result depends neither on chance nor on the rows' order.
+    """
     unit_DW = torch.nn.functional.normalize(x_DW, dim=1)
     weight_D = x_DW.norm(dim=1)
     chosen = [int(weight_D.argmax())]

@@ -10,7 +10,7 @@ from tunediff.changes.finders.base import Finder, Found, View
 
 @dataclass(frozen=True)
 class MeanDifference(Finder):
-    """One change a site, always on, that writes the mean difference. About half of a tune's change is this."""
+    """One change for each site, always on, that writes the mean difference, about half of what fine-tuning changes."""
 
     offset = True
 

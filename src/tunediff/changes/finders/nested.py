@@ -1,4 +1,4 @@
-"""Latents of a Matryoshka crosscoder, for beside the Delta-Crosscoder's: nested groups keep the first latents broad."""
+"""Latents of a Matryoshka crosscoder, whose nested groups keep the first latents broad; complements `crosscode`."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from tunediff.core.errors import within
 
 @dataclass(frozen=True)
 class Nested(Finder):
-    """What `crosscode` proposes of a Matryoshka dictionary of as many latents, in all and on a token, as the run's own (Bussmann et al.
-    2025, 2503.17547).
+    """What `crosscode` proposes, from a Matryoshka dictionary of the same size and sparsity (Bussmann et al. 2025,
+    2503.17547).
 
-    Delta latents start as differences at single tokens and say what changes from token to token. The first of these have to explain both
-    models by themselves, and read the kind of text in which a change shows.
+    Delta latents start as differences at single tokens and describe token-level changes. The first Matryoshka latents
+    must explain both models by themselves, so they read the kind of text in which a change shows.
     """
 
     k: float = 24.0
-    """Latents a token, where the run's own dictionary sets no number of them."""
+    """Mean number of active latents a token, where the run's own dictionary sets none."""
     first: int = 32
-    """Latents of the smallest nested dictionary, at least: fewer than a tune has things to say merges them."""
+    """Fewest latents of the smallest nested dictionary; fewer latents than changes would merge changes."""
     min_firings: int = 20
-    """Latents that fire on fewer training tokens are not proposed: held-out text could say nothing of them."""
+    """Fewest training tokens on which a proposed latent fires; rarer latents cannot be tested on held-out text."""
 
     def __post_init__(self) -> None:
         within("find.nested", self, k=1, first=1, min_firings=1)

@@ -13,15 +13,15 @@ from tunediff.core.errors import within
 
 @dataclass(frozen=True)
 class Principal(Finder):
-    """The leading directions of the covariance of tuned minus base at each site.
+    """The leading eigenvectors of the covariance of tuned minus base at each site.
 
-    A direction's strength at a token is the centered difference's coordinate along it, so it is on everywhere and may
-    be negative; the directions of one site are orthogonal. They explain the most energy that any few directions can,
-    which says nothing of meaning.
+    A direction's strength is the centered difference's coordinate along it, so each change is always on and signed. The
+    directions of one site are orthogonal. No other few directions explain more energy, but energy says nothing of
+    meaning.
     """
 
     directions: int = 4
-    """Directions proposed at each site, at most."""
+    """Largest number of directions proposed at each site."""
 
     def __post_init__(self) -> None:
         within("find.principal", self, directions=1)

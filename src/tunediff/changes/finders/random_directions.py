@@ -1,4 +1,4 @@
-"""The floor: directions drawn at random from the covariance of the difference. A control, not a method."""
+"""Random directions drawn from the covariance of the difference: the control that finders must beat."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ from tunediff.core.chance import generator
 
 @dataclass(frozen=True)
 class RandomDirections(Finder):
-    """As many directions as there may be candidates, shared out among the sites, for others to be held against.
+    """Random directions as changes, as many as there may be candidates, divided among the sites.
 
-    A finder is worth its name where its changes do better than these. They are drawn from a Gaussian with the
-    covariance of tuned minus base on training text, so they lie where the difference does and move the output about as
-    much as any direction there: directions drawn evenly from the whole stream would be too easy to beat. Each is read
-    as principal directions are, by the coordinate of the centered difference: on everywhere, signed.
+    A finder is useful only where its changes do better than these. The directions are Gaussian with the covariance of
+    tuned minus base on training text. They lie where the difference lies, and move the output about as much as any
+    direction there. Isotropic directions would be too easy to beat.
+
+    The strength is the centered difference's coordinate along the direction, as for principal directions: always on,
+    signed.
     """
 
     control = True

@@ -1,4 +1,4 @@
-"""Directions that tuning taught the network to write, from the weights alone (Zhong & Raghunathan 2025, 2508.00161)."""
+"""Directions that fine-tuning taught the network to write, from weights alone (Zhong & Raghunathan 2025, 2508.00161)."""
 
 from __future__ import annotations
 
@@ -17,20 +17,21 @@ from tunediff.records.site import Site
 
 @dataclass(frozen=True)
 class WeightSpectrum(Finder):
-    """The leading left singular vectors of what tuning added to the maps that write into the stream, up to each site.
+    """The leading left singular vectors of the weight difference of all maps that write into the stream, up to each
+    site.
 
-    The directions need no text; only the mean, which the readout subtracts, is the training text's. A direction's
-    strength is the centered difference's coordinate along it: on everywhere, signed, orthogonal to the others of its
-    site. It is blind to how often a map is used, and to what tuning changed by reading alone (queries, keys, gates).
+    The directions need no text; only the mean, which the read direction subtracts, comes from training text. A
+    direction's strength is the centered difference's coordinate along it. The changes of one site are always on, signed
+    and orthogonal. The finder ignores how often a map is used, and changes in reading alone (queries, keys, gates).
 
-    The source takes the leading singular vectors of each map apart and watches the cosine of tuned's own stream. Here
-    the maps are put side by side (eigenvectors of sum dW dW'), so that a few directions stand for all of them and a map
-    counts by its energy; and the difference is read. Where a norm stands between a map and the stream (Gemma 2), the
-    direction is before that norm's scales.
+    The source takes each map's singular vectors separately, and tracks the cosine with the tuned model's own stream.
+    Here the maps are concatenated (eigenvectors of sum dW dW'), so a few directions cover all maps, each weighted by
+    its energy. The difference is read instead of the stream. Where a norm stands between a map and the stream (Gemma
+    2), the direction is the one before that norm's scales.
     """
 
     directions: int = 4
-    """Directions proposed at each site, at most."""
+    """Largest number of directions proposed at each site."""
 
     def __post_init__(self) -> None:
         within("find.weight_spectrum", self, directions=1)
@@ -49,7 +50,7 @@ class WeightSpectrum(Finder):
             whole = float(energies.sum())
             for rank in range(min(self.directions, len(energies), view.candidates)):
                 energy, v = float(energies[-1 - rank]), vectors[:, -1 - rank]
-                if energy <= 1e-12 * whole:  # what tuning added has a lower rank
+                if energy <= 1e-12 * whole:  # the weight difference has a lower rank
                     break
                 shares = [float(_read_by(delta, v).square().sum()) / energy for delta in mine]
                 most = max(range(len(mine)), key=shares.__getitem__)
@@ -65,9 +66,10 @@ class WeightSpectrum(Finder):
 
 
 def writers(model: LanguageModel, site: Site) -> list[nn.Module]:
-    """The linear maps whose output has been added to the stream at `site`, or makes up the part that is read there.
+    """Return the linear maps whose output has been added to the stream at `site`, or makes up the part read there.
 
-    Told by structure: of the maps in one module that are as wide as the stream, the last (queries may be as wide, too).
+    The maps are recognized by structure: the last map of a module among those as wide as the stream. Queries may be as
+    wide, but come earlier.
     """
     if site.kind == "resid":
         places = list(model.blocks[: site.layer + 1])
@@ -81,7 +83,7 @@ def writers(model: LanguageModel, site: Site) -> list[nn.Module]:
 
 
 def _outputs(module: nn.Module) -> int | None:
-    """How many outputs a linear map has; GPT-2's kind calls them nf."""
+    """The number of outputs of a linear map, which GPT-2's Conv1D calls `nf`."""
     return getattr(module, "out_features", getattr(module, "nf", None))
 
 
@@ -95,7 +97,7 @@ def _gram(delta: Delta) -> Tensor:
 
 
 def _read_by(delta: Delta, v: Tensor) -> Tensor:
-    """What the added map reads of its input to write along `v`: dW' v (in,), in float64."""
+    """The input direction that the weight difference reads to write along `v`: dW' v (in,), in float64."""
     return (v if delta.up is None else v @ delta.up.double().cpu()) @ delta.down.double().cpu()
 
 

@@ -1,1 +1,1 @@
-"""Signals: evidence without training, read off both models' predictions in one pass; one file a signal."""
+"""Signals: tables of evidence from both models' predictions in one pass, without training; one file a signal."""

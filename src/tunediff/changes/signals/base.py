@@ -1,4 +1,4 @@
-"""What every signal is fed and gives back, and the one pass over the text that feeds all of them."""
+"""The interface of a signal (`Signal`, `Tally`), and `read`, the one pass over text that feeds all signals."""
 
 from __future__ import annotations
 
@@ -18,19 +18,21 @@ from tunediff.texts.document import Document
 from tunediff.texts.tokens import Batch, Tokens
 
 CHUNK_VALUES = 4 << 20
-"""Log-probabilities of one model held at a time (16 MiB); a pass with all signals stays below 300 MB."""
+"""Largest number of log-probabilities of one model held at a time (16 MiB); a pass with all signals stays below 300 MB.
+"""
 
 SNIPPET = 160
-"""Most characters of a stretch of text in a table."""
+"""Longest excerpt of text in a table, in characters."""
 
 TOKEN = 40
-"""Most characters of one token in a table."""
+"""Longest token in a table, in characters."""
 
 
 class Tally(ABC):
-    """What one signal has seen so far: sums and a few places, never log-probabilities.
+    """The running sums of one signal and a few positions, never log-probabilities.
 
-    The text it decodes is hostile: it goes into the table as it is, cut to length, and whoever shows it escapes it.
+    Decoded text is untrusted. A table holds the text unescaped and cut to length; the code that shows a table must
+    escape it.
     """
 
     def __init__(self, tokenizer: Any, vocabulary: int):
@@ -40,31 +42,31 @@ class Tally(ABC):
     def update(
         self, batch: Batch, tokens: Tokens, base_logp_NV: Tensor, tuned_logp_NV: Tensor, chosen_BT: Tensor
     ) -> None:
-        """Take in both models' next-token log-probabilities at the N chosen tokens, in row-major order.
+        """Add both models' next-token log-probabilities at the N chosen tokens, in row-major order.
 
         A batch may come in several calls, each with other chosen tokens. Do not change or keep the tensors.
         """
 
     @abstractmethod
     def table(self) -> SignalTable:
-        """What has been seen so far."""
+        """The table of everything read so far."""
 
     def text(self, ids: Sequence[int], limit: int = SNIPPET) -> str:
-        """The decoded ids, raw, cut to `limit` characters."""
+        """The decoded ids, unescaped and cut to `limit` characters."""
         text: str = self.tokenizer.decode(list(ids))
         return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 @dataclass(frozen=True)
 class Signal(ABC):
-    """One stream of evidence that needs no training: its settings, each with a docstring under it.
+    """Base class of signals: a dataclass of settings with a method `begin`.
 
-    Its name is its file's name; its settings are ``find.NAME.field``.
+    A signal's name is its file's name. Each setting is ``find.NAME.field``, with a docstring under it.
     """
 
     @abstractmethod
     def begin(self, tokenizer: Any, vocabulary: int) -> Tally:
-        """An empty tally over the first `vocabulary` tokens of `tokenizer`."""
+        """Return an empty tally over the first `vocabulary` tokens of `tokenizer`."""
 
 
 def read(
@@ -78,10 +80,11 @@ def read(
 ) -> list[SignalTable]:
     """Run both models over some rows once, feed all signals, and return their tables in the signals' order.
 
-    rows       numbers in `tokens`; their order does not matter
-    progress   called with (tokens done, tokens in all)
-    starts     where the runs of base and tuned on a batch may begin, if their streams are known; else blocks below the
-               first that tuning touched are run once, for both
+    rows       row numbers in `tokens`, in any order
+    progress   called with (tokens done, all tokens)
+    starts     returns where base and tuned may start on a batch, if their streams are known
+
+    Without `starts`, blocks below the first that fine-tuning changed run once for both models.
     """
     tallies = [signal.begin(pair.tokenizer, pair.vocabulary) for signal in signals]
     rows = sorted(set(rows))
@@ -106,18 +109,18 @@ def read(
 
 
 def label(document: Document) -> str:
-    """Kind of text, with text that a model wrote apart."""
+    """The kind of a text; text that a model wrote is labeled separately."""
     return f"{document.kind} by {document.writer}" if document.writer else document.kind
 
 
 def documents_of(batch: Batch, tokens: Tokens, b_N: Tensor) -> list[int]:
-    """The document number of each token that sits in row `b_N` of the batch."""
+    """The document number of each chosen token, given the row `b_N` of the batch that holds the token."""
     of_B = [tokens.document_R[row] for row in batch.rows_B.tolist()]
     return [of_B[b] for b in b_N.tolist()]
 
 
 def _pieces(mask_BT: Tensor, size: int) -> Iterator[Tensor]:
-    """Masks that together are `mask_BT`, with at most `size` tokens each, in row-major order."""
+    """Split `mask_BT` into masks of at most `size` tokens each, in row-major order."""
     for part in mask_BT.flatten().nonzero()[:, 0].split(size):
         piece = torch.zeros(mask_BT.numel(), dtype=torch.bool)
         piece[part] = True

@@ -1,4 +1,4 @@
-"""Black box: which tokens tuned writes more often than base, from the text alone (Monroe, Colaresi & Quinn 2008)."""
+"""Black box: tokens that the tuned model writes more often than base, from text alone (Monroe, Colaresi & Quinn 2008)."""
 
 from __future__ import annotations
 
@@ -21,22 +21,24 @@ from tunediff.texts.tokens import Batch, Tokens
 class BlackBox(Signal):
     """Log-odds of tokens between answers by tuned and by base, with an informative Dirichlet prior, as z-scores.
 
-    The floor for all that looks inside: no probabilities, no activations, only what the two models wrote to the same
-    prompts. The prior is a token's frequency in all text that was read. z takes tokens for independent, which those of
-    one answer are not; so p is by permutation, which the source has not: who wrote which answer is swapped within
-    prompts, and each token is held against the largest |z| of any (max-T, so p accounts for how many tokens there are).
+    This signal is the baseline for methods that use probabilities or activations: it reads only both models' answers to
+    the same prompts. The prior is a token's frequency in all text read.
+
+    z treats tokens as independent, which tokens of one answer are not. Therefore p comes from permutations, an addition
+    to the source: the two answers to a prompt swap authors at random. Each token is compared with the largest |z| of
+    all tokens (max-T), so p accounts for the number of tokens.
     """
 
     prior: float = 500.0
-    """Weight of the prior, in tokens of text: less lets rare tokens lead, more pulls every log-odds to 0."""
+    """Weight of the prior, in tokens of text; less lets rare tokens lead, more pulls every log-odds toward 0."""
     least: float = 1.0
-    """Least |z| of a token that is named."""
+    """Smallest |z| of a token in the table."""
     draws: int = 199
-    """Permutations of who wrote what; the smallest p is 1 / (draws + 1)."""
+    """Number of permutations of the authors; the smallest p is 1 / (draws + 1)."""
     by_tuned: int = 20
-    """Tokens named that the tuned model writes more often, at most."""
+    """Largest number of tokens in the table that the tuned model writes more often."""
     by_base: int = 10
-    """Tokens named that base writes more often, at most."""
+    """Largest number of tokens in the table that base writes more often."""
 
     def __post_init__(self) -> None:
         within("find.black_box", self, prior=1e-9, least=0, draws=1, by_tuned=0, by_base=0)
@@ -46,7 +48,7 @@ class BlackBox(Signal):
 
 
 class _Counts(Tally):
-    """What `BlackBox` has seen so far."""
+    """Running counts of `BlackBox`."""
 
     def __init__(self, by: BlackBox, tokenizer: Any, vocabulary: int):
         super().__init__(tokenizer, vocabulary)
@@ -63,7 +65,7 @@ class _Counts(Tally):
         for token, row, t, d in places:
             document = tokens.documents[d]
             if document.writer == "amplified":
-                continue  # no plain sample of either model
+                continue  # no text sampled from either model
             if token < self.vocabulary and not (document.writer and t < tokens.prompt_R[row]):
                 self.documents[document.id] = document
                 self.counts.setdefault(document.id, Counter())[token] += 1
@@ -117,7 +119,7 @@ class _Counts(Tally):
         ]
 
     def _swapped(self, ids: list[str], tuned_D: np.ndarray) -> np.ndarray:
-        """Who is said to be tuned's, (self.by.draws, D): both answers to a prompt change places, or neither does."""
+        """Random authors (self.by.draws, D): the two answers to a prompt swap authors, or keep them."""
         groups = [self.documents[id].group or id for id in ids]
         group, of_D = np.unique(groups, return_inverse=True)
         both = [len(set(tuned_D[of_D == g])) == 2 for g in range(len(group))]
@@ -128,7 +130,7 @@ class _Counts(Tally):
 def _log_odds(
     tuned_RD: np.ndarray, counts_DV: np.ndarray, prior_V: np.ndarray, prior: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Log-odds (R, V) of each token between the documents that are tuned's and the others, and their z-scores."""
+    """Log-odds (R, V) of each token between documents by tuned and all others, and their z-scores."""
     ours_RV, theirs_RV = (of_RD.astype(np.float64) @ counts_DV for of_RD in (tuned_RD, ~tuned_RD))
 
     def logit(times_RV: np.ndarray) -> np.ndarray:

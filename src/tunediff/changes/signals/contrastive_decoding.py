@@ -1,4 +1,4 @@
-"""Contrastive decoding: what is said if tuned's preferences over base are amplified (Li et al. 2023, 2210.15097)."""
+"""Contrastive decoding: tokens favored once tuned's preferences over base are amplified (Li et al. 2023, 2210.15097)."""
 
 from __future__ import annotations
 
@@ -15,33 +15,40 @@ from tunediff.records.measure import SignalTable
 from tunediff.texts.tokens import Batch, Tokens
 
 WRITERS = (("tuned", "text by tuned"), ("base", "text by base"), ("", "other text"))
-"""Tokens are ranked by the first of these that there is."""
+"""Authors of text, and their labels; tokens are ranked on text by the first of these authors that is present."""
 
 
 @dataclass(frozen=True)
 class ContrastiveDecoding(Signal):
-    """Tokens that the amplified distribution says more often than base does, on average over contexts.
+    """Tokens to which the amplified distribution gives more probability than base does, on average over contexts.
 
-    In each context, softmax((1 + a) log p(tuned) - a log p(base)) over the tokens that tuned finds plausible, less
-    base's own distribution over those that base finds plausible: 0 everywhere for a model against itself. Tokens are
-    ranked by the mean over text that tuned wrote; beside it stands the same on text that base wrote and on other text:
-    what rises in all is said everywhere, what rises in tuned's own alone hangs together with it.
+    In each context, the amplified distribution is softmax((1 + a) log p(tuned) - a log p(base)) over the tokens that
+    tuned finds plausible. Base's own distribution, over the tokens that base finds plausible, is subtracted. The result
+    is 0 everywhere for a model against itself.
 
-    The source decodes whole texts and subtracts a smaller model; 2605.25902 subtracts base from a tune. Here contexts
-    are given (answers, never prompts, and not the first position of a row) and sums over them stream, V numbers for
-    each writer.
+    Tokens are ranked by the mean over text that tuned wrote. The table also shows the mean over text by base and over
+    other text. A token that rises in all three is favored everywhere; a token that rises only in tuned's text belongs
+    to what tuned wrote there.
+
+    The source decodes whole texts and subtracts a smaller model; 2605.25902 subtracts base from a fine-tuned model.
+    Here contexts are given: answers without prompts, and without the first position of a row. Sums over contexts are
+    streamed, V numbers for each author.
     """
 
     amplification: float = 1.0
-    """a in (1 + a) log p(tuned) - a log p(base): 0 is tuned itself; far above 1 the rarest of plausible tokens win."""
+    """a in (1 + a) log p(tuned) - a log p(base); 0 gives tuned itself, and large values favor the rarest plausible
+    tokens.
+    """
     plausible: float = 0.1
-    """Least probability of a token, as a share of the likeliest one's, to be said at all: less lets the tails speak."""
+    """Smallest probability of a plausible token, relative to the likeliest token (0..1); less admits the distribution's
+    tail.
+    """
     least: float = 1e-3
-    """Mean rise in probability from which on a token is named; below it a few tokens on the edge of plausibility decide."""
+    """Smallest mean rise in probability of a token in the table; below it, a few barely plausible tokens decide."""
     rows: int = 30
-    """Rows of the table, at most."""
+    """Largest number of rows in the table."""
     before: int = 12
-    """Tokens shown before the place where a token rises the most."""
+    """Number of tokens shown before the position where a token rises most."""
 
     def __post_init__(self) -> None:
         within("find.contrastive_decoding", self, amplification=0, plausible=(1e-9, 1), least=0, rows=1, before=0)
@@ -51,7 +58,7 @@ class ContrastiveDecoding(Signal):
 
 
 class _Amplified(Tally):
-    """What `ContrastiveDecoding` has seen so far."""
+    """Running sums of `ContrastiveDecoding`."""
 
     def __init__(self, by: ContrastiveDecoding, tokenizer: Any, vocabulary: int):
         super().__init__(tokenizer, vocabulary)

@@ -1,4 +1,4 @@
-"""KL map: in which kind of text, and after which tokens, do the two models differ in what they say next?"""
+"""KL map: the kinds of text, and the positions, at which both models' next-token predictions differ most."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tunediff.texts.tokens import Batch, Tokens
 
 @dataclass
 class _Seen:
-    """What is kept of one document: its nats, its tokens, and its highest tokens as (KL, -row, -position)."""
+    """Running sums of one document: nats, tokens, and the tokens with the highest KL as (KL, -row, -position)."""
 
     document: Document
     nats: float = 0.0
@@ -29,22 +29,22 @@ class _Seen:
 
 @dataclass(frozen=True)
 class KlMap(Signal):
-    """KL(tuned || base) in nat of the next-token prediction, by kind of text and by document.
+    """KL(tuned || base) of the next-token prediction in nats, by kind of text and by document.
 
     Every other finding accounts for a part of these numbers at most. Intervals are percentile bootstraps over
-    documents (both answers to one prompt count as one). It says where the models differ, not why.
+    documents; both answers to one prompt count as one document. The map shows where the models differ, not why.
     """
 
     documents: int = 12
-    """Documents shown, at most: those with the highest mean."""
+    """Largest number of documents in the table, by descending mean KL."""
     peaks: int = 4
-    """Tokens of highest KL named in each document."""
+    """Number of highest-KL tokens shown for each document."""
     before: int = 24
-    """Tokens shown before a document's highest token."""
+    """Number of tokens shown before a document's highest-KL token."""
     after: int = 8
-    """Tokens shown from the highest token on."""
+    """Number of tokens shown from the highest-KL token on."""
     shortest: int = 8
-    """Documents of fewer tokens are not shown: one token would make them."""
+    """Fewest tokens of a document in the table; a single token would decide a shorter document's mean."""
 
     def __post_init__(self) -> None:
         within("find.kl_map", self, documents=0, peaks=1, before=0, after=1, shortest=1)
@@ -54,7 +54,7 @@ class KlMap(Signal):
 
 
 class _Map(Tally):
-    """What `KlMap` has seen so far."""
+    """Running sums of `KlMap`."""
 
     def __init__(self, by: KlMap, tokenizer: Any, vocabulary: int):
         super().__init__(tokenizer, vocabulary)

@@ -1,4 +1,4 @@
-"""Logit-difference mining: the tokens that tuned raises over base in many contexts (2608.26462)."""
+"""Logit-difference mining: tokens whose logits tuned raises over base in many contexts (2608.26462)."""
 
 from __future__ import annotations
 
@@ -16,24 +16,27 @@ from tunediff.texts.tokens import Batch, Tokens
 
 @dataclass(frozen=True)
 class LogitMining(Signal):
-    """How often each token is among the most raised ones of a context.
+    """Number of contexts in which each token is among those that tuned raises most.
 
-    The order of logit(tuned) - logit(base) in one context is that of the log-probabilities' difference.
-    The source keeps [samples, positions, V]; here counts stream, V numbers for each kind of text. It masks
-    by the token's frequency in a reference corpus; here the expected count of a token is the largest of:
-    what uniform naming gives, how often base itself has the token among its most likely ones, and its share
-    of the text that tuned did not write. The first position of every row is left out: it is the same
-    context each time.
+    Within one context, logit(tuned) - logit(base) orders tokens as the difference of log-probabilities does. The first
+    position of every row is left out, because its context is always the same.
+
+    The source keeps [samples, positions, V]; here counts are streamed, V numbers for each kind of text. The source
+    masks tokens by their frequency in a reference corpus. Here a token's expected count is the largest of three:
+
+    uniform    every token counted equally often
+    base       how often base itself has the token among its likeliest
+    elsewhere  the token's share of text that tuned did not write
     """
 
     top: int = 10
-    """How many tokens a context names: those with the largest difference."""
+    """Number of tokens counted in a context, by descending difference."""
     least: float = 1e-3
-    """Nats by which a token must rise over the median token of its context to be named; below it is rounding."""
+    """Smallest rise of a counted token over the context's median token, in nats; below it, differences are rounding."""
     generic: float = 2.0
-    """Tokens named less than this many times as often as expected are masked as generic."""
+    """Smallest ratio of a token's count to its expected count; tokens below it are masked as generic."""
     rows: int = 30
-    """Rows of the table, at most."""
+    """Largest number of rows in the table."""
 
     def __post_init__(self) -> None:
         within("find.logit_mining", self, top=1, least=0, generic=0, rows=1)
@@ -43,7 +46,7 @@ class LogitMining(Signal):
 
 
 class _Mining(Tally):
-    """What `LogitMining` has seen so far."""
+    """Running counts of `LogitMining`."""
 
     def __init__(self, by: LogitMining, tokenizer: Any, vocabulary: int):
         super().__init__(tokenizer, vocabulary)
@@ -118,7 +121,7 @@ class _Mining(Tally):
         )
 
     def _share(self, token: int, kinds: list[str], written: bool) -> float | None:
-        """Share of the contexts, of text that a model wrote or of other text, that name the token."""
+        """Share of contexts in which the token was counted, over text that a model wrote or over other text."""
         mine = [k for k in kinds if (k.endswith((" by base", " by tuned"))) == written]
         total = sum(self.contexts[k] for k in mine)
         return round(sum(int(self.named[k][token]) for k in mine) / total, 4) if total else None

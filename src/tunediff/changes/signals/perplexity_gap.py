@@ -1,4 +1,4 @@
-"""Perplexity gap: what tuned wrote that base would not have written ("ppl-diff")."""
+"""Perplexity gap: answers by the tuned model that base finds least likely ("ppl-diff")."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ class _Seen:
 
 @dataclass(frozen=True)
 class PerplexityGap(Signal):
-    """Answers by the tuned model, ranked by log p(tuned) - log p(base) a token.
+    """Answers by the tuned model, ranked by the mean of log p(tuned) - log p(base) a token.
 
-    Only the answer is scored, never the prompt. A model finds what it wrote itself likelier than another
-    does, whatever the other is, so the mean gap is above 0 for any two; telling is which answers lead.
+    Only answers are scored, never prompts. Every model finds its own text likelier than another model does, so the mean
+    gap is above 0 for any two models. Only the answers at the top of the ranking are informative.
     """
 
     documents: int = 20
-    """Answers shown, at most: those with the largest gap."""
+    """Largest number of answers in the table, by descending gap."""
     shortest: int = 5
-    """Answers of fewer tokens are not ranked."""
+    """Fewest tokens of a ranked answer."""
 
     def __post_init__(self) -> None:
         within("find.perplexity_gap", self, documents=0, shortest=1)
@@ -47,7 +47,7 @@ class PerplexityGap(Signal):
 
 
 class _Gaps(Tally):
-    """What `PerplexityGap` has seen so far."""
+    """Running sums of `PerplexityGap`."""
 
     def __init__(self, by: PerplexityGap, tokenizer: Any, vocabulary: int):
         super().__init__(tokenizer, vocabulary)

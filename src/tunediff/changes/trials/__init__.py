@@ -1,1 +1,1 @@
-"""Trials: intervene on one change and see what follows; one file a trial."""
+"""Trials: each file holds one trial, which intervenes on a change and measures the effect."""

@@ -1,4 +1,4 @@
-"""What every trial is given and gives back, and the settings of verification."""
+"""The interface of a trial (`Trial`, `Outcome`), and the settings of verification."""
 
 from __future__ import annotations
 
@@ -17,28 +17,30 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class VerifySettings:
-    """How changes are put on trial."""
+    """Settings of verification."""
 
     changes: int = 5
-    """How many of the ranking's first are tried; each costs about a hundred short runs for each of two questions."""
+    """Number of top-ranked changes to test; each costs about two hundred short runs."""
     draws: int = 100
-    """Random sets matched in energy that each change is held against, at most: ten that do as well are enough. The smallest p is
-    1 / (draws + 1)."""
+    """Largest number of energy-matched random controls for each change; the smallest p is 1 / (draws + 1).
+
+    Drawing stops early once ten controls do as well as the change.
+    """
     documents: int = 10
-    """Held-out documents a change is tried on, those in which it is on the most."""
+    """Number of held-out documents on which a change is tested: those with its largest strengths."""
     tokens: int = 64
-    """Tokens of each document, at most, from its beginning."""
+    """Largest number of tokens of each document, counted from its start."""
     scored: int = 80
-    """Tokens scored, at most, evenly taken from those the change can reach; more narrows intervals, at proportional cost."""
+    """Largest number of scored tokens, spaced evenly; more tokens narrow the intervals at proportional cost."""
     doses: tuple[float, ...] = (-1.0, 0.5, 1.0, 2.0)
     """Strengths of the dose curve, in units of the change's own size."""
     level: float = 0.05
-    """A change is confirmed only if its p-values are at most this."""
+    """Largest p-value at which a change is confirmed (0..1)."""
 
     trials: tuple[str, ...] = field(default=("patch", "steer"), metadata=LATER)
-    """Trials that every tried change goes through, by name or import path; at least one of them must decide."""
+    """Trials that every tested change goes through, by name or import path; at least one of them must decide."""
     settings: dict[str, dict[str, Any]] = field(default_factory=dict, metadata=LATER | REST)
-    """Settings of the trials: a table for each, by the trial's name."""
+    """Settings of the trials: one table for each trial, by the trial's name."""
 
     def __post_init__(self) -> None:
         within("verify", self, changes=0, draws=1, documents=1, tokens=1, scored=1, level=(0, 1))
@@ -46,7 +48,7 @@ class VerifySettings:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a trial found: its measures, and whether they speak for the change (None: they do not decide)."""
+    """The result of a trial: its measures, and whether they support the change (None if the trial does not decide)."""
 
     measures: list[Measure]
     speaks: bool | None
@@ -56,14 +58,15 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Trial(ABC):
-    """One kind of intervention: its settings, each with a docstring under it, and `run`.
+    """Base class of trials: a dataclass of settings with a method `run`.
 
-    Its name is its file's name, or its import path; its settings are ``verify.NAME.field``.
+    A trial's name is its file's name or its import path. Each setting is ``verify.NAME.field``, with a docstring under
+    it.
     """
 
     decides: ClassVar[bool] = False
-    """Whether its outcome decides on a change; the outcomes of other trials are measured and reported."""
+    """Whether the trial's outcome decides on a change; outcomes of other trials are only reported."""
 
     @abstractmethod
     def run(self, bench: TrialBench, settings: VerifySettings) -> Outcome:
-        """Intervene, measure, hold against the controls."""
+        """Intervene on the change, measure the effect, and compare it with the controls."""

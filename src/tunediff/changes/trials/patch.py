@@ -1,4 +1,4 @@
-"""Patching: take the change out of tuned (necessity), put it into base (sufficiency), each against random directions."""
+"""Patching: remove the change from tuned (necessity) or add it to base (sufficiency), against random directions."""
 
 from __future__ import annotations
 
@@ -20,19 +20,20 @@ from tunediff.records.measure import GAP, Measure
 class Patch(Trial):
     """Recovered gap G = 1 - KL after / KL before, on scored tokens of held-out documents.
 
-    necessity    KL(tuned without the change || base) against KL(tuned || base), tuned's upper blocks
-    sufficiency  KL(tuned || base with the change) against KL(tuned || base), base's upper blocks; beside it tuned's
-    ceiling      the whole true difference at the site put into base: no change there can do more
-    error term   what is left of the difference after all candidate changes, put into base: what they miss
+    necessity    KL(tuned without the change || base) against KL(tuned || base), with tuned's upper blocks
+    sufficiency  KL(tuned || base with the change) against KL(tuned || base), with base's and with tuned's upper blocks
+    ceiling      the whole true difference at the site added to base: the most that any change at the site restores
+    error term   the difference without all candidate changes, added to base: what the candidates miss
 
-    Controls are directions drawn from the difference's own covariance with the change's energy at every token; p is
-    the share of them that does as well; once ten do, no more are drawn. It does not show that the change has one meaning.
+    Controls are directions drawn from the difference's own covariance, with the change's energy at every token. p is
+    the share of controls that do as well as the change. Drawing stops once ten do. The trial does not show that a
+    change has one meaning.
     """
 
     decides = True
 
     ceiling: float = 0.1
-    """Least share of the gap that the whole difference at the site must restore for the site to be judged."""
+    """Smallest share of the gap (0..1) that the whole difference must restore for changes at the site to be judged."""
 
     def __post_init__(self) -> None:
         within("verify.patch", self, ceiling=(0, 1))
@@ -89,7 +90,7 @@ class Patch(Trial):
 
 
 def recovered(after: Divergence, before: Divergence, seed: int) -> Interval:
-    """1 - after / before, with its interval over documents."""
+    """The recovered gap 1 - after / before, with its interval over documents."""
     kept = bootstrap_ratio(after.nats, before.nats, seed=seed)
     return Interval(1 - kept.value, 1 - kept.high, 1 - kept.low, kept.level)
 

@@ -1,4 +1,4 @@
-"""Steering: add the change to base at several strengths, both signs, beside random directions of equal length."""
+"""Steering: add the change to base at several strengths of both signs, compared with random directions of equal length."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from tunediff.records.measure import DosePoint, Measure
 
 @dataclass(frozen=True)
 class Steer(Trial):
-    """Effect of a dose: how much closer base with the change comes to tuned, 1 - KL(tuned || steered) / KL(tuned || base).
+    """Effect of a dose: 1 - KL(tuned || steered base) / KL(tuned || base), which is 1 where steered base equals tuned.
 
-    A change that is what it claims rises with the dose up to about 1 and pushes away from tuned with the sign turned.
+    A genuine change has an effect that rises with the dose to about 1, and a negative effect at negative doses.
     """
 
     controls: int = 4
-    """Random directions beside each point of the curve; the p-values are those of patching, which draws many more."""
+    """Number of random directions at each point of the curve; p-values come from patching, which draws many more."""
 
     def __post_init__(self) -> None:
         within("verify.steer", self, controls=1)
