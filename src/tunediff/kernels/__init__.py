@@ -1,9 +1,9 @@
-"""Kernels: encode, select and decode; the only code that knows how a batch of codes is stored.
+"""Kernels that encode, select and decode; only kernels know how the codes of a batch are stored.
 
-A dictionary calls `encode(x, W, b, gate)` and gets a code. `sparse` stores one as its (token, latent) pairs and sums
-with one of three modules: `native` (compiled, float32 on the CPU), `triton` (float32 on a GPU) or `torch_ops` (torch's
-operations, everywhere). `dense` is the reference that tests hold all of them to. A faster path is one more module here;
-no dictionary changes for it.
+A dictionary calls `encode(x, W, b, gate)` and gets a code. `sparse` stores a code as (token, latent) pairs and sums
+over pairs with one of three modules: `native` (compiled, float32 on the CPU), `triton` (float32 on a GPU) or
+`torch_ops` (torch's operations, everywhere). `dense` is the reference in tests. A faster path is one more module here,
+and needs no change in a dictionary.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ __all__ = [
 
 
 class Code(Protocol):
-    """The codes f (N, F) of a batch, f >= 0, however they are stored."""
+    """Codes f (N, F) of a batch, f >= 0, in any storage."""
 
     def decode(self, decoder_FI: Tensor, cuts: tuple[int, ...] = ()) -> Tensor:
         """Return sum_j f_j W_j over the latents before, between and after the cuts, (N, len(cuts) + 1, I).
@@ -74,11 +74,11 @@ class Code(Protocol):
         """Return the codes as one (N, F) tensor."""
         ...
 
-    # A code stored as pairs also has ``among(weight_F, k)``, see `tunediff.kernels.sparse`.
+    # `tunediff.kernels.sparse.PairCode` also has ``among(weight_F, k)``.
 
 
 BLOCK = 16
-"""Rows of logits that torch's operations take at a time, as those of a whole batch exceed the caches."""
+"""Rows of logits that torch's operations process at a time, so that they fit the processor's caches."""
 PAIRS_LATENTS = 256
 """Fewest latents for which pairs are faster than a dense tensor (measured)."""
 PAIRS_SHARE = 0.1
@@ -86,7 +86,7 @@ PAIRS_SHARE = 0.1
 
 
 def path(device: torch.device | str = "cpu") -> KernelPath:
-    """Return which kernels add up float32 codes on this device; see `using`."""
+    """Return the kernel path for float32 codes on this device; see `using`."""
     probe = torch.empty(0, device=device)
     if serves(probe):
         return "native"
@@ -112,8 +112,8 @@ def encode(x_NI: Tensor, encoder_FI: Tensor, bias_F: Tensor, gate: Gate | None) 
 def product(x: Tensor, weight_OI: Tensor | Tiles, few: bool = False) -> Tensor | None:
     """Return x (..., I) @ weight.T in float32, without gradients, as exact as torch's and faster.
 
-    None where torch's own product is to be used: on other processors, for other number formats, and for few rows unless
-    `few`. `tiles` of a weight serve many products, with the same bits.
+    Returns None on processors and for number formats without this product, and for few rows unless `few` is set; use
+    torch's product then. Pass `tiles` of a weight to convert it once for many products, which have the same bits.
     """
     if not tiled.multiplies(x, weight_OI, few):
         return None
@@ -121,14 +121,15 @@ def product(x: Tensor, weight_OI: Tensor | Tiles, few: bool = False) -> Tensor |
 
 
 def products(device: torch.device | str = "cpu") -> str:
-    """Return what makes a model's large float32 products on this device: "tiles" (see `product`) or "torch"."""
+    """Return the method of large float32 products on this device: "tiles" (see `product`) or "torch"."""
     return "tiles" if serves(torch.empty(0, device=device)) and tiled.on_tiles() else "torch"
 
 
 class Adam(torch.optim.Adam):
-    """Adam (Kingma & Ba 2015, 1412.6980): torch's fused one, or one pass of the compiled kernels.
+    """Adam (Kingma & Ba 2015, 1412.6980): torch's fused optimizer, or one pass of the compiled kernels.
 
-    These also renew what was derived of the parameters. `grad_scale`, if set, divides the gradients.
+    The compiled kernels also update data derived from the parameters (see `memory.derived`). `grad_scale`, if set,
+    divides the gradients.
     """
 
     grad_scale: Tensor | None = None
@@ -137,7 +138,7 @@ class Adam(torch.optim.Adam):
         super().__init__(parameters, lr=rate, betas=betas, fused=True)
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]  # no caller gives a closure
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # no caller passes a closure
         """Take one step of every parameter that has a gradient."""
         having = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         for p in having:
@@ -167,12 +168,12 @@ def norm(tensors: Sequence[Tensor]) -> Tensor:
         return native.norm(tensors)
     rows = [
         tensor.flatten() for tensor in tensors
-    ]  # whose products with themselves torch takes in half the time of their norms
+    ]  # torch's `dot` takes half the time of its `norm`
     return torch.stack([row.dot(row) for row in rows]).sum().sqrt()
 
 
 def lengths(a: Tensor) -> Tensor:
-    """Return the length of each row along the last axis, without gradients; `kept_memory` keeps it while rows stay."""
+    """Return the length of each row along the last axis, without gradients; within `kept_memory` lengths are cached."""
     a = a.detach()
     return native.squares(a).sqrt() if serves(a) and a.is_contiguous() else a.norm(dim=-1)
 
@@ -180,13 +181,13 @@ def lengths(a: Tensor) -> Tensor:
 def divergence(p_PV: Tensor, q_QV: Tensor, p_sums: bool = True, q_sums: bool = True) -> Tensor:
     """Return KL(softmax of p || softmax of q) in nat for each row of logits, (R,).
 
-    The rows of the one that has fewer are repeated, a whole number of times (NumericsError otherwise). Set `p_sums` or
-    `q_sums` to False where p or q holds log-probabilities, which need no softmax.
+    The operand with fewer rows is repeated a whole number of times; raises NumericsError if that does not fit. Set
+    `p_sums` or `q_sums` to False if p or q holds log-probabilities, which need no softmax.
     """
     few, many = sorted((p_PV, q_QV), key=len)
     check(
         many, "RV", R=len(many) // max(1, len(few)) * len(few), V=few.shape[1]
-    )  # compiled code would read past the end
+    )  # compiled code would read past the end of the rows
     if serves(p_PV, q_QV):
         return native.divergence(p_PV, q_QV, p_sums, q_sums)
     parts = []
@@ -200,20 +201,21 @@ def divergence(p_PV: Tensor, q_QV: Tensor, p_sums: bool = True, q_sums: bool = T
 STARTS = 16
 """Columns from which `divergence_of` estimates the logarithm of a row's softmax sum."""
 LEAST = 1e-26
-"""Smallest sum of a row for which that estimate was good enough."""
+"""Smallest softmax sum, relative to that estimate, for which `divergence_of` trusts its result."""
 
 
 def divergence_of(x_RD: Tensor, weight_VD: Tensor, kept: Tiles, logp_QV: Tensor, theirs: bool) -> Tensor | None:
     """Return KL(softmax of x @ weight.T || p) in nat for each row (R,), or KL(p || softmax) if `theirs`.
 
-    p are log-probabilities, whose rows are repeated; `kept` is the weight in tiles. The logits are never in memory. None
-    where that does not serve: on other processors, for weights of more than 1,024 columns, and where a row's divergence
-    exceeds float32's range.
+    p is given as log-probabilities, whose rows are repeated, and `kept` is the weight in tiles. The logits are never
+    stored. Returns None on processors without tiles, for weights with more than 1,024 columns, and if a row's
+    divergence exceeds the range of float32.
     """
     if not tiled.sums_softmax(x_RD, kept, logp_QV):
         return None
-    # With l' = l - start, KL(softmax || p) = E[l' - logp] - log(sum of exp(l')): any start will do that is near the logarithm of the
-    # sum of exp(l), as then small numbers are added up and little is lost to rounding. It has the same bits for any threads, too.
+    # With l' = l - start, KL(softmax || p) = E[l' - logp] - log(sum of exp(l')) for any start. A start near the
+    # logarithm of the sum of exp(l) keeps the summands small, so rounding loses little. The start does not depend on
+    # the number of threads.
     some_QS = logp_QV[:, :STARTS]
     start_R = (tiled.product(x_RD, weight_VD[:STARTS]).unflatten(0, (-1, len(some_QS))) - some_QS).mean(2).flatten()
     mass_R, apart_R, whole_R = tiled.softmax_sums(x_RD, kept, logp_QV, start_R, theirs).unbind(1)

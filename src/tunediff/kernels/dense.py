@@ -1,5 +1,4 @@
-"""The dense reference: codes as one (N, F) tensor, every gradient by autograd. Slow at large F, right by
-inspection."""
+"""Dense reference: codes as one (N, F) tensor with gradients by autograd; slow for large F, but easy to check."""
 
 from __future__ import annotations
 
@@ -10,14 +9,14 @@ from tunediff.kernels import gates
 
 
 class DenseCode:
-    """Codes stored as f_NF, zeros included."""
+    """Codes stored as one tensor f_NF, zeros included."""
 
     def __init__(self, f_NF: Tensor):
         self.f_NF = f_NF
 
     @classmethod
     def encode(cls, x_NI: Tensor, encoder_FI: Tensor, bias_F: Tensor, gate: gates.Gate | None) -> DenseCode:
-        """One GEMM, ReLU, and a mask where a gate asks for one."""
+        """Encode by one matrix product and ReLU, and set codes to 0 that the gate does not keep."""
         pre_NF = torch.addmm(bias_F, x_NI, encoder_FI.T)
         f_NF = torch.relu(pre_NF)
         if gate is not None:
@@ -27,22 +26,22 @@ class DenseCode:
         return cls(f_NF)
 
     def decode(self, decoder_FI: Tensor, cuts: tuple[int, ...] = ()) -> Tensor:
-        """sum_j f_j W_j, of the latents before, between and after the cuts."""
+        """Return sum_j f_j W_j over the latents before, between and after the cuts, (N, len(cuts) + 1, I)."""
         edges = (0, *cuts, len(decoder_FI))
         return torch.stack([self.f_NF[:, a:b] @ decoder_FI[a:b] for a, b in zip(edges, edges[1:])], 1)
 
     def weighted(self, weight_F: Tensor) -> Tensor:
-        """sum f_j * weight_j."""
+        """Return the sum over tokens and latents of f_j * weight_j, a scalar."""
         return (self.f_NF @ weight_F).sum()
 
     def fired(self) -> Tensor:
-        """Latents on at one token at least."""
+        """Return which latents (F,) are on at one token at least."""
         return (self.f_NF > 0).any(0)
 
     def count(self) -> Tensor:
-        """Codes on in the whole batch."""
+        """Return the number of codes that are on in the whole batch."""
         return (self.f_NF > 0).sum()
 
     def dense(self) -> Tensor:
-        """f_NF itself."""
+        """Return f_NF itself."""
         return self.f_NF

@@ -1,4 +1,4 @@
-"""Gates: which latents of a batch are kept (BatchTopK, threshold), and the help that dead ones get (AuxK)."""
+"""Gates that select the codes of a batch (BatchTopK, threshold), and the AuxK loss that revives dead latents."""
 
 from __future__ import annotations
 
@@ -12,28 +12,27 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 Part = tuple[int, int, int]
-"""Latents [start, stop), and how many codes among them a batch keeps."""
+"""(start, stop, count): a batch keeps `count` codes among latents [start, stop)."""
 
 
 @dataclass(frozen=True, eq=False)
 class Gate:
-    """What a batch keeps: of each part the largest scaled codes relu(pre) * weight_F. Parts cover the latents in
-    order."""
+    """Selection of a batch's largest scaled codes relu(pre) * weight_F in each part; parts cover the latents in order."""
 
     weight_F: Tensor
     parts: tuple[Part, ...]
 
 
 SAMPLE = 1 << 18
-"""Codes of a sample by which a cut is proposed; of an eighth as many altogether none is."""
+"""Codes sampled to propose a threshold; of an eighth as many codes or fewer, no sample is taken."""
 
 
 def keep(pre_NF: Tensor, weight_F: Tensor, parts: Sequence[Part]) -> Tensor:
-    """Flat ascending indices of the codes that a `Gate` keeps: of each part the largest positive scaled codes v = relu(pre) * w.
+    """Return flat ascending indices of the codes that a `Gate` keeps: each part's largest positive v = relu(pre) * w.
 
-    Fewer are kept only if fewer are positive. Of equal values at the border the earlier in flat order is kept, so the answer does
-    not depend on how it was computed. A sample proposes a cut, everything above it is a candidate, and the exact cut is made
-    among the candidates; if the proposal was too high it falls back to all positive values.
+    Fewer codes are kept only if fewer are positive. Of equal values at the border, the earlier in flat order is kept, so
+    every kernel gives the same answer. A sample proposes a threshold, and the exact selection is made among the codes
+    above it. If the proposed threshold was too high, all positive codes are candidates.
     """
     F, kept = pre_NF.shape[1], []
     for start, stop, count in parts:
@@ -43,8 +42,10 @@ def keep(pre_NF: Tensor, weight_F: Tensor, parts: Sequence[Part]) -> Tensor:
 
 
 def batch_topk(value_NF: Tensor, k: float) -> Tensor:
-    """Flat indices, ascending, of the round(N*k) largest positive values of the whole batch (Bussmann et al.
-    2024); `k`, the mean kept a token, may be fractional. See `keep`."""
+    """Return flat ascending indices of the round(N*k) largest positive values of the batch (Bussmann et al. 2024).
+
+    `k` is the mean number kept on a token and may be fractional. See `keep`.
+    """
     N, F = value_NF.shape
     return keep(value_NF, value_NF.new_ones(F), ((0, F, round(N * k)),))
 
@@ -52,7 +53,7 @@ def batch_topk(value_NF: Tensor, k: float) -> Tensor:
 def _largest(pre_NF: Tensor, weight_F: Tensor, count: int) -> tuple[Tensor, Tensor]:
     cut, count = proposed(pre_NF, weight_F, count), min(count, pre_NF.numel())
     while True:
-        flat_P = (pre_NF > needed(cut, weight_F)).view(-1).nonzero()[:, 0]  # what rounding lets in is out below
+        flat_P = (pre_NF > needed(cut, weight_F)).view(-1).nonzero()[:, 0]  # `best` removes values that only rounding let in
         token_P, latent_P = places(flat_P, pre_NF.shape[1])
         value_P = pre_NF[token_P, latent_P] * weight_F[latent_P]
         kept_P = best(value_P, cut, count)
@@ -62,9 +63,9 @@ def _largest(pre_NF: Tensor, weight_F: Tensor, count: int) -> tuple[Tensor, Tens
 
 
 def proposed(pre_NF: Tensor, weight_F: Tensor, count: int) -> float:
-    """A cut of scaled codes that some more than `count` most likely exceed, by a sample; 0 where there are few, or most are wanted."""
+    """Estimate from a sample a threshold that slightly more than `count` scaled codes exceed; 0 for few codes or large counts."""
     total = pre_NF.numel()
-    stride = max(61, total // SAMPLE)  # 61 is a prime; what divides the columns would line up with some of them
+    stride = max(61, total // SAMPLE)  # a prime: a divisor of the number of columns would always sample the same ones
     while math.gcd(stride, pre_NF.shape[1]) > 1:
         stride += 1
     share = -(-total // stride) * count / max(1, total)
@@ -77,19 +78,21 @@ def proposed(pre_NF: Tensor, weight_F: Tensor, count: int) -> float:
 
 
 def needed(cut: float, weight_F: Tensor) -> Tensor:
-    """What a code must exceed before it is scaled (F,) for its scaled value to exceed the cut, less what rounding may take."""
+    """Return the threshold (F,) on unscaled codes for which scaled codes exceed the cut, lowered by the rounding error."""
     return torch.where(weight_F > 0, cut / weight_F * (1 - 8 * torch.finfo(weight_F.dtype).eps), torch.inf)
 
 
 def places(flat_P: Tensor, F: int) -> tuple[Tensor, Tensor]:
-    """Rows and columns of flat indices."""
+    """Return the rows and columns of flat indices."""
     row_P = flat_P.div(F, rounding_mode="floor")
     return row_P, flat_P - row_P * F
 
 
 def best(value_P: Tensor, cut: float, count: int) -> Tensor | None:
-    """Which of these values are the `count` largest above the cut, of equal ones the first, ascending; all that are positive if there
-    are fewer and the cut is 0; None if there are fewer and it is not."""
+    """Return the indices, ascending, of the `count` largest values above the cut; of equal values the first.
+
+    If fewer values exceed the cut, return all of them for cut = 0, else None.
+    """
     above_P = (value_P > cut).nonzero()[:, 0]
     if len(above_P) <= count:
         return above_P if len(above_P) == count or cut == 0 else None
@@ -103,13 +106,12 @@ def best(value_P: Tensor, cut: float, count: int) -> Tensor | None:
 
 
 def threshold_gate(pre_NF: Tensor, threshold_F: Tensor) -> Tensor:
-    """Codes at inference: f = pre where pre exceeds its latent's threshold (>= 0), else 0."""
+    """Return the codes at inference: f = pre if pre exceeds its latent's threshold (>= 0), else 0."""
     return torch.where(pre_NF > threshold_F, pre_NF, torch.zeros_like(pre_NF))
 
 
 def calibrate(values: list[Tensor], keep: int) -> float:
-    """The threshold above which exactly `keep` of the pooled positive values lie; 0 if there are no more
-    than that."""
+    """Return the threshold that exactly `keep` of the pooled positive values exceed; 0 if no more values are positive."""
     pool = torch.cat([v[v > 0] for v in values]) if values else torch.zeros(0)
     if keep >= pool.numel():
         return 0.0
@@ -121,8 +123,11 @@ def calibrate(values: list[Tensor], keep: int) -> float:
 
 
 class _AuxK(torch.autograd.Function):
-    """`auxk` and its gradient, over rows of the dead alone. That is added to the parameters' own at those rows, where autograd would
-    write and add tensors of the parameters' size."""
+    """`auxk` with a gradient for the rows of dead latents only.
+
+    `backward` adds to the parameters' gradients at those rows, because autograd would allocate and add tensors of the
+    parameters' full size.
+    """
 
     @staticmethod
     def forward(
@@ -169,14 +174,12 @@ def auxk(
     dead_F: Tensor,
     k: int,
 ) -> Tensor:
-    """AuxK (Gao et al. 2024, 2406.04093): how badly the best `k` dead latents a token explain what is left
-    over.
+    """Return the AuxK loss (Gao et al. 2024, 2406.04093): error left after each token's best `k` dead latents reconstruct it.
 
-    Only rows of dead latents enter, so live ones get no gradient and the cost follows the number of dead
-    ones. The target (the error) is detached and the decoder bias stays out. In units of the error's variance
-    over the batch; 0 where nothing is left over, and a non-finite value counts as 0. Selected on f*w, as everywhere in a
-    crosscoder. `encoder` and `decoder` are parameters, latents first: `backward` adds to their gradients, and
-    `torch.autograd.grad` does not see them.
+    The loss is in units of the error's variance over the batch, and 0 if the error is 0 or the loss is not finite. Dead
+    latents are selected by f*w. Live latents get no gradient, and the cost follows the number of dead ones. The error is
+    detached, and the decoder bias is not used. `encoder` and `decoder` are parameters with latents along the first axis.
+    `backward` adds to their gradients directly, so `torch.autograd.grad` does not see these gradients.
     """
     dead_D = dead_F.nonzero().squeeze(1)
     if not len(dead_D):
@@ -186,7 +189,7 @@ def auxk(
 
 
 def unexplained(error_NI: Tensor, explained_NI: Tensor) -> Tensor:
-    """Mean square of what is left of the error, in units of its variance over the batch; see `auxk`."""
+    """Return the mean square of the unexplained error, in units of the error's variance over the batch; see `auxk`."""
     target = error_NI.detach()
     return torch.nan_to_num(
         (target - explained_NI).square().mean() / variance_of(target), nan=0.0, posinf=0.0, neginf=0.0
@@ -194,6 +197,6 @@ def unexplained(error_NI: Tensor, explained_NI: Tensor) -> Tensor:
 
 
 def variance_of(error_NI: Tensor) -> Tensor:
-    """The variance over the batch; infinite where there is none, before anybody divides: a 0/0 would reach the gradient."""
+    """Return the variance over the batch, or infinity for 0, because 0/0 would put nan into gradients."""
     variance = (error_NI - error_NI.mean(0)).square_().mean()
     return variance.masked_fill(~(variance > 0), torch.inf)

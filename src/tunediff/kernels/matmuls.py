@@ -1,4 +1,4 @@
-"""Which library multiplies float32 matrices: the faster one, where a probe shows that it is as exact."""
+"""Choice of the library for float32 matrix products: the faster one if a test shows that it is as exact."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 @contextmanager
 def precision(name: str) -> Iterator[None]:
-    """While inside, torch's setting for float32 products is `name`; then what it was before."""
+    """Set torch's precision for float32 products to `name` inside the block, and restore it after."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(name)
     try:
@@ -22,11 +22,11 @@ def precision(name: str) -> Iterator[None]:
 
 @contextmanager
 def fast_matmul(device: torch.device | str = "cpu") -> Iterator[str]:
-    """Let torch pick its faster fp32 matmul inside, if a probe shows that it stays as exact as the default.
+    """Use torch's faster float32 products inside the block, if a test on `device` finds them as exact as the default.
 
-    On some CPUs the "medium" setting selects a library up to twice as fast at full fp32 precision; on others
-    it rounds the inputs to bf16, and on GPUs to TF32, which the probe on `device` refuses (relative error over
-    2e-6 against fp64). Yields the setting in force.
+    On some CPUs the "medium" setting selects a library that is up to twice as fast at full float32 precision. On others,
+    "medium" rounds inputs to bfloat16, and on GPUs to TF32. The test refuses a relative error over 2e-6 against float64.
+    Yields the name of the setting.
     """
     name = "medium" if _is_exact(str(device)) else torch.get_float32_matmul_precision()
     with precision(name):

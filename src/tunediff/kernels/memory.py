@@ -1,4 +1,4 @@
-"""Memory that a training loop uses again, and what is derived of tensors that stay the same for a while."""
+"""Reuse of large memory blocks in a training loop, and a cache of data derived from tensors."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from torch import Tensor
 
 T = TypeVar("T")
 LARGE = 1 << 20
-"""Fewest bytes of a tensor whose memory is used again: fresh pages come from the system at 2 GB/s."""
+"""Fewest bytes of a tensor whose memory is reused; the system provides new pages at only 2 GB/s."""
 
 
 @dataclass(eq=False)
 class _Memory:
-    """Free blocks by size, and what was derived of each storage, by kind, with the state that its tensor was in."""
+    """Free blocks by size, and derived data of each storage by kind, with the tensor's state when it was derived."""
 
     free: dict[int, list[mmap.mmap]] = field(default_factory=dict)
     derived: weakref.WeakKeyDictionary[torch.UntypedStorage, dict[Hashable, tuple[Any, Any]]] = field(
@@ -34,10 +34,9 @@ _memory: _Memory | None = None
 
 @contextlib.contextmanager
 def kept_memory() -> Iterator[None]:
-    """Use memory again inside: large tensors made by `empty` take the place of earlier ones that are no longer referred to.
+    """Reuse memory inside the block: `empty` puts large tensors where earlier, unreferenced ones were.
 
-    What is `derived` stays too. At the end of the outermost such block the memory is given back and what was derived is
-    forgotten.
+    Data from `derived` is cached too. The end of the outermost block releases the memory and clears the cache.
     """
     global _memory
     before = _memory
@@ -49,10 +48,10 @@ def kept_memory() -> Iterator[None]:
 
 
 def derived(tensor: Tensor, kind: Hashable, make: Callable[[], T]) -> T:
-    """Return what `make` derives of a contiguous tensor; within `kept_memory` it is made once, until the tensor is written to.
+    """Return the result of `make`, derived from a contiguous tensor; `kept_memory` caches it until the tensor is written to.
 
-    Only writes that torch counts are seen: none through `.data` or numpy, nor by torch's fused optimizers (see `wrote`).
-    `kind` names what is derived and, where it matters, how the numbers are grouped.
+    Writes through `.data`, numpy or torch's fused optimizers are not noticed, because torch does not count them (see
+    `wrote`). `kind` identifies the derived data and, if it matters, how the numbers are grouped.
     """
     found: T | None = known(tensor, kind)
     if found is None:
@@ -62,7 +61,7 @@ def derived(tensor: Tensor, kind: Hashable, make: Callable[[], T]) -> T:
 
 
 def known(tensor: Tensor, kind: Hashable) -> Any:
-    """Return what was derived of this tensor, or None if that is nothing or the tensor was written to since."""
+    """Return the data of this kind derived from a tensor, or None if there is none or the tensor was written to since."""
     if _memory is None or tensor.is_inference():
         return None
     state, value = _memory.derived.get(tensor.untyped_storage(), {}).get(kind, (None, None))
@@ -70,13 +69,13 @@ def known(tensor: Tensor, kind: Hashable) -> Any:
 
 
 def know(tensor: Tensor, kind: Hashable, value: Any) -> None:
-    """Store what is `derived` of this tensor as it is now."""
+    """Cache `value` as the data of this kind derived from the tensor's present state."""
     if _memory is not None and not tensor.is_inference():
         _memory.derived.setdefault(tensor.untyped_storage(), {})[kind] = _state(tensor), value
 
 
 def kinds(tensor: Tensor) -> dict[Hashable, Any]:
-    """Return all that was derived of this tensor, of its present numbers or of earlier ones."""
+    """Return all data derived from this tensor by kind, including outdated data."""
     if _memory is None or tensor.is_inference():
         return {}
     found, (*where, _) = _memory.derived.get(tensor.untyped_storage(), {}), _state(tensor)
@@ -84,7 +83,7 @@ def kinds(tensor: Tensor) -> dict[Hashable, Any]:
 
 
 def wrote(*tensors: Tensor) -> None:
-    """Count a write to these tensors that torch does not count."""
+    """Record a write to these tensors that torch does not count itself."""
     for tensor in tensors:
         torch.autograd.graph.increment_version(tensor)
 
@@ -94,7 +93,7 @@ def _state(tensor: Tensor) -> tuple[int, int, int]:
 
 
 def empty(*shape: int) -> Tensor:
-    """Return an uninitialized float32 tensor on the CPU, in memory used before where there is some."""
+    """Return an uninitialized float32 tensor on the CPU, in reused memory if a free block fits."""
     count = math.prod(shape)
     if _memory is None or count * 4 < LARGE:
         return torch.empty(shape, dtype=torch.float32, device="cpu")
@@ -102,6 +101,6 @@ def empty(*shape: int) -> Tensor:
     places = _memory.free.setdefault(size, [])
     place = places.pop() if places else mmap.mmap(-1, size)
     array = np.frombuffer(place, np.float32, count)
-    # torch holds on to the array as long as any tensor uses its memory.
+    # torch keeps a reference to the array as long as any tensor uses its memory.
     weakref.finalize(array, places.append, place).atexit = False
     return torch.from_numpy(array).view(shape)

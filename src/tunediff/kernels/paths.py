@@ -1,4 +1,4 @@
-"""Which kernel path is in force."""
+"""Choice of the kernel path: compiled, Triton, torch or dense."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _fastest: str = os.environ.get("TUNEDIFF_KERNELS", _ORDER[0])
 
 
 def allows(path: KernelPath) -> bool:
-    """Whether this path may be taken; whoever allows one path allows those after it.
+    """Return whether this kernel path may be used; allowing one path allows all slower ones.
 
-    Raises SettingError if `TUNEDIFF_KERNELS` or `using` named no path.
+    Raises SettingError if `TUNEDIFF_KERNELS` or `using` names an unknown path.
     """
     if _fastest not in _ORDER:
         raise SettingError("TUNEDIFF_KERNELS names no path", expected=", ".join(_ORDER), got=_fastest)
@@ -34,7 +34,7 @@ def allows(path: KernelPath) -> bool:
 
 @contextlib.contextmanager
 def using(path: KernelPath) -> Iterator[None]:
-    """Take no faster path than this one inside; `TUNEDIFF_KERNELS` in the environment does so for a whole process."""
+    """Use no path faster than `path` inside the block; the environment variable `TUNEDIFF_KERNELS` does so for a process."""
     global _fastest
     before, _fastest = _fastest, path
     try:
@@ -44,7 +44,7 @@ def using(path: KernelPath) -> Iterator[None]:
 
 
 def on_gpu(*tensors: Tensor) -> Any:
-    """Return `tunediff.kernels.gpu.triton` where it is allowed, installed, and serves (float32 tensors on a GPU); else None."""
+    """Return the Triton kernels if they are allowed, installed and apply to these tensors (float32 on a GPU), else None."""
     return _triton() if allows("triton") and all(t.is_cuda and t.dtype == torch.float32 for t in tensors) else None
 
 

@@ -1,4 +1,4 @@
-"""The kernels in torch's own operations: any device and number format, no compiler."""
+"""Kernels made of torch's own operations, for any device and number format, without a compiler."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from torch import Tensor
 from tunediff.kernels import gates, memory
 
 BFLOAT16_FROM = 1 << 30
-"""Multiplications of a product from which on searching for codes in bfloat16 first is faster (measured)."""
+"""Fewest multiplications for which a first search in bfloat16 is faster (measured)."""
 ROWS = 32
-"""Tokens that share the bound of the longest one among them."""
+"""Tokens that share one error bound, that of the longest activation among them."""
 MOST_CANDIDATES = 4
-"""Candidates for each code that is wanted beyond which the search in bfloat16 has ruled out too little."""
+"""Most candidates for each kept code; with more, the search in bfloat16 is given up."""
 MOST_SHARE = 0.02
-"""Candidates as a share of all codes beyond which the search in bfloat16 has ruled out too little."""
+"""Largest share of candidates among all codes; with more, the search in bfloat16 is given up."""
 
 
 def rounds() -> bool:
-    """Whether the processor multiplies bfloat16, so that codes are searched for in it first."""
-    # Not every version of torch has these two.
+    """Return whether the processor multiplies bfloat16, which makes a first search in bfloat16 fast."""
+    # Some versions of torch lack these two functions.
     has = (getattr(torch.cpu, f"_is_{name}_supported", bool) for name in ("amx_tile", "avx512_bf16"))
     return any(asked() for asked in has)
 
@@ -42,10 +42,10 @@ def encode(x_NI: Tensor, encoder_FI: Tensor, bias_F: Tensor, gate: gates.Gate) -
 def _encode_by_bfloat16(
     x_NI: Tensor, encoder_FI: Tensor, bias_F: Tensor, gate: gates.Gate
 ) -> tuple[Tensor, ...] | None:
-    """Encode by ruling codes out in bfloat16 first; the remaining candidates are computed in float32 and the gate decides.
+    """Encode by a first search in bfloat16 for candidates, whose codes are then computed in float32 and selected.
 
-    Rounding takes at most 2^-9 of each number, which bounds a product's error. None where that rules out too little or
-    too much.
+    Rounding changes each number by at most 2^-9 of it, which bounds the error of a product. Returns None if there are too
+    many candidates or too few.
     """
     (N, I), F = x_NI.shape, len(encoder_FI)
     out = memory.empty(-(-N * F // 2)).view(torch.bfloat16)[: N * F].view(N, F)
@@ -62,7 +62,7 @@ def _encode_by_bfloat16(
         weight_F, bias, size = gate.weight_F[start:stop], bias_F[start:stop], stop - start
         cut = gates.proposed(product_NF[:, start:stop], weight_F, count)
         need_F = gates.needed(cut, weight_F) - bias - 1e-6 * bias.abs()
-        # The bits of numbers above 0 are ordered as those are, and torch compares them twice as fast.
+        # Positive floats are ordered like their bits as integers, which torch compares twice as fast.
         kind = torch.int16 if bool((need_F > reach_N.max() * margin_F[start:stop]).all()) else torch.bfloat16
         found = []
         for first in range(0, N, ROWS):
@@ -97,12 +97,12 @@ def select(pre_NF: Tensor, weight_F: Tensor, parts: Sequence[gates.Part]) -> tup
 
 
 def edges(row_P: Tensor, R: int) -> Tensor:
-    """Return where each row's pairs start among pairs ordered by row, (R + 1)."""
+    """Return the index of each row's first pair, for pairs ordered by row, (R + 1)."""
     return torch.searchsorted(row_P, torch.arange(R + 1, device=row_P.device))
 
 
 def bucket(latent_P: Tensor, F: int) -> tuple[Tensor, Tensor]:
-    """Return an order of the pairs by latent, and where each latent's pairs start in it (F + 1)."""
+    """Return the order of the pairs by latent, and each latent's first place in that order (F + 1)."""
     order_P = torch.argsort(latent_P.int(), stable=True)
     return order_P, edges(latent_P[order_P], F)
 
@@ -110,13 +110,13 @@ def bucket(latent_P: Tensor, F: int) -> tuple[Tensor, Tensor]:
 def bag(starts_R: Tensor, order_P: Tensor | None, index_P: Tensor, value_P: Tensor, rows: Tensor) -> Tensor:
     """Return for each r the sum over pairs p in [starts_R[r], starts_R[r + 1]) of value_P[p] * rows[index_P[p]], (R, I).
 
-    Pairs are taken in `order_P`, if given.
+    `order_P`, if given, is the order in which pairs are summed.
     """
     if order_P is not None:
         index_P, value_P = index_P[order_P], value_P[order_P]
     value_P = value_P.to(rows.dtype)
     if rows.device.type == "cpu" and rows.dtype == torch.float32:
-        with contextlib.suppress(RuntimeError):  # torch is not built for this processor, or gradients are asked for
+        with contextlib.suppress(RuntimeError):  # torch lacks this kernel on the processor, or gradients are needed
             out = memory.empty(len(starts_R) - 1, rows.shape[1])
             return torch.addmm(out, _sparse(starts_R, index_P, value_P, len(rows)), rows, beta=0, out=out)
     return torch.nn.functional.embedding_bag(
@@ -125,14 +125,14 @@ def bag(starts_R: Tensor, order_P: Tensor | None, index_P: Tensor, value_P: Tens
 
 
 def dot(starts_N: Tensor, latent_P: Tensor, a_NI: Tensor, b_FI: Tensor) -> Tensor:
-    """Return for each pair the product of its token's row of a and its latent's row of b, (P,)."""
+    """Return for each pair the dot product of its token's row of a and its latent's row of b, (P,)."""
     if not latent_P.numel():
         return a_NI.new_zeros(0)
     try:
         zero_P = torch.zeros(latent_P.numel(), dtype=a_NI.dtype, device=a_NI.device)
         sampled: Tensor = torch.sparse.sampled_addmm(_sparse(starts_N, latent_P, zero_P, len(b_FI)), a_NI, b_FI.T)
         return sampled.values()
-    except RuntimeError:  # torch is not built for this device or format: the same, more slowly
+    except RuntimeError:  # torch lacks this kernel for the device or format; the loop is slower
         token_P = torch.repeat_interleave(torch.arange(len(a_NI), device=a_NI.device), starts_N.diff())
         parts = zip(token_P.split(4096), latent_P.split(4096))
         return torch.cat([(a_NI[n] * b_FI[j]).sum(1) for n, j in parts])
@@ -146,7 +146,7 @@ def _sparse(starts_R: Tensor, index_P: Tensor, value_P: Tensor, size: int) -> Te
 
 @lru_cache(maxsize=1)
 def _quiet() -> None:
-    """Provoke torch's warning that CSR tensors are in beta, which comes once in a process, where it is ignored."""
+    """Trigger and suppress torch's warning that CSR tensors are in beta, which is given once per process."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.sparse_csr_tensor(torch.tensor([0, 1]), torch.tensor([0]), torch.ones(1), (1, 1))
