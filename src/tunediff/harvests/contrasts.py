@@ -1,7 +1,7 @@
-"""Contrastive text: the same prompts completed by both models, so that the text itself shows what differs.
+"""Contrastive text: both models complete the same prompts, so that the text itself shows how the models differ.
 
-Kassem et al. 2026 (2603.04426). Both completions are later read by both models; a difference of streams is only ever
-formed on the same token ids.
+Source: Kassem et al. 2026 (2603.04426). Both models later read both completions, because a difference of streams needs
+the same token ids.
 """
 
 from __future__ import annotations
@@ -44,10 +44,12 @@ class ContrastSettings:
     temperature: float = 0.7
     """Sampling temperature. 0 is greedy; higher is more varied and, on small models, more garbled."""
     amplified: float = 0.5
-    """Share of the answered prompts (0..1), first ones first, that the tuned model answers once more with its difference
-    from base amplified. A narrow behavior then shows where no prompt calls for it. Each costs two completions."""
+    """Share of the answered prompts (0..1), first ones first, that the tuned model answers once more with its
+    difference from base amplified. A narrow behavior then shows where no prompt calls for it. Each costs two
+    completions."""
     amplification: float = 3.0
-    """Strength a of the amplification: log p(tuned) + a (log p(tuned) - log p(base)) is sampled. Too much gives noise."""
+    """Strength a of the amplification: log p(tuned) + a (log p(tuned) - log p(base)) is sampled. Too much gives
+    noise."""
     batch: int = 80
     """Prompts in a batch. Part of the content key, because sums of floats may depend on it in the last bit."""
 
@@ -73,11 +75,11 @@ class ContrastSettings:
 def contrast(
     pair: Pair, prompts: Corpus, settings: ContrastSettings, seed: int, progress: Callable[[int], None] | None = None
 ) -> list[Document]:
-    """Answer open chats of `prompts` with both models; two documents of kind ``contrastive`` a prompt, or three where tuned
-    answers amplified too.
+    """Answer the open chats of `prompts` with both models, and return the answers as documents of kind ``contrastive``.
 
-    All answers to one prompt are in one group, hence on the same side of the split. A prompt to which a model answers
-    nothing, or of more than 512 tokens, is left out for both. `progress` is told the new tokens as they come.
+    Each prompt gives two documents, or three if tuned also answers with amplification. All answers to one prompt are in
+    one group, so they are on the same side of the split. Prompts of more than 512 tokens are left out, and so are
+    prompts to which a model gives an empty answer. `progress` is called with the number of new tokens.
     """
     pool = [d for d in prompts.documents if d.is_open][: max(settings.pool, settings.prompts)]
     if not pool:
@@ -127,8 +129,11 @@ def contrast(
 
 
 def screen(pair: Pair, tokens: Tokens, settings: ContrastSettings) -> list[int]:
-    """Which prompts are answered: the first, and of the others those with the largest KL(tuned || base) of the answer's
-    first token, from each side of the split in proportion; in the order of the rows."""
+    """Return the row numbers, ascending, of the prompts to answer.
+
+    They are the first prompts, and those of the others with the largest KL(tuned || base) of the answer's first token.
+    The latter come from both sides of the split in proportion.
+    """
     count = min(settings.prompts, len(tokens.rows))
     first = count if count == len(tokens.rows) else count - round(settings.screened * count)
     chosen, rest = list(range(first)), list(range(first, len(tokens.rows)))
@@ -143,7 +148,7 @@ def screen(pair: Pair, tokens: Tokens, settings: ContrastSettings) -> list[int]:
 
 
 def first_word_divergence(pair: Pair, tokens: Tokens) -> Tensor:
-    """KL(tuned || base) in nat of the token that follows each row, (R,)."""
+    """Return KL(tuned || base) in nat of the predicted token after each row, (R,)."""
     kl_R = torch.zeros(len(tokens.rows))
     for batch in tokens.batches(BATCH_TOKENS):
         last_BT = torch.zeros_like(batch.mask_BT)

@@ -1,4 +1,5 @@
-"""Harvests: both models' streams on the same tokens, stored or computed again when read, resumable, read in any order."""
+"""Harvests: both models' streams on the same tokens, stored or computed again when read, resumable, read in any
+order."""
 
 from __future__ import annotations
 
@@ -44,12 +45,12 @@ class HarvestSettings:
     """How streams are taken and stored."""
 
     store: str = "float16"
-    """Number format of base and delta on disk. float32 stores delta exactly, float16 to 0.02 %, bfloat16 to 0.16 %, int8
-    (one scale for 32 values) to about 1 %. none stores no streams: both models run again on what is read and no longer
-    in memory."""
+    """Number format of base and delta on disk. float32 stores delta exactly, float16 to 0.02 %, bfloat16 to 0.16 %,
+    int8 (one scale for 32 values) to about 1 %. none stores no streams: both models run again on what is read and no
+    longer in memory."""
     abnormal: float = 6.0
-    """Tokens whose stream norm exceeds this multiple of the median are outliers (attention sinks): counted, and in neither
-    split. Lower drops ordinary tokens; higher lets a few tokens dominate the loss."""
+    """Tokens whose stream norm exceeds this multiple of the median are outliers (attention sinks): counted, and in
+    neither split. Lower drops ordinary tokens; higher lets a few tokens dominate the loss."""
     batch_tokens: int = 2048
     """Tokens a forward pass; changes speed and the last bits of the streams, so it is part of the key."""
     shard_tokens: int = 8192
@@ -67,7 +68,8 @@ class HarvestSettings:
 def noise_floor(
     model: LanguageModel, ids_BT: Tensor, mask_BT: Tensor, sites: Sequence[Site], together: Tensor | None = None
 ) -> Tensor:
-    """Return the mean squared length (S,) of the difference between two runs of one model that differ in batch shape alone.
+    """Return the mean squared length (S,) of the difference between two runs of one model that differ in batch shape
+    alone.
 
     One run takes all rows at once, or is given as `together` (B, T, S, D); the other takes each row alone.
     """
@@ -77,10 +79,10 @@ def noise_floor(
 
 
 def repeated(tokens: Tokens) -> list[int]:
-    """Return for each row how many of its leading tokens start an earlier row too, so that their streams are the same.
+    """Return for each row the number of its leading tokens that also start an earlier row and so have the same streams.
 
-    Training rows come before held-out ones, so that no held-out token repeats a training one; then rows come in order
-    of document id, so that the order of rows plays no part.
+    Training rows come before held-out ones, so that no held-out token repeats a training token. Within a split, rows
+    come in order of document id, so that the order of `tokens` does not matter.
     """
     order = sorted(
         range(len(tokens.rows)),
@@ -95,7 +97,7 @@ def repeated(tokens: Tokens) -> list[int]:
     for r in order:
         prefix = 0
         for token in tokens.rows[r]:
-            prefix = hash((prefix, token))  # of integers, hence the same in every process
+            prefix = hash((prefix, token))  # a hash of integers is the same in every process
             out[r] += prefix in seen
             seen.add(prefix)
     return out
@@ -192,7 +194,7 @@ class Harvest:
     def at(self, tokens_N: Tensor) -> Tensor:
         """Return streams (N, S, M, D) in float32 of tokens by number."""
         shard_N = self._shard_of(tokens_N)
-        held = getattr(self.shards, "kept", {})  # read first, before others take their place in memory
+        held = getattr(self.shards, "kept", {})  # read shards in memory first, before others replace them
         numbers = sorted(shard_N.unique().tolist(), key=lambda number: (number not in held, number))
         width = self.shards[numbers[0] if numbers else 0]["base"].shape[-1]
         out = torch.empty(len(tokens_N), len(self.sites), 2, width)
@@ -207,8 +209,8 @@ class Harvest:
     def order(self, split: str, index_N: Tensor, rng: torch.Generator) -> Tensor:
         """Return a random order (N,) of the tokens at indices `index_N` of `split`, as indices into `index_N`.
 
-        Where streams are computed again, tokens of as many shards as fit in memory come together; the shards are in
-        random order too.
+        If streams are computed again when read, tokens are grouped by as many shards as fit in memory. The shards are
+        in random order too.
         """
         order_N = torch.randperm(len(index_N), generator=rng)
         if not isinstance(self.shards, Again) or self.shards.held >= len(self.shards):
@@ -331,7 +333,8 @@ def harvest(
 
 
 def _mixed(batches: list[Batch]) -> list[Batch]:
-    """Shuffle batches, always the same way: a shard is trained on at once, and its rows would be of similar length."""
+    """Shuffle batches in a fixed order, because training reads a shard at once and its rows would have similar
+    lengths."""
     return [batches[at] for at in torch.randperm(len(batches), generator=generator(0, "shards")).tolist()]
 
 
@@ -346,7 +349,7 @@ def _streams(pair: Pair, batch: Batch, sites: Sequence[Site]) -> Tensor:
 
 
 def _group(batches: list[Batch], shard_tokens: int) -> list[list[Batch]]:
-    """Put consecutive batches together until each group has `shard_tokens`."""
+    """Group consecutive batches until each group has at least `shard_tokens` tokens."""
     groups: list[list[Batch]] = [[]]
     size = 0
     for batch in batches:
@@ -359,7 +362,7 @@ def _group(batches: list[Batch], shard_tokens: int) -> list[list[Batch]]:
 
 
 def _same_work(folder: Path, key: str) -> None:
-    """Refuse to go on with another run's shards: the key of the unfinished run is stored beside them."""
+    """Raise ArtifactError if the folder holds shards of an unfinished harvest with another key."""
     note = folder / WORK
     if note.is_file():
         _refuse_other(folder, "an unfinished", read_json(note)["key"], key)

@@ -1,7 +1,7 @@
-"""The tuned lens: what a direction at a middle layer says in the vocabulary, in its own words.
+"""The tuned lens, which reads a direction at a middle layer as tokens of the vocabulary, and Patchscopes.
 
-Belrose et al. 2023 (2303.08112) train an affine map a layer by gradient descent on KL; ours is a ridge regression from
-the stream to the final normed state, fitted on base activations only, in closed form and in seconds.
+Belrose et al. 2023 (2303.08112) train one affine map per layer by gradient descent on KL. Here each map is a ridge
+regression from the stream to the final normed state, in closed form, on base activations only.
 """
 
 from __future__ import annotations
@@ -30,8 +30,12 @@ SCHEMA = "tunediff.lens/1"
 
 @dataclass(frozen=True, eq=False)
 class Lens:
-    """For each site, a map (D, D) from a direction of the stream to one of the final normed state, and how much of
-    the held-out final state it explains (R^2)."""
+    """Linear maps from directions of the stream to directions of the final normed state.
+
+    sites     the sites along axis S
+    map_SDD   map of each site
+    r2_S      explained share (R^2) of the final state on batches that were not fitted
+    """
 
     sites: tuple[Site, ...]
     map_SDD: Tensor
@@ -40,10 +44,10 @@ class Lens:
     def read(
         self, model: LanguageModel, site: Site, direction_D: Tensor, count: int = 20, mask_V: Tensor | None = None
     ) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
-        """The `count` tokens a direction promotes most and those it suppresses most, with weights (cosines).
+        """Return the `count` tokens that a direction promotes most and the `count` it suppresses most, with cosines.
 
-        The unembedding is centered over the vocabulary and its rows normalized, so that frequent tokens with long
-        rows do not come first whatever the direction. `mask_V` (True = may be named) takes out what is generic.
+        The unembedding is centered over the vocabulary and its rows are normalized. Otherwise frequent tokens with long
+        rows would come first for every direction. `mask_V` is True for tokens that may be returned.
         """
         rows_VD = model.family.unembedding(model.network).weight.float()
         rows_VD = torch.nn.functional.normalize(rows_VD - rows_VD.mean(0), dim=1)
@@ -69,15 +73,16 @@ def fit_lens(
     sample: Sample | None = None,
     model_fingerprint: str = "",
 ) -> Lens:
-    """Ridge regression from the stream at each site to the final normed state, on `tokens`' training documents.
+    """Fit a ridge regression from the stream at each site to the final normed state, on `tokens`' training documents.
 
-    ridge      added to the diagonal, as a share of its mean: more blurs the read-out, less overfits
+    ridge      share of the diagonal's mean that is added to the diagonal: more blurs the read-out, less overfits
     abnormal   tokens with a stream norm above this multiple of the median are left out
-    sample     these tokens' streams from a harvest, if there is one: runs then go on from them
-    model_fingerprint   base's, where it is known; hashing a model takes a while
+    sample     rows with streams from a harvest, if available; base then runs from these streams on
+    model_fingerprint   fingerprint of base, if known; computing it takes a while
 
-    Every eighth batch, from the second on, is kept for the R^2. Skips what is finished in `folder`; raises
-    `ArtifactError` if that is a lens of another model, text or setting, `NumericsError` on non-finite streams.
+    Every eighth batch, from the second on, is held out to measure R^2. A finished lens in `folder` is opened instead.
+    Raises `ArtifactError` if `folder` holds a lens of another model, text or setting, `NumericsError` on non-finite
+    streams.
     """
     sites = tuple(sorted(set(sites)))
     key = key_of(
@@ -154,7 +159,8 @@ def fit_lens(
     finish(
         folder, SCHEMA, {"key": key, "sites": [str(s) for s in sites], "ridge": ridge, "r2": r2}, ["lens.safetensors"]
     )
-    # The very tensors that anyone who opens it has: even their alignment in memory moves the last bits of a product.
+    # Reading the saved file gives the same bits as opening the lens later: memory alignment alters a product's last
+    # bits.
     return _open(folder, sites)
 
 
@@ -163,22 +169,24 @@ IDENTITY = (
     "blue -> blue\nrun -> run\n42 -> 42\n?",
     "cat -> cat\nParis -> Paris\nor -> or\n?",
 )
-"""Texts that go on with what stands at their last token (Ghandeharioun et al. 2024, 2401.06102)."""
+"""Prompts that make a model repeat the content of their last token (Ghandeharioun et al. 2024, 2401.06102)."""
 
 SIZES = (0.5, 1.0, 2.0)
-"""Lengths at which a direction is put there, in units of the stream's own."""
+"""Lengths of the inserted direction, in units of the stream's usual length."""
 
 
 def patchscope(
     model: LanguageModel, site: Site, direction_D: Tensor, size: float, vocabulary: int, count: int = 20
 ) -> list[int]:
-    """The `count` tokens that `model` says of a direction: their probability after texts that repeat what stands at their
-    last token, with the direction in place of the stream there, less the probability with its opposite.
+    """Return the `count` tokens whose probability a direction raises most in prompts that repeat their last token.
 
-    size   the stream's usual length at the site; the direction is put in at several multiples
+    The direction replaces the stream at the last token of each `IDENTITY` prompt. A token's score is its probability
+    with the direction less its probability with the opposite direction, summed over prompts and lengths.
 
-    Minder et al. (2510.13900) let a language model choose the length that reads best; here all count alike, and the
-    opposite direction takes away what the texts say by themselves.
+    size   usual length of the stream at the site; the direction is inserted at the multiples in `SIZES`
+
+    Minder et al. 2025 (2510.13900) let a language model choose the most readable length; here all lengths count
+    equally. The opposite direction cancels what the prompts alone predict.
     """
     unit_D = torch.nn.functional.normalize(direction_D.float(), dim=0)
     length_B = size * torch.tensor([sign * length for length in SIZES for sign in (1, -1)])

@@ -1,4 +1,4 @@
-"""Samples: whole rows of one split with both models' streams as flat tokens, on which the models can run again."""
+"""Samples: whole rows of one split with both models' streams, on which the models can run again."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Sample:
     """Whole rows with both models' streams at a harvest's sites, as flat tokens in the order of the rows.
 
     streams_NSMD   streams of both models
-    row_N, position_N, document_N   where each token stands
-    ordinary_N     False for outlier tokens (`HarvestSettings.abnormal`), which are here so that rows are whole
-    scored_N       tokens whose next-token predictions count: in a chat those of the last answer, else all
+    row_N, position_N, document_N   row, position in the row, and document of each token
+    ordinary_N     False for outlier tokens (`HarvestSettings.abnormal`), which are included to keep rows whole
+    scored_N       whether a token's next-token prediction counts: in a chat those of the last answer, else all
     token_N        index of each token in the harvest
     """
 
@@ -43,7 +43,7 @@ class Sample:
     def take(
         cls, harvest: Harvest, tokens: Tokens, *, split: str, limit: int, seed: int, kinds: Sequence[str] = ()
     ) -> Sample:
-        """Whole documents of one split, in an order fixed by `seed`, until `limit` tokens are reached.
+        """Take whole documents of one split, in an order fixed by `seed`, until `limit` tokens are reached.
 
         kinds   only documents of these kinds, all of them if empty
         """
@@ -63,7 +63,7 @@ class Sample:
 
     @classmethod
     def of(cls, harvest: Harvest, tokens: Tokens, rows: Sequence[int]) -> Sample:
-        """These rows."""
+        """Take these rows."""
         rows = sorted(rows)
         wanted = torch.zeros(len(tokens.rows), dtype=torch.bool)
         wanted[rows] = True
@@ -85,21 +85,21 @@ class Sample:
         )
 
     def strength(self, change: Change) -> Tensor:
-        """The change's strength at every token; 0 at outlier tokens, which no finder has seen."""
+        """Return the change's strength at every token; 0 at outlier tokens, which no finder has seen."""
         at = [self.sites.index(site) for site in change.sites]
         some = (
             self.streams_NSMD if at == list(range(len(self.sites))) else self.streams_NSMD[:, at]
-        )  # the usual case, without a copy
+        )  # all sites, the usual case, need no copy
         return change.strength(some) * self.ordinary_N
 
     def places(self, batch: Batch) -> Tensor:
-        """Index in the sample of each position of a batch of its rows (B, T); -1 for padding."""
+        """Return the sample's token index at each position of a batch of its rows (B, T); -1 for padding."""
         starts = {row: place for place, row in reversed(list(enumerate(self.row_N.tolist())))}
         first_B = torch.tensor([starts[row] for row in batch.rows_B.tolist()])
         return torch.where(batch.mask_BT, first_B[:, None] + torch.arange(batch.ids_BT.shape[1]), -1)
 
     def starts(self, batch: Batch) -> tuple[Start, Start] | tuple[None, None]:
-        """Starting points for runs of base and of tuned on a batch of its rows: their streams at the last resid site."""
+        """Return starting points of base and tuned on a batch of the sample's rows: streams at the last resid site."""
         site = next((site for site in reversed(self.sites) if site.kind == "resid"), None)
         if site is None:
             return None, None
@@ -107,7 +107,7 @@ class Sample:
         return Start(site, stream_BTMD[:, :, BASE]), Start(site, stream_BTMD[:, :, TUNED])
 
     def only(self, rows: Sequence[int]) -> Sample:
-        """The sample's part on some of its rows."""
+        """Return the sample restricted to some of its rows."""
         wanted = torch.zeros(len(self.tokens.rows), dtype=torch.bool)
         wanted[list(rows)] = True
         keep = wanted[self.row_N.long()]
@@ -121,11 +121,11 @@ class Sample:
         )
 
     def batches(self, batch_tokens: int) -> Iterator[Batch]:
-        """The rows in batches that carry their numbers in `tokens`."""
+        """Yield the sample's rows in batches, with row numbers as in `tokens`."""
         return batches_of(self.tokens, self.rows, batch_tokens)
 
 
 def batches_of(tokens: Tokens, rows: Sequence[int], batch_tokens: int) -> Iterator[Batch]:
-    """Batches of some rows that carry their numbers in `tokens`."""
+    """Yield some rows in batches, with row numbers as in `tokens`."""
     for batch in tokens.only(rows).batches(batch_tokens):
         yield replace(batch, rows_B=torch.tensor(list(rows))[batch.rows_B])

@@ -1,4 +1,4 @@
-"""The scan over depth: where two models differ beyond noise, and where the difference already decides the output."""
+"""Scan over layers: where two models differ beyond noise, and where the difference already determines the output."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ class ScanSettings:
 
 
 def candidate_sites(depth: int, count: int) -> list[Site]:
-    """Layers evenly spread from a sixth of the depth to the last but one."""
+    """Return `count` layers at even spacing, from a sixth of the depth to the last but one."""
     first, last = depth // 6, max(depth - 2, 0)
     steps = max(count - 1, 1)
     return [Site(layer) for layer in sorted({round(first + (last - first) * i / steps) for i in range(count)})]
 
 
 def scan(pair: Pair, tokens: Tokens, sites: Sequence[Site], batch_tokens: int = 1200) -> Scan:
-    """How far both models differ at `sites` on `tokens`; nothing is chosen yet.
+    """Measure how far both models differ at `sites` on `tokens`, without choosing a site.
 
-    Training text will do, as nothing is claimed from the scan.
+    `tokens` may be training text, because no result rests on the scan.
     """
     sites = sorted(set(sites))
     base_squares = torch.zeros(len(sites), dtype=torch.float64)
@@ -71,7 +71,7 @@ def scan(pair: Pair, tokens: Tokens, sites: Sequence[Site], batch_tokens: int = 
         gap += whole
         for s, site in enumerate(sites):
             if torch.equal(x_NSMD[:, s, TUNED], x_NSMD[:, s, BASE]):
-                left[s] += whole  # nothing would be put into base
+                left[s] += whole  # patching would not change base
                 continue
             patched = Said.at(pair.base, batch.ids_BT, mask, pair.vocabulary, Start(site, streams[:, :, s, TUNED]))
             left[s] += float(kl_divergence(tuned, patched).sum())
@@ -86,7 +86,8 @@ def scan(pair: Pair, tokens: Tokens, sites: Sequence[Site], batch_tokens: int = 
 
 
 def choose(ceiling: Profile, reach: float) -> str:
-    """The lowest site whose ceiling is at least `reach` times the best; where nothing differs, the middle one."""
+    """Return the lowest site whose ceiling is at least `reach` times the best, or the middle site if nothing
+    differs."""
     (shares,) = ceiling.values
     best = max(shares)
     if best <= 0:

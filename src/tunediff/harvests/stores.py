@@ -23,13 +23,13 @@ STORES = {
 STREAMS = ("base", "delta")
 """Names of the stored streams: base's, and tuned minus base."""
 HELD_BYTES = 2 << 30
-"""About how many bytes of streams are held in memory where none are on disk."""
+"""Approximate bytes of streams that are held in memory if none are on disk."""
 SCALE_GROUP = 32
 """Neighboring values that share one scale in int8 (fewer, where the width is no multiple of it)."""
 
 
 class Again(Sequence[Mapping[str, Tensor]]):
-    """Shards whose streams are not on disk: reading one computes it again, and the last `held` stay in memory.
+    """Shards whose streams are not on disk: reading a shard computes it again, and the last `held` stay in memory.
 
     run     computes the streams of a shard by its number
     count   number of shards
@@ -54,7 +54,7 @@ class Again(Sequence[Mapping[str, Tensor]]):
         return self.keep(number, self.kept[number] if number in self.kept else self._run(number))
 
     def keep(self, number: int, shard: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Hold a shard in memory, in the place of the one read longest ago."""
+        """Hold a shard in memory; beyond `held` shards, drop the one read longest ago."""
         self.kept[number] = shard
         self.kept.move_to_end(number)
         if len(self.kept) > self.held:

@@ -17,7 +17,8 @@ Part = tuple[int, int, int]
 
 @dataclass(frozen=True, eq=False)
 class Gate:
-    """Selection of a batch's largest scaled codes relu(pre) * weight_F in each part; parts cover the latents in order."""
+    """Selection of a batch's largest scaled codes relu(pre) * weight_F in each part; parts cover the latents in
+    order."""
 
     weight_F: Tensor
     parts: tuple[Part, ...]
@@ -30,9 +31,9 @@ SAMPLE = 1 << 18
 def keep(pre_NF: Tensor, weight_F: Tensor, parts: Sequence[Part]) -> Tensor:
     """Return flat ascending indices of the codes that a `Gate` keeps: each part's largest positive v = relu(pre) * w.
 
-    Fewer codes are kept only if fewer are positive. Of equal values at the border, the earlier in flat order is kept, so
-    every kernel gives the same answer. A sample proposes a threshold, and the exact selection is made among the codes
-    above it. If the proposed threshold was too high, all positive codes are candidates.
+    Fewer codes are kept only if fewer are positive. Of equal values at the border, the earlier in flat order is kept,
+    so every kernel gives the same answer. A sample proposes a threshold, and the exact selection is made among the
+    codes above it. If the proposed threshold was too high, all positive codes are candidates.
     """
     F, kept = pre_NF.shape[1], []
     for start, stop, count in parts:
@@ -53,7 +54,7 @@ def batch_topk(value_NF: Tensor, k: float) -> Tensor:
 def _largest(pre_NF: Tensor, weight_F: Tensor, count: int) -> tuple[Tensor, Tensor]:
     cut, count = proposed(pre_NF, weight_F, count), min(count, pre_NF.numel())
     while True:
-        flat_P = (pre_NF > needed(cut, weight_F)).view(-1).nonzero()[:, 0]  # `best` removes values that only rounding let in
+        flat_P = (pre_NF > needed(cut, weight_F)).view(-1).nonzero()[:, 0]  # `best` removes what rounding let in
         token_P, latent_P = places(flat_P, pre_NF.shape[1])
         value_P = pre_NF[token_P, latent_P] * weight_F[latent_P]
         kept_P = best(value_P, cut, count)
@@ -63,7 +64,8 @@ def _largest(pre_NF: Tensor, weight_F: Tensor, count: int) -> tuple[Tensor, Tens
 
 
 def proposed(pre_NF: Tensor, weight_F: Tensor, count: int) -> float:
-    """Estimate from a sample a threshold that slightly more than `count` scaled codes exceed; 0 for few codes or large counts."""
+    """Estimate from a sample a threshold that slightly more than `count` scaled codes exceed; 0 for few codes or large
+    counts."""
     total = pre_NF.numel()
     stride = max(61, total // SAMPLE)  # a prime: a divisor of the number of columns would always sample the same ones
     while math.gcd(stride, pre_NF.shape[1]) > 1:
@@ -78,7 +80,8 @@ def proposed(pre_NF: Tensor, weight_F: Tensor, count: int) -> float:
 
 
 def needed(cut: float, weight_F: Tensor) -> Tensor:
-    """Return the threshold (F,) on unscaled codes for which scaled codes exceed the cut, lowered by the rounding error."""
+    """Return the threshold (F,) on unscaled codes for which scaled codes exceed the cut, lowered by the rounding
+    error."""
     return torch.where(weight_F > 0, cut / weight_F * (1 - 8 * torch.finfo(weight_F.dtype).eps), torch.inf)
 
 
@@ -111,7 +114,8 @@ def threshold_gate(pre_NF: Tensor, threshold_F: Tensor) -> Tensor:
 
 
 def calibrate(values: list[Tensor], keep: int) -> float:
-    """Return the threshold that exactly `keep` of the pooled positive values exceed; 0 if no more values are positive."""
+    """Return the threshold that exactly `keep` of the pooled positive values exceed; 0 if no more values are
+    positive."""
     pool = torch.cat([v[v > 0] for v in values]) if values else torch.zeros(0)
     if keep >= pool.numel():
         return 0.0
@@ -174,12 +178,13 @@ def auxk(
     dead_F: Tensor,
     k: int,
 ) -> Tensor:
-    """Return the AuxK loss (Gao et al. 2024, 2406.04093): error left after each token's best `k` dead latents reconstruct it.
+    """Return the AuxK loss (Gao et al. 2024, 2406.04093): error left after each token's best `k` dead latents
+    reconstruct it.
 
     The loss is in units of the error's variance over the batch, and 0 if the error is 0 or the loss is not finite. Dead
-    latents are selected by f*w. Live latents get no gradient, and the cost follows the number of dead ones. The error is
-    detached, and the decoder bias is not used. `encoder` and `decoder` are parameters with latents along the first axis.
-    `backward` adds to their gradients directly, so `torch.autograd.grad` does not see these gradients.
+    latents are selected by f*w. Live latents get no gradient, and the cost follows the number of dead ones. The error
+    is detached, and the decoder bias is not used. `encoder` and `decoder` are parameters with latents along the first
+    axis. `backward` adds to their gradients directly, so `torch.autograd.grad` does not see these gradients.
     """
     dead_D = dead_F.nonzero().squeeze(1)
     if not len(dead_D):

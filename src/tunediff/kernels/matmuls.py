@@ -24,9 +24,9 @@ def precision(name: str) -> Iterator[None]:
 def fast_matmul(device: torch.device | str = "cpu") -> Iterator[str]:
     """Use torch's faster float32 products inside the block, if a test on `device` finds them as exact as the default.
 
-    On some CPUs the "medium" setting selects a library that is up to twice as fast at full float32 precision. On others,
-    "medium" rounds inputs to bfloat16, and on GPUs to TF32. The test refuses a relative error over 2e-6 against float64.
-    Yields the name of the setting.
+    On some CPUs the "medium" setting selects a library that is up to twice as fast at full float32 precision. On
+    others, "medium" rounds inputs to bfloat16, and on GPUs to TF32. The test refuses a relative error over 2e-6 against
+    float64. Yields the name of the setting.
     """
     name = "medium" if _is_exact(str(device)) else torch.get_float32_matmul_precision()
     with precision(name):

@@ -48,7 +48,8 @@ def kept_memory() -> Iterator[None]:
 
 
 def derived(tensor: Tensor, kind: Hashable, make: Callable[[], T]) -> T:
-    """Return the result of `make`, derived from a contiguous tensor; `kept_memory` caches it until the tensor is written to.
+    """Return the result of `make`, derived from a contiguous tensor; `kept_memory` caches it until the tensor is
+    written to.
 
     Writes through `.data`, numpy or torch's fused optimizers are not noticed, because torch does not count them (see
     `wrote`). `kind` identifies the derived data and, if it matters, how the numbers are grouped.
@@ -61,7 +62,8 @@ def derived(tensor: Tensor, kind: Hashable, make: Callable[[], T]) -> T:
 
 
 def known(tensor: Tensor, kind: Hashable) -> Any:
-    """Return the data of this kind derived from a tensor, or None if there is none or the tensor was written to since."""
+    """Return the data of this kind derived from a tensor, or None if there is none or the tensor was written to
+    since."""
     if _memory is None or tensor.is_inference():
         return None
     state, value = _memory.derived.get(tensor.untyped_storage(), {}).get(kind, (None, None))

@@ -34,7 +34,8 @@ def allows(path: KernelPath) -> bool:
 
 @contextlib.contextmanager
 def using(path: KernelPath) -> Iterator[None]:
-    """Use no path faster than `path` inside the block; the environment variable `TUNEDIFF_KERNELS` does so for a process."""
+    """Use no path faster than `path` inside the block; the environment variable `TUNEDIFF_KERNELS` does so for a
+    process."""
     global _fastest
     before, _fastest = _fastest, path
     try:
@@ -44,7 +45,8 @@ def using(path: KernelPath) -> Iterator[None]:
 
 
 def on_gpu(*tensors: Tensor) -> Any:
-    """Return the Triton kernels if they are allowed, installed and apply to these tensors (float32 on a GPU), else None."""
+    """Return the Triton kernels if they are allowed, installed and apply to these tensors (float32 on a GPU), else
+    None."""
     return _triton() if allows("triton") and all(t.is_cuda and t.dtype == torch.float32 for t in tensors) else None
 
 

@@ -1,4 +1,5 @@
-"""Sparse codes as (token, latent, value) triples; after the encoder's product, costs follow the number of pairs, not N*F.
+"""Sparse codes as (token, latent, value) triples; after the encoder's product, costs follow the number of pairs, not
+N*F.
 
 Forward and backward passes are four sums over pairs. Decoding and both weight gradients are weighted sums of rows. One
 thread computes each output row, so results do not depend on the number of threads. The gradient of the values is a
@@ -46,7 +47,8 @@ class Pairs:
         return cls(token_P, latent_P, torch_ops.edges(token_P, N), N, F)
 
     def cut(self, cuts: tuple[int, ...]) -> Pairs:
-        """Split each token into len(cuts) + 1 rows, with its pairs before, between and after the cuts between latents."""
+        """Split each token into len(cuts) + 1 rows, with its pairs before, between and after the cuts between
+        latents."""
         if not cuts:
             return self
         block_P = sum(

@@ -44,8 +44,8 @@ def _encode_by_bfloat16(
 ) -> tuple[Tensor, ...] | None:
     """Encode by a first search in bfloat16 for candidates, whose codes are then computed in float32 and selected.
 
-    Rounding changes each number by at most 2^-9 of it, which bounds the error of a product. Returns None if there are too
-    many candidates or too few.
+    Rounding changes each number by at most 2^-9 of it, which bounds the error of a product. Returns None if there are
+    too many candidates or too few.
     """
     (N, I), F = x_NI.shape, len(encoder_FI)
     out = memory.empty(-(-N * F // 2)).view(torch.bfloat16)[: N * F].view(N, F)
@@ -108,7 +108,8 @@ def bucket(latent_P: Tensor, F: int) -> tuple[Tensor, Tensor]:
 
 
 def bag(starts_R: Tensor, order_P: Tensor | None, index_P: Tensor, value_P: Tensor, rows: Tensor) -> Tensor:
-    """Return for each r the sum over pairs p in [starts_R[r], starts_R[r + 1]) of value_P[p] * rows[index_P[p]], (R, I).
+    """Return for each r the sum over pairs p in [starts_R[r], starts_R[r + 1]) of value_P[p] * rows[index_P[p]],
+    as (R, I).
 
     `order_P`, if given, is the order in which pairs are summed.
     """

@@ -1,6 +1,6 @@
-"""The compiled kernels for float32 on the CPU: search for codes, sums over pairs, Adam, and sums over large tensors.
+"""Compiled kernels for float32 on the CPU: search for codes, sums over pairs, Adam, and sums over large tensors.
 
-They call the functions of `codes.c`, `panels.c`, and `adam.c` (see `compiled`).
+The functions here call `codes.c`, `panels.c` and `adam.c` (see `compiled`).
 """
 
 from __future__ import annotations
@@ -31,50 +31,53 @@ from tunediff.kernels.cpu.compiled import (
 )
 
 BFLOAT16_FROM = 1 << 28
-"""Multiplications of a product from which on searching for codes in bfloat16 first is faster (measured)."""
+"""Fewest multiplications for which a first search in bfloat16 is faster (measured)."""
 SAMPLE = 1 << 15
-"""Codes of a group that its threshold is estimated from; a smaller group starts without one."""
+"""Codes sampled to estimate a group's threshold; a smaller group starts without a threshold."""
 SQUARES = 1 << 7
-"""Square blocks of products among which the sample is drawn where products are made in bfloat16."""
+"""Square blocks of products that form the sample if products are computed in bfloat16."""
 MARGIN = 3.0
-"""Standard deviations of the estimate by which more candidates than codes are asked for; too few are noticed."""
+"""Standard deviations of the estimate that are added to the wanted number of candidates."""
 DEEP = 32
-"""Depth of the blocks that bfloat16 numbers are packed in."""
+"""Depth of the blocks of packed bfloat16 numbers."""
 GROUP = 32
-"""Rows of the blocks that bfloat16 numbers are packed in."""
+"""Rows of the blocks of packed bfloat16 numbers."""
 AHEAD = 16
-"""Most groups of tokens that a thread takes at once."""
+"""Most groups of tokens that a thread processes at once."""
 TOKENS = 1 << 12
-"""Tokens whose candidates are computed together: as many as fit a panel."""
+"""Tokens whose candidates are computed together, limited by the size of a panel."""
 BLOCK = 1 << 16
 """Numbers whose squares are summed by one thread at a time."""
 TILES = "tiles"
-"""Kind of `memory.derived`: rows packed in bfloat16, by their number."""
+"""Kind of `memory.derived` for rows packed in bfloat16; the number of rows is part of the kind."""
 PANELED = "panels"
-"""Kind of `memory.derived`: rows stored a few columns at a time, by their number."""
+"""Kind of `memory.derived` for rows stored in panels of columns; the number of rows is part of the kind."""
 ENERGY = "energy"
-"""Kind of `memory.derived`: sums of squares whose sum is that of the whole tensor."""
+"""Kind of `memory.derived` for partial sums of squares that add up to the whole tensor's."""
 LENGTHS = "lengths"
-"""Kind of `memory.derived`: sums of squares of so many numbers each."""
+"""Kind of `memory.derived` for sums of squares of rows; the length of a row is part of the kind."""
 PANELS = (256, 128)
-"""Bytes of a row in a panel, of which the first is taken whose panel fits `CACHED`."""
+"""Widths of a panel in bytes; the first whose panel fits `CACHED` is used."""
 CACHED = 5 << 18
 """Most bytes of a panel that stays in a core's cache (measured)."""
 PER_ROW = 6
 """Fewest pairs for each row for which copying rows into panels is faster (measured)."""
 FAR = 1 << 22
-"""Fewest bytes of an answer that is written past the caches (measured)."""
+"""Fewest bytes of an output for which writing past the caches is faster (measured)."""
 
 
 def rounds() -> bool:
-    """Whether the processor multiplies bfloat16, so that codes are searched for in it first."""
+    """Return whether the processor multiplies bfloat16, which makes a first search in bfloat16 fast."""
     lib = library()
     return bool(lib is not None and lib.squares > 0)
 
 
 def encode(x_NI: Tensor, encoder_FI: Tensor, bias_F: Tensor, gate: gates.Gate) -> tuple[Tensor, ...]:
-    """What `torch_ops.encode` answers. The product may be made in bfloat16, and only says which codes cannot be kept: all
-    others are computed again in float32, and among those the gate decides."""
+    """Return the kept codes like `torch_ops.encode`.
+
+    A product in bfloat16 may find the candidates. Candidates are computed again in float32, and the gate selects among
+    these values.
+    """
     N, F = len(x_NI), len(encoder_FI)
     if N and rounds() and x_NI.numel() * F >= BFLOAT16_FROM:
         return _encode_by_bfloat16(x_NI.contiguous(), encoder_FI.contiguous(), bias_F, gate)
@@ -83,7 +86,8 @@ def encode(x_NI: Tensor, encoder_FI: Tensor, bias_F: Tensor, gate: gates.Gate) -
 
 
 def select(pre_NF: Tensor, weight_F: Tensor, parts: Sequence[gates.Part]) -> tuple[Tensor, ...]:
-    """Of each part the largest positive codes relu(pre) * weight, of equal ones the first; as `torch_ops.select`."""
+    """Return each part's largest positive codes relu(pre) * weight, of equal ones the first, like
+    `torch_ops.select`."""
     lib, (N, F), G = library(), pre_NF.shape, len(parts)
     weight_F = weight_F.contiguous()
     edges, count_N, wanted = even(N, RANGES), longs(N), max(1, sum(keep for *_, keep in parts))
@@ -127,8 +131,11 @@ def select(pre_NF: Tensor, weight_F: Tensor, parts: Sequence[gates.Part]) -> tup
 
 
 def _encode_by_bfloat16(x_NI: Tensor, encoder_FI: Tensor, bias_F: Tensor, gate: gates.Gate) -> tuple[Tensor, ...]:
-    """By Cauchy and Schwarz x.w and its rounded product differ by at most |x - x'| |w| + |x'| |w - w'|, to which comes what sums
-    in float32 lose. E is F and T is N, filled up to whole groups."""
+    """Encode by a first search in bfloat16, whose error is bounded by the Cauchy-Schwarz inequality.
+
+    x.w and the product of rounded vectors x'.w' differ by at most |x - x'| |w| + |x'| |w - w'|, plus the rounding error
+    of float32 sums. E and T are F and N, padded to whole groups.
+    """
     (N, I), F, parts = x_NI.shape, len(encoder_FI), gate.parts
     weight_F, bias_F = gate.weight_F.contiguous(), bias_F.contiguous()
     (x16_TI, x_T, x_lost_T), (w16_EI, w_E, w_lost_E) = (
@@ -136,8 +143,8 @@ def _encode_by_bfloat16(x_NI: Tensor, encoder_FI: Tensor, bias_F: Tensor, gate: 
         memory.derived(encoder_FI, (TILES, F), lambda: _packed(encoder_FI, False)),
     )
     E, T, steps, scaled_F = len(w_E), len(x_T), -(-I // DEEP), bias_F * weight_F
-    # Of tiny numbers squares are lost, and what is left of them by rounding, so both sides get some more; of infinite lengths, as
-    # of numbers whose squares are, all codes are candidates.
+    # Squares of tiny numbers underflow, so both bounds get small constants. If a length is infinite or its square
+    # overflows, all codes are candidates.
     ratio_T = torch.where(x_T > 1e-15, x_lost_T / x_T, 0.0).nan_to_num(0.0)
     off = float(ratio_T.max()) + 2 * I * 2.0**-24 + 1e-5
     margin_E = (w_E * off + 1.01 * w_lost_E + 1e-16).nan_to_num(math.inf, math.inf)
@@ -177,19 +184,19 @@ def _encode_by_bfloat16(x_NI: Tensor, encoder_FI: Tensor, bias_F: Tensor, gate: 
             spread("list_bits", [bit, groups, E, next_E, token_D], even(E, FINE))
             product_D4 = _dot_panels(starts_E[: F + 1], token_D, x, encoder_FI)
             given = [starts_E, token_D, product_D4, of_F, F, next_N[first:], column_C, pre_C]
-            spread("hand_out", given, even(len(x), 1))  # each range looks at all
+            spread("hand_out", given, even(len(x), 1))  # each range reads all pairs
         return starts_N, next_N, column_C, pre_C
 
     return _largest(N, weight_F, parts, sample, above)
 
 
 def _starts(count_R: Tensor) -> Tensor:
-    """Where each row's begin, and the last one's end."""
+    """Return the index of each row's first entry, and the total at the end, from counts."""
     return torch.cat([count_R.new_zeros(1, dtype=torch.long), count_R.cumsum(0)])
 
 
 def _packed(a_RI: Tensor, turned: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows in bfloat16 as `look` takes them, filled up to whole groups; the length of each, and of what rounding took."""
+    """Return rows in bfloat16, packed for `look` and padded to whole groups; each row's length and rounding error."""
     R, I = a_RI.shape
     groups, steps = -(-R // GROUP), -(-I // DEEP)
     out, length, lost = (
@@ -208,8 +215,13 @@ def _largest(
     sample: Callable[[int, int], tuple[Tensor, int]],
     above: Callable[[ctypes.Array[Any]], tuple[Tensor, ...]],
 ) -> tuple[Tensor, ...]:
-    """Estimate a cut for each part from a `sample` of its codes, have all candidates `above` it found, their number for each
-    token, columns and values, and keep the largest. If too few exceed the cut, some might have been missed: anew, lower."""
+    """Select each part's largest codes among candidates above a threshold that is estimated from a sample.
+
+    sample   returns sampled codes of the latents [start, stop), and their number
+    above    returns the candidates above given thresholds: each token's first and last place, columns and values
+
+    If too few codes exceed the thresholds, the selection is repeated with lower ones.
+    """
     lib, G, samples, margin = library(), len(parts), {}, MARGIN
     while True:
         cuts = (ctypes.c_float * G)()
@@ -223,7 +235,7 @@ def _largest(
             share, together = keep / codes * seen, 1.0
             if (
                 value.dim() == 2
-            ):  # codes of one square come together: the variance of their number over its mean (Kish 1965)
+            ):  # codes of one square are correlated: the design effect is variance over mean (Kish 1965)
                 at_S = (value > lib.kth(address(value), *int64s(value.numel(), math.ceil(share) + 1))).sum(1).double()
                 together = max(1.0, float(at_S.var() / at_S.mean().clamp_min(1e-9)))
             rank = share + margin * (math.sqrt(share * together) + 1)
@@ -241,15 +253,18 @@ def _largest(
 
 
 def bucket(latent_P: Tensor, F: int) -> tuple[Tensor, Tensor]:
-    """The pairs in the order of their latents, and where each latent's begin (F + 1)."""
+    """Return the order of the pairs by latent, and each latent's first place in that order (F + 1)."""
     order_P, starts_F = torch.empty_like(latent_P), longs(F + 1)
     library().bucket(address(latent_P), *int64s(len(latent_P), F), address(order_P), address(starts_F))
     return order_P, starts_F
 
 
 def bag(starts_R: Tensor, order_P: Tensor | None, index_P: Tensor, value_P: Tensor, rows: Tensor) -> Tensor:
-    """For each r the sum over pairs p in [starts_R[r], starts_R[r + 1]) of value_P[p] * rows[index_P[p]], (R, I);
-    pairs are taken in `order_P`, if given."""
+    """Return for each r the sum over pairs p in [starts_R[r], starts_R[r + 1]) of value_P[p] * rows[index_P[p]],
+    as (R, I).
+
+    `order_P`, if given, is the order in which pairs are summed.
+    """
     (R, I), rows, value_P = (len(starts_R) - 1, rows.shape[1]), rows.contiguous(), value_P.contiguous()
     out_RI, panels = memory.empty(R, I), _panels(rows, len(index_P))
     if panels is None:
@@ -263,10 +278,10 @@ def bag(starts_R: Tensor, order_P: Tensor | None, index_P: Tensor, value_P: Tens
 
 
 def dot(starts_N: Tensor, latent_P: Tensor, a_NI: Tensor, b_FI: Tensor) -> Tensor:
-    """For each pair the product of its token's row of a and its latent's row of b, (P,)."""
+    """Return for each pair the dot product of its token's row of a and its latent's row of b, (P,)."""
     out_P, a_NI, b_FI = memory.empty(len(latent_P)), a_NI.contiguous(), b_FI.contiguous()
     starts_R, order_P, index_P, own, other = starts_N, None, latent_P, a_NI, b_FI
-    if len(b_FI) > 2 * len(a_NI):  # one by one through the larger matrix, here and there in the smaller one
+    if len(b_FI) > 2 * len(a_NI):  # read the larger matrix in order, and the smaller one at random
         order_P, starts_R = bucket(latent_P, len(b_FI))
         tokens_N = torch.arange(len(a_NI))
         index_P, own, other = torch.repeat_interleave(tokens_N, starts_N.diff()), b_FI, a_NI
@@ -277,7 +292,7 @@ def dot(starts_N: Tensor, latent_P: Tensor, a_NI: Tensor, b_FI: Tensor) -> Tenso
 def bag_and_dot(
     starts_R: Tensor, order_P: Tensor, index_P: Tensor, value_P: Tensor, rows: Tensor, own_RI: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`bag` of rows (R, I), and for each pair the product of its r's row of own and its row of rows (P,)."""
+    """Return `bag` of rows (R, I), and for each pair the dot product of row r of own and its row of rows (P,)."""
     (R, I), out_P = own_RI.shape, memory.empty(len(index_P))
     out_RI, rows, own_RI, value_P = memory.empty(R, I), rows.contiguous(), own_RI.contiguous(), value_P.contiguous()
     panels = _panels(rows, len(index_P))
@@ -299,14 +314,14 @@ def bag_and_dot(
 
 
 def _in_order(order_P: Tensor | None, index_P: Tensor, value_P: Tensor) -> tuple[Tensor, Tensor]:
-    """Pairs as sums by panels take them."""
+    """Return latents or tokens and values of pairs in the order and format of sums by panels."""
     index, value = torch.empty(len(index_P), dtype=torch.int32, device="cpu"), memory.empty(len(index_P))
     spread("in_order", [order_P, index_P, value_P, index, value], even(len(index_P), FINE))
     return index, value
 
 
 def _dot_panels(starts_R: Tensor, index_P: Tensor, rows: Tensor, own_RI: Tensor) -> Tensor:
-    """For each pair the product of its r's row of own and its row of rows, in four parts to be added up (P, 4)."""
+    """Return for each pair the dot product of row r of own and its row of rows, as four summands (P, 4)."""
     out_P4, panels = memory.empty(len(index_P), 4), _Panels.of(rows)
     spread(
         "dot_panels",
@@ -318,7 +333,7 @@ def _dot_panels(starts_R: Tensor, index_P: Tensor, rows: Tensor, own_RI: Tensor)
 
 @dataclass(eq=False)
 class _Panels:
-    """R rows of I numbers, stored a few columns at a time: panels in `space` hold `wide` bytes of each row."""
+    """R rows of I numbers, stored in panels of columns: each panel in `space` holds `wide` bytes of every row."""
 
     R: int
     I: int
@@ -347,25 +362,27 @@ class _Panels:
         return -(-self.I * 4 // self.wide)
 
     def shape(self, sums: int, theirs: int = 0) -> Tensor:
-        """As the compiled file takes it, for so many sums; in panels of how many bytes of a row these have their own rows, if in any."""
+        """Return the shape in the compiled file's format; `theirs` is the panel width of the sums' own rows, 0 for
+        none."""
         away = self.I % 16 == 0 and 4 * sums * self.I >= FAR
         return torch.tensor([self.R, self.I, self.wide, 0, sums, away, theirs], device="cpu")
 
     def beside(self, own_RI: Tensor, panels: _Panels | None) -> tuple[Tensor, Tensor]:
-        """Where own rows are read from, and the shape that says so: from their panels, one line after the other, if they are in some that fit."""
+        """Return the storage of own rows, and the matching shape: their panels if the widths fit, else the rows
+        themselves."""
         if panels is None or panels.wide not in (self.wide, self.wide // 2):
             return own_RI, self.shape(len(own_RI))
         return panels.space, self.shape(len(own_RI), panels.wide)
 
 
 def _panels(rows: Tensor, pairs: int) -> _Panels | None:
-    """The rows as sums over so many pairs read them fastest; None where that is as they are. In bfloat16 where that is allowed."""
+    """Return the rows in panels if sums over this many pairs read them faster from panels, else None."""
     R, I = rows.shape
     return _Panels.of(rows) if pairs >= PER_ROW * R and R * PANELS[-1] <= CACHED and PANELS[-1] <= 4 * I else None
 
 
 def adam(value: Tensor, grad: Tensor, mean: Tensor, square: Tensor, numbers: Sequence[float]) -> None:
-    """A step of Adam on rows in place, by the `numbers` that the compiled file asks for; what was derived of them is derived anew."""
+    """Take one step of Adam in place with the compiled file's `numbers`, and update data derived from the parameter."""
     R = len(value) if value.dim() > 1 else 1
     I = value.numel() // R
     kept, renewed = [0] * 8, {}
@@ -387,7 +404,7 @@ def adam(value: Tensor, grad: Tensor, mean: Tensor, square: Tensor, numbers: Seq
 
 
 def norm(tensors: Sequence[Tensor]) -> Tensor:
-    """The length of all of them together, of numbers whose squares float32 holds."""
+    """Return the length of all tensors together; the squares of their numbers must fit float32."""
     sums = [torch.zeros(1, dtype=torch.double, device="cpu")]
     for tensor in tensors:
         known = memory.known(tensor, ENERGY) if tensor.is_contiguous() else None
@@ -402,7 +419,7 @@ def norm(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def squares(a: Tensor) -> Tensor:
-    """The sum of squares over the last axis, without gradients."""
+    """Return the sum of squares over the last axis, without gradients."""
 
     def make() -> Tensor:
         out = torch.empty(a.shape[:-1], dtype=torch.float32, device="cpu")
@@ -413,7 +430,7 @@ def squares(a: Tensor) -> Tensor:
 
 
 def divergence(p_PV: Tensor, q_QV: Tensor, p_sums: bool, q_sums: bool) -> Tensor:
-    """As `kernels.divergence`."""
+    """Return KL(softmax of p || softmax of q) in nat for each row; see `kernels.divergence`."""
     p_PV, q_QV = (t if t.stride(1) == 1 else t.contiguous() for t in (p_PV, q_QV))
     (P, V), Q = p_PV.shape, len(q_QV)
     out_R = memory.empty(max(P, Q))

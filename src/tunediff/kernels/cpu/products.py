@@ -1,4 +1,4 @@
-"""Float32 products made on a processor's tiles of bfloat16: as exact as torch's, and faster."""
+"""Float32 products on a processor's bfloat16 tile units, as exact as torch's and faster."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from tunediff.kernels.cpu.compiled import address, int64s, library, serves
 FEW_ROWS = 32
 """Fewest rows of a product for which tiles are faster (measured)."""
 FEW_WEIGHTS = 1 << 16
-"""Fewest weights for which tiles are faster (measured): bringing numbers into tiles has a fixed cost."""
+"""Fewest weights for which tiles are faster (measured), because conversion to tiles has a fixed cost."""
 NARROW = 192
 """Fewest rows and fewest columns of a weight for which tiles are faster (measured)."""
 HELD_BYTES = 1 << 26
-"""Most bytes of working memory that a thread holds for its next product."""
+"""Most bytes of working memory that a thread keeps for its next product."""
 _held = threading.local()
 
 
 def on_tiles() -> bool:
-    """Whether float32 products may be made on tiles of bfloat16: the machine has them, and they are as exact."""
+    """Return whether bfloat16 tiles may be used for float32 products: allowed, available and found to be as exact."""
     return paths.allows("native") and library() is not None and _tiles_are_exact()
 
 
@@ -41,8 +41,10 @@ def _tiles_are_exact() -> bool:
 
 
 class Tiles:
-    """A product's right side (O, I) in bfloat16 tiles, to be multiplied by again and again: half as many bytes as in float32 where one
-    part holds its numbers, as many where two do, half as many more where all three are needed."""
+    """A weight (O, I) converted to bfloat16 tiles for many products.
+
+    Each number is the sum of one to three bfloat16 parts, so tiles take 0.5, 1 or 1.5 times the bytes of float32.
+    """
 
     def __init__(self, w_OI: Tensor, parts: int = 1):
         self.shape, w_OI = w_OI.shape, _rows(w_OI)
@@ -63,10 +65,11 @@ def bytes_of_tiles(w_OI: Tensor, parts: int) -> int:
 
 
 def tiles(w_OI: Tensor, room: int) -> Tiles | None:
-    """Weights in tiles, where `product` by them can be made and is faster than torch's; None where they take more bytes than that."""
+    """Return a weight in tiles, or None if `product` with it is not faster than torch's or tiles exceed `room`
+    bytes."""
     if not _fits(w_OI):
         return None
-    parts = 1  # which is what published weights mostly need, and what it takes to see it
+    parts = 1  # enough for most published weights; the conversion reports how many parts are needed
     while bytes_of_tiles(w_OI, parts) <= room:
         made = Tiles(w_OI, parts)
         if made.needed <= parts:
@@ -76,7 +79,7 @@ def tiles(w_OI: Tensor, room: int) -> Tiles | None:
 
 
 def multiplies(x: Tensor, w_OI: Tensor | Tiles, few: bool = False) -> bool:
-    """Whether `product` of x (..., I) can be made and is faster than torch's, or, for `few` rows, is asked for."""
+    """Return whether `product` of x (..., I) is possible and faster than torch's; `few` allows it for few rows too."""
     rows = x.numel() // max(1, x.shape[-1])
     if type(x) is not Tensor or x.shape[-1] != w_OI.shape[1] or rows < (1 if few else FEW_ROWS) or not serves(x):
         return False
@@ -84,13 +87,14 @@ def multiplies(x: Tensor, w_OI: Tensor | Tiles, few: bool = False) -> bool:
 
 
 def _fits(w_OI: Tensor) -> bool:
-    """Whether products by these weights are made on tiles; other classes may hold their numbers elsewhere, or not have any."""
+    """Return whether tiles are used for this weight: large enough and a plain tensor, because subclasses may hold no
+    numbers."""
     large = w_OI.numel() >= FEW_WEIGHTS and min(w_OI.shape) >= NARROW
     return large and type(w_OI) in (Tensor, Parameter) and serves(w_OI) and on_tiles()
 
 
 def product(x_NI: Tensor, w_OI: Tensor | Tiles) -> Tensor:
-    """x @ w.T (N, O), as exact as in float32, on a processor's tiles of bfloat16; N, O and I are at least 1."""
+    """Return x @ w.T (N, O), as exact as in float32, from bfloat16 tiles; N, O and I are at least 1."""
     x_NI = _rows(x_NI)
     given: tuple[Any, ...]
     if isinstance(w_OI, Tiles):
@@ -114,7 +118,7 @@ def product(x_NI: Tensor, w_OI: Tensor | Tiles) -> Tensor:
 
 
 def sums_softmax(x_RD: Tensor, kept: Tiles, logp_QV: Tensor) -> bool:
-    """Whether `softmax_sums` of these serves."""
+    """Return whether `softmax_sums` supports these operands."""
     fits = (
         type(logp_QV) is Tensor
         and serves(logp_QV)
@@ -125,9 +129,12 @@ def sums_softmax(x_RD: Tensor, kept: Tiles, logp_QV: Tensor) -> bool:
 
 
 def softmax_sums(x_RD: Tensor, kept: Tiles, logp_QV: Tensor, start_R: Tensor, theirs: bool) -> Tensor:
-    """Of logits l = x @ w.T, which are never in memory, and p = exp(l - start): the sums (R, 3) over all columns of p, of
-    p * (l - start - logp) and of p, or of q * (l - start - logp) and of q = exp(logp) if `theirs`; in float64 over 256 columns each.
-    Rows of logp begin anew; what exceeds e^88 counts as infinite."""
+    """Return three sums over the columns of each row (R, 3), from logits l = x @ w.T that are never stored.
+
+    With p = exp(l - start), the sums are of p, of p * (l - start - logp), and of p. If `theirs`, the second and third
+    sums are of q * (l - start - logp) and of q = exp(logp). Blocks of 256 columns are added in float64. Rows of logp
+    are repeated, and values above e^88 count as infinite.
+    """
     x_RD, logp_QV = _rows(x_RD), _rows(logp_QV)
     lib, (R, D), V, threads = library(), x_RD.shape, kept.shape[0], torch.get_num_threads()
     sums, room = (
@@ -142,12 +149,12 @@ def softmax_sums(x_RD: Tensor, kept: Tiles, logp_QV: Tensor, start_R: Tensor, th
 
 
 def _rows(x_NI: Tensor) -> Tensor:
-    """A matrix whose rows' numbers lie side by side."""
+    """Return the matrix with each row contiguous in memory."""
     return x_NI if x_NI.stride(1) == 1 else x_NI.contiguous()
 
 
 def _room(size: int) -> Tensor:
-    """So many bytes, nobody else's until this thread asks again."""
+    """Return `size` bytes of working memory, valid until this thread calls again."""
     room = getattr(_held, "room", None)
     if room is None or len(room) < size:
         room = torch.empty(size, dtype=torch.uint8, device="cpu")

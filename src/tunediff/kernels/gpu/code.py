@@ -1,7 +1,7 @@
-"""Codes on a GPU: as many pairs as the gate asks for, whatever the data, so that the host never waits to learn a size.
+"""Codes on a GPU with a fixed number of pairs, so that the host never waits to learn a size.
 
-The encoder's product runs in TF32, which decides what is kept and nothing else: kept values are computed again in full
-precision, and gradients go through those.
+The encoder's product runs in TF32 and only decides which codes are kept. Kept values are computed again in full
+precision, and gradients flow through these.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tunediff.kernels.sparse import EncodeAtPairs, PairCode, Pairs
 
 
 class GpuCode(PairCode):
-    """Pairs of which some may be 0, and the pre-activations that they were chosen from; see `tunediff.kernels.Code`."""
+    """Codes stored as pairs, some with value 0, with the pre-activations they were selected from; see `Code`."""
 
     host_waits = False
 
@@ -30,22 +30,22 @@ class GpuCode(PairCode):
 
     @classmethod
     def encode(cls, x_NI: Tensor, encoder_FI: Tensor, bias_F: Tensor, gate: gates.Gate) -> GpuCode:
-        """One GEMM to choose by, the chosen values anew in full precision, and gradients through those."""
+        """Encode by one TF32 product that selects codes, whose values are computed again in full precision."""
         with torch.no_grad(), _tf32(x_NI.device):
             pre_NF = torch.addmm(bias_F, x_NI, encoder_FI.T)
         token_P, latent_P, _, starts_N = paths.on_gpu(pre_NF).select(pre_NF, gate.weight_F, gate.parts)
         return cls(Pairs(token_P, latent_P, starts_N, *pre_NF.shape), (x_NI, encoder_FI, bias_F, pre_NF))
 
     def among(self, weight_F: Tensor, k: int) -> GpuCode:
-        """Another code of the same pre-activations: on each token the k largest f * w among latents with w > 0."""
+        """Return the code that keeps on each token the k largest f * w among latents with w > 0."""
         *_, pre_NF = self._origin
         N, F = pre_NF.shape
-        latent_NK = paths.on_gpu(pre_NF).best(pre_NF, weight_F, k)  # F where a place is left over
+        latent_NK = paths.on_gpu(pre_NF).best(pre_NF, weight_F, k)  # F marks an unused place
         starts_N = torch.arange(N + 1, device=pre_NF.device) * k
         token_P = torch.arange(N, device=pre_NF.device)[:, None].expand(N, k).reshape(-1)
         return GpuCode(Pairs(token_P, latent_NK.view(-1), starts_N, N, F), self._origin)
 
 
 def _tf32(device: torch.device) -> AbstractContextManager[None]:
-    """Tensor cores for a float32 product on a GPU; elsewhere nothing changes."""
+    """Allow TF32 tensor cores for float32 products on a GPU; on other devices change nothing."""
     return precision("high") if device.type == "cuda" else nullcontext()

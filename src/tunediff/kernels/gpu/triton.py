@@ -1,11 +1,11 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, import-untyped"
 # Kernels are written in Triton's language, whose functions carry no types; triton ships none either.
-"""Triton kernels for codes on a GPU: selection, sums over pairs, and their gradients, without one wait for the host.
+"""Triton kernels for codes on a GPU: selection, sums over pairs and their gradients, without waits of the host.
 
-Every shape is known before the step: a gate keeps exactly as many pairs as it is asked for, codes that are 0 or
-less among them where too few are positive. What depends on the data (how many pairs a latent has, how many latents are
-dead) stays on the device, where kernels read it. Floats are added by one owner a row, in an order that the data
-alone decides, so the same step gives the same bytes; only integers are counted by atomics.
+All shapes are known before the step. A gate keeps exactly the requested number of pairs, padded with codes of 0 or less
+if too few are positive. Sizes that depend on the data (pairs of a latent, dead latents) stay on the device. One program
+adds the floats of each output row in an order that depends on the data alone, so the same step gives the same bytes.
+Atomic additions are used for integers only.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from torch import Tensor
 from tunediff.kernels import gates
 
 LONG = 512
-"""Most pairs that one program adds up; a longer bag (a latent on at most tokens) is dealt to several."""
+"""Most pairs that one program sums; a longer bag (a latent that fires on most tokens) is split among several."""
 
-_BINS = 2048  # of the first digit, 11 bits; no finite float and no infinity reaches the last bin
-_LOW = 20  # bits left below the first digit of the 31 that a float >= 0 has
+_BINS = 2048  # bins of the first digit, 11 bits; no finite float and no infinity falls into the last bin
+_LOW = 20  # bits below the first digit; a float >= 0 has 31 bits
 _BLOCK = 1024
 
 
@@ -32,7 +32,7 @@ _BLOCK = 1024
 
 @triton.jit
 def _keys(pre_ptr, weight_ptr, row, column, inside):
-    """relu(pre) * w as integers that order as the floats do; 0 outside, and for NaN."""
+    """Return relu(pre) * w as integers with the same order as the floats; 0 outside the range and for NaN."""
     value = tl.load(pre_ptr + row + column, mask=inside, other=0.0)
     value = value * tl.load(weight_ptr + column, mask=inside, other=0.0)
     return tl.where(value > 0, value, 0.0).to(tl.int32, bitcast=True)
@@ -42,7 +42,7 @@ def _keys(pre_ptr, weight_ptr, row, column, inside):
 def _first_digit(
     pre_ptr, weight_ptr, counts_ptr, F, start, stop, BINS: tl.constexpr, LOW: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Histogram of the keys' first digits: one program a token, one atomic a bin that it met."""
+    """Add to a histogram of the keys' first digits; one program per token, one atomic addition per nonempty bin."""
     row = tl.program_id(0).to(tl.int64) * F
     bins = tl.arange(0, BINS)
     seen = tl.zeros((BINS,), tl.int32)
@@ -56,7 +56,8 @@ def _first_digit(
 
 @triton.jit
 def _other_digits(pre_ptr, weight_ptr, first_ptr, counts_ptr, F, start, stop, LOW: tl.constexpr, BLOCK: tl.constexpr):
-    """Histogram of the low bits of the keys in the border's bin; those are few, so atomics are, too."""
+    """Add to a histogram of the low bits of keys in the border's bin; such keys are few, so atomic additions are
+    cheap."""
     row = tl.program_id(0).to(tl.int64) * F
     first = tl.load(first_ptr).to(tl.int32)
     for at in range(start, stop, BLOCK):
@@ -70,7 +71,7 @@ def _other_digits(pre_ptr, weight_ptr, first_ptr, counts_ptr, F, start, stop, LO
 
 @triton.jit
 def _count(pre_ptr, weight_ptr, border_ptr, above_ptr, equal_ptr, F, start, stop, BLOCK: tl.constexpr):
-    """How many keys of a token lie above the border, and at it."""
+    """Count the keys of a token above the border, and equal to the border."""
     n = tl.program_id(0)
     row = n.to(tl.int64) * F
     border = tl.load(border_ptr).to(tl.int32)
@@ -89,7 +90,10 @@ def _count(pre_ptr, weight_ptr, border_ptr, above_ptr, equal_ptr, F, start, stop
 def _write(
     pre_ptr, weight_ptr, border_ptr, quota_ptr, passed_ptr, to_ptr, flat_ptr, F, start, stop, BLOCK: tl.constexpr
 ):
-    """A token's kept flat indices, ascending; `passed`: keys at the border in tokens before, `to`: where to write."""
+    """Write a token's kept flat indices, ascending.
+
+    `passed` is the number of keys equal to the border in earlier tokens, and `to` the first place to write to.
+    """
     n = tl.program_id(0)
     row = n.to(tl.int64) * F
     border, quota = tl.load(border_ptr).to(tl.int32), tl.load(quota_ptr)
@@ -107,7 +111,8 @@ def _write(
 
 
 def _border(counts: Tensor, wanted: int | Tensor) -> tuple[Tensor, Tensor]:
-    """The bin that holds the `wanted`-th largest, and which one of that bin it is; both (1,), on the device."""
+    """Return the bin that holds the `wanted`-th largest key, and the key's rank in the bin; both (1,), on the
+    device."""
     down = counts.flip(0)
     reached = down.cumsum(0)
     at = (reached < wanted).sum(0, keepdim=True).clamp_max(len(counts) - 1)
@@ -115,12 +120,12 @@ def _border(counts: Tensor, wanted: int | Tensor) -> tuple[Tensor, Tensor]:
 
 
 def select(pre_NF: Tensor, weight_F: Tensor, parts: Sequence[gates.Part]) -> tuple[Tensor, ...]:
-    """The codes that a gate keeps by relu(pre) * w: token_P, latent_P and pre_P, ordered by token and then latent, and
-    where each token's begin (N + 1).
+    """Return the codes that a gate keeps by relu(pre) * w: token_P, latent_P, pre_P, and each token's first pair
+    (N + 1).
 
-    As many as asked for, always: where fewer are positive, codes that are 0 fill up, and relu(pre_P) is right for
-    those. Of equal ones at the border the earlier in flat order is kept. A radix selection of two digits: two
-    histograms, a count, a write.
+    Pairs are ordered by token, then latent. The number of pairs is always the requested one: codes that are 0 fill up
+    if fewer are positive, and relu(pre_P) is correct for them. Of equal codes at the border, the earlier in flat order
+    is kept. The method is a radix selection with two digits.
     """
     N, F = pre_NF.shape
     pre_NF, weight_F = pre_NF.contiguous(), weight_F.contiguous()
@@ -151,7 +156,8 @@ def select(pre_NF: Tensor, weight_F: Tensor, parts: Sequence[gates.Part]) -> tup
 
 @triton.jit
 def _best(pre_ptr, weight_ptr, latent_ptr, count_ptr, out_ptr, F, K, BINS: tl.constexpr, BLOCK: tl.constexpr):
-    """The K largest keys of one token among the first `count` latents listed: a radix selection of three digits."""
+    """Write the K largest keys of one token among the first `count` listed latents, by radix selection with three
+    digits."""
     n = tl.program_id(0).to(tl.int64)
     count = tl.load(count_ptr).to(tl.int32)
     bins = tl.arange(0, BINS)
@@ -188,9 +194,9 @@ def _best(pre_ptr, weight_ptr, latent_ptr, count_ptr, out_ptr, F, K, BINS: tl.co
 
 
 def best(pre_NF: Tensor, weight_F: Tensor, k: int) -> Tensor:
-    """For each token the latents, ascending, of its k largest positive relu(pre) * w, (N, k); places left over hold F.
+    """Return for each token the latents of its k largest positive relu(pre) * w, (N, k); unused places hold F.
 
-    Latents of weight 0 are passed over, so the cost follows the others' number, which the host never learns.
+    Latents of weight 0 are skipped, so the cost follows the number of other latents, which only the device knows.
     """
     N, F = pre_NF.shape
     listed_F = torch.argsort(weight_F == 0, stable=True)
@@ -205,7 +211,7 @@ def best(pre_NF: Tensor, weight_F: Tensor, k: int) -> Tensor:
 
 @triton.jit
 def _add(acc, index_ptr, value_ptr, rows_ptr, begin, end, I, column, inside, TILE: tl.constexpr):
-    """acc + sum over pairs [begin, end) of value * row; rows of pairs that are 0 are not read."""
+    """Return acc plus the sum over pairs [begin, end) of value * row; rows of pairs with value 0 are not read."""
     for p in range(begin, end, TILE):
         at = p + tl.arange(0, TILE)
         value = tl.load(value_ptr + at, mask=at < end, other=0.0)
@@ -221,7 +227,7 @@ def _pieces(
     index_ptr, value_ptr, rows_ptr, part_ptr, begin_ptr, end_ptr, owner_ptr, first_ptr, R, I,
     LONG: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One piece of a long bag; there are programs for the most pieces there can be, and the rest return at once."""
+    """Sum one piece of a long bag; programs without a piece return at once, as only an upper bound is known."""
     s = tl.program_id(0)
     owner = tl.load(owner_ptr + s)
     if owner < R:
@@ -238,7 +244,7 @@ def _bags(
     index_ptr, value_ptr, rows_ptr, part_ptr, begin_ptr, end_ptr, pieces_ptr, first_ptr, out_ptr, I,
     TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row of the answer, from its pairs, or from the pieces of them in order; nobody else writes it."""
+    """Write one output row as the sum of its pairs, or of its pieces in order; no other program writes this row."""
     r = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < I
@@ -253,7 +259,7 @@ def _bags(
 
 @triton.jit
 def _dots(token_ptr, latent_ptr, a_ptr, b_ptr, out_ptr, P, F, I, TILE: tl.constexpr, BLOCK: tl.constexpr):
-    """Products of a token's row and a latent's row at a few pairs; 0 where a place holds no pair."""
+    """Write dot products of the token's row and the latent's row for some pairs; 0 for an unused place."""
     p = tl.program_id(0) * TILE + tl.arange(0, TILE)
     latent = tl.load(latent_ptr + p, mask=p < P, other=F)
     on = latent < F
@@ -269,8 +275,11 @@ def _dots(token_ptr, latent_ptr, a_ptr, b_ptr, out_ptr, P, F, I, TILE: tl.conste
 
 
 def bag(starts_R: Tensor, order_P: Tensor | None, index_P: Tensor, value_P: Tensor, rows: Tensor) -> Tensor:
-    """For each r the sum over pairs p in [starts_R[r], starts_R[r + 1]) of value_P[p] * rows[index_P[p]], (R, I);
-    pairs are taken in `order_P`, if given. No bag holds a row twice."""
+    """Return for each r the sum over pairs p in [starts_R[r], starts_R[r + 1]) of value_P[p] * rows[index_P[p]],
+    as (R, I).
+
+    `order_P`, if given, is the order in which pairs are summed. No bag may hold a row twice.
+    """
     if order_P is not None:
         index_P, value_P = index_P[order_P], value_P[order_P]
     value_P, rows = value_P.contiguous(), rows.contiguous()
@@ -293,7 +302,7 @@ def bag(starts_R: Tensor, order_P: Tensor | None, index_P: Tensor, value_P: Tens
 
 
 def dot(starts_N: Tensor, latent_P: Tensor, a_NI: Tensor, b_FI: Tensor) -> Tensor:
-    """For each pair the product of its token's row of a and its latent's row of b, (P,); 0 at latent F."""
+    """Return for each pair the dot product of its token's row of a and its latent's row of b, (P,); 0 for latent F."""
     P, (F, I) = len(latent_P), b_FI.shape
     place_P = torch.arange(P, device=latent_P.device)
     token_P = torch.searchsorted(starts_N, place_P, right=True) - 1
