@@ -166,9 +166,7 @@ def norm(tensors: Sequence[Tensor]) -> Tensor:
     """Return the length of all tensors together, a scalar on their device."""
     if serves(*tensors):
         return native.norm(tensors)
-    rows = [
-        tensor.flatten() for tensor in tensors
-    ]  # torch's `dot` takes half the time of its `norm`
+    rows = [tensor.flatten() for tensor in tensors]  # torch's `dot` takes half the time of its `norm`
     return torch.stack([row.dot(row) for row in rows]).sum().sqrt()
 
 
