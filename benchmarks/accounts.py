@@ -20,7 +20,7 @@ class Account:
     token_logits: int = 0
 
     def taken(self) -> Account:
-        """What has been counted since this was last asked."""
+        """Counts since the last call of `taken`, which are then reset to 0."""
         taken = Account(self.token_blocks, self.token_logits)
         self.token_blocks = self.token_logits = 0
         return taken

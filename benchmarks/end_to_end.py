@@ -1,9 +1,9 @@
-"""Wall clock of a whole `diff`, stage by stage: the demo's pair, or any other, and how far each stage is from its limit.
+"""Measure the wall-clock time of each stage of a whole `diff`, and how far each stage is from its limit.
 
-A stage's limit is the time that its token-blocks and token-logits take at the rate of a float32 matrix product measured just
-before, in this process, by whoever makes the model's: tokens through a block at the block's own widths, tokens mapped to logits at
-the unembedding's. What the stage takes beyond that is attention, norms, elementwise work, statistics, training and disk. Loading
-has no limit. On a busy machine only the counts mean anything.
+A stage's limit is the time that its matrix products alone would take. It is computed from counts of tokens times
+blocks and of tokens mapped to logits. The rate is that of a float32 product measured just before, in the same process
+and by the same kernel. Beyond the limit a stage spends time on attention, norms, elementwise work, statistics,
+training and disk. Loading has no limit. On a busy machine only the counts are meaningful.
 
     python benchmarks/end_to_end.py [--threads 2] [--device cuda] [--tuned demo] [--base default]
 """
@@ -45,14 +45,16 @@ STAGES = {
 
 
 def flops(model: LanguageModel) -> tuple[int, int]:
-    """Of one token through one block, and of one token mapped to logits: two for every weight of a matrix."""
+    """FLOP of one token through one block, and of one token mapped to logits: two for each weight of a matrix."""
     block = sum(p.numel() for n, p in model.blocks[0].named_parameters() if p.dim() == 2 and "lora_" not in n)
     return 2 * block, 2 * model.family.unembedding(model.network).weight.numel()
 
 
 def rate(model: LanguageModel, tokens: int = 1024, repeats: int = 7) -> float:
-    """FLOP a second of a batch's float32 product with the largest map of a block, by whoever makes it for the model; the fastest of
-    some."""
+    """FLOP a second of a float32 product with the largest weight matrix of a block, by the model's own kernel.
+
+    The fastest of `repeats` measurements counts.
+    """
     linear = max(
         (m for m in model.blocks[0].modules() if isinstance(m, torch.nn.Linear)), key=lambda m: m.weight.numel()
     )

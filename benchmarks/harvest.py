@@ -1,9 +1,9 @@
-"""Tokens a second of reading both models' streams: ours against plain Hugging Face forwards with `output_hidden_states`, and
-against nnsight.
+"""Measure the tokens a second at which both models' streams are read: tunediff against Hugging Face and nnsight.
 
-All read the same chats of the embedded default and the tune that ships, in float32, at one layer, one after the other in every
-round; the figure is the ratio of one round's times. The rivals are what one would write: two whole models, the tune merged,
-all tokens; nnsight saves the layer's output and stops the run there. Where nnsight is not installed the result says so.
+All read the same chats with the shipped base and fine-tuned model, in float32, at one layer, in turns within each
+round. The result is the ratio of times within a round. The rivals run what a user would write: two whole models, the
+adapter merged, all tokens. Hugging Face returns `output_hidden_states`; nnsight saves the layer's output and stops the
+forward pass there. If nnsight is not installed, the result says so.
 
     python benchmarks/harvest.py [--site resid.15] [--rounds 7] [--threads 2]
 """

@@ -1,9 +1,10 @@
-"""Float32 products of a model's linear layers on tiles of bfloat16 beside torch's: time, and error against float64.
+"""Compare float32 products of linear layers on bfloat16 tiles with torch's: time, and error against float64.
 
-Weights are of the kinds that models are published with: bfloat16 (one part a number), float16 and blocks of few bits with a scale
-(two), float32 (three). Each shape's weights are many, as in a model, so that none is in a cache; they are brought into tiles
-for each product, or kept in them. Then both models of a pair in
-float32 by torch, by tiles, and in float64: how far the streams and their difference are off. Needs a processor with tiles.
+Weights have the types that models are published in. Tiles split a bfloat16 weight into one part, a float16 or low-bit
+quantized weight into two, and a float32 weight into three. Each shape has many weight matrices, as a model does, so
+that none stays in a cache. They are tiled for each product, or kept as tiles. The script then runs both models of a
+pair in float32 by torch, in float32 by tiles, and in float64. It reports the errors of the streams and of their
+difference. The processor must support tiles.
 
     python benchmarks/products.py [--threads 2] [--rounds 9] [--base default] [--tuned demo]
 """

@@ -1,9 +1,9 @@
-"""How time and memory of harvest and fit grow: with tokens (to ten times the default run's), latents F, width n and k.
+"""Measure how time and memory of harvest and fit grow with tokens, latents F, width n and k.
 
-Each point is measured in a process of its own, on a small random network and random activations: what matters is the
-exponent b of cost = a * x^b, fitted through the points of one series by least squares of logarithms. Memory is the most that
-the process has held, less what it held before it began. `seconds` are CPU seconds of all threads, which a busy machine
-disturbs less than a clock.
+Tokens go up to ten times those of a default run. Each point is measured in its own process, on a small random network
+and random activations. The result is the exponent b of cost = a * x^b, fitted to each series by least squares of
+logarithms. Memory is the process's peak less its size at the start. `seconds` are CPU seconds of all threads, which a
+busy machine disturbs less than wall-clock time.
 
     python benchmarks/scaling.py [--threads 1]
 """

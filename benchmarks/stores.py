@@ -1,7 +1,8 @@
-"""What the format of a harvest on disk costs: bytes, error of the streams and of their difference, and what a dictionary makes of it.
+"""Measure what each on-disk format of a harvest costs: bytes, error of the streams, and effect on a fitted dictionary.
 
-The demo's text is harvested once in every format, and the default dictionary is fitted to each. What changes beside the float32
-store is to be held against another seed's fit of the float32 store itself: what a format moves less than chance does is free.
+The demo's text is harvested once in each format, and the default dictionary is fitted to each. Each fit is compared
+with the fit of the float32 store. As a reference, the float32 store is also fitted with another seed: a format whose
+effect is smaller than the seed's costs nothing.
 
     python benchmarks/stores.py [--tuned demo] [--run runs/demo]
 """

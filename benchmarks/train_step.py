@@ -1,13 +1,13 @@
-"""Seconds of one training step of a TopK dictionary: ours against SAELens, dictionary-learning and sparsify.
+"""Time a training step of a TopK dictionary: tunediff against SAELens, dictionary-learning and sparsify.
 
-All contenders do the same work on the same batches in one process, one after the other in every round: width n, F latents,
-k kept a token, B tokens, float32, mean squared error, torch's fused Adam at one rate, the same first vectors, no help for
-dead latents. Ours also clips the gradient, counts what fired and scales codes by decoder lengths. Ratios are of one round's
-times. Each shape has a process of its own: what memory the last one left behind decides how fast torch gets its own. The
-share of variance left after all rounds stands beside them, so that nobody is faster by doing less. "ours" searches for
-codes in bfloat16 where the processor multiplies it, and computes what it keeps in float32. A rival that is not installed
-is named and left out. The limit is the sum over phases of max(FLOP / measured FLOP rate, bytes / measured byte rate), of
-the least that the algorithm needs.
+All libraries train on the same batches in one process, in turns within each round. Each has width n, F latents, k
+active latents a token, B tokens, float32, mean squared error and torch's fused Adam. All use the same learning rate
+and initial vectors, and none revives dead latents. tunediff also clips the gradient, counts active latents and scales
+codes by decoder norms. Ratios compare times within one round. Each shape has its own process, since memory left by an
+earlier shape changes how fast torch allocates. The unexplained share of variance after all rounds is reported, so that
+no library gains speed by doing less. "ours" searches for codes in bfloat16 where the processor supports it, and
+computes the kept codes in float32. A library that is not installed is named and skipped. The limit is the sum over
+phases of max(FLOP / measured FLOP rate, bytes / measured byte rate), for the least work that the algorithm needs.
 
     python benchmarks/train_step.py [--rounds 10] [--threads 2] [--device cuda] [--shapes 1152,9216,64,2048 ...]
 """

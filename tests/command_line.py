@@ -1,4 +1,4 @@
-"""The command, called in this process and in one of its own, and what it printed."""
+"""Call the command line in this process or in a new one, and return what it printed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every test shares: one thread, no network, the longest files first, so that processes end together."""
+"""Settings of all tests: one thread, no network, and longest files first, so that parallel processes end together."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A tiny pair with one known change: tuned writes a known direction where capital letters occur."""
+"""Make a tiny pair with one known change: the tuned model adds a known direction at capital letters."""
 
 from __future__ import annotations
 

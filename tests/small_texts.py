@@ -1,4 +1,4 @@
-"""A byte tokenizer, and small files of text to read."""
+"""Make a byte tokenizer and small text files for tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Synthetic `Diff` records for tests of what reads them: a full one, an empty one and one of hostile strings."""
+"""Make synthetic `Diff` records for tests of reports: a full record, an empty one and one with hostile strings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tiny random models of many families, a tiny tokenizer, and tunes of them, made on disk for tests."""
+"""Make tiny random models of many families, their fine-tunes and a tiny tokenizer on disk for tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A tiny pair with a planted change, its text and its settings, on disk: a whole run takes seconds."""
+"""Make a tiny pair with a planted change, its text and its settings on disk, so that a whole run takes seconds."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""What a diff costs, in tokens times blocks and in tokens mapped to logits: counted, so that a slower run fails and a busy
-machine does not."""
+"""Bound a diff's cost by counts of tokens through blocks and unembedding, which a busy machine does not change."""
 
 from __future__ import annotations
 
