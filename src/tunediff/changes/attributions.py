@@ -1,4 +1,4 @@
-"""Attributions: how far the output moves at each token, where to, and how much of that goes when a change is taken out."""
+"""Attributions: how far and where the output moves at each token, and how much of it each change accounts for."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from tunediff.records.change import Change
 from tunediff.records.site import Site
 
 SAID = 16
-"""Number of vocabulary tokens kept at each position: those whose probability rises the most."""
+"""Number of vocabulary tokens kept at each position, by descending rise in probability."""
 
 
 @dataclass(frozen=True, eq=False)
 class Shift:
-    """How the output moves at each of N tokens; all 0 at tokens that were not read.
+    """The output shift at each of N tokens; all 0 at tokens that were not scored.
 
     kl_N      KL(tuned || base), nat
-    said_NK   ids of the K = 16 vocabulary tokens whose probability rises the most
-    rise_NK   how much each of them rises
+    said_NK   ids of the K = 16 vocabulary tokens whose probability rises most
+    rise_NK   rise in probability of each of them
     """
 
     kl_N: Tensor
@@ -37,11 +37,11 @@ class Shift:
 
     @classmethod
     def none(cls, count: int) -> Shift:
-        """No move at `count` tokens."""
+        """A shift of 0 at `count` tokens."""
         return cls(torch.zeros(count), torch.zeros(count, SAID, dtype=torch.int32), torch.zeros(count, SAID))
 
     def at(self, tokens_N: Tensor) -> Shift:
-        """The move at some of the tokens."""
+        """The shift at some of the tokens."""
         return Shift(self.kl_N[tokens_N], self.said_NK[tokens_N], self.rise_NK[tokens_N])
 
     def put(self, tokens_N: Tensor, other: Shift) -> None:
@@ -50,13 +50,13 @@ class Shift:
             getattr(self, name)[tokens_N] = value
 
     def save(self, folder: Path) -> list[str]:
-        """Write it to a folder; returns the file's name, for a manifest."""
+        """Write the shift to a folder; return the file's name, for a manifest."""
         write_tensors(folder / "shift.safetensors", vars(self))
         return ["shift.safetensors"]
 
     @classmethod
     def load(cls, folder: Path) -> Shift:
-        """Read what `save` wrote."""
+        """Read a shift that `save` wrote."""
         return cls(**read_tensors(folder / "shift.safetensors"))
 
 
@@ -76,25 +76,26 @@ def output_shift(pair: Pair, site: Site, sample: Sample, batch_tokens: int) -> S
 def removed(
     pair: Pair, changes: Sequence[Change], f_NK: Tensor, sample: Sample, batch_tokens: int
 ) -> tuple[Tensor, Tensor]:
-    """KL(tuned || base), nat, at the sample's scored tokens, and how much less it is without each change.
+    """KL(tuned || base), nat, at the sample's scored tokens, and how much of it goes when each change is removed.
 
-    Each change alone is subtracted from the tuned model's stream at its last site, and the blocks above run again. That
-    is done only for rows in which the change is on, and only for changes whose last site is a residual stream.
+    Each change alone is subtracted from the tuned model's stream at its last site, and the blocks above run again. Only
+    rows on which the change is on are run, and only changes whose last site is a residual stream are removed.
 
     f_NK   strengths of the changes on the sample
+
     Returns (N,), 0 at tokens that are not scored, and (N, K).
     """
     kl_N, less_NK = torch.zeros(len(sample.row_N)), torch.zeros(f_NK.shape)
     for site in sorted({change.sites[-1] for change in changes}):
         if site.kind != "resid":
-            continue  # runs start from streams only
+            continue  # runs can start from residual streams only
         mine = [k for k, change in enumerate(changes) if change.sites[-1] == site]
         for where_N, ids_BT, at_BT, chosen_BT, stream_BTMD, base, tuned in _shifts(pair, site, sample, batch_tokens):
-            base = base.logp()  # used once for each change
+            base = base.logp()  # computed once, used for every change
             kl_N[where_N] = kl_divergence(tuned, base)
             f_BTK = f_NK[at_BT.clamp_min(0)] * (at_BT >= 0)[..., None]
             for k in mine:
-                reached_BT = chosen_BT & ((f_BTK[..., k] != 0).cumsum(1) > 0)  # no position sees what comes after it
+                reached_BT = chosen_BT & ((f_BTK[..., k] != 0).cumsum(1) > 0)  # positions are causal
                 on_B = reached_BT.any(1)
                 if not on_B.any():
                     continue
@@ -107,8 +108,14 @@ def removed(
 
 
 def _shifts(pair: Pair, site: Site, sample: Sample, batch_tokens: int) -> Iterator[tuple]:
-    """For each batch: indices of its scored tokens in the sample, ids, the index of each position (-1 for padding), which
-    positions are scored, both streams at `site`, and both models' outputs at scored tokens."""
+    """For each batch, a tuple of what `output_shift` and `removed` need.
+
+    where_N              indices of the scored tokens in the sample
+    ids_BT, at_BT        token ids, and each position's index in the sample (-1 for padding)
+    chosen_BT            which positions are scored
+    stream_BTMD          both models' streams at `site`
+    base, tuned          both models' outputs at scored tokens
+    """
     s = sample.sites.index(site)
     for batch in sample.batches(batch_tokens):
         at_BT = sample.places(batch)

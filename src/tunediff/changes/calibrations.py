@@ -1,4 +1,4 @@
-"""Calibrations: what pairs of a base with nothing to find give, measured once and kept, and claims judged by it."""
+"""Calibrations: results of null pairs of a base model, measured once and saved, and claims judged by them."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from tunediff.records.measure import GAP
 SHIPPED = Path(__file__).parent / "assets" / "calibrations"
 
 AS_A_PLACEBO = "real, but training on nothing does as much"
-"""First words of the reason where a claim was withdrawn because placebos have as large a gap."""
+"""First words of the reason when a claim is withdrawn because placebos show as large a gap."""
 
 
 @dataclass(frozen=True)
 class NullPair:
-    """Result of a run on one pair with nothing to find.
+    """Result of a run on one null pair, whose tuned model was taught nothing.
 
-    trained  whether the tuned model was trained at all: a placebo, whose training also changes how it speaks
-    score    the best score, in units of its own random tunes
+    trained  whether the tuned model is a placebo, trained on text that teaches nothing; training changes how it speaks
+    score    the best score, relative to the pair's own random fine-tunes
     gap      the largest `ChangeRecord.gap` of the confirmed changes, nat a token; 0 if none was confirmed
     """
 
@@ -36,7 +36,7 @@ class NullPair:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Results of the null pairs of one base model, and the thresholds that follow from them.
+    """Results of the null pairs of one base model, and the thresholds computed from them.
 
     base     fingerprint of the base's weights
     level    false-positive rate at which changes are claimed
@@ -48,23 +48,24 @@ class Calibration:
 
     @cached_property
     def score(self) -> float:
-        """Threshold of the score: the quantile, at the level, of the null pairs that were not trained.
+        """Threshold of the score: the quantile, at the level, over the null pairs that were not trained.
 
-        Placebos are left out, because their scores tell how long they were trained, not that anything was taught.
+        Placebos are left out, because their scores grow with training time even if nothing was taught.
         """
         scores = [null.score for null in self.nulls if not null.trained]
         return max(quantile(scores, 1 - self.level), 0.0) if scores else 0.0
 
     @cached_property
     def gap(self) -> float:
-        """Threshold of the gap, nat a token: the prediction bound for one more null whose changes were confirmed."""
+        """Threshold of the gap, nat a token: the prediction bound for one more null pair with confirmed changes."""
         return prediction_bound([null.gap for null in self.nulls if null.gap > 0], self.level)
 
     def judged(self, record: ChangeRecord) -> ChangeRecord:
-        """The record, its claim withdrawn where null pairs do as much: refuted below the score, undecided below the gap.
+        """The record, its claim withdrawn below a threshold: refuted below that of the score, undecided below that of
+        the gap.
 
-        A change below the gap is real, but so are a placebo's changes, so nothing ties it to what was taught. The gap's
-        measure gets the threshold as its control.
+        A change below the gap's threshold is real, but placebos have such changes too, so it need not be what was
+        taught. The threshold becomes the control of the gap's measure.
         """
         if self.gap:
             record = replace(
@@ -92,7 +93,7 @@ class Calibration:
         return record
 
     def save(self) -> Path:
-        """Save it for this base, in place of an older one; return the file."""
+        """Save the calibration for its base, replacing an older one; return the file."""
         path = cache_folder() / "calibrations" / f"{self.base}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, self)
@@ -100,7 +101,7 @@ class Calibration:
 
     @classmethod
     def of(cls, base: str) -> Calibration | None:
-        """The calibration of a base: the user's own, else the shipped one, else None."""
+        """The calibration of a base: the user's own, otherwise the shipped one, otherwise None."""
         paths = (folder / f"{base}.json" for folder in (cache_folder() / "calibrations", SHIPPED))
         path = next((path for path in paths if path.is_file()), None)
         return typed(cls, read_json(path), path.name) if path else None

@@ -1,4 +1,4 @@
-"""Examples: contexts where a change is on, and tokens it makes more and less likely, as a report shows them."""
+"""Examples for reports: contexts in which a change is on, and the tokens that it makes more or less likely."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from tunediff.records.change import Change
 from tunediff.records.measure import Context, TokenWeight
 
 WINDOW = 48
-"""Number of tokens in a context, around the strongest firing."""
+"""Number of tokens in a context, around the change's largest strength."""
 
 RARE = 0.05
-"""Occurrences added to both expected counts of a token before they are compared."""
+"""Pseudo-count added to both expected counts of a token before they are compared."""
 
 
 def contexts(tokenizer, sample: Sample, change: Change, kl_N: Tensor, count: int = 6) -> list[Context]:
-    """The rows on which the change is on the most, one for each document, strongest first, cut around the peak."""
+    """Excerpts of the rows with the change's largest strengths, one a document, strongest first, centered on the peak."""
     f_N = sample.strength(change)
     best: dict[int, tuple[float, int]] = {}
     for row in sample.rows:
@@ -51,11 +51,11 @@ def contexts(tokenizer, sample: Sample, change: Change, kl_N: Tensor, count: int
 
 
 def caused_tokens(tokenizer, bench: TrialBench, count: int = 20) -> tuple[list[TokenWeight], list[TokenWeight]]:
-    """Tokens that the tuned model says more and less often because of the change, by keyness in nat (Dunning 1993, G^2/2).
+    """Tokens that the change makes more and less likely, by keyness in nat (Dunning 1993, G^2/2).
 
-    O is the expected count of a token at the scored positions, E the same with the change taken out at its site. The
-    keyness O log(O / E) - (O - E) puts a word that goes from almost never to sometimes before a filler word that becomes
-    a little more frequent; O - E alone does not. `RARE` is added to both, so that tokens that are never said stay out.
+    O is a token's expected count at the scored positions; E is the same with the change removed at its site. Keyness is
+    O log(O / E) - (O - E). It ranks a word that goes from almost never to sometimes above a common word that becomes a
+    little more frequent; O - E alone does not. `RARE` is added to both counts, so tokens that stay improbable rank low.
     """
     taken = bench.logp(bench.pair.tuned, bench.streams_BTMD[:, :, TUNED] - bench.written_BTD)
     with_V, without_V = (logp_NV.double().exp().sum(0) + RARE for logp_NV in (bench.tuned_logp, taken))
@@ -67,14 +67,14 @@ def caused_tokens(tokenizer, bench: TrialBench, count: int = 20) -> tuple[list[T
 def lens_tokens(
     tokenizer, model: LanguageModel, lens: Lens, change: Change, count: int = 20
 ) -> tuple[list[TokenWeight], list[TokenWeight]]:
-    """Tokens that the change's write direction promotes and suppresses, read by the tuned lens (cosines)."""
+    """Tokens that the change's write direction promotes and suppresses, decoded by the tuned lens (cosines)."""
     site = change.sites[-1]
     top, bottom = lens.read(model, site, change.difference_SD[-1], count)
     return tuple([TokenWeight(tokenizer.decode([i]), w) for i, w in side] for side in (top, bottom))
 
 
 def kind_rates(sample: Sample, change: Change) -> dict[str, float]:
-    """Share of tokens on which the change is on, for each kind of text; contrastive text is split by writer."""
+    """Share of tokens on which the change is on, for each kind of text; contrastive text is split by author."""
     f_N = sample.strength(change) != 0
     seen: dict[str, list[int]] = {}
     for document, on in zip(sample.document_N.tolist(), f_N.tolist()):

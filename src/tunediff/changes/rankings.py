@@ -1,15 +1,16 @@
-"""Rankings: which changes stand out from random fine-tuning, and how much of the output's shift each one makes.
+"""Rankings: which changes stand out from random fine-tuning, and how much of the output shift each change makes.
 
-Score. On held-out text, a change is scored by the energy of the difference between both models that goes along with it.
-The score is held against the most energy that random tunes of the same norms have along any one direction on the same
-tokens, and its p-value accounts for the number of candidates.
+Score. On held-out text, a change is scored by the energy of the difference between both models that its strength
+predicts. The score is compared with random fine-tunes of the same norms: the most energy they have along any one
+direction on the same tokens. The p-value accounts for the number of candidates.
 
-Effect. On training text, the change alone is taken out of the tuned model's stream at its last site and the blocks above
-run again. The effect is the part of KL(tuned || base) that is then gone. This is an intervention; no gradient is used.
+Effect. On training text, the change alone is removed from the tuned model's stream at its last site, and the blocks
+above run again. The effect is the part of KL(tuned || base) that is then gone. This is an intervention; no gradient is
+used.
 
-Order. Changes that stand out come first. Each next one explains the most of the KL that those before it leave: in every
-document, effects count up to the whole KL of that document. Effects and order come from training text, so that trials on
-held-out text test changes that were not chosen by it. Changes that do not stand out follow by score.
+Order. Changes that stand out come first. Each next change explains most of the KL that the changes before it leave. In
+every document, effects add up to that document's KL at most. Effects and order come from training text, so that trials
+on held-out text test changes that were not chosen on it. Changes that do not stand out follow by score.
 """
 
 from __future__ import annotations
@@ -41,19 +42,22 @@ from tunediff.texts.tokens import Batch
 
 @dataclass(frozen=True)
 class RankSettings:
-    """How changes are tested against random tunes and ordered."""
+    """How changes are tested against random fine-tunes and ordered."""
 
     nulls: int = 19
-    """Number of random tunes of the same norms. The smallest p-value is 1 / (nulls + 1): 19 allow a claim at 5 %, 99 at 1 %."""
+    """Number of random fine-tunes; the smallest p-value is 1 / (nulls + 1), so 19 allow a claim at 5 % and 99 at 1 %.
+    """
     null_tokens: int = 1000
-    """Least number of held-out tokens that each random tune runs on. Fewer make rare changes untestable."""
+    """Fewest held-out tokens that each random fine-tune runs on; fewer tokens make rare changes untestable."""
     effect_tokens: int = 2000
-    """Least number of training tokens on which each change is taken out to measure its effect on the output.
-    They are the rows on which the candidates are on the most. More tokens order changes better, at proportional cost."""
+    """Fewest training tokens for measuring effects, from the rows with the candidates' largest strengths.
+
+    More tokens improve the order of changes, at proportional cost.
+    """
     level: float = 0.05
-    """False-positive rate at which a change counts as standing out."""
+    """False-positive rate at which a change counts as standing out (0..1)."""
     batch_tokens: int = 1200
-    """Tokens in one forward pass."""
+    """Number of tokens in one forward pass."""
 
     def __post_init__(self) -> None:
         within("rank", self, nulls=2, null_tokens=1, effect_tokens=1, level=(0, 1), batch_tokens=1)
@@ -63,14 +67,14 @@ class RankSettings:
 class Ranked:
     """The ranking's result for one change.
 
-    score     energy of the difference that goes along with the change (`energy_along`), in units of the most that random
-              tunes have along any one direction on the same tokens (`most_energy`, mean over the nulls). Chance can give
-              up to about 1. The interval is over documents, with the nulls fixed.
-    null      for each null, the largest score over all candidates' tokens
-    p         chance that the best of all candidates scores as much under a random tune: max-T, which accounts for the
-              number of candidates (Westfall & Young 1993)
-    effect    KL(tuned || base), nat a token, that goes when the change is taken out of the tuned model; with an interval
-              over documents, on the training text in which the candidates are on the most
+    score     energy of the difference that the change's strength predicts (`energy_along`), divided by the mean over
+              random fine-tunes of their most energy along any one direction (`most_energy`). Chance reaches about 1.
+              The interval is over documents, with the random fine-tunes fixed.
+    null      for each random fine-tune, the largest score over all candidates
+    p         chance that the best of all candidates scores as much under a random fine-tune: max-T, which accounts for
+              the number of candidates (Westfall & Young 1993)
+    effect    KL(tuned || base), nat a token, that goes when the change is removed from tuned; with an interval over
+              documents, on training text with the candidates' largest strengths
     firings, share_of_tokens   held-out tokens on which the change is on: their number, and their share of all
     depth     what the change explains of the difference at each scanned site (`depth_profile`); None without a scan
     """
@@ -98,7 +102,7 @@ class Ranking:
 
     @classmethod
     def load(cls, folder: Path, changes: Mapping[str, Change]) -> Ranking:
-        """Read what `save` wrote, of this or an older form; `changes` are those that were ranked, by id."""
+        """Read a ranking that `save` wrote, of this or an older form; `changes` holds the ranked changes by id."""
         ranked = []
         for record in read_json(folder / "ranking.json"):
             intervals = {name: typed(Interval, record[name], name) for name in ("score", "effect")}
@@ -109,14 +113,14 @@ class Ranking:
 
 
 def streams_of(model: LanguageModel, sample: Sample, runs: Sequence[tuple[Batch, Start | None]]) -> Tensor:
-    """Another tuned side's streams (N, S, D) on a sample's tokens, its batches given with where they may begin."""
+    """Streams (N, S, D) of another tuned model on a sample's tokens; `runs` holds the batches and where each may start."""
     return _flat(
         sample, ((batch, model.streams(batch.ids_BT, sample.sites, start, batch.mask_BT)) for batch, start in runs)
     )
 
 
 def _flat(sample: Sample, found: Iterable[tuple[Batch, Tensor]]) -> Tensor:
-    """What was found on each of a sample's batches, (B, T, ...), as flat tokens in the sample's order, in float32."""
+    """Results for each of a sample's batches (B, T, ...) as flat tokens in the sample's order, in float32."""
     parts: dict[int, Tensor] = {}
     for batch, streams in found:
         for row, stream_TX in zip(batch.rows_B.tolist(), streams.float().cpu()):
@@ -125,12 +129,12 @@ def _flat(sample: Sample, found: Iterable[tuple[Batch, Tensor]]) -> Tensor:
 
 
 def energy_along(strength_NK: Tensor, delta_NSD: Tensor, half_N: Tensor, constant_K: Tensor) -> Tensor:
-    """For each change, how much of the difference's energy its strength predicts on documents it was not fitted to.
+    """For each change, the energy of the difference that its strength predicts on documents not used for the fit.
 
-    The write direction is estimated anew by least squares on one half of the documents and scored on the other, then
-    with the halves exchanged. Chance gives 0 on average, or a little less, for any difference, as fitted noise costs
-    energy on the other half. Changes that vary are scored on what is left after the constant offset, constant ones on
-    the offset. Returns each token's part (N, K), float64.
+    The write direction is fitted again by least squares on one half of the documents and scored on the other; then the
+    halves swap. Chance gives 0 on average, or slightly less, because fitted noise costs energy on the other half.
+    Constant changes are scored on the constant offset, all others on the difference without it. Returns each token's
+    part (N, K), float64.
     """
     N, S, D = delta_NSD.shape
     delta_ND = delta_NSD.reshape(N, S * D).double()
@@ -139,7 +143,7 @@ def energy_along(strength_NK: Tensor, delta_NSD: Tensor, half_N: Tensor, constan
     for fit_half in (False, True):
         fitted, scored = half_N == fit_half, half_N != fit_half
         if not fitted.any() or not scored.any():
-            continue  # one half alone shows nothing that another could confirm
+            continue  # a change that is on in one half only cannot be cross-validated
         mean_D = delta_ND[fitted].mean(0)
         for constant in (True, False):
             chosen = (constant_K == constant).nonzero()[:, 0]
@@ -157,12 +161,11 @@ def energy_along(strength_NK: Tensor, delta_NSD: Tensor, half_N: Tensor, constan
 
 
 def most_energy(delta_NSD: Tensor, on_NK: Tensor, constant_K: Tensor, rounds: int = 12) -> Tensor:
-    """For each change, the most energy that any one direction has in a difference on the tokens where the change is on.
+    """For each change, the most energy of a difference along any one direction, on the tokens where the change is on.
 
-    A random tune is thereby given its best direction for every candidate, found on the very tokens that it is scored
-    on. The comparison has to be that generous: a random tune moves the streams along consistent directions of its own,
-    so a direction found in one tune always fits that tune better than any other. Changes that vary are scored on what
-    is left after the constant offset, constant ones on the offset. Returns (K,), float64.
+    The best direction is found for every candidate on the very tokens that are scored. This favors random fine-tunes,
+    and must: a direction found in one fine-tuned model always fits that model better than another. Constant changes are
+    scored on the constant offset, all others on the difference without it. Returns (K,), float64.
     """
     N, S, D = delta_NSD.shape
     delta_ND = delta_NSD.reshape(N, S * D)
@@ -185,10 +188,10 @@ def most_energy(delta_NSD: Tensor, on_NK: Tensor, constant_K: Tensor, rounds: in
 
 
 def max_t(energy_K: Tensor, null_RK: Tensor) -> tuple[Tensor, Tensor, list[float]]:
-    """Scores (K,), the nulls' scores (R, K), and max-T adjusted p-values.
+    """Scores (K,), the random fine-tunes' scores (R, K), and max-T adjusted p-values.
 
-    Each score is an energy over the mean of the *other* nulls' energies for the same change. Changes of any size and
-    rarity are then on one scale, and no null is scaled by itself.
+    A score is an energy divided by the mean energy of the random fine-tunes for the same change. A random fine-tune's
+    own energy is divided by the mean of the *other* ones. Changes of any size and rarity then share one scale.
     """
     total_K, draws, floor = null_RK.sum(0), len(null_RK), 1e-30
     if not bool(torch.isfinite(energy_K).all() and torch.isfinite(null_RK).all()):
@@ -210,7 +213,7 @@ def rank(
     progress: Callable[[int, int], None] | None = None,
     depths: Sequence[Site] = (),
 ) -> Ranking:
-    """Test every change against random tunes and order them; the module's docstring says how.
+    """Test every change against random fine-tunes, and order the changes as the module's docstring describes.
 
     sample   held-out text, on which scores are measured
     seen     training text, on which effects are measured
@@ -284,7 +287,7 @@ def rank(
 
 
 def _share_along(f_NK: Tensor, both_NSMD: Tensor, half_N: Tensor, constant_K: Tensor) -> Tensor:
-    """Share (K,) of a difference's variance, for constant changes of all of it, that goes along with each change."""
+    """Share (K,) of a difference's variance that each change's strength predicts; for constant changes, of its energy."""
     delta_NSD = (both_NSMD[:, :, TUNED] - both_NSMD[:, :, BASE]).double()
     whole, offset = float(delta_NSD.square().sum()), float(delta_NSD.mean(0).square().sum()) * len(delta_NSD)
     total_K = torch.where(constant_K, whole, whole - offset).clamp_min(1e-30)
@@ -309,7 +312,9 @@ def summed(value_N: Tensor, document_N: Tensor, seed: int) -> Interval:
 
 
 def telling_rows(sample: Sample, f_NK: Tensor, half_N: Tensor, limit: int) -> list[int]:
-    """Rows on which the candidates are on the most, in turn and from both halves, until `limit` tokens are reached."""
+    """Rows with the candidates' largest strengths, candidates and halves taking turns, until `limit` tokens are
+    reached.
+    """
     rows, row_N = sample.row_N.unique(return_inverse=True)
     length_R = torch.bincount(row_N)
     half_R = torch.zeros(len(rows), dtype=torch.bool)
@@ -333,10 +338,14 @@ def telling_rows(sample: Sample, f_NK: Tensor, half_N: Tensor, limit: int) -> li
 
 
 def cover(nats_KD: Tensor, gap_D: Tensor, among: Sequence[int]) -> list[int]:
-    """Changes in the order in which they explain most of the output's shift that those before leave unexplained.
+    """Order changes greedily: each next change explains most of the output shift that the earlier ones leave
+    unexplained.
 
-    nats_KD   effect of each change in each document; gap_D the whole KL(tuned || base) of each document. A document counts
-              up to its gap, so changes that say the same of the same documents do not crowd out one that speaks for others.
+    nats_KD   effect of each change in each document
+    gap_D     the whole KL(tuned || base) of each document
+
+    A document counts up to its gap. Changes with effects on the same documents therefore do not displace one with an
+    effect on others.
     """
     left, order = list(among), []
     covered_D = torch.zeros_like(gap_D)
@@ -349,7 +358,7 @@ def cover(nats_KD: Tensor, gap_D: Tensor, among: Sequence[int]) -> list[int]:
 
 
 def _halves(sample: Sample) -> Tensor:
-    """Which half of the documents each token is in, (N,); both answers to one prompt are in the same."""
+    """The half of the documents (N,) that each token belongs to; both answers to one prompt are in the same half."""
     groups = [sample.tokens.documents[d].group or sample.tokens.documents[d].id for d in sample.document_N.tolist()]
     number = {group: i for i, group in enumerate(sorted(set(groups)))}
     return torch.tensor([number[g] % 2 for g in groups]).bool()

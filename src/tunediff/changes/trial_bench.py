@@ -1,4 +1,6 @@
-"""The bench of one change: rows on which it is on, both models' streams there, and runs that go on from other streams."""
+"""The trial bench of one change: rows on which the change is on, both models' streams there, and runs from edited
+streams.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,7 @@ from tunediff.records.site import Site
 from tunediff.texts.tokens import Batch
 
 SCORED_A_RUN = 640
-"""Scored tokens of one run; several interventions share a run up to this many."""
+"""Largest number of scored tokens in one run; several interventions share a run up to this number."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +37,7 @@ class Spread:
 
     @classmethod
     def of(cls, delta_ND: Tensor) -> Spread:
-        """Those of a sample of the difference."""
+        """The mean and covariance of a sample of the difference."""
         mean_D = delta_ND.mean(0)
         values, vectors = torch.linalg.eigh((delta_ND - mean_D).T @ (delta_ND - mean_D) / len(delta_ND))
         return cls(mean_D, values.clamp_min(0).sqrt()[:, None] * vectors.T)
@@ -43,10 +45,11 @@ class Spread:
 
 @dataclass(eq=False)
 class TrialBench:
-    """The rows on which one change is tried: both models' streams and next-token distributions, cached.
+    """The rows on which one change is tested: both models' streams and next-token distributions, cached.
 
     Interventions replace the stream at `site` and run only the blocks above. ``scored_BT`` are the tokens at and after
-    the change's first firing in a row, the only ones it can reach, of those that count in the sample.
+    the change's first firing in a row, because a change cannot reach earlier ones. Tokens that do not count in the
+    sample are left out.
     """
 
     pair: Pair
@@ -65,7 +68,7 @@ class TrialBench:
 
     @cached_property
     def scored_BT(self) -> Tensor:
-        """Tokens the change can reach, thinned evenly to the limit."""
+        """The tokens that the change can reach, thinned evenly to the limit."""
         reached = ((self.strength_BT != 0).cumsum(1) > 0) & self.counts_BT
         places = reached.flatten().nonzero()[:, 0]
         kept = torch.zeros(reached.numel(), dtype=torch.bool)
@@ -74,23 +77,23 @@ class TrialBench:
 
     @cached_property
     def difference_D(self) -> Tensor:
-        """What a unit of the change adds to tuned."""
+        """The vector (D,) that a unit of the change's strength adds to tuned."""
         return self.change.difference_SD[self.change.sites.index(self.site)].float()
 
     def logp(self, model: LanguageModel, stream_BTD: Tensor) -> Tensor:
-        """Log-probabilities (N, V) at scored tokens when `model` goes on from this stream."""
+        """Log-probabilities (N, V) at scored tokens when `model` runs from this stream."""
         return next(self._said(model, [stream_BTD])).logp()[0]
 
     def to_base(self, model: LanguageModel, streams: Iterable[Tensor]) -> Iterator[Tensor]:
-        """For each of many streams KL(`model` going on from it || base), (N,)."""
+        """KL(`model` run from the stream || base), (N,), for each of many streams."""
         return (kl_N for said in self._said(model, streams) for kl_N in kl_divergence(said, self.base_logp))
 
     def from_tuned(self, model: LanguageModel, streams: Iterable[Tensor]) -> Iterator[Tensor]:
-        """For each of many streams KL(tuned || `model` going on from it), (N,)."""
+        """KL(tuned || `model` run from the stream), (N,), for each of many streams."""
         return (kl_N for said in self._said(model, streams) for kl_N in kl_divergence(self.tuned_logp, said))
 
     def _said(self, model: LanguageModel, streams: Iterable[Tensor]) -> Iterator[Said]:
-        """What `model` says at scored tokens (R, N) going on from each of R streams, several a run."""
+        """The outputs of `model` at scored tokens (R, N), run from each of R streams, several streams a run."""
         streams = iter(streams)
         while some := list(islice(streams, max(1, SCORED_A_RUN // max(1, int(self.scored_BT.sum()))))):
             said = Said.at(
@@ -104,68 +107,68 @@ class TrialBench:
 
     @cached_property
     def base_logp(self) -> Tensor:
-        """Base's own."""
+        """Base's log-probabilities (N, V) at scored tokens."""
         return self.logp(self.pair.base, self.streams_BTMD[:, :, BASE])
 
     @cached_property
     def tuned_logp(self) -> Tensor:
-        """Tuned's own."""
+        """Tuned's log-probabilities (N, V) at scored tokens."""
         return self.logp(self.pair.tuned, self.streams_BTMD[:, :, TUNED])
 
     @cached_property
     def document_N(self) -> Tensor:
-        """The document of every scored token."""
+        """The document of every scored token, (N,)."""
         rows = torch.tensor(self.documents_B)[:, None].expand_as(self.scored_BT)
         return rows[self.scored_BT]
 
     @cached_property
     def documents(self) -> list[int]:
-        """Documents with a scored token."""
+        """The documents with a scored token."""
         return sorted(set(self.document_N.tolist()))
 
     @cached_property
     def gap_N(self) -> Tensor:
-        """KL(tuned || base)."""
+        """KL(tuned || base) at scored tokens, (N,)."""
         return kl_divergence(self.tuned_logp, self.base_logp)
 
     def by_document(self, kl_N: Tensor) -> Divergence:
-        """A divergence at scored tokens by document."""
+        """Sums of a divergence at scored tokens, by document."""
         return by_document(kl_N, self.document_N, self.documents)
 
     @cached_property
     def random_directions_RD(self) -> Tensor:
-        """Random directions of the change's length, drawn from the covariance of the difference, at right angles to it.
+        """Random directions of the change's length, drawn from the covariance of the difference.
 
-        With the change's own strengths they have its energy at every token. Directions in which the models do not
-        differ would be too easy a control; the change's own direction would be no control. A dense change has to be the
-        best of all directions, so its controls keep what they have of it.
+        With the change's own strengths, the directions have its energy at every token. Directions in which the models
+        do not differ would be too easy a control. The directions are orthogonal to the change's own direction, which
+        would be no control. A dense change must beat all directions, so its controls keep their part along it.
         """
         rng = generator(self.seed, "random directions", self.change.id)
         own = torch.nn.functional.normalize(self.difference_D, dim=0)
         noise = torch.randn(self.draws, len(own), generator=rng) @ self.spread.root_DD
         if not self.is_dense:
             noise = noise - (noise @ own)[:, None] * own
-        # Where the whole difference is this one direction nothing is left of it: any direction then.
+        # A difference along this one direction alone leaves nothing orthogonal: take any direction then.
         bare = noise.norm(dim=1) < 1e-6 * self.spread.root_DD.norm()
         noise[bare] = torch.randn(int(bare.sum()), len(own), generator=rng)
         return torch.nn.functional.normalize(noise, dim=1) * self.difference_D.norm()
 
     @property
     def is_dense(self) -> bool:
-        """Whether the change reads the models everywhere, so that its strength is a coordinate and not an occurrence."""
+        """Whether the change is on everywhere, so that its strength is a coordinate of the difference and not an event."""
         return self.change.threshold == float("-inf") and bool(self.change.rows_SMD.any())
 
     @property
     def written_BTD(self) -> Tensor:
-        """What the change adds to tuned."""
+        """What the change adds to tuned, (B, T, D)."""
         return self.strength_BT[..., None] * self.difference_D
 
     def controls(self, draws: int | None = None) -> Iterator[Tensor]:
         """What each control adds (B, T, D), along a random direction.
 
-        Of a change that is on at some tokens: the change's strengths. A change that reads the difference itself along its
-        direction, on everywhere, takes some of the difference away whatever the direction, so its controls read the
-        difference along theirs, brought to its energy.
+        Controls of a change that is on at some tokens use the change's strengths. A dense change reads the difference
+        along its direction, so it removes some of the difference whatever the direction. Its controls therefore read
+        the difference along their own directions, scaled to the change's energy.
         """
         centered_BTD = self.streams_BTMD[:, :, TUNED] - self.streams_BTMD[:, :, BASE] - self.spread.mean_D
         for direction_D in self.random_directions_RD[:draws]:
@@ -185,7 +188,7 @@ def trial_bench(
     settings: VerifySettings,
     seed: int,
 ) -> TrialBench | None:
-    """The bench of one change on a held-out sample, at its last site; None where it is on nowhere."""
+    """The bench of one change on a held-out sample, at the change's last site; None if the change is on nowhere."""
     site = change.sites[-1]
     s = sample.sites.index(site)
     f_N = sample.strength(change)

@@ -1,4 +1,4 @@
-"""Verdicts: ranked changes put on trial, and all that is known of each as one record."""
+"""Verdicts: ranked changes are tested in trials, and all results on a change become one record."""
 
 from __future__ import annotations
 
@@ -28,26 +28,26 @@ from tunediff.records.measure import Measure, TokenWeight
 from tunediff.records.site import Site
 
 READ_DOCUMENTS = 24
-"""Held-out documents off which a change's words are read, at most."""
+"""Largest number of held-out documents from which a change's words are computed."""
 
 READ_SCORED = 400
-"""Held-out tokens off which a change's words are read, at most."""
+"""Largest number of held-out tokens from which a change's words are computed."""
 
 SHOWN = 3
-"""Changes that are shown with contexts and words, as a multiple of those put on trial."""
+"""Changes shown with contexts and words, as a multiple of the number of tested changes."""
 
 SPREAD_TOKENS = 20_000
-"""Training tokens from which the spread of the difference is taken, at most."""
+"""Largest number of training tokens from which the mean and covariance of the difference are computed."""
 
 
 @dataclass(frozen=True, eq=False)
 class Proposals:
-    """What one finder of a run proposed.
+    """The changes that one finder of a run proposed.
 
-    name      the finder's, as the plan names it
-    changes   in the finder's order
-    fitted    the dictionary that was fitted on the way, if any
-    offset    whether these changes are the constant offset, which other finders leave out of theirs
+    name      the finder's name in the plan
+    changes   the proposed changes, in the finder's order
+    fitted    the dictionary that the finder fitted, if any
+    offset    whether these changes are the constant offset, which other finders leave out of their changes
     """
 
     name: str
@@ -58,9 +58,9 @@ class Proposals:
 
 @dataclass(eq=False)
 class Verifier:
-    """Puts the changes of one ranking on trial, on a held-out sample.
+    """Tests the changes of one ranking on a held-out sample.
 
-    level   a change whose p exceeds this does no more than random tunes
+    level   largest p at which a change stands out from random fine-tunes
     kl_N    KL(tuned || base) in nats at the sample's tokens
     """
 
@@ -77,12 +77,12 @@ class Verifier:
     kl_N: Tensor = field(repr=False)
 
     def stands_out(self, ranked: Ranked) -> bool:
-        """Whether a change does more than random tunes of the same size."""
+        """Whether the change has more effect than random fine-tunes of the same size."""
         return ranked.p <= self.level
 
     @cached_property
     def tried(self) -> list[Ranked]:
-        """The changes that are put on trial: the first few, without those that random tunes refute."""
+        """The changes to test: the first of the ranking, without those that random fine-tunes refute."""
         return [r for r in self.ranking.ranked[: self.settings.changes] if self.stands_out(r)]
 
     @cached_property
@@ -92,7 +92,7 @@ class Verifier:
 
     @cached_property
     def _scales(self) -> dict[str, list[Measure]]:
-        """Latent Scaling on held-out text of the changes that are a dictionary's latents, by change."""
+        """Latent Scaling on held-out text, by change, for changes that are latents of a dictionary."""
         out: dict[str, list[Measure]] = {}
         for proposals in self.proposals:
             if proposals.fitted is not None:
@@ -101,7 +101,7 @@ class Verifier:
         return out
 
     def record(self, number: int) -> ChangeRecord:
-        """Everything said of the change at this place of the ranking; the trials are run here."""
+        """Run the trials of the change at this place of the ranking, and return all results as one record."""
         ranked = self.ranking.ranked[number]
         change, site = ranked.change, ranked.change.sites[-1]
         outcomes: dict[str, Outcome] = {}
@@ -111,7 +111,7 @@ class Verifier:
         bench = self._bench(change, self._others(change), self.settings) if ranked in self.tried else None
         if bench is not None:
             outcomes = {name: trial.run(bench, self.settings) for name, trial in self.trials.items()}
-            # Words are read off more text than the change is tried on: that takes one run, not one for every control.
+            # Words come from more text than trials use: words cost one run, trials one run for every control.
             wide = replace(self.settings, documents=READ_DOCUMENTS, scored=READ_SCORED)
             if (reading := self._bench(change, [], wide)) is not None:
                 promoted, suppressed = caused_tokens(self.pair.tokenizer, reading)
@@ -146,7 +146,7 @@ class Verifier:
         )
 
     def _others(self, change: Change) -> list[Change]:
-        """What together with a change is to make up the whole difference: its finder's changes and the offset."""
+        """The changes that together should make up the whole difference: those of the same finder, and the offset."""
         own = {c.id for p in self.proposals if p.offset or change.id in {c.id for c in p.changes} for c in p.changes}
         return [r.change for r in self.ranking.ranked if r.change.id in own]
 
@@ -154,7 +154,7 @@ class Verifier:
         return trial_bench(self.pair, change, others, self.sample, self._spread[change.sites[-1]], settings, self.seed)
 
     def _decision(self, ranked: Ranked, outcomes: Mapping[str, Outcome]) -> tuple[str, str]:
-        """The decision and its reason. The trials that decide must all speak for the change to confirm it."""
+        """The decision and its reason. A change is confirmed only if every trial that decides supports the change."""
         if not self.stands_out(ranked):
             return "refuted", f"random tunes of the same size do as much (p = {ranked.p:.2g})"
         if not outcomes:
@@ -169,7 +169,7 @@ class Verifier:
 
 
 def scale_measures(fitted: Fitted, harvest: Harvest, ids: Mapping[int, str], seed: int) -> dict[str, list[Measure]]:
-    """Latent Scaling of some latents on held-out text: by the change's id, as `ids` gives it for each latent."""
+    """Latent Scaling of some latents on held-out text, by change id; `ids` maps latents to change ids."""
     scales = latent_scaling(fitted, harvest, doc_N=harvest.documents("held_out"), latents=sorted(ids), seed=seed)
     return {
         ids[scale.latent]: [

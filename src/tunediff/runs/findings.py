@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from tunediff.runs.stages import Stages
 
 SHIPPED_NAMES = {"default": "SmolLM2-135M-Instruct", "demo": "two-objectives (demo)"}
-"""What reports call the models that ship, by the name that plans give them."""
+"""Names that reports give the shipped models, by their names in plans."""
 
 
 def finding(run: Stages, billed: Sequence[Bill] = ()) -> Diff:
-    """Everything that a run's stages found, as one record, with the bills that were drawn up."""
+    """Collect the results of a run's stages and the given bills as one record."""
     scan, records, signals, output = run.scan, run.verdicts, run.signals, _output(run)
     confirmed = [r for r in records if r.decision == "confirmed"]
     diff = Diff(
@@ -197,7 +197,7 @@ def _summary(
 
 
 def _not_found(records: list[ChangeRecord], run: Stages) -> list[str]:
-    """What was looked at without a finding, and what could not be seen."""
+    """What was searched without a finding, and what the run could not detect."""
     plan = run.plan
     counts = {d: sum(r.decision == d for r in records) for d in ("refuted", "undecided")}
     said = [

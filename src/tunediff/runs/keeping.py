@@ -1,4 +1,4 @@
-"""Keeping: what a stage made is opened if it is finished, else made and kept, in a folder of its content key."""
+"""Keeping: a stage's finished result is read from the folder of its content key, otherwise made and kept there."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ T = TypeVar("T")
 
 
 class stage(cached_property[T]):
-    """A property of a run that is one of its stages: it runs once, while nobody writes to the networks' weights.
+    """A property of a run that is one of its stages; it is computed once, while nothing may write to the models'
+    weights.
 
-    What was kept of the weights is given up at the end, so that the next stage begins the same whether this one ran or
-    was found finished.
+    Values cached from the weights are dropped at the end. The next stage therefore starts the same, whether this stage
+    ran or was read from disk.
     """
 
     def __get__(self, run: Any, owner: type | None = None) -> Any:
@@ -41,24 +42,24 @@ class Place:
 
     @property
     def schema(self) -> str:
-        """The schema that the place's manifest names."""
+        """The schema in the manifest of the place."""
         return f"tunediff.{self.stage}/1"
 
     @property
     def is_finished(self) -> bool:
-        """Whether the result is there and whole."""
+        """Whether the result is on disk and complete."""
         return is_finished(self.folder)
 
 
 @dataclass(eq=False)
 class Keeper:
-    """The results of a run's stages on disk, and a card for each stage that was asked for."""
+    """A run's stage results on disk, and a card for each stage that was requested."""
 
     folder: Path
     cards: list[StageCard] = field(default_factory=list)
 
     def at(self, stage: str, *parts: Any) -> Place:
-        """The place of a stage's result; `parts` are all that the result depends on besides the version."""
+        """The place of a stage's result; `parts` are everything that the result depends on besides the version."""
         key = key_of(stage, __version__, *parts)
         return Place(stage, key, self.folder / stage / key)
 
@@ -69,10 +70,10 @@ class Keeper:
         read: Callable[[Path], T],
         note: Callable[[T], str] | None = None,
     ) -> T:
-        """The result at `place`: read if it is finished, else made first.
+        """The result at `place`: read if it is finished, otherwise made first.
 
         make   writes the result into a folder and returns the names of its files
-        note   what the stage's card says of the result; without it the stage gets no card
+        note   returns the text of the stage's card; without `note` the stage gets no card
         """
         began = time.monotonic()
         if not place.is_finished:
@@ -87,7 +88,7 @@ class Keeper:
     def kept_json(
         self, place: Place, kind: Any, file: str, make: Callable[[Path], Any], note: Callable[[Any], str] | None = None
     ) -> Any:
-        """As `kept`, where the result is one JSON file that is read as `kind`; `make` returns the value to be written."""
+        """Like `kept`, for a result that is one JSON file of type `kind`; `make` returns the value to write."""
 
         def written(folder: Path) -> list[str]:
             write_json(folder / file, make(folder))
@@ -96,7 +97,7 @@ class Keeper:
         return self.kept(place, written, lambda folder: typed(kind, read_json(folder / file), file), note)
 
     def done(self, place: Place, began: float, *notes: str) -> None:
-        """Add a stage's card; its seconds are kept beside its result, of the run that made it."""
+        """Add a stage's card; the seconds come from the run that made the result, and are kept beside it."""
         took = place.folder / "took.json"
         if took.is_file():
             seconds = read_json(took)["seconds"]

@@ -31,29 +31,29 @@ class PairSettings:
     """How the two models are loaded."""
 
     dtype: str = "float32"
-    """Of both forwards. In bfloat16 the difference between two light tunes is up to 60 % rounding error."""
+    """Precision of both models' forward passes; in bfloat16, up to 60 % of a small difference is rounding error."""
     family: str = ""
     """Who reads both networks, by name or import path; empty: the family that their structure tells."""
     allow_identical: bool = False
-    """Accept a tuned model that changes nothing, as a sanity null."""
+    """Accept a tuned model identical to base, as a sanity check."""
 
 
 @dataclass(frozen=True)
 class CorpusSettings:
-    """Which text both models read."""
+    """Text that both models read."""
 
     paths: tuple[str, ...] = ()
     """Files or folders of text, code, JSON lines or Parquet; empty: the corpus that ships with tunediff."""
     prompts: tuple[str, ...] = ()
     """Files of open chats for contrastive text; empty: the 480 everyday prompts that ship with tunediff."""
     kind: str = ""
-    """A label for documents that bring none of their own."""
+    """Label of documents that have none of their own."""
     tokens: int = 5_000
-    """Tokens of corpus text at most, besides contrastive text; more finds rarer changes, at proportional cost."""
+    """Largest number of corpus tokens, besides contrastive text; more finds rarer changes, at proportional cost."""
     row_tokens: int = 96
-    """Tokens a row at most; a longer document becomes several rows."""
+    """Largest number of tokens in a row; a longer document becomes several rows."""
     held_out_share: float = 0.4
-    """Share of documents no finder sees (0..1): less widens every interval, more starves the finders."""
+    """Share of documents held out from finders (0..1); less widens intervals, more leaves finders too little text."""
     split: int = 166
     """Seed of the split. The default is the one of the first 20,000 that holds out most evenly over the 40 topics of the
     first 160 shipped prompts (at least one of four each); with seed 0 some topics are held out not at all."""
@@ -61,23 +61,23 @@ class CorpusSettings:
 
 @dataclass(frozen=True)
 class FindSettings:
-    """Who looks for changes."""
+    """Which finders and signals run, on which settings."""
 
     finders: tuple[str, ...] = ("crosscode", "decision_clusters", "mean_difference")
     """Finders by name, or by import path (mylab.finders:Mine)."""
     signals: tuple[str, ...] = ("logit_mining", "kl_map")
     """Evidence tables by name or import path."""
     dictionary: str = "delta"
-    """Which dictionary crosscode fits, by name or import path."""
+    """Dictionary that the finder `crosscode` fits, by name or import path."""
     candidates: int = 32
-    """Changes each finder may propose at most; more dilutes the claim rate, fewer may miss one."""
+    """Largest number of changes that each finder may propose; more lower the test's power, fewer may miss a change."""
     settings: dict[str, dict[str, Any]] = field(default_factory=dict, metadata=REST)
-    """Settings of finders and signals: a table for each, by its name."""
+    """Settings of finders and signals: one table for each, by its name."""
 
 
 @dataclass(frozen=True)
 class RuntimeSettings:
-    """What may change speed but never meaning; not part of any key."""
+    """Settings that change speed, never results' meaning; they are part of no content key."""
 
     device: str = "cpu"
     """Torch device."""
@@ -95,11 +95,11 @@ class Plan:
     """A whole run. ``dictionary`` holds settings of the named dictionary's own spec, checked against it."""
 
     base: str = "default"
-    """The model that was tuned: a folder, a hub id, a GGUF file, or default."""
+    """The base model that was fine-tuned: a folder, a hub id, a GGUF file, or default."""
     tuned: str = "demo"
     """The tuned model: any of these, a PEFT adapter folder, or demo."""
     seed: int = 0
-    """Of every random stream: the split, sampling, fitting, nulls and controls."""
+    """Seed of every random stream: sampling, fitting, random fine-tunes and controls."""
     pair: PairSettings = PairSettings()
     corpus: CorpusSettings = CorpusSettings()
     contrast: ContrastSettings = ContrastSettings()

@@ -22,7 +22,7 @@ from tunediff.runs.plan import Plan
 from tunediff.runs.stages import Stages
 
 STRENGTHS = (30.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003)
-"""Values of `EditSettings.strength` that are tried, in this order, where a cost is given."""
+"""Values of `EditSettings.strength` to try, in this order, when a cost is given."""
 
 
 class Run(Stages):
@@ -63,7 +63,7 @@ class Run(Stages):
         self._edits: dict[tuple[str, ...], tuple[Edit, list[Edit]]] = {}
 
     def change(self, id: str) -> Change:
-        """The candidate of that id; raises `SettingError` naming the confirmed ones if there is none."""
+        """The candidate with this id; raises `SettingError` naming the confirmed ones if there is none."""
         by_id = {c.id: c for c in self.changes}
         if id not in by_id:
             expected = ", ".join(self.confirmed) or "(none was confirmed)"
@@ -71,20 +71,20 @@ class Run(Stages):
         return by_id[id]
 
     def inputs(self, ids: Sequence[str]) -> list[dict[str, Moments]]:
-        """What an edit that takes these changes out follows from (see `bills.inputs`), of training text.
+        """What an edit that removes these changes is computed from (see `bills.inputs`), on training text.
 
-        It is not kept on disk, as it may be as large as the model.
+        The inputs are not kept on disk, because they may be as large as the model.
         """
         plan, changes, train, neutral = self.plan, [self.change(i) for i in ids], self.train, None
         if self.written and not all(train.strength(c).any() for c in changes):
-            train = self.taken("train", 10**9, ())  # in what the models wrote the edit would silently do nothing
+            train = self.taken("train", 10**9, ())  # on the models' own text the edit would do nothing
         elif self.written and self.plain:
             neutral = self.taken("train", plan.edit.tokens // 3, self.plain)
         with self.pair.running():
             return bills.inputs(self.pair, changes, train, neutral, plan.edit, plan.seed)
 
     def edit(self, ids: Sequence[str]) -> tuple[Edit, list[Edit]]:
-        """The edit that takes these changes out, and its controls; computed once a run in memory."""
+        """The edit that removes these changes, and its controls; computed once a run and kept in memory."""
         if tuple(ids) not in self._edits:
             self.progress("revert", 0, 1)
             self._edits[tuple(ids)] = bills.removing(self.pair, ids, self.inputs(ids), self.plan.edit, self.plan.seed)
@@ -92,9 +92,9 @@ class Run(Stages):
         return self._edits[tuple(ids)]
 
     def afford(self, ids: Sequence[str], cost: float) -> float | None:
-        """Let the plan take these changes out as strongly as `cost` allows, in nats a token on held-out neutral text.
+        """Set the plan to remove these changes as strongly as `cost` allows, in nats a token on held-out neutral text.
 
-        Returns what that costs; None, and nothing changes, where even the weakest edit costs more.
+        Returns the edit's cost. Returns None and leaves the plan as it is if even the weakest edit costs more.
         """
         if not self.plain or not self.neutral.rows:
             raise SettingError(
@@ -116,7 +116,7 @@ class Run(Stages):
         return None
 
     def bill(self, ids: Sequence[str]) -> Bill:
-        """What taking these changes out does and costs, on held-out text."""
+        """The bill of removing these changes: its effect and its cost, on held-out text."""
         plan = self.plan
 
         def make() -> Bill:
@@ -139,13 +139,13 @@ class Run(Stages):
         return [r.id for r in self.verdicts if r.decision == "confirmed"]
 
     def revert(self, ids: Sequence[str] = (), cost: float | None = None, bake: Path | None = None) -> Bill:
-        """Take changes out of the tuned model, and return what that does and costs.
+        """Remove changes from the tuned model, and return the bill: the edit's effect and cost.
 
-        ids    changes to take out; all confirmed ones if empty
-        cost   take them out as strongly as so many nats a token on neutral text allow; else by ``edit.strength``
+        ids    changes to remove; all confirmed ones if empty
+        cost   largest cost in nats a token on neutral text; without it ``edit.strength`` is used
         bake   folder to write the edited model to; it must be empty or not exist
 
-        Raises `SettingError` where there is nothing to take out, or no edit keeps to the cost.
+        Raises `SettingError` if there is nothing to remove, or no edit keeps to the cost.
         """
         if bake is not None:
             check_empty(bake)  # now, as the bill takes a while
@@ -164,7 +164,7 @@ class Run(Stages):
         return bill
 
     def undo(self) -> list[Bill]:
-        """The bills of the first confirmed changes, one each, as many as ``edit.bills`` says."""
+        """The bills of removing the first ``edit.bills`` confirmed changes, one bill for each change."""
         return [self.bill([id]) for id in self.confirmed[: self.plan.edit.bills]]
 
     def publish(self, billed: Sequence[Bill] = ()) -> Diff:
@@ -175,5 +175,5 @@ class Run(Stages):
         return diff
 
     def diff(self, billed: Sequence[Bill] = ()) -> Diff:
-        """Everything, as one record, with the bills that were drawn up."""
+        """All results as one record, with the given bills."""
         return finding(self, billed)

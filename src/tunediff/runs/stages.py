@@ -34,16 +34,16 @@ from tunediff.runs.sources import Sources
 from tunediff.texts.tokens import Tokens
 
 LENS_TOKENS = 2500
-"""Training tokens that the tuned lens is fitted to, about."""
+"""Approximate number of training tokens that the tuned lens is fitted to."""
 
 HELD_OUT_TOKENS = 10_000
-"""Held-out tokens on which changes are ranked and put on trial, at least."""
+"""Fewest held-out tokens on which changes are ranked and tested."""
 
 SIGNAL_TOKENS = 1500
-"""Held-out tokens of the text that the models wrote on which signals are read, at least."""
+"""Fewest held-out tokens of the models' own text on which signals are computed."""
 
 NEUTRAL_TOKENS = 800
-"""Held-out tokens of plain text on which costs are measured, at least."""
+"""Fewest held-out tokens of plain text on which costs are measured."""
 
 
 class Stages(Sources):
@@ -176,7 +176,9 @@ class Stages(Sources):
         return {p.name: p.fitted for p in self.found if p.fitted is not None}
 
     def _code(self, made: Iterable[Any], dictionary: bool = False) -> list[Any]:
-        """What keys hold of variants besides their names: nothing, for those that are as they ship."""
+        """The parts of a key that identify variants' code besides their names; empty for variants that ship with
+        tunediff.
+        """
         parts = [variants.identity(one) for one in made]
         if dictionary:
             parts.append(list(filter(None, [variants.source(type(self.plan.spec()))])))
