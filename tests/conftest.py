@@ -40,4 +40,8 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.path.parent.name == "fast":
                 item.add_marker(pytest.mark.skip(reason="what is tested is turned off"))
+    for item in items:
+        if any(item.get_closest_marker(mark) for mark in ("slow", "realmodel", "browser", "dist")):
+            # Not yet known to be free of other libraries' warnings: shown, not errors.
+            item.add_marker(pytest.mark.filterwarnings("default"))
     items.sort(key=lambda item: longest.index(item.path.name) if item.path.name in longest else len(longest))

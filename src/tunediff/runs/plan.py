@@ -31,7 +31,7 @@ class PairSettings:
     """How the two models are loaded."""
 
     dtype: str = "float32"
-    """Precision of both models' forward passes; in bfloat16, up to 60 % of a small difference is rounding error."""
+    """Precision of both models' forward passes; in bfloat16, up to 60 % of the difference between two light fine-tunes is rounding error."""
     family: str = ""
     """Who reads both networks, by name or import path; empty: the family that their structure tells."""
     allow_identical: bool = False
