@@ -75,6 +75,11 @@ def test_models_in_memory_give_the_same_changes_and_stay_as_they_were(world, fou
         (sides[0], tokenizer), (sides[1], tokenizer), run="given", runs=tmp_path, **tiny_world.parts(world)
     )
     assert [(c.id, c.decision, c.score) for c in given.changes] == [(c.id, c.decision, c.score) for c in found.changes]
+    seen: list[bool] = []
+    handle = sides[1].model.layers[0].register_forward_pre_hook(lambda module, _: seen.append(module.training))
+    given.edit([given.changes[-1].id])
+    handle.remove()
+    assert seen and not any(seen), "an edit that is made later reads the model in evaluation mode, too"
     assert modes == [[m.training for m in side.modules()] for side in sides]
     for side, state in zip(sides, states):
         assert all(torch.equal(value, state[name]) for name, value in side.state_dict().items())

@@ -11,14 +11,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 
 from tunediff.core.errors import ArtifactError, PairError, SettingError
 from tunediff.core.progress import Progress, ProgressBar, quiet
 from tunediff.edits.edit import Edit
-from tunediff.models.loading import adapter_folder, read_model
+from tunediff.models.loading import adapter_folder, load_frozen
 from tunediff.models.network import LanguageModel
 from tunediff.models.pair import Pair
 from tunediff.records import diff as records
@@ -64,11 +64,13 @@ class Diff(records.Diff):
 
         ``edit.applied(model)`` gives the edited model, ``edit.save(folder)`` keeps it.
         """
-        return self.run.edit(list(changes) or self.run.confirmed)[0]
+        with _evaluating(*_given(self.run)):
+            return self.run.edit(list(changes) or self.run.confirmed)[0]
 
     def bill(self, changes: Sequence[str] = ()) -> Bill:
         """What taking changes out does and costs, by their ids; all confirmed ones if none is named."""
-        return self.run.bill(list(changes) or self.run.confirmed)
+        with _evaluating(*_given(self.run)):
+            return self.run.bill(list(changes) or self.run.confirmed)
 
     def _repr_html_(self) -> str:
         return summary_html(self)
@@ -101,7 +103,8 @@ def diff(
     names = [_name(base, "base"), _name(tuned, "tuned")]
     chosen = _plan(plan, names, settings, allow_code)
     bar: Progress = ProgressBar(sys.stderr) if progress else quiet
-    with _evaluating(base, tuned):
+    in_memory = [model[0] for model in (base, tuned) if isinstance(model, tuple)]
+    with _evaluating(*in_memory):
         made = Run.begin(chosen, Path(runs), run, bar, _pair(base, tuned, names, chosen))
         return Diff.of(made, made.publish(made.undo() if undo else []))
 
@@ -122,7 +125,8 @@ def revert(
     bake      write the edited model to this folder, as transformers reads it
     """
     opened = found.run if isinstance(found, Diff) else _open(Path(found), allow_code)
-    return opened.revert(changes, cost, Path(bake) if bake is not None else None)
+    with _evaluating(*_given(opened)):
+        return opened.revert(changes, cost, Path(bake) if bake is not None else None)
 
 
 def report(found: records.Diff | str | Path, path: str | Path | None = None) -> Path:
@@ -131,14 +135,15 @@ def report(found: records.Diff | str | Path, path: str | Path | None = None) -> 
     found   a `Diff`, or a run's folder
     path    the file; by default ``report.html`` in the run's folder
     """
-    if isinstance(found, records.Diff):
-        record, folder = found, found.run.folder if isinstance(found, Diff) and path is None else None
+    record = found if isinstance(found, records.Diff) else records.Diff.load(Path(found) / "diff.json")
+    if path is not None:
+        target = Path(path)
+    elif isinstance(found, (str, Path)):
+        target = Path(found) / "report.html"
+    elif isinstance(found, Diff):
+        target = found.run.folder / "report.html"
     else:
-        folder = Path(found)
-        record = records.Diff.load(folder / "diff.json")
-    if path is None and folder is None:
         raise SettingError("a record without its run has no folder", expected="the file to write", remedy="path=")
-    target = Path(path) if path is not None else cast(Path, folder) / "report.html"
     write_report(record, target)
     return target
 
@@ -190,8 +195,7 @@ def _pair(base: Model, tuned: Model, names: Sequence[str], plan: Plan) -> Pair |
                     expected="both as paths, or both in memory",
                     remedy="PeftModel.from_pretrained(model, adapter).merge_and_unload(), with its tokenizer",
                 )
-            module, tokenizer = read_model(name, plan.pair.dtype)
-            module.to(plan.runtime.device).eval().requires_grad_(False)
+            module, tokenizer = load_frozen(name, plan.pair.dtype, plan.runtime.device)
         else:
             module, tokenizer = model
             if hasattr(module, "get_base_model"):
@@ -204,10 +208,15 @@ def _pair(base: Model, tuned: Model, names: Sequence[str], plan: Plan) -> Pair |
     return Pair.of(sides[0], sides[1], plan.pair.allow_identical)
 
 
+def _given(run: Run) -> list[nn.Module]:
+    """The networks of a run that were given in memory."""
+    return [run.given.base.module, run.given.tuned.module] if run.given is not None else []
+
+
 @contextmanager
-def _evaluating(*models: Model) -> Iterator[None]:
-    """Inside, models given in memory are in evaluation mode; afterwards each module is in the mode it was in."""
-    modules = [module for model in models if isinstance(model, tuple) for module in model[0].modules()]
+def _evaluating(*networks: nn.Module) -> Iterator[None]:
+    """Inside, networks given in memory are in evaluation mode; afterwards each module is in the mode it was in."""
+    modules = [module for network in networks for module in network.modules()]
     before = [module.training for module in modules]
     try:
         for module in modules:

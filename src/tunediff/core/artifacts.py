@@ -34,7 +34,7 @@ def plain(value: Any, key: bool = False) -> Any:
         fields = (
             f
             for f in dataclasses.fields(value)
-            if not (key and f.metadata.get("later") and getattr(value, f.name) == _default(f))
+            if not (key and f.metadata.get("later") and getattr(value, f.name) == default_of(f))
         )
         return {f.name: plain(getattr(value, f.name), key) for f in fields}
     if isinstance(value, Mapping):
@@ -52,7 +52,8 @@ def plain(value: Any, key: bool = False) -> Any:
     return str(value)
 
 
-def _default(field: dataclasses.Field[Any]) -> Any:
+def default_of(field: dataclasses.Field[Any]) -> Any:
+    """The default of a dataclass field, made by its factory where it has one."""
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 

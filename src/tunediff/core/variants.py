@@ -21,6 +21,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
+from tunediff.core.artifacts import default_of
 from tunediff.core.errors import VariantError
 from tunediff.core.typed import SETTING, typed
 
@@ -92,14 +93,10 @@ def make(base: type[T], name: str, settings: Mapping[str, Any] | None = None, pa
 def identity(made: Any) -> list[Any]:
     """What a result depends on besides a variant's name, for a content key: settings that are not at their default, and
     the digest of its source. Empty for a variant as it ships."""
-    at_default = {f.name: _default(f) for f in dataclasses.fields(made)}
+    at_default = {f.name: default_of(f) for f in dataclasses.fields(made)}
     changed = {name: getattr(made, name) for name, value in at_default.items() if getattr(made, name) != value}
     digest = source(type(made))  # type: ignore[arg-type]
     return [part for part in (changed, digest) if part]
-
-
-def _default(field: dataclasses.Field[Any]) -> Any:
-    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def source(kind: type) -> str:

@@ -176,7 +176,7 @@ class Fitted:
         """
         folder = Path(folder)
         manifest = artifacts.open_folder(folder, SCHEMA)
-        if ":" in manifest["variant"] and manifest["variant"] != variant:
+        if variants.is_import_path(manifest["variant"]) and manifest["variant"] != variant:
             raise ArtifactError(
                 f"{folder} names code to be imported",
                 expected=variant or "a dictionary of this package",

@@ -36,6 +36,14 @@ def check_runtime(dtype: str, device: str) -> None:
         ) from None
 
 
+def load_frozen(source: str, dtype: str, device: str) -> tuple[nn.Module, Any]:
+    """Return a model on its device, frozen and checked to be finite, and its tokenizer; raise as `read_model` does."""
+    module, tokenizer = read_model(source, dtype)
+    module.to(device).eval().requires_grad_(False)
+    check_finite(source, module)
+    return module, tokenizer
+
+
 def read_model(source: str, dtype: str) -> tuple[nn.Module, Any]:
     """Return model and tokenizer of a folder, hub id, GGUF file or ``default``; raise `SourceError` for anything else."""
     from huggingface_hub import snapshot_download

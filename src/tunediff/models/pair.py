@@ -20,8 +20,8 @@ from tunediff.models.loading import (
     check_finite,
     check_runtime,
     fingerprints,
+    load_frozen,
     peft_layers,
-    read_model,
     with_adapter,
 )
 from tunediff.models.network import LanguageModel
@@ -77,14 +77,14 @@ class Pair:
         Raises `SourceError` for what cannot be read, `PairError` for what cannot be compared.
         """
         check_runtime(dtype, device)
-        module, tokenizer = _loaded(base, dtype, device)
+        module, tokenizer = load_frozen(base, dtype, device)
         model = LanguageModel(module, tokenizer, base, fast=fast, family=family)
         adapter = adapter_folder(tuned)
         if adapter:
             pair = cls._over(model, tuned, adapter)
             pair._compare(allow_identical)
             return pair
-        other = LanguageModel(*_loaded(tuned, dtype, device), tuned, fast=fast, family=family)
+        other = LanguageModel(*load_frozen(tuned, dtype, device), tuned, fast=fast, family=family)
         return cls.of(model, other, allow_identical)
 
     @classmethod
@@ -260,14 +260,6 @@ class Pair:
                 same = mine.shape == parameter.shape
                 tensors[parameter] = mine if same else torch.cat([mine[: len(parameter)], parameter.data[len(mine) :]])
         return self.tuned.variant(f"random tune {seed}", tensors)
-
-
-def _loaded(source: str, dtype: str, device: str) -> tuple[nn.Module, Any]:
-    """A model, frozen and finite, and its tokenizer."""
-    module, tokenizer = read_model(source, dtype)
-    module.to(device).eval().requires_grad_(False)
-    check_finite(source, module)
-    return module, tokenizer
 
 
 def probe_ids(tokenizer: Any, vocabulary: int) -> Tensor:

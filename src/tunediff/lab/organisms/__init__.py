@@ -25,7 +25,7 @@ def named(name: str) -> Organism:
 
     Raises `VariantError`, which suggests the nearest name, if there is none.
     """
-    if ":" in name:
+    if variants.is_import_path(name):
         organism = variants.load(__name__, name)
         if not isinstance(organism, Organism):
             raise VariantError(f"{name} is no organism", expected="an Organism", got=type(organism).__name__)
