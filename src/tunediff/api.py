@@ -25,7 +25,7 @@ from tunediff.records import diff as records
 from tunediff.records.diff import Bill
 from tunediff.reports.notebook import summary_html
 from tunediff.reports.page import write_report
-from tunediff.runs.plan import Plan, from_record, to_record
+from tunediff.runs.plan import Plan, settled
 from tunediff.runs.run import Run
 
 Model = str | Path | tuple[nn.Module, Any]
@@ -101,7 +101,8 @@ def diff(
     Raises `SettingError`, `SourceError`, `PairError` and their like, all of them `TunediffError`.
     """
     names = [_name(base, "base"), _name(tuned, "tuned")]
-    chosen = _plan(plan, names, settings, allow_code)
+    given = plan if isinstance(plan, Plan) or plan is None else Path(plan)
+    chosen = settled(given, settings, allow_code, base=names[0], tuned=names[1])
     bar: Progress = ProgressBar(sys.stderr) if progress else quiet
     in_memory = [model[0] for model in (base, tuned) if isinstance(model, tuple)]
     with _evaluating(*in_memory):
@@ -116,6 +117,7 @@ def revert(
     cost: float | None = None,
     bake: str | Path | None = None,
     allow_code: bool = False,
+    **settings: Any,
 ) -> Bill:
     """Take changes out of the tuned model, and return what that does and costs.
 
@@ -123,8 +125,13 @@ def revert(
     changes   ids of changes to take out; all confirmed ones if none is named
     cost      take them out as strongly as so many nats a token on neutral text allow
     bake      write the edited model to this folder, as transformers reads it
+    settings  of the run in a folder, as `diff` takes them; ``base`` and ``tuned`` say where its models have moved to
     """
-    opened = found.run if isinstance(found, Diff) else _open(Path(found), allow_code)
+    if isinstance(found, Diff) and settings:
+        raise SettingError(
+            "a Diff has its settings", expected="a run's folder", remedy="tunediff.revert(found.run.folder)"
+        )
+    opened = found.run if isinstance(found, Diff) else Run.open(Path(found), settings, allow_code)
     with _evaluating(*_given(opened)):
         return opened.revert(changes, cost, Path(bake) if bake is not None else None)
 
@@ -146,29 +153,6 @@ def report(found: records.Diff | str | Path, path: str | Path | None = None) -> 
         raise SettingError("a record without its run has no folder", expected="the file to write", remedy="path=")
     write_report(record, target)
     return target
-
-
-def _plan(given: str | Path | Plan | None, names: Sequence[str], settings: dict[str, Any], allow_code: bool) -> Plan:
-    """The plan of a call. Import paths in a `Plan` or in `settings` are the caller's own; those in a file are not."""
-    plan = given if isinstance(given, Plan) else Plan.read(Path(given)) if given is not None else Plan()
-    values = {**to_record(plan), "base": names[0], "tuned": names[1]}
-    for part, value in settings.items():
-        both = isinstance(value, dict) and isinstance(values.get(part), dict)
-        values[part] = {**values[part], **value} if both else value
-    chosen = from_record(values)
-    if not allow_code:
-        own = plan.imports() if isinstance(given, Plan) else []
-        chosen.refuse_imports([*own, repr(settings)])
-    chosen.check()
-    return chosen
-
-
-def _open(folder: Path, allow_code: bool) -> Run:
-    plan = Plan.read(folder / "plan.toml")
-    if not allow_code:
-        plan.refuse_imports()
-    plan.check()
-    return Run(plan, folder)
 
 
 def _name(model: Model, side: str) -> str:

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -355,15 +356,15 @@ def four_lines(told: Told, *words: str) -> None:
 @pytest.mark.parametrize(
     "options, words",
     [
-        (["--set", "verify.drws=3"], ["verify.drws", "try: draws"]),
-        (["--set", "verify.draws=x"], ["verify.draws", "expected: int"]),
+        (["--set", "verify.drws=3"], ["verify.drws", "try: --set verify.draws=3"]),
+        (["--set", "verify.draws=x"], ["verify.draws", "expected: a whole number"]),
         (["--set", "nothing"], ["nothing", "part.field=value"]),
-        (["--set", "find.finders=crosscod"], ["crosscod", "try: crosscode"]),
-        (["--set", "dictionary.latens=4"], ["latens", "try: latents"]),
+        (["--set", "find.finders=crosscod"], ["crosscod", "try: --set find.finders=crosscode"]),
+        (["--set", "dictionary.latens=4"], ["latens", "try: dictionary.latents"]),
         (["--plan", "/no/such.toml"], ["/no/such.toml"]),
-        (["--run", "../outside"], ["../outside", "try: outside"]),
-        (["--run", "a b;rm -rf"], ["try: a-b-rm--rf"]),
-        (["--run", ".."], ["try: run"]),
+        (["--run", "../outside"], ["../outside", "try: --run outside"]),
+        (["--run", "a b;rm -rf"], ["try: --run a-b-rm--rf"]),
+        (["--run", ".."], ["try: --run run"]),
     ],
 )
 def test_options_are_checked_before_any_work(world, tmp_path, options, words):
@@ -441,7 +442,7 @@ def test_an_interrupt_says_how_to_go_on(world, monkeypatch):
 
 def test_hostile_names_stay_text(world):
     name = "[red]<img src=x onerror=alert(1)>{{7*7}}\x1b[31m;$(id)"
-    (world.root / name).symlink_to(world.tuned)
+    shutil.copytree(world.tuned, world.root / name)
     told = cli(*world.command("diff", name, runs="hostile", verify__changes=1, find__finders=["mean_difference"]))
     assert told.code == 0, told.err
     (run,) = (world.root / "hostile").iterdir()
@@ -480,7 +481,7 @@ def test_bytes_that_are_no_text_are_told_as_any_error(tmp_path):
         timeout=120,
         env={**os.environ, "PYTHONIOENCODING": "ascii"},
     )
-    four_lines(Told(done.returncode, done.stdout, done.stderr), "no run 'caf")
+    four_lines(Told(done.returncode, done.stdout, done.stderr), "not text", "caf")
     assert "\x1b" not in done.stderr
 
 

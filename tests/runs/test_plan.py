@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import importlib.util
 import inspect
+import shlex
 import textwrap
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from tunediff import dictionaries
 from tunediff.core import variants
 from tunediff.core.errors import SettingError, TunediffError, VariantError
-from tunediff.runs.plan import Plan, from_record, to_record
+from tunediff.runs.plan import Plan, from_record, settled, to_record
 
 PARTS = [f.name for f in dataclasses.fields(Plan) if dataclasses.is_dataclass(getattr(Plan(), f.name))]
 KINDS = {type(getattr(Plan(), part)) for part in PARTS} | {
@@ -72,6 +73,21 @@ def test_bytes_that_are_no_text_are_refused():
         ("fit.steps=5", "fit", "steps", 5),
         ("corpus.kind=a = b", "corpus", "kind", "a = b"),
         ("verify.doses=[1]", "verify", "doses", (1.0,)),
+        ("verify.doses=(1, 2)", "verify", "doses", (1.0, 2.0)),
+        ("verify.doses=2", "verify", "doses", (2.0,)),
+        ("verify.draws=1e4", "verify", "draws", 10_000),
+        ("verify.draws=1_000", "verify", "draws", 1000),
+        ("verify.draws = 7", "verify", "draws", 7),
+        ("fit.steps=None", "fit", "steps", None),
+        ("fit.steps=none", "fit", "steps", None),
+        ("find.finders=['principal', \"crosscode\"]", "find", "finders", ("principal", "crosscode")),
+        ("find.finders=('principal',)", "find", "finders", ("principal",)),
+        ("pair.allow_identical=True", "pair", "allow_identical", True),
+        ("pair.allow_identical=yes", "pair", "allow_identical", True),
+        ("edit.spread=False", "edit", "spread", False),
+        ("corpus.kind=2024", "corpus", "kind", "2024"),
+        ("corpus.kind=true", "corpus", "kind", "true"),
+        ("corpus.kind=a\nseed = 3", "corpus", "kind", "a\nseed = 3"),
     ],
 )
 def test_set_reads_values_as_the_field_has_them(text, part, field, value):
@@ -97,12 +113,48 @@ def test_set_reads_values_as_the_field_has_them(text, part, field, value):
         "fit.batch=0",
         "harvest.store=int4",
         "dictionary.latents=-1",
+        "dictionary.k_shared=x",
+        "dictionary.k_shared=[1]",
+        "dictionary.masked=3",
+        "dictionary.latents=1.5",
+        "dictionary.latents=true",
+        "find.crosscode.min_firings=x",
+        "find.decision_clusters.alike=[]",
+        "verify.steer.controls=many",
+        "seed=-1",
+        f"seed={2**70}",
+        f"verify.draws={2**70}",
+        f"verify.draws=1{'0' * 5000}",
+        "rank.level=inf",
+        "edit.strength=inf",
+        "edit.strength=1e999",
+        "harvest.abnormal=nan",
+        "corpus.held_out_share=0",
+        "corpus.held_out_share=1",
+        "corpus.tokens=0",
+        "corpus.row_tokens=0",
+        "corpus.paths=",
+        'corpus.prompts=["a", ""]',
+        "base=",
+        "find.candidates=0",
+        "find.finders=[]",
+        "find.finders=",
+        "find.dictionary=",
+        "pair.dtype=",
+        "pair.dtype=float8",
+        "runtime.device=xpu9",
+        "runtime.threads=1e9",
+        "scan.sites=mlp.1",
+        "scan.sites=resid",
+        "scan.sites=resid.-1",
+        "scan.sites=",
+        "scan.sites=resid.1.5",
     ],
 )
 def test_what_is_out_of_range_is_refused_before_anything_runs(text):
-    with pytest.raises(SettingError) as caught:
-        Plan().set(text).check()
-    assert caught.value.expected
+    with pytest.raises((SettingError, VariantError)) as caught:
+        settled(None, [text])
+    assert caught.value.expected and len(caught.value.lines()) <= 4
 
 
 def test_set_reaches_top_fields_and_the_dictionary():
@@ -131,20 +183,29 @@ def test_set_refuses_wrong_types(text):
 
 
 @pytest.mark.parametrize(
-    "text, near",
+    "text, meant",
     [
-        ("verify.drws=3", "draws"),
-        ("verfy.draws=3", "verify"),
-        ("sed=1", "seed"),
-        ("fit.step=3", "steps"),
-        ("verify.draws.more=1", "draws"),
+        ("verify.drws=3", "verify.draws=3"),
+        ("verfy.draws=3", "verify.draws=3"),
+        ("verfy.drws=3", "verify.draws=3"),
+        ("sed=1", "seed=1"),
+        ("fit.step=3", "fit.steps=3"),
+        ("verify.draws.more=1", "verify.draws=1"),
+        ('find.finder=["principal", "nested"]', 'find.finders=["principal", "nested"]'),
     ],
 )
-def test_unknown_setting_names_the_nearest(text, near):
+def test_unknown_setting_names_the_nearest_as_it_is_typed(text, meant):
     with pytest.raises(SettingError) as caught:
         Plan().set(text)
-    assert caught.value.remedy == near
+    option, setting = shlex.split(caught.value.remedy)
+    assert option == "--set" and setting == meant and Plan().set(setting) != Plan()
     assert len(caught.value.lines()) <= 4
+
+
+def test_an_unknown_setting_like_no_other_has_no_remedy():
+    with pytest.raises(SettingError) as caught:
+        Plan().set("a.b.c.d=2")
+    assert caught.value.expected and not caught.value.remedy
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tunediff.cli import lab
+from tunediff.cli import endings, lab
 from tunediff.cli.options import (
     RUNS,
     AllowCode,
@@ -35,7 +35,8 @@ from tunediff.core import pages
 from tunediff.core.artifacts import is_finished, read_json
 from tunediff.core.errors import TunediffError
 from tunediff.core.progress import ProgressBar
-from tunediff.core.text import NOT_MEASURED, visible
+from tunediff.core.streams import shown, terminal
+from tunediff.core.text import NOT_MEASURED
 
 if TYPE_CHECKING:
     from tunediff.records.diff import Bill, Diff
@@ -44,8 +45,6 @@ if TYPE_CHECKING:
 
 LOG_WIDTH = 110
 """Columns of the summary where stdout is not a terminal."""
-FAILED, FAULTY, STOPPED = 2, 3, 130
-"""Exit codes: an error that the user can act on, a fault of tunediff, an interrupt."""
 
 app = typer.Typer(
     add_completion=False,
@@ -75,7 +74,7 @@ def diff(
     run, bar = new_run(base, tuned, name, runs, plan, set_, quiet, allow_code)
     found = _publish(run, bar, run.undo() if undo else [], json).found
     if exit_code and found:
-        raise typer.Exit(1)
+        raise typer.Exit(endings.FOUND)
 
 
 def _publish(run: Run, bar: ProgressBar, bills: list[Bill], json: bool) -> Diff:
@@ -89,10 +88,9 @@ def _publish(run: Run, bar: ProgressBar, bills: list[Bill], json: bool) -> Diff:
 
     from tunediff.reports.terminal import summary_table
 
-    console = Console(width=None if sys.stdout.isatty() else LOG_WIDTH)
-    console.print(summary_table(diff))
-    files = f"report  {run.folder / 'report.html'}\nrecord  {run.folder / 'diff.json'}"
-    console.print(files, highlight=False, soft_wrap=True)
+    screen = terminal(sys.stdout)
+    Console(file=screen, width=None if screen.isatty() else LOG_WIDTH).print(summary_table(diff))
+    typer.echo(f"report  {run.folder / 'report.html'}\nrecord  {run.folder / 'diff.json'}")
     return diff
 
 
@@ -266,38 +264,13 @@ app.add_typer(lab.organism_app, name="organism")
 
 
 def main() -> None:
-    """Run the command line; errors that a user can act on are printed in four lines and exit with 2."""
+    """Run the command line: its output cannot steer a terminal, and whatever ends it is told and has its exit code."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     pages.keep()
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a terminal that cannot show a character, or a name that is no text
-            stream.reconfigure(errors="backslashreplace")
     if not sys.warnoptions:
         warnings.simplefilter("ignore", FutureWarning)  # of other libraries; nothing a user could act on
-    try:
-        code = app(standalone_mode=False)
-        if code == STOPPED:  # what typer makes of Ctrl-C
-            raise KeyboardInterrupt
-        sys.exit(code)
-    except TunediffError as error:
-        typer.echo("error: " + "\n".join(map(visible, error.lines())), err=True)
-        sys.exit(FAILED)
-    except (typer.Abort, KeyboardInterrupt):
-        typer.echo("stopped; run the same command again to go on", err=True)
-        sys.exit(STOPPED)
-    except Exception as error:
-        if hasattr(error, "show") and hasattr(error, "exit_code"):  # usage, of typer's click or of click's own
-            error.show()
-            sys.exit(error.exit_code)
-        if os.environ.get("TUNEDIFF_DEBUG"):
-            raise
-        first = (str(error).strip().splitlines() or [""])[0]
-        typer.echo(
-            f"error: {type(error).__name__}: {visible(first[:300])}\n  expected: no such error; this is a fault in tunediff\n"
-            "  try: TUNEDIFF_DEBUG=1 shows where it happened",
-            err=True,
-        )
-        sys.exit(FAULTY)
+    with shown():
+        sys.exit(endings.code_of(lambda: app(standalone_mode=False)))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -14,10 +13,10 @@ import typer
 from tunediff.core.artifacts import to_json
 from tunediff.core.errors import ArtifactError, SettingError
 from tunediff.core.progress import ProgressBar
-from tunediff.core.text import visible
+from tunediff.core.streams import terminal
+from tunediff.core.text import escaped, one_line
 
 if TYPE_CHECKING:
-    from tunediff.runs.plan import Plan
     from tunediff.runs.run import Run
 
 T = TypeVar("T")
@@ -50,13 +49,11 @@ def new_run(
 ) -> tuple[Run, ProgressBar]:
     """The run that the options name, and its progress bar; refuses a name that another pair's run has."""
     bar = progress_bar(quiet)
-    from tunediff.runs.plan import Plan
+    from tunediff.runs.plan import settled
     from tunediff.runs.run import Run
 
-    plan = Plan.read(plan_file) if plan_file else Plan()
-    plan = _changed(dataclasses.replace(plan, base=base, tuned=tuned), settings, allow_code)
-    run = Run.begin(plan, runs, name, bar)
-    return run, bar
+    plan = settled(plan_file, settings or (), allow_code, base=base, tuned=tuned)
+    return Run.begin(plan, runs, name, bar), bar
 
 
 def open_run(
@@ -64,20 +61,9 @@ def open_run(
 ) -> tuple[Run, ProgressBar]:
     """An existing run, by name or folder, under its own plan with `settings` changed; and its progress bar."""
     bar = progress_bar(quiet)
-    from tunediff.runs.plan import Plan
     from tunediff.runs.run import Run
 
-    folder = run_folder(run, runs, "plan.toml")
-    return Run(_changed(Plan.read(folder / "plan.toml"), settings, allow_code), folder, bar), bar
-
-
-def _changed(plan: Plan, settings: Sequence[str] | None, allow_code: bool) -> Plan:
-    for text in settings or ():
-        plan = plan.set(text)
-    if not allow_code:
-        plan.refuse_imports(settings or ())
-    plan.check()
-    return plan
+    return Run.open(run_folder(run, runs, "plan.toml"), settings or (), allow_code, bar), bar
 
 
 def run_folder(run: str, runs: Path, file: str) -> Path:
@@ -95,7 +81,7 @@ def progress_bar(quiet: bool) -> ProgressBar:
 
     Call before these libraries are first imported: they read the environment once.
     """
-    if quiet or not sys.stderr.isatty():
+    if quiet or not terminal(sys.stderr).isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     return ProgressBar(enabled=not quiet)
 
@@ -110,7 +96,7 @@ def listed(text: str | None, kind: Callable[[str], T]) -> list[T]:
 
 def show(result: Any, json: bool, text: str | None = None) -> None:
     """Print `result` as JSON, or else `text`; without `text`, `result` as a table of its rows."""
-    typer.echo(to_json(result, indent=1) if json else table(result) if text is None else text)
+    typer.echo(escaped(to_json(result, indent=1)) if json else table(result) if text is None else text)
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -119,7 +105,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         return "nothing"
     columns = list(rows[0])
     cells = [columns] + [
-        [visible(f"{v:.4g}" if isinstance(v, float) else str(v)) for v in row.values()] for row in rows
+        [one_line(f"{v:.4g}" if isinstance(v, float) else str(v)) for v in row.values()] for row in rows
     ]
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths)).rstrip() for line in cells)

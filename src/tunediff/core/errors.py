@@ -32,14 +32,15 @@ class SettingError(TunediffError):
 def within(part: str, settings: object, **bounds: float | tuple[float, float]) -> None:
     """Raise `SettingError` for the first field of `settings` that is out of bounds.
 
-    A bound is the smallest value allowed, or the smallest and the largest; both are included. NaN is out of bounds.
+    A bound is the smallest value allowed, or the smallest and the largest; both are included. NaN and what is infinite
+    are out of bounds.
     """
     for name, bound in bounds.items():
         low, high = bound if isinstance(bound, tuple) else (bound, float("inf"))
         value = getattr(settings, name)
-        if not low <= value <= high:
+        if not (low <= value <= high and value < float("inf")):
             expected = f"at least {low:g}" if high == float("inf") else f"{low:g} to {high:g}"
-            raise SettingError(f"{part}.{name} is out of range", expected=expected, got=str(value))
+            raise SettingError(f"{part}.{name} is out of range".lstrip("."), expected=expected, got=str(value))
 
 
 class VariantError(TunediffError):

@@ -6,6 +6,9 @@ import sys
 import time
 from typing import Protocol, TextIO
 
+from tunediff.core.streams import terminal
+from tunediff.core.text import one_line
+
 TERMINAL_SECONDS, LOG_SECONDS = 0.2, 10.0
 """Shortest time between two lines of one stage, on a terminal and elsewhere."""
 MEASURED_SECONDS = 0.5
@@ -30,7 +33,7 @@ class ProgressBar:
     """
 
     def __init__(self, stream: TextIO | None = None, enabled: bool = True):
-        self.stream = stream or sys.stderr
+        self.stream = terminal(stream or sys.stderr)
         self.enabled, self.live = enabled, self.stream.isatty()
         self.stage, self.began, self.written = "", 0.0, 0.0
         self.first, self.finished = 0, False
@@ -44,7 +47,7 @@ class ProgressBar:
         if not self.enabled or self.finished or (now - self.written < pause and done < total):
             return
         self.written, self.finished = now, done >= total
-        line = f"{stage:<22} {done:>9,} / {total:,}  {self._pace(done, total, now - self.began)}"
+        line = f"{one_line(stage):<22} {done:>9,} / {total:,}  {self._pace(done, total, now - self.began)}"
         self.stream.write(f"\r\x1b[K{line}" if self.live else line + "\n")
         self.stream.flush()
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
+from collections.abc import Iterable
 from typing import TypeGuard
 
 NOT_MEASURED = "not measured"
@@ -33,6 +35,21 @@ def visible(text: str) -> str:
         return chr(0x2400 + code) if code < 32 else "␡" if code == 127 else f"‹U+{code:04X}›"
 
     return STACK.sub(lambda stack: f"{stack[1]}‹+{len(stack[2])}›", UNSEEN.sub(name, text))
+
+
+def escaped(json: str) -> str:
+    """JSON whose strings hold the same characters, with what `visible` would write out as ``\\u`` escapes."""
+
+    def code(match: re.Match[str]) -> str:
+        units = match[0].encode("utf-16-be", "surrogatepass")
+        return "".join(f"\\u{units[i] << 8 | units[i + 1]:04x}" for i in range(0, len(units), 2))
+
+    return STACK.sub(lambda stack: stack[1] + re.sub(".", code, stack[2]), UNSEEN.sub(code, json))
+
+
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """The one of `known` that is spelled most like `name`; empty if none is alike to `cutoff` (0..1)."""
+    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)), "")
 
 
 def one_line(text: str) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
+import math
+import numbers
+import os
 import tomllib
 import types
 import typing
@@ -13,9 +15,19 @@ from pathlib import Path
 from typing import Any
 
 from tunediff.core.errors import ArtifactError, SettingError, TunediffError
+from tunediff.core.files import read_bytes
+from tunediff.core.text import nearest
 
 REST = {"rest": True}
 """Metadata of the one dataclass field that takes every table whose name is no other field."""
+WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+"""Words that a setting takes for a truth value, in any case."""
+NONE = "none"
+"""The word that a setting takes for no value, as TOML has none of its own."""
+LARGEST = 2**63 - 1
+"""The largest whole number that a setting may be: the largest of 64 bits."""
+DEEPEST = 64
+"""Most levels of lists and objects inside a value that a record leaves open."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,43 +48,111 @@ def unknown(name: str, known: Iterable[str], path: str, voice: Voice = SETTING) 
     """The error for a name that is not among `known`; a setting's error names the nearest."""
     owner = path.rpartition(".")[0]
     names = list(known)
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.0) if voice.suggests else []
+    near = nearest(name, names, cutoff=0.5) if voice.suggests else ""
     what = voice.unknown.format(owner=owner, name=name, path=path)
-    return voice.error(what, expected=", ".join(names), remedy=near[0] if near else "")
+    meant = f"{owner}.{near}".strip(".")
+    return voice.error(what, expected=", ".join(names), remedy=f"{meant} in place of {path}" if near else "")
 
 
 def typed(kind: Any, value: Any, where: str = "", voice: Voice = RECORD) -> Any:
     """`value`, plain JSON or TOML, as `kind`: a dataclass, list, tuple, dict, union or scalar type.
 
-    An int serves as a float. In a record null stands for a float that is not a number. A single string serves as a
-    tuple of one in a setting. `where` is the path that errors name. Raises the voice's error.
+    An int serves as a float. In a record null stands for a float that is not a number. A setting is read as its user
+    meant it: a single value serves as a tuple of one, ``1e4`` as a whole number, ``yes`` as a truth value, ``none`` as
+    no value, a path as text. `where` is the path that errors name. Raises the voice's error.
     """
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any:
-        return value
+        return value if voice.suggests else _shallow(value, where, voice)
     if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in arguments:
+        if type(None) in arguments and (value is None or (voice.suggests and _is_none(value))):
             return None
         return typed(next(a for a in arguments if a is not type(None)), value, where, voice)
+    if voice.suggests:
+        value = _meant(kind, value)
     if dataclasses.is_dataclass(kind) and isinstance(value, dict):
         return _dataclass(kind, value, where, voice)
     if origin is list and isinstance(value, list):
         return [typed(arguments[0], item, f"{where}[{i}]", voice) for i, item in enumerate(value)]
     if origin is tuple and isinstance(value, (list, tuple)):
-        return tuple(typed(arguments[0], item, where, voice) for item in value)
-    if origin is tuple and isinstance(value, str) and voice.suggests:
-        return (value,)
+        return tuple(typed(arguments[0], item, f"{where}[{i}]", voice) for i, item in enumerate(value))
     if origin is dict and isinstance(value, dict):
         return {name: typed(arguments[1], item, f"{where}.{name}", voice) for name, item in value.items()}
     if kind is float and value is None and not voice.suggests:
         return float("nan")
     if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
+        return _finite(value, where, voice)
     if isinstance(kind, type) and isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
+        if kind is int and voice.suggests and abs(value) > LARGEST:
+            raise voice.error(f"{where} is out of range", expected="a whole number of 64 bits", got=_short(value))
         return value
-    wanted = kind.__name__ if isinstance(kind, type) and voice.suggests else str(kind)
-    got = repr(value) if voice.suggests else type(value).__name__
+    wanted = _words(kind) if voice.suggests else str(kind)
+    got = _short(value) if voice.suggests else type(value).__name__
     raise voice.error(voice.wrong.format(path=where), expected=wanted, got=got)
+
+
+def _meant(kind: Any, value: Any) -> Any:
+    """A setting's value as its field has it, where only the spelling differs."""
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    elif isinstance(value, numbers.Real) and not isinstance(value, (bool, int, float)):  # a number of numpy's
+        value = int(value) if isinstance(value, numbers.Integral) else float(value)
+    if typing.get_origin(kind) is tuple and not isinstance(value, (list, tuple, dict)):
+        return (value,)
+    if kind is bool and isinstance(value, str):
+        return WORDS.get(value.strip().casefold(), value)
+    if kind is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value
+
+
+def _is_none(value: Any) -> bool:
+    return isinstance(value, str) and value.strip().casefold() == NONE
+
+
+def _finite(value: int | float, where: str, voice: Voice) -> float:
+    """A number as a float; a setting's is finite."""
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if voice.suggests and not math.isfinite(number):
+        raise voice.error(f"{where} is out of range", expected="a finite number", got=_short(value))
+    return number
+
+
+def _shallow(value: Any, where: str, voice: Voice) -> Any:
+    """An open value as it is; raises where lists and objects are nested deeper than `DEEPEST`."""
+    level = [value]
+    for _ in range(DEEPEST):
+        level = [
+            inner
+            for item in level
+            if isinstance(item, (dict, list))
+            for inner in (item.values() if isinstance(item, dict) else item)
+        ]
+        if not level:
+            return value
+    raise voice.error(f"{where} is nested too deep", expected=f"at most {DEEPEST} levels")
+
+
+def _short(value: Any) -> str:
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a number of more digits than Python writes
+        text = type(value).__name__
+    return text if len(text) <= 80 else text[:79] + "…"
+
+
+def _words(kind: Any) -> str:
+    """A type as a user reads it."""
+    plain = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    if kind in plain:
+        return plain[kind]
+    if dataclasses.is_dataclass(kind):
+        return "a table of settings: " + ", ".join(f.name for f in dataclasses.fields(kind))
+    inner = _words(typing.get_args(kind)[0]).removeprefix("a ") if typing.get_origin(kind) is tuple else ""
+    return f"a list, each {inner}" if inner else "a table"
 
 
 def _dataclass(kind: Any, value: dict[str, Any], where: str, voice: Voice) -> Any:
@@ -80,14 +160,14 @@ def _dataclass(kind: Any, value: dict[str, Any], where: str, voice: Voice) -> An
     fields = {f.name: f for f in dataclasses.fields(kind)}
     rest = next((name for name, f in fields.items() if f.metadata.get("rest")), None)
     given: dict[str, Any] = {}
-    for name in sorted(value):
+    for name in sorted(value, key=str):
         path = f"{where}.{name}".strip(".")
         if name in fields and name != rest:
             given[name] = typed(hints[name], value[name], path, voice)
         elif rest and isinstance(value[name], dict):
             given.setdefault(rest, {})[name] = value[name]
         else:
-            raise unknown(name, [n for n in fields if n != rest], path, voice)
+            raise unknown(str(name), [n for n in fields if n != rest], path, voice)
     for name, f in fields.items():
         optional = f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING
         if name not in given and not optional:
@@ -109,23 +189,22 @@ def record(value: Any) -> Any:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """A TOML file as nested plain values; raises `SettingError` for one that is missing or not TOML."""
+    """A TOML file as nested plain values; raises `SettingError` for one that is missing, no ordinary file or not TOML."""
+    data = read_bytes(path, SettingError, "a TOML plan")
     try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise SettingError(f"{path} does not exist", expected="a TOML plan") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        return tomllib.loads(data.decode("utf-8-sig").replace("\r\n", "\n"))
+    except (ValueError, RecursionError) as error:
         raise SettingError(f"{path} is not valid TOML", got=str(error)) from None
 
 
 def to_toml(values: dict[str, Any]) -> str:
-    """Nested plain values as TOML: scalars first, then a table each; what is None is left out."""
+    """Nested plain values as TOML: scalars first, then a table each; what is None is the word `NONE`."""
     return "\n".join(_table(values, ())) + "\n"
 
 
 def _table(values: dict[str, Any], path: tuple[str, ...]) -> list[str]:
     plain = {name: value for name, value in values.items() if not isinstance(value, dict)}
-    lines = [f"{_key(name)} = {toml_value(value)}" for name, value in plain.items() if value is not None]
+    lines = [f"{_key(name)} = {toml_value(value)}" for name, value in plain.items()]
     for name, value in values.items():
         if isinstance(value, dict):
             inner = (*path, name)
@@ -150,4 +229,4 @@ def toml_value(value: Any) -> str:
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, bool):
         return "true" if value else "false"
-    return repr(value)
+    return toml_value(NONE) if value is None else repr(value)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import difflib
 import hashlib
 import importlib
 import importlib.util
@@ -23,6 +22,7 @@ from typing import Any, TypeVar
 
 from tunediff.core.artifacts import default_of
 from tunediff.core.errors import VariantError
+from tunediff.core.text import nearest
 from tunediff.core.typed import SETTING, typed
 
 T = TypeVar("T")
@@ -43,27 +43,35 @@ def is_import_path(name: str) -> bool:
     return ":" in name
 
 
-def load(package: str, name: str) -> Any:
+def load(package: str, name: str, typed_as: str = "{}") -> Any:
     """The variant called `name`: the module's ``VARIANT``, or the object at ``module:attribute``.
 
-    Raises `VariantError` where there is none; it names the nearest.
+    Raises `VariantError` where there is none; its remedy is the nearest name, put into `typed_as`.
     """
     if is_import_path(name):
-        module_name, _, attribute = name.partition(":")
-        if "" not in sys.path and str(Path.cwd()) not in sys.path:
-            sys.path.append(str(Path.cwd()))  # last, so that nothing here stands before what is installed
-        try:
-            return getattr(importlib.import_module(module_name), attribute)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise VariantError(f"{name} cannot be imported", got=str(error), expected="module:attribute") from None
+        return _imported_object(name)
     module_name = name.replace("-", "_")
     known = names(package)
     if module_name not in known:
-        near = difflib.get_close_matches(module_name, known, n=1)
+        near = nearest(module_name, known)
         raise VariantError(
-            f"there is no {kind_of(package)} called {name!r}", expected=", ".join(known), remedy=near[0] if near else ""
+            f"there is no {kind_of(package)} called {name!r}",
+            expected=", ".join(known),
+            remedy=typed_as.format(near) if near else "",
         )
     return importlib.import_module(f"{package}.{module_name}").VARIANT
+
+
+def _imported_object(name: str) -> Any:
+    """What an import path names; its module's code runs, and whatever that raises is told as the path's fault."""
+    module_name, _, attribute = name.partition(":")
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))  # last, so that nothing here stands before what is installed
+    try:
+        return getattr(importlib.import_module(module_name), attribute)
+    except (Exception, SystemExit) as error:
+        got = f"{type(error).__name__}: {error}"
+        raise VariantError(f"{name} cannot be imported", got=got, expected="module:attribute") from None
 
 
 def kind_of(package: str) -> str:
@@ -72,22 +80,29 @@ def kind_of(package: str) -> str:
     return plural.removesuffix("ies") + "y" if plural.endswith("ies") else plural.removesuffix("s")
 
 
-def make(base: type[T], name: str, settings: Mapping[str, Any] | None = None, part: str = "") -> T:
+def make(
+    base: type[T], name: str, settings: Mapping[str, Any] | None = None, part: str = "", typed_as: str = "{}"
+) -> T:
     """The variant of `base` called `name`, with `settings` for its fields; `part` is the plan's part that holds them.
 
-    Raises `VariantError` if there is none or it is no subclass of `base`, `SettingError` for settings that do not fit.
+    Nothing of an import path is called before it is known to be a whole class of the right kind. Raises `VariantError`
+    (see `load` for `typed_as`) if there is none or it is no subclass of `base`, `SettingError` for settings that do not
+    fit.
     """
-    package = base.__module__.rpartition(".")[0]
-    kind = load(package, name)
+    kind = load(base.__module__.rpartition(".")[0], name, typed_as)
+    made: T = typed(checked(base, name, kind), dict(settings or {}), f"{part}.{name}".strip("."), SETTING)
+    return made
+
+
+def checked(base: type[T], name: str, kind: Any) -> type[T]:
+    """`kind`, which `name` stands for, if it is a subclass of `base` with all its methods; raises `VariantError`."""
     if not (isinstance(kind, type) and issubclass(kind, base)):
-        raise VariantError(
-            f"{name} is no {kind_of(package)}", expected=f"a subclass of {base.__name__}", got=repr(kind)
-        )
+        what = kind_of(base.__module__.rpartition(".")[0])
+        raise VariantError(f"{name} is no {what}", expected=f"a subclass of {base.__name__}", got=repr(kind))
     if inspect.isabstract(kind):
         missing = ", ".join(sorted(kind.__abstractmethods__))  # type: ignore[attr-defined]
         raise VariantError(f"{name} is not whole", expected=f"methods {missing}", got="an abstract class")
-    made: T = typed(kind, dict(settings or {}), f"{part}.{name}".strip("."), SETTING)
-    return made
+    return kind
 
 
 def identity(made: Any) -> list[Any]:

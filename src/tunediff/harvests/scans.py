@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from tunediff.core.axes import BASE, TUNED
-from tunediff.core.errors import within
+from tunediff.core.errors import SettingError, within
 from tunediff.harvests.harvest import noise_floor
 from tunediff.models.divergences import Said, kl_divergence
 from tunediff.models.pair import Pair
@@ -35,6 +35,11 @@ class ScanSettings:
 
     def __post_init__(self) -> None:
         within("scan", self, depths=1, tokens=1, reach=(0, 1))
+        for site in map(Site.parse, self.sites):
+            if site.kind != "resid":  # runs start from streams only, to see what a difference there does to the output
+                raise SettingError(
+                    f"scan.sites holds {site}", expected="streams", remedy=f"--set scan.sites=resid.{site.layer}"
+                )
 
 
 def candidate_sites(depth: int, count: int) -> list[Site]:

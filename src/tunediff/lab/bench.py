@@ -34,7 +34,7 @@ from tunediff.models.network import LanguageModel
 from tunediff.models.pair import Pair
 from tunediff.models.shipped import ORGANISMS
 from tunediff.records.diff import ChangeRecord
-from tunediff.runs.plan import Plan
+from tunediff.runs.plan import Plan, settled
 from tunediff.runs.run import Run
 
 TOKENS = 20
@@ -190,9 +190,7 @@ def bench(
             for method in methods:
                 if method not in METHODS:
                     raise SettingError(f"there is no method {method!r}", expected=", ".join(METHODS))
-                plan = Plan(base, tune.source, seed)
-                for setting in (*settings, *METHODS[method]):
-                    plan = plan.set(setting)
+                plan = settled(Plan(seed=seed), (*settings, *METHODS[method]), base=base, tuned=tune.source)
                 key = key_of("bench", __version__, replace(plan, tuned=""), replace(tune, source=""))
                 path = _path(out, tune.name, method, seed)
                 if path.is_file() and (cell := typed(Cell, read_json(path), path.name)).key == key:

@@ -232,9 +232,7 @@ def detect(
     settings   plan settings that define the method
     folder     where finders keep their files
     """
-    plan = Plan("planted", "planted", seed)
-    for setting in settings:
-        plan = plan.set(setting)
+    plan = Plan("planted", "planted", seed).changed(settings)
     changes: list[Change] = []
     for name, finder in plan.finders().items():
         view = View(

@@ -16,7 +16,7 @@ from tunediff.core.progress import Progress, quiet
 from tunediff.edits.baking import merged
 from tunediff.models.network import LanguageModel
 from tunediff.models.pair import Pair
-from tunediff.runs.plan import Plan
+from tunediff.runs.plan import settled
 from tunediff.runs.run import Run
 
 RANK = 16
@@ -121,9 +121,7 @@ def calibrate(
     tunes      folders of placebos trained from this base, if there are any: harder nulls than untrained changes
     settings   plan settings of all runs
     """
-    plan = Plan(base)
-    for setting in settings:
-        plan = plan.set(setting)
+    plan = settled(None, settings, base=base)
     nulls, fingerprint = [], ""
     for number in range(count + len(tunes)):
         trained, size = number >= count, SIZES[number % len(SIZES)]

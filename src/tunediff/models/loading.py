@@ -32,7 +32,10 @@ def check_runtime(dtype: str, device: str) -> None:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise SettingError(
-            f"device {device!r} cannot be used", got=_first_line(error), remedy="cpu, or what torch was installed for"
+            f"device {device!r} cannot be used",
+            expected="cpu, or what torch was installed for",
+            got=_first_line(error),
+            remedy="--set runtime.device=cpu",
         ) from None
 
 

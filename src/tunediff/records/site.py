@@ -23,9 +23,8 @@ class Site:
     @classmethod
     def parse(cls, text: str) -> Site:
         """Read ``kind.layer``; raises `SettingError` on anything else."""
-        match = re.fullmatch(r"([a-z]+)\.(\d+)", text.strip())
+        match = re.fullmatch(r"([a-z]+)\.([0-9]{1,9})", text.strip())
         if not match or match[1] not in KINDS:
-            raise SettingError(
-                f"{text!r} is not a site", expected="kind.layer with kind one of " + ", ".join(KINDS), remedy="resid.15"
-            )
+            expected = "kind.layer with kind one of " + ", ".join(KINDS)
+            raise SettingError(f"{text!r} is not a site", expected=expected, remedy="--set scan.sites=resid.15")
         return cls(int(match[2]), match[1])

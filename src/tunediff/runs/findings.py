@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ from tunediff.core.typed import typed
 from tunediff.records.diff import Bill, ChangeRecord, CorpusCard, Diff, FitCard, ModelCard, NullCard
 from tunediff.records.measure import Measure
 from tunediff.records.profile import Profile
-from tunediff.runs.plan import to_record
+from tunediff.runs.plan import Plan, to_record
 
 if TYPE_CHECKING:
     from tunediff.runs.stages import Stages
@@ -114,13 +115,23 @@ def _output(run: Stages) -> list[Measure]:
 
 def _card(run: Stages, side: str) -> ModelCard:
     model = getattr(run.pair, side)
-    plan_name = getattr(run.plan, side)
-    name = SHIPPED_NAMES.get(plan_name, plan_name)
+    name = model_names(run.plan)[side]
     parameters = sum(p.numel() for n, p in model.network.named_parameters() if side == "tuned" or "lora_" not in n)
     kind = "LoRA over base" if side == "tuned" and run.pair.shared else type(model.network).__name__
     return ModelCard(
         name, getattr(run.pair, f"{side}_fingerprint"), kind, parameters, model.depth, model.width, model.vocabulary
     )
+
+
+def model_names(plan: Plan) -> dict[str, str]:
+    """What reports call the models of a plan: paths without the folders that both are in, else the plan's own names."""
+    names = {side: getattr(plan, side) for side in MODELS}
+    paths = [name for name in names.values() if os.path.isabs(name)]
+    shared = os.path.commonpath([os.path.dirname(path) for path in paths]) if paths else ""
+    return {
+        side: os.path.relpath(name, shared) if name in paths else SHIPPED_NAMES.get(name, name)
+        for side, name in names.items()
+    }
 
 
 def _fits(run: Stages) -> list[FitCard]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
+import ast
+import dataclasses
+import shlex
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tunediff import dictionaries
 from tunediff.changes.finders.base import Finder
@@ -16,7 +18,8 @@ from tunediff.changes.signals.base import Signal
 from tunediff.changes.trials.base import Trial, VerifySettings
 from tunediff.core import variants
 from tunediff.core.errors import SettingError, within
-from tunediff.core.typed import REST, SETTING, read_toml, record, to_toml, typed, unknown
+from tunediff.core.text import nearest
+from tunediff.core.typed import LARGEST, NONE, REST, SETTING, read_toml, record, to_toml, typed, unknown
 from tunediff.dictionaries.architectures.base import Spec
 from tunediff.dictionaries.schedule import FitSettings
 from tunediff.edits.edit import EditSettings
@@ -24,6 +27,17 @@ from tunediff.harvests.contrasts import ContrastSettings
 from tunediff.harvests.harvest import HarvestSettings
 from tunediff.harvests.scans import ScanSettings
 from tunediff.models.families.base import Family
+from tunediff.models.loading import check_runtime
+
+T = TypeVar("T")
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+"""Precisions of a forward pass."""
+
+
+def place(*words: str) -> dict[str, tuple[str, ...]]:
+    """Metadata of a field that names files or folders, or is one of `words`; a plan that is carried out holds them as
+    every folder sees them."""
+    return {"place": words}
 
 
 @dataclass(frozen=True)
@@ -37,14 +51,22 @@ class PairSettings:
     allow_identical: bool = False
     """Accept a tuned model identical to base, as a sanity check."""
 
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise SettingError(
+                f"pair.dtype is {self.dtype!r}",
+                expected=", ".join(DTYPES),
+                remedy=f"--set pair.dtype={nearest(self.dtype, DTYPES, cutoff=0.0)}",
+            )
+
 
 @dataclass(frozen=True)
 class CorpusSettings:
     """Text that both models read."""
 
-    paths: tuple[str, ...] = ()
+    paths: tuple[str, ...] = field(default=(), metadata=place())
     """Files or folders of text, code, JSON lines or Parquet; empty: the corpus that ships with tunediff."""
-    prompts: tuple[str, ...] = ()
+    prompts: tuple[str, ...] = field(default=(), metadata=place())
     """Files of open chats for contrastive text; empty: the 480 everyday prompts that ship with tunediff."""
     kind: str = ""
     """Label of documents that have none of their own."""
@@ -57,6 +79,13 @@ class CorpusSettings:
     split: int = 166
     """Seed of the split. The default is the one of the first 20,000 that holds out most evenly over the 40 topics of the
     first 160 shipped prompts (at least one of four each); with seed 0 some topics are held out not at all."""
+
+    def __post_init__(self) -> None:
+        within("corpus", self, tokens=1, row_tokens=2)
+        if not 0 < self.held_out_share < 1:
+            raise SettingError(
+                "corpus.held_out_share is out of range", expected="above 0 and below 1", got=str(self.held_out_share)
+            )
 
 
 @dataclass(frozen=True)
@@ -74,6 +103,11 @@ class FindSettings:
     settings: dict[str, dict[str, Any]] = field(default_factory=dict, metadata=REST)
     """Settings of finders and signals: one table for each, by its name."""
 
+    def __post_init__(self) -> None:
+        within("find", self, candidates=1)
+        if not self.finders:
+            raise SettingError("find.finders is empty", expected="at least one finder")
+
 
 @dataclass(frozen=True)
 class RuntimeSettings:
@@ -87,16 +121,16 @@ class RuntimeSettings:
     """Accelerate the networks' runs; without it every run is transformers' and PEFT's own."""
 
     def __post_init__(self) -> None:
-        within("runtime", self, threads=0)
+        within("runtime", self, threads=(0, 4096))
 
 
 @dataclass(frozen=True)
 class Plan:
     """A whole run. ``dictionary`` holds settings of the named dictionary's own spec, checked against it."""
 
-    base: str = "default"
+    base: str = field(default="default", metadata=place("default", "demo"))
     """The base model that was fine-tuned: a folder, a hub id, a GGUF file, or default."""
-    tuned: str = "demo"
+    tuned: str = field(default="demo", metadata=place("default", "demo"))
     """The tuned model: any of these, a PEFT adapter folder, or demo."""
     seed: int = 0
     """Seed of every random stream: sampling, fitting, random fine-tunes and controls."""
@@ -113,88 +147,172 @@ class Plan:
     edit: EditSettings = EditSettings()
     runtime: RuntimeSettings = RuntimeSettings()
 
+    def __post_init__(self) -> None:
+        within("", self, seed=(0, LARGEST))
+
     def spec(self) -> Spec:
         """The dictionary's spec with this plan's settings."""
-        return dictionaries.spec(self.find.dictionary, **self.dictionary)
+        return dictionaries.spec(self.find.dictionary, "--set find.dictionary={}", **self.dictionary)
 
     def finders(self) -> dict[str, Finder]:
         """The chosen finders with their settings, by name."""
-        return {name: variants.make(Finder, name, self.find.settings.get(name), "find") for name in self.find.finders}
+        return self._chosen(Finder, "find", "finders")
 
     def signals(self) -> dict[str, Signal]:
         """The chosen signals with their settings, by name."""
-        return {name: variants.make(Signal, name, self.find.settings.get(name), "find") for name in self.find.signals}
+        return self._chosen(Signal, "find", "signals")
 
     def trials(self) -> dict[str, Trial]:
         """The chosen trials with their settings, by name."""
-        settings = self.verify.settings
-        return {name: variants.make(Trial, name, settings.get(name), "verify") for name in self.verify.trials}
+        return self._chosen(Trial, "verify", "trials")
+
+    def _chosen(self, base: type[T], part: str, kind: str) -> dict[str, T]:
+        settings: Any = getattr(self, part)
+        names: tuple[str, ...] = getattr(settings, kind)
+        made = {}
+        for name in names:
+            others = [f'"{n}"' if n != name else '"{}"' for n in names]
+            option = shlex.quote(f"{part}.{kind}=[{', '.join(others)}]") if len(names) > 1 else f"{part}.{kind}={{}}"
+            made[name] = variants.make(base, name, settings.settings.get(name), part, f"--set {option}")
+        return made
 
     def family(self) -> Family | None:
         """The family that the plan names; None where the networks' structure tells it."""
-        return variants.make(Family, self.pair.family) if self.pair.family else None
+        name = self.pair.family
+        return variants.make(Family, name, typed_as="--set pair.family={}") if name else None
 
     def check(self) -> None:
-        """Raise `VariantError` or `SettingError` if a named part does not exist, or a setting names no chosen part."""
+        """Raise an error for what can be told before a model is loaded: a named part that does not exist or does not
+        fit, a setting of a part that is not chosen, a device that torch cannot use, text that no file can hold.
+        """
+        self.to_toml()
+        check_runtime(self.pair.dtype, self.runtime.device)
         self.spec()
         self.family()
         for part, table, chosen in (
             ("find", self.find.settings, {**self.finders(), **self.signals()}),
             ("verify", self.verify.settings, self.trials()),
         ):
-            for name in set(table) - set(chosen):
+            for name in sorted(set(table) - set(chosen)):
                 what = f"{part}.{name} holds settings, but no part of that name is chosen"
-                near = difflib.get_close_matches(name, chosen, n=1)
-                raise SettingError(what, expected=", ".join(chosen), remedy=near[0] if near else "")
+                near = nearest(name, chosen)
+                meant = f"{part}.{near} in place of {part}.{name}" if near else ""
+                raise SettingError(what, expected=", ".join(chosen), remedy=meant)
 
     def imports(self) -> list[str]:
         """The import paths that this plan names: carrying it out runs code that does not ship with tunediff."""
         named = (self.pair.family, *self.find.finders, *self.find.signals, self.find.dictionary, *self.verify.trials)
         return sorted({name for name in named if variants.is_import_path(name)})
 
-    def refuse_imports(self, typed: Iterable[str] = ()) -> None:
-        """Raise `SettingError` for an import path that none of the texts that the user `typed` holds."""
-        texts = list(typed)
-        foreign = [name for name in self.imports() if not any(name in text for text in texts)]
-        if foreign:
+    def changed(self, settings: Sequence[str] | Mapping[str, Any]) -> Plan:
+        """This plan with settings changed: texts as `set` takes them, or a table by part and top settings."""
+        if isinstance(settings, Mapping):
+            values = to_record(self)
+            for part, value in settings.items():
+                both = isinstance(value, Mapping) and isinstance(values.get(part), dict)
+                values[part] = {**values[part], **value} if both else value
+            return from_record(values)
+        plan = self
+        for text in settings:
+            plan = plan.set(text)
+        return plan
+
+    def set(self, text: str) -> Plan:
+        """This plan with one ``part.field=value`` applied: ``seed=3``, ``verify.draws=200``, or a setting of a variant,
+        ``find.decision_clusters.alike=0.3``. The value is TOML, else a value of Python's, else plain text."""
+        path, equals, value_text = text.partition("=")
+        path = path.strip()
+        if not equals:
+            raise SettingError(
+                f"{text!r} sets nothing", expected="part.field=value", remedy="--set verify.draws=200, for example"
+            )
+        fault: SettingError | None = None
+        for value in _values(value_text):
+            values = to_record(self)
+            _put(values, path, value, value_text)
+            try:
+                return from_record(values)
+            except SettingError as error:
+                fault = fault or error
+        raise fault or SettingError(f"{text!r} sets nothing", expected="part.field=value")
+
+    @classmethod
+    def read(cls, path: Path) -> Plan:
+        """Read a TOML plan; what it leaves out keeps its default. Errors name the file."""
+        values = read_toml(path)
+        try:
+            return from_record(values)
+        except SettingError as error:
+            raise SettingError(
+                f"{path}: {error.what}", expected=error.expected, got=error.got, remedy=error.remedy
+            ) from None
+
+    def to_toml(self) -> str:
+        """The whole plan as TOML; `read` gives it back."""
+        return to_toml(to_record(self))
+
+
+def settled(
+    given: Plan | Path | None, settings: Sequence[str] | Mapping[str, Any] = (), allow_code: bool = False, **models: str
+) -> Plan:
+    """The plan to carry out: the one door through which every command and call comes.
+
+    given        a plan, a TOML file, or None for the defaults
+    settings     changes, as `Plan.changed` takes them
+    allow_code   run code that a file names by import path; what `settings` or a `Plan` name is the caller's own
+    models       ``base`` and ``tuned``, in place of the plan's
+
+    Its paths are as every folder sees them, and all is checked that can be before a model is loaded. Raises
+    `SettingError`, `VariantError` or `SourceError`.
+    """
+    before = given if isinstance(given, Plan) else Plan.read(given) if given is not None else Plan()
+    plan = dataclasses.replace(before, **models).changed(settings)
+    if not allow_code:
+        own = {*Plan().changed(settings).imports(), *(before.imports() if isinstance(given, Plan) else ())}
+        if foreign := [name for name in plan.imports() if name not in own]:
             raise SettingError(
                 f"the plan names code of its own: {', '.join(foreign)}",
                 expected="parts that ship with tunediff, or import paths given on the command line",
                 remedy="--allow-code, if you trust whoever wrote the plan",
             )
+    plan = _placed(plan)
+    plan.check()
+    return plan
 
-    def set(self, text: str) -> Plan:
-        """This plan with one ``part.field=value`` applied: ``seed=3``, ``verify.draws=200``, or a setting of a variant,
-        ``find.decision_clusters.alike=0.3``. The value is TOML, else a string."""
-        path, equals, value_text = text.partition("=")
-        if not equals:
-            raise SettingError(f"{text!r} sets nothing", expected="part.field=value", remedy="verify.draws=200")
-        try:
-            value = tomllib.loads(f"x = {value_text}")["x"]
-        except tomllib.TOMLDecodeError:
-            value = value_text
-        values = to_record(self)
-        *parents, last = _steps(path.strip())
-        target = values
-        for depth, name in enumerate(parents):
-            if depth == 1 and name not in target and parents[0] in ("find", "verify"):
-                target[name] = {}
-            if not isinstance(target.get(name), dict):
-                raise unknown(name, target, path)
-            target = target[name]
-        if last not in target and len(parents) < 2 and parents != ["dictionary"]:
-            raise unknown(last, target, path)
-        target[last] = value
-        return from_record(values)
 
-    @classmethod
-    def read(cls, path: Path) -> Plan:
-        """Read a TOML plan; what it leaves out keeps its default."""
-        return from_record(read_toml(path))
+def resolved(name: str, words: Sequence[str] = ()) -> str:
+    """A file or folder as every folder sees it: from the root, without ``~``, ``..`` or links to folders.
 
-    def to_toml(self) -> str:
-        """The whole plan as TOML; `read` gives it back."""
-        return to_toml(to_record(self))
+    What names no file is returned as it is: one of `words`, a hub id, an empty text.
+    """
+    if not name or name in words:
+        return name
+    try:
+        path = Path(name).expanduser()
+        if path.is_dir():
+            return str(path.resolve())
+        if path.exists() or name.startswith((".", "/", "~")):  # a link to a file keeps its name, which tells its kind
+            return str(path.parent.resolve() / path.name)
+    except (OSError, RuntimeError, ValueError):  # too long, no such user's home, a null character: its reader tells
+        pass
+    return name
+
+
+def _placed(settings: Any, part: str = "") -> Any:
+    """A plan or part of it with every path as every folder sees it; raises `SettingError` for an empty one."""
+    new: dict[str, Any] = {}
+    for f in dataclasses.fields(settings):
+        value, name = getattr(settings, f.name), f"{part}.{f.name}".strip(".")
+        if dataclasses.is_dataclass(value):
+            new[f.name] = _placed(value, name)
+        elif "place" in f.metadata:
+            words, many = f.metadata["place"], isinstance(value, tuple)
+            paths = value if many else (value,)
+            if "" in paths and "" not in words:
+                raise SettingError(f"{name} is empty", expected="a path" + ", or [] for the default" * many)
+            paths = tuple(resolved(path, words) for path in paths)
+            new[f.name] = paths if many else paths[0]
+    return dataclasses.replace(settings, **new)
 
 
 def to_record(plan: Any) -> dict[str, Any]:
@@ -218,8 +336,59 @@ def _without_retired(values: dict[str, Any]) -> dict[str, Any]:
     for (part, name), value in RETIRED.items():
         given = kept[part].pop(name, value) if isinstance(kept.get(part), dict) else value
         if given != value:
-            raise SettingError(f"{part}.{name} is no setting any more", expected=str(value), got=str(given))
+            raise SettingError(
+                f"{part}.{name} is no setting any more", expected=str(value), got=str(given), remedy="leave it out"
+            )
     return kept
+
+
+def _values(text: str) -> Iterator[Any]:
+    """What a value on the command line may mean, likeliest first: TOML, a value of Python's, the text itself."""
+    read = None
+    try:
+        table = tomllib.loads(f"x = {text}")
+        read = [table["x"]] if list(table) == ["x"] else None
+    except (ValueError, RecursionError):
+        try:
+            read = [ast.literal_eval(text.strip())]
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            pass
+    if read:
+        yield NONE if read[0] is None else read[0]
+    if not (read and isinstance(read[0], (list, tuple, dict, set))):
+        yield text
+
+
+def _put(values: dict[str, Any], path: str, value: Any, text: str) -> None:
+    """Put a value at a dotted path of a plan's record; raises `SettingError` for a path that a plan has not."""
+    *parents, last = _steps(path)
+    target = values
+    for depth, name in enumerate(parents):
+        if depth == 1 and parents[0] in ("find", "verify"):
+            target.setdefault(name, {})
+        if not isinstance(target.get(name), dict):
+            rest = [] if name in target else [*parents[depth + 1 :], last]
+            raise _no_setting(name, target, parents[:depth], rest, path, text)
+        target = target[name]
+    if last not in target and len(parents) < 2 and parents != ["dictionary"]:
+        raise _no_setting(last, target, parents, [], path, text)
+    target[last] = value
+
+
+def _no_setting(
+    name: str, known: Iterable[str], before: list[str], after: list[str], path: str, text: str
+) -> SettingError:
+    """The error for a path whose step `name` is not among `known`; its remedy is an option that can be given."""
+    error, near = unknown(name, known, path), nearest(name, known, cutoff=0.5)
+    remedy = ""
+    if near:
+        meant = f"{'.'.join([*before, near, *after])}={text}"
+        try:
+            Plan().set(meant)
+            remedy = f"--set {shlex.quote(meant)}"
+        except SettingError as other:
+            remedy = other.remedy
+    return SettingError(error.what, expected=error.expected, remedy=remedy)
 
 
 def _steps(path: str) -> list[str]:

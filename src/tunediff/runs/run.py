@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from tunediff.core.errors import ArtifactError, SettingError
+from tunediff.core.axes import MODELS
+from tunediff.core.errors import ArtifactError, SettingError, SourceError
 from tunediff.core.progress import Progress, quiet
-from tunediff.core.text import slug
+from tunediff.core.text import NAME_LENGTH, slug
+from tunediff.core.typed import read_toml
 from tunediff.edits import bills
 from tunediff.edits.baking import bake_edit, check_empty
 from tunediff.edits.edit import Edit
@@ -18,9 +22,11 @@ from tunediff.records.change import Change
 from tunediff.records.diff import Bill, Diff
 from tunediff.reports.page import write_report
 from tunediff.runs.findings import finding
-from tunediff.runs.plan import Plan
+from tunediff.runs.plan import Plan, resolved, settled, to_record
 from tunediff.runs.stages import Stages
 
+PLAN = "plan.toml"
+"""The plan of the last command, in a run's folder."""
 STRENGTHS = (30.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003)
 """Values of `EditSettings.strength` to try, in this order, when a cost is given."""
 
@@ -40,16 +46,17 @@ class Run(Stages):
         name = name or slug(f"{Path(plan.base).name}-{Path(plan.tuned).name}")
         if slug(name) != name:
             expected = "letters, digits, dot, dash, underscore"
-            raise SettingError(f"{name!r} is not a run name", expected=expected, remedy=slug(name))
+            raise SettingError(f"{name!r} is not a run name", expected=expected, remedy=f"--run {slug(name)}")
         folder = runs / name
-        if (folder / "plan.toml").is_file():
-            before = Plan.read(folder / "plan.toml")
-            if (before.base, before.tuned) != (plan.base, plan.tuned):
+        if (folder / PLAN).is_file():  # of another version's plan no more is asked than whose it is, as it is replaced
+            before = {**to_record(Plan()), **read_toml(folder / PLAN)}
+            was, now = [str(before["base"]), str(before["tuned"])], [plan.base, plan.tuned]
+            if not all(map(_same, was, now)):
                 raise ArtifactError(
                     f"{folder} belongs to another pair",
-                    expected=f"{before.base} and {before.tuned}",
-                    got=f"{plan.base} and {plan.tuned}",
-                    remedy="--run NAME",
+                    expected=" and ".join(was),
+                    got=" and ".join(now),
+                    remedy=f"--run {slug(name)[: NAME_LENGTH - 2]}-2",
                 )
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -57,6 +64,33 @@ class Run(Stages):
             fault = error.strerror or str(error)
             raise ArtifactError(f"{folder} cannot be made", got=fault, remedy="--runs FOLDER") from None
         return cls(plan, folder, progress, given)
+
+    @classmethod
+    def open(
+        cls,
+        folder: Path,
+        settings: Sequence[str] | Mapping[str, Any] = (),
+        allow_code: bool = False,
+        progress: Progress = quiet,
+    ) -> Run:
+        """The run in `folder`, wherever it was moved to, under its own plan with `settings` changed (see `settled`).
+
+        Raises `SourceError` if a model or text is not any more where the plan says; it names the setting to change.
+        """
+        before = read_toml(folder / PLAN)
+        models = {side: _beside(folder, before[side]) for side in MODELS if isinstance(before.get(side), str)}
+        plan = settled(folder / PLAN, settings, allow_code, **models)
+        places = {"base": (plan.base,), "tuned": (plan.tuned,)}
+        places |= {"corpus.paths": plan.corpus.paths, "corpus.prompts": plan.corpus.prompts}
+        gone = {name: path for name, paths in places.items() for path in paths if _is_gone(path)}
+        if gone:
+            raise SourceError(
+                f"{next(iter(gone.values()))} does not exist any more",
+                expected="what this run was made of",
+                got="nothing there",
+                remedy=" ".join(f"--set {name}=PATH" for name in gone),
+            )
+        return cls(plan, folder, progress)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -177,3 +211,20 @@ class Run(Stages):
     def diff(self, billed: Sequence[Bill] = ()) -> Diff:
         """All results as one record, with the given bills."""
         return finding(self, billed)
+
+
+def _beside(folder: Path, name: str) -> str:
+    """A model's name in a plan; a path that an older version kept as it was typed is looked for where it was typed."""
+    typed_at = folder.resolve().parent.parent / name
+    return name if resolved(name) != name or not os.path.exists(typed_at) else str(typed_at)
+
+
+def _is_gone(path: str) -> bool:
+    """Whether a place that a plan holds from the root is not there; patterns of names are left to their reader."""
+    return path.startswith("/") and not any(c in path for c in "*?[") and not os.path.exists(path)
+
+
+def _same(was: str, now: str) -> bool:
+    """Whether two plans name one model: one place, or a place from which the model of that name has moved."""
+    moved = now.startswith("/") and Path(was).name == Path(now).name and not os.path.exists(was)
+    return moved or resolved(was) == resolved(now)

@@ -42,7 +42,9 @@ class Sources:
     def __post_init__(self) -> None:
         self.keeper = Keeper(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_bytes(self.folder / "plan.toml", self.plan.to_toml().encode())
+        plan, file = self.plan.to_toml().encode(), self.folder / "plan.toml"
+        if not (file.is_file() and file.read_bytes() == plan):  # so that a finished run opens on a disk that only reads
+            write_bytes(file, plan)
         if self.plan.runtime.threads:
             torch.set_num_threads(self.plan.runtime.threads)
 
