@@ -37,15 +37,11 @@ def logits(model) -> torch.Tensor:
 
 def added(pair: Pair, edit=None) -> dict[str, torch.Tensor]:
     """What tuning adds to every map, (out, in) in float64, with or without an edit."""
-    out = {}
     edited = {} if edit is None else edit.parameters(pair.tuned)
+    out = {}
     for delta in pair.deltas():
-        now = delta.down_parameter.data if edit is None else edited[delta.down_parameter]
-        if delta.up is not None:
-            out[delta.name] = delta.up.double() @ now.double()
-        else:
-            whole = now.double() - delta.base_weight.double()
-            out[delta.name] = whole.T if delta.transposed else whole
+        now = delta.added(value=edited.get(delta.parameter))
+        out[delta.name] = now if delta.up is None else delta.up.double() @ now
     return out
 
 
@@ -53,7 +49,7 @@ def moments_of(pair: Pair, on_II=None, off_II=None) -> dict[str, Moments]:
     """The same moments for every map, made from its number of inputs; zeros where none are given."""
     out = {}
     for delta in pair.deltas():
-        size = delta.down.shape[1]
+        size = delta.added().shape[1]
         out[delta.name] = Moments(*(torch.zeros(size, size) if m is None else m(size) for m in (on_II, off_II)))
     return out
 
@@ -131,7 +127,7 @@ def test_moments_are_those_of_the_inputs(pair, tokens):
     found, none = input_moments(pair.tuned, pair.deltas(), tokens, [on_R, none_R], batch_tokens=300)
     for delta in pair.deltas()[:5]:
         seen, on = [], []
-        handle = delta.linear.register_forward_pre_hook(lambda module, given: seen.append(given[0][0].double()))
+        handle = delta.reader.register_forward_pre_hook(lambda module, given: seen.append(given[0][0].double()))
         for row, weights in zip(tokens.rows, on_R):
             pair.tuned.states(torch.tensor([row]))
             on.append(weights.bool())
@@ -159,8 +155,8 @@ def test_an_edited_lora_is_a_lora_of_its_rank(pair, tokens):
     edit = reverting(pair, "x", ["x"], found)
     edited = edit.parameters(pair.tuned)
     for delta in pair.deltas():
-        value = edited[delta.down_parameter]
-        assert value.shape == delta.down_parameter.shape and value.dtype == delta.down_parameter.dtype
+        value = edited[delta.parameter]
+        assert value.shape == delta.parameter.shape and value.dtype == delta.parameter.dtype
         if delta.up is not None:
             assert delta.up_parameter not in edited
     ranks = {name: int(torch.linalg.matrix_rank(m, rtol=1e-5)) for name, m in added(pair).items()}

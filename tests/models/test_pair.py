@@ -156,7 +156,7 @@ def test_a_fingerprint_changes_with_one_bit():
 def test_half_precision_pairs_load(home):
     pair = load(home / "llama" / "base", home / "llama" / "lora", dtype="bfloat16")
     assert logits(pair.base).isfinite().all() and not torch.equal(logits(pair.base), logits(pair.tuned))
-    assert {d.down.dtype for d in pair.deltas()} <= {torch.float32, torch.bfloat16}
+    assert {d.parameter.dtype for d in pair.deltas()} <= {torch.float32, torch.bfloat16}
 
 
 def test_added_tokens_are_compared_on_the_shared_vocabulary(home, tmp_path):
@@ -170,7 +170,7 @@ def test_added_tokens_are_compared_on_the_shared_vocabulary(home, tmp_path):
     assert pair.vocabulary == 300 and pair.tuned.vocabulary == 304
     assert "300" in pair.notes[0] and "304" in pair.notes[0]
     before = logits(pair.tuned)
-    assert before.shape[-1] == 304 and len(pair.deltas()) == 21
+    assert before.shape[-1] == 304 and len(pair.deltas()) == 22
     null = pair.random_tuned(0)
     assert not torch.equal(logits(null), before) and torch.equal(logits(pair.tuned), before)
 
@@ -229,8 +229,12 @@ def test_modules_trained_whole_beside_an_adapter(home, tmp_path):
     before = logits(pair.tuned)
     null = pair.random_tuned(0)
     network = pair.tuned.network
+    embedding = network.model.embed_tokens
+    moved = [embedding(IDS) - embedding.original_module(IDS)]
     with null.switch():
-        assert torch.equal(network.model.embed_tokens(IDS), network.model.embed_tokens.original_module(IDS))
+        moved.append(embedding(IDS) - embedding.original_module(IDS))
+    assert not torch.equal(*moved), "a null of the embedding has other directions, and each row's norm"
+    torch.testing.assert_close(moved[0].norm(dim=-1), moved[1].norm(dim=-1))
     assert torch.equal(logits(pair.tuned), before)
 
 
@@ -494,7 +498,7 @@ def test_a_cached_hub_id_loads_offline(home, tmp_path, monkeypatch):
     (cached / "refs" / "main").write_text("a" * 40)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     pair = load(home / "llama" / "base", "lab/tiny")
-    assert pair.tuned.name == "lab/tiny" and len(pair.deltas()) == 21
+    assert pair.tuned.name == "lab/tiny" and len(pair.deltas()) == 22
 
 
 def test_models_of_other_kinds_are_refused(home, tmp_path):
@@ -563,14 +567,16 @@ def test_deltas_are_the_merged_difference(pair, home, family):
     else:
         end = read(home / family / "full").state_dict()
     deltas = pair.deltas()
-    assert len(deltas) == {"llama": 21, "gemma2": 21, "gpt2": 12}[family]
+    blocks = {"llama": 21, "gemma2": 21, "gpt2": 12}[family]
+    assert len(deltas) - (not pair.shared and family == "llama") == blocks, "llama's unembedding is its own"
     assert len({d.name for d in deltas}) == len(deltas)
     for delta in deltas:
         name = next(n for n in start if n.endswith(f"{delta.name.split('base_model.model.')[-1]}.weight"))
         whole = end[name] - start[name]
-        added = delta.down if delta.up is None else delta.up @ delta.down
-        torch.testing.assert_close(added, whole.T if family == "gpt2" else whole, rtol=1e-3, atol=1e-5)
-        assert delta.norm == pytest.approx(float(added.double().norm()), rel=1e-5)
+        added = delta.added() if delta.up is None else delta.up.double() @ delta.added()
+        whole = whole.T if family == "gpt2" else whole
+        torch.testing.assert_close(added.float(), whole, rtol=1e-3, atol=1e-5)
+        assert delta.norm == pytest.approx(float(added.norm()), rel=1e-5)
 
 
 def test_the_identity_changes_nothing_and_zeros_give_base(pair):
@@ -580,22 +586,18 @@ def test_the_identity_changes_nothing_and_zeros_give_base(pair):
             tensors.update(delta.with_inputs(through))
         variant = pair.tuned.variant("mapped", tensors)
         assert torch.equal(variant.states(IDS), side.states(IDS))
-        if pair.shared or side is pair.tuned:  # llama's full tune also changed the unembedding, which is in no block
-            assert torch.equal(logits(variant), logits(side))
+        assert torch.equal(logits(variant), logits(side))
 
 
 def test_an_input_map_acts_on_what_was_added(pair):
     delta = pair.deltas()[4]
-    size = delta.down.shape[1]
-    direction = torch.nn.functional.normalize(torch.randn(size, generator=torch.Generator().manual_seed(0)), dim=0)
-    keep = torch.eye(size) - torch.outer(direction, direction)
-    added = (delta.down if delta.up is None else delta.up @ delta.down) @ keep
-    ((parameter, value),) = delta.with_inputs(lambda map_OI: map_OI @ keep.to(map_OI)).items()
-    if pair.shared:
-        torch.testing.assert_close(delta.up @ value, added, rtol=1e-4, atol=1e-5)
-    else:
-        now = (value - delta.base_weight).T if delta.transposed else value - delta.base_weight
-        torch.testing.assert_close(now, added, rtol=1e-4, atol=1e-5)
+    before = delta.added()
+    direction = torch.nn.functional.normalize(
+        torch.randn(before.shape[1], generator=torch.Generator().manual_seed(0)).double(), dim=0
+    )
+    keep = torch.eye(len(direction)) - torch.outer(direction, direction)
+    ((parameter, value),) = delta.with_inputs(lambda map_OI: map_OI @ keep).items()
+    torch.testing.assert_close(delta.added(value=value), before @ keep, rtol=1e-4, atol=1e-5)
     assert value.shape == parameter.shape
 
 
@@ -603,15 +605,11 @@ def test_a_random_change_has_the_same_norm_and_rank(pair):
     for delta in pair.deltas()[:5]:
         one, again, other = delta.random(3), delta.random(3), delta.random(4)
         assert all(torch.equal(one[p], again[p]) and not torch.equal(one[p], other[p]) for p in one)
+        added, rank = delta.added(value=one[delta.parameter]), 16
         if pair.shared:
-            scale = delta.up.norm() / delta.up_parameter.norm()
-            added = one[delta.up_parameter] @ one[delta.down_parameter] * scale
-            rank = delta.down.shape[0]
-        else:
-            added = one[delta.down_parameter] - delta.base_weight
-            rank = 16
+            added, rank = one[delta.up_parameter].double() * delta.scale @ added, len(delta.parameter)
         assert float(added.norm()) == pytest.approx(delta.norm, rel=1e-4)
-        values = torch.linalg.svdvals(added.double())
+        values = torch.linalg.svdvals(added)
         assert (values > values[0] * 1e-5).sum() == rank
 
 

@@ -8,6 +8,9 @@ Effect. On training text, the change alone is removed from the tuned model's str
 above run again. The effect is the part of KL(tuned || base) that is then gone. This is an intervention; no gradient is
 used.
 
+Refusal. Random fine-tunes change every parameter that differs, each in its own norm. Where they leave out more of the
+difference than `RankSettings.covered` allows, scores say nothing about chance, and no change may be confirmed.
+
 Order. Changes that stand out come first. Each next change explains most of the KL that the changes before it leave. In
 every document, effects add up to that document's KL at most. Effects and order come from training text, so that trials
 on held-out text test changes that were not chosen on it. Changes that do not stand out follow by score.
@@ -16,14 +19,14 @@ on held-out text test changes that were not chosen on it. Changes that do not st
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from tunediff.changes.attributions import removed
-from tunediff.core.artifacts import read_json, write_json
+from tunediff.core.artifacts import LATER, read_json, write_json
 from tunediff.core.axes import BASE, TUNED
 from tunediff.core.chance import Interval, bootstrap_mean, bootstrap_ratio, seed_of
 from tunediff.core.errors import NumericsError, within
@@ -33,7 +36,7 @@ from tunediff.models.network import LanguageModel
 from tunediff.models.pair import Pair
 from tunediff.models.passes import Start
 from tunediff.records.change import Change
-from tunediff.records.diff import load_depth
+from tunediff.records.diff import WeightsCard, load_depth
 from tunediff.records.profile import Profile
 from tunediff.records.scan import depth_profile
 from tunediff.records.site import Site
@@ -58,9 +61,25 @@ class RankSettings:
     """False-positive rate at which a change counts as standing out (0..1)."""
     batch_tokens: int = 1200
     """Number of tokens in one forward pass."""
+    covered: float = field(default=0.9, metadata=LATER)
+    """Smallest share of the difference of weights that random fine-tunes must cover for any change to be confirmed (0..1).
+
+    With 0, changes are confirmed whatever random fine-tunes leave out."""
 
     def __post_init__(self) -> None:
-        within("rank", self, nulls=2, null_tokens=1, effect_tokens=1, level=(0, 1), batch_tokens=1)
+        within("rank", self, nulls=2, null_tokens=1, effect_tokens=1, level=(0, 1), batch_tokens=1, covered=(0, 1))
+
+    def refusal(self, weights: Sequence[WeightsCard]) -> str:
+        """Why no change may be confirmed, in one sentence; empty where random fine-tunes cover enough of the difference."""
+        out = [card for card in weights if not card.covered]
+        share = sum(card.share for card in out)
+        if 1 - share >= self.covered:
+            return ""
+        left = "; ".join(card.kind for card in out)
+        return (
+            f"random tunes leave out {share:.0%} of the difference ({left}), so what stands out from them may be chance "
+            "(--set rank.covered=0 confirms it all the same)"
+        )
 
 
 @dataclass(frozen=True)
@@ -91,14 +110,27 @@ class Ranked:
 
 @dataclass(frozen=True, eq=False)
 class Ranking:
-    """Ranked changes: first those that stand out, in the order of `cover`, then the others by score."""
+    """Ranked changes: first those that stand out, in the order of `cover`, then the others by score.
+
+    weights   in which parameters the models differ
+    refusal   why no change may be confirmed, empty where nothing stands against it
+    """
 
     ranked: list[Ranked]
+    weights: list[WeightsCard] = field(default_factory=list)
+    refusal: str = ""
+
+    @property
+    def note(self) -> str:
+        """What was ranked, in one line."""
+        said = f"{len(self.ranked)} candidates against {len(self.ranked[0].null) if self.ranked else 0} random tunes"
+        return f"{said}; {self.refusal}" if self.refusal else said
 
     def save(self, folder: Path) -> list[str]:
-        """Write ``ranking.json``, with changes by their ids; return the file's name, for a manifest."""
+        """Write ``ranking.json``, with changes by their ids, and ``weights.json``; return their names, for a manifest."""
         write_json(folder / "ranking.json", [{**vars(r), "change": r.change.id} for r in self.ranked])
-        return ["ranking.json"]
+        write_json(folder / "weights.json", {"weights": self.weights, "refusal": self.refusal})
+        return ["ranking.json", "weights.json"]
 
     @classmethod
     def load(cls, folder: Path, changes: Mapping[str, Change]) -> Ranking:
@@ -109,7 +141,10 @@ class Ranking:
             change, depth = changes[record["change"]], load_depth(record["depth"], record["change"])
             known = {"change": change, "null": tuple(record["null"]), "depth": depth}
             ranked.append(Ranked(**{**record, **known, **intervals}))
-        return cls(ranked)
+        if not (folder / "weights.json").is_file():  # of 0.1.0
+            return cls(ranked)
+        rest = read_json(folder / "weights.json")
+        return cls(ranked, typed(list[WeightsCard], rest["weights"], "weights.json"), rest["refusal"])
 
 
 def streams_of(model: LanguageModel, sample: Sample, runs: Sequence[tuple[Batch, Start | None]]) -> Tensor:
@@ -219,8 +254,10 @@ def rank(
     seen     training text, on which effects are measured
     depths   sites at which `Ranked.depth` is measured
     """
+    weights = pair.weights()
+    refusal = settings.refusal(weights)
     if not changes:
-        return Ranking([])
+        return Ranking([], weights, refusal)
     f_NK = torch.stack([sample.strength(c) for c in changes], 1)
     half_N = _halves(sample)
     constant_K = torch.tensor([bool((c.rows_SMD == 0).all()) for c in changes])
@@ -283,7 +320,7 @@ def rank(
     standing = [k for k in range(len(changes)) if ranked[k].p <= claim]
     order = cover(nats_KD, gap_D, standing)
     order += sorted(set(range(len(changes))) - set(standing), key=lambda k: (-ranked[k].score.value, changes[k].id))
-    return Ranking([ranked[k] for k in order])
+    return Ranking([ranked[k] for k in order], weights, refusal)
 
 
 def _share_along(f_NK: Tensor, both_NSMD: Tensor, half_N: Tensor, constant_K: Tensor) -> Tensor:

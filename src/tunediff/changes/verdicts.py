@@ -82,7 +82,12 @@ class Verifier:
 
     @cached_property
     def tried(self) -> list[Ranked]:
-        """The changes to test: the first of the ranking, without those that random fine-tunes refute."""
+        """The changes to test: the first of the ranking, without those that random fine-tunes refute.
+
+        None where the ranking says why no change may be confirmed.
+        """
+        if self.ranking.refusal:
+            return []
         return [r for r in self.ranking.ranked[: self.settings.changes] if self.stands_out(r)]
 
     @cached_property
@@ -157,6 +162,8 @@ class Verifier:
         """The decision and its reason. A change is confirmed only if every trial that decides supports the change."""
         if not self.stands_out(ranked):
             return "refuted", f"random tunes of the same size do as much (p = {ranked.p:.2g})"
+        if self.ranking.refusal:
+            return "undecided", self.ranking.refusal
         if not outcomes:
             return "undecided", "stands out from random tunes, but was not put on trial"
         decide = [outcomes[name] for name, trial in self.trials.items() if trial.decides]

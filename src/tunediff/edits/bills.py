@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tunediff.core.chance import bootstrap_ratio, numpy_generator
 from tunediff.edits.edit import Edit, EditSettings, scaling
-from tunediff.edits.reverting import Moments, input_moments, random_directions, reverting
+from tunediff.edits.reverting import Inputs, input_moments, random_directions, reverting
 from tunediff.harvests.samples import Sample, batches_of
 from tunediff.models.divergences import Said, by_document, kl_divergence, parts
 from tunediff.models.network import LanguageModel
@@ -51,7 +51,7 @@ def inputs(
     settings: EditSettings,
     seed: int,
     batch_tokens: int = 1200,
-) -> list[dict[str, Moments]]:
+) -> list[dict[str, Inputs]]:
     """Moments of the inputs of every map that fine-tuning touched, by map: for the edit, then for each control.
 
     Moments are taken on training text, where `changes` are on and elsewhere. A control counts as on what the edit counts
@@ -82,7 +82,7 @@ def inputs(
 
 
 def removing(
-    pair: Pair, ids: Sequence[str], moments: Sequence[dict[str, Moments]], settings: EditSettings, seed: int
+    pair: Pair, ids: Sequence[str], moments: Sequence[dict[str, Inputs]], settings: EditSettings, seed: int
 ) -> tuple[Edit, list[Edit]]:
     """The edit that takes out the changes with these ids, and its controls of equal energy.
 

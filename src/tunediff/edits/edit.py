@@ -6,15 +6,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 from weakref import WeakSet
 
-import torch
 from torch import Tensor, nn
 
 from tunediff.core.artifacts import finish, open_folder, read_tensors, write_tensors
 from tunediff.core.errors import ArtifactError, within
 from tunediff.core.typed import typed
-from tunediff.models.deltas import counterparts
 from tunediff.models.loading import fingerprint
 from tunediff.models.network import LanguageModel
 from tunediff.models.pair import Pair
@@ -66,7 +65,7 @@ class Edit:
     name        what tells this edit from others in a bill
     operation   how the values were found, such as ``revert`` or ``scale``
     changes     ids of the changes that it takes out
-    tensors     new values by parameter name, as in ``model.module.named_parameters()`` of the tuned model
+    tensors     new values by the names of the tuned model's parameters and buffers (``model.module.named_parameters()``)
     base_fingerprint, tuned_fingerprint   of the pair whose tuned model the values belong to
     """
 
@@ -84,7 +83,7 @@ class Edit:
         cls, pair: Pair, name: str, operation: str, changes: Sequence[str], tensors: Mapping[nn.Parameter, Tensor]
     ) -> Edit:
         """The edit that gives these parameters of the pair's tuned model these values."""
-        names = {parameter: name for name, parameter in pair.tuned.module.named_parameters()}
+        names = {parameter: name for name, parameter in reversed(_named(pair.tuned.module).items())}
         named = {names[parameter]: value for parameter, value in tensors.items()}
         edit = cls(name, operation, tuple(changes), named, pair.base_fingerprint, pair.tuned_fingerprint)
         edit._known.add(pair.tuned.module)
@@ -108,7 +107,7 @@ class Edit:
         Raises `ArtifactError` where a name or shape is not in the model, two names are one parameter, or the model's
         weights are not those that the edit was made for.
         """
-        named = dict(model.module.named_parameters(remove_duplicate=False))
+        named = _named(model.module)
         found: dict[nn.Parameter, Tensor] = {}
         for name, value in self.tensors.items():
             shape = tuple(named[name].shape) if name in named else None
@@ -168,18 +167,20 @@ class Edit:
         )
 
 
+def _named(module: nn.Module) -> dict[str, Any]:
+    """Parameters, then buffers, by name; a tied one under each of its names."""
+    return {
+        **dict(module.named_parameters(remove_duplicate=False)),
+        **dict(module.named_buffers(remove_duplicate=False)),
+    }
+
+
 def scaling(pair: Pair, strength: float) -> Edit:
     """Plain scaling: take out a share `strength` (0..1) of everything that fine-tuning changed.
 
     This covers linear maps, norms, embeddings and the unembedding; at 1 the weights are base's.
     """
-    tensors: dict[nn.Parameter, Tensor] = {
-        delta.down_parameter: delta.down * (1 - strength) for delta in pair.deltas() if delta.up is not None
-    }
-    for parameter, base in counterparts(pair.base, pair.tuned):
-        now, rows = parameter.data, min(len(base), len(parameter))  # tokens that fine-tuning added keep their rows
-        if not torch.equal(now[:rows], base[:rows]):
-            value = now.clone()
-            value[:rows] = (1 - strength) * now[:rows] + strength * base[:rows].to(now)
-            tensors[parameter] = value
+    tensors: dict[nn.Parameter, Tensor] = {}
+    for delta in pair.deltas():
+        tensors.update(delta.without(strength))
     return Edit.of(pair, f"scale {1 - strength:g}", "scale", (), tensors)

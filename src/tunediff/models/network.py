@@ -196,14 +196,13 @@ class LanguageModel:
 
     def _show(self, stack: ExitStack, watch: Watch) -> None:
         """Let `watch` see the inputs of its modules."""
-        seen_BT = (watch.weight_BTC != 0).any(-1).to(self.device)
-        weight_CN = watch.weight_BTC[seen_BT.cpu()].T
+        weight_CP = watch.weight_BTC.flatten(0, 1).T
 
-        def look(module: nn.Module, arguments: tuple) -> None:
-            watch.see(module, arguments[0], seen_BT, weight_CN)
+        def look(module: nn.Module, arguments: tuple, named: dict[str, Any]) -> None:
+            watch.see(module, arguments, named, weight_CP)
 
         for module in watch.modules:
-            stack.callback(module.register_forward_pre_hook(look).remove)
+            stack.callback(module.register_forward_pre_hook(look, with_kwargs=True).remove)
 
     def _skip_to(self, stack: ExitStack, start: Start | None) -> None:
         """Let the pass begin above ``start.site``: its stream takes the place of the blocks up to it."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tunediff.core.errors import PairError
-from tunediff.models.deltas import MERGE, Delta, counterparts, full_deltas, lora_deltas
+from tunediff.models.deltas import MERGE, Delta, full_deltas, lora_deltas, saved_deltas, unmatched
 from tunediff.models.loading import (
     adapter_folder,
     adapter_off,
@@ -26,6 +26,7 @@ from tunediff.models.loading import (
 )
 from tunediff.models.network import LanguageModel
 from tunediff.models.passes import Start
+from tunediff.records.diff import WeightsCard
 from tunediff.records.site import Site
 
 PROBES = (
@@ -243,22 +244,40 @@ class Pair:
         return Site(common - 1) if common and all(site.layer >= common for site in sites) else None
 
     def deltas(self) -> list[Delta]:
-        """Return what tuning added to every linear map it touched, in the order of the network."""
-        return list(lora_deltas(self.tuned.module) if self.shared else full_deltas(self.base, self.tuned))
+        """Return what tuning changed in every parameter that it touched, in the order of the network."""
+        if self.shared:
+            return [*lora_deltas(self.tuned.module), *saved_deltas(self.tuned)]
+        return list(full_deltas(self.base, self.tuned))
+
+    def weights(self) -> list[WeightsCard]:
+        """Return which kinds of parameters differ, largest share of the difference first.
+
+        Each parameter counts with its squared change relative to its own size, so that a norm weighs as much as a matrix.
+        What only one of the models has counts in full. Models that differ in no weight differ in what is no weight.
+        """
+        sizes: dict[str, list[float]] = {}
+        for delta in self.deltas():
+            sizes.setdefault(delta.kind, []).append(delta.relative)
+        kinds = {kind: (len(each), sum(each), True) for kind, each in sizes.items()}
+        if not self.shared and (alone := unmatched(self.base, self.tuned)):
+            kinds["parameters that only one model has"] = len(alone), float(len(alone)), False
+        elif not any(map(any, sizes.values())) and self.base_fingerprint != self.tuned_fingerprint:
+            kinds = {"no weights, but other things": (0, 1.0, False)}
+        total = sum(size for _, size, _ in kinds.values())
+        cards = [
+            WeightsCard(kind, count, size / total if total else 0.0, covered)
+            for kind, (count, size, covered) in kinds.items()
+        ]
+        return sorted(cards, key=lambda card: -card.share)
 
     def random_tuned(self, seed: int) -> LanguageModel:
-        """Return a null for tuned: base plus, in every linear map, a random change of the same rank and norm.
+        """Return a null for tuned: base plus, in every parameter that tuning touched, a random change of the same norm.
 
-        Norms, embeddings and other parameters are base's; tokens that tuning added keep their rows.
+        Tokens that tuning added keep their rows, and so does what base has no value of.
         """
         tensors: dict[nn.Parameter, Tensor] = {}
         for delta in self.deltas():
             tensors.update(delta.random(seed))
-        linear = {id(parameter) for parameter in tensors}
-        for parameter, mine in counterparts(self.base, self.tuned):
-            if id(parameter) not in linear:
-                same = mine.shape == parameter.shape
-                tensors[parameter] = mine if same else torch.cat([mine[: len(parameter)], parameter.data[len(mine) :]])
         return self.tuned.variant(f"random tune {seed}", tensors)
 
 

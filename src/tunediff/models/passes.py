@@ -35,12 +35,12 @@ class Watch:
 
     Positions that share one computation are reported once, with their weights summed.
 
-    see   called with the module, its inputs (B, T, I), which positions have a weight (B, T), and these weights (C, N)
+    see   called with the module, the arguments of its call, and the weights of all positions laid out flat (C, B * T)
     """
 
     modules: Sequence[nn.Module]
     weight_BTC: Tensor
-    see: Callable[[nn.Module, Tensor, Tensor, Tensor], None]
+    see: Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Tensor], None]
 
 
 def first(output: Any) -> Tensor:

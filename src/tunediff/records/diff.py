@@ -85,6 +85,22 @@ class CorpusCard:
 
 
 @dataclass(frozen=True)
+class WeightsCard:
+    """One kind of parameters in which base and tuned differ.
+
+    kind         what they are, such as ``linear maps``, ``experts`` or ``embeddings``
+    parameters   how many of them differ
+    share        their share of the difference (0..1): squared changes, each relative to its own parameter, summed
+    covered      whether random tunes change them too, each in its own norm
+    """
+
+    kind: str
+    parameters: int
+    share: float
+    covered: bool
+
+
+@dataclass(frozen=True)
 class FitCard:
     """A fitted dictionary: settings, training curve (a profile of each column over steps) and held-out quality."""
 
@@ -133,6 +149,8 @@ class Diff:
     output      KL(tuned || base) on each sort of held-out text
     not_found   what was looked at without a finding, and what could not be seen
     plan        the settings of the run, as nested plain values
+    weights     the kinds of parameters that differ, largest share first; empty in older records
+    refusal     why no change may be confirmed whatever it scores; empty where nothing stands against it
     """
 
     base: ModelCard
@@ -153,6 +171,8 @@ class Diff:
     plan: dict[str, Any]
     version: str
     schema: str = SCHEMA
+    weights: list[WeightsCard] = field(default_factory=list)
+    refusal: str = ""
 
     @property
     def confirmed(self) -> list[ChangeRecord]:

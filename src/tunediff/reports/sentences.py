@@ -11,6 +11,8 @@ def verdict(diff: Diff) -> str:
     count = len(diff.confirmed)
     if count:
         return f"{count} confirmed change{'s' * (count > 1)}"
+    if diff.refusal:
+        return "No change could be confirmed: random tunes leave out too much of the difference"
     return f"No change found at a false-positive rate of {percent(diff.rate)}"
 
 

@@ -36,7 +36,7 @@ def finding(run: Stages, billed: Sequence[Bill] = ()) -> Diff:
         corpus=_corpus(run),
         found=bool(confirmed),
         rate=run.plan.rank.level,
-        summary=_summary(records, confirmed, output, run.plan.rank.level, run.calibration),
+        summary=_summary(records, confirmed, output, run.plan.rank.level, run.calibration, run.ranking.refusal),
         output=output,
         scan=scan,
         changes=records,
@@ -48,6 +48,8 @@ def finding(run: Stages, billed: Sequence[Bill] = ()) -> Diff:
         stages=list(run.cards),
         plan=to_record(run.plan),
         version=__version__,
+        weights=run.ranking.weights,
+        refusal=run.ranking.refusal,
     )
     found: Diff = typed(Diff, plain(diff), "diff.json")  # as saved: unbounded intervals are none, in every report alike
     return found
@@ -58,8 +60,8 @@ def _nulls(run: Stages) -> list[NullCard]:
     nulls = [
         NullCard(
             "random tunes",
-            "base plus, in every map the tune touched, a random change of the same rank and norm; the "
-            "score of the best of all candidates in each",
+            "base plus, in every parameter the tune touched, a random change of the same norm (in maps also of the same "
+            "rank); the score of the best of all candidates in each",
             list(ranked[0].null) if ranked else [],
         )
     ]
@@ -175,10 +177,13 @@ def _summary(
     output: list[Measure],
     rate: float,
     calibration: Calibration | None,
+    refusal: str,
 ) -> list[str]:
     """The finding in plain, neutral sentences."""
     said = []
-    if not confirmed:
+    if refusal and not confirmed:
+        said.append(f"No change could be confirmed: {refusal}.")
+    elif not confirmed:
         said.append(
             f"No change was confirmed at a false-positive rate of {rate:.0%}. That is not a proof that there is none: "
             "the last section lists what was looked at."

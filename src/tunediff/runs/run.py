@@ -16,7 +16,7 @@ from tunediff.core.typed import read_toml
 from tunediff.edits import bills
 from tunediff.edits.baking import bake_edit, check_empty
 from tunediff.edits.edit import Edit
-from tunediff.edits.reverting import Moments
+from tunediff.edits.reverting import Inputs
 from tunediff.models.pair import Pair
 from tunediff.records.change import Change
 from tunediff.records.diff import Bill, Diff
@@ -104,7 +104,7 @@ class Run(Stages):
             raise SettingError(f"this run has no change {id!r}", expected=expected)
         return by_id[id]
 
-    def inputs(self, ids: Sequence[str]) -> list[dict[str, Moments]]:
+    def inputs(self, ids: Sequence[str]) -> list[dict[str, Inputs]]:
         """What an edit that removes these changes is computed from (see `bills.inputs`), on training text.
 
         The inputs are not kept on disk, because they may be as large as the model.

@@ -15,6 +15,7 @@ from tunediff.core import variants
 from tunediff.core.artifacts import write_bytes
 from tunediff.core.progress import Progress, quiet
 from tunediff.harvests.contrasts import contrast
+from tunediff.models.deltas import MAP
 from tunediff.models.pair import Pair
 from tunediff.models.shipped import DEMO
 from tunediff.records.diff import StageCard
@@ -81,6 +82,14 @@ class Sources:
         named = [self.pair.base_fingerprint, self.pair.tuned_fingerprint, self.plan.pair.dtype]
         family = self.plan.family()
         return [*named, self.plan.pair.family, *variants.identity(family)] if family else named
+
+    @property
+    def _beyond(self) -> list[Any]:
+        """For content keys: the parameters that differ and that random tunes and edits of 0.1.0 left alone."""
+        inside = {id(module) for module in self.pair.tuned.blocks.modules()}
+        known = [d.up is not None or d.kind == MAP and id(d.reader) in inside for d in self.pair.deltas()]
+        beyond = sorted(delta.name for delta, before in zip(self.pair.deltas(), known) if not before)
+        return [beyond] if beyond else []
 
     @cached_property
     def corpus(self) -> Corpus:

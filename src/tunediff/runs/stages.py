@@ -189,7 +189,7 @@ class Stages(Sources):
         """What the proposals depend on besides the harvest, for content keys."""
         p = self.plan
         named = [list(p.find.finders), p.find.dictionary, p.find.candidates, p.dictionary, p.fit, p.seed]
-        return named + self._code(p.finders().values(), dictionary=True)
+        return named + self._code(p.finders().values(), dictionary=True) + self._beyond
 
     @stage
     def _shifts(self) -> Shift:
@@ -233,12 +233,7 @@ class Stages(Sources):
             return ranking.save(folder)
 
         place = self.keeper.at("rank", self.harvest.fingerprint, list(by_id), self.found_key, plan.rank, plan.seed)
-        return self.keeper.kept(
-            place,
-            make,
-            lambda f: Ranking.load(f, by_id),
-            lambda r: f"{len(r.ranked)} candidates against {plan.rank.nulls} random tunes",
-        )
+        return self.keeper.kept(place, make, lambda f: Ranking.load(f, by_id), lambda ranking: ranking.note)
 
     @stage
     def lens(self) -> Lens:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from tunediff.changes.finders._directions import moments, signed
 from tunediff.changes.finders.base import Finder, Found, View
 from tunediff.core.errors import within
+from tunediff.models.deltas import Delta
 from tunediff.models.network import LanguageModel
-from tunediff.models.pair import Delta
 from tunediff.records.site import Site
 
 
@@ -43,7 +43,7 @@ class WeightSpectrum(Finder):
         changes = []
         for site, mean_D in zip(sites, mean_SD):
             writing = writers(view.pair.tuned, site)
-            mine = [delta for delta in deltas if delta.linear in writing]
+            mine = [delta for delta in deltas if delta.maps and delta.reader in writing]
             if not mine:
                 continue
             energies, vectors = torch.linalg.eigh(sum(map(_gram, mine)))
@@ -89,7 +89,7 @@ def _outputs(module: nn.Module) -> int | None:
 
 def _gram(delta: Delta) -> Tensor:
     """dW dW' (out, out), in float64."""
-    down = delta.down.double().cpu()
+    down = _added(delta)
     if delta.up is None:
         return down @ down.T
     up = delta.up.double().cpu()
@@ -98,7 +98,12 @@ def _gram(delta: Delta) -> Tensor:
 
 def _read_by(delta: Delta, v: Tensor) -> Tensor:
     """The input direction that the weight difference reads to write along `v`: dW' v (in,), in float64."""
-    return (v if delta.up is None else v @ delta.up.double().cpu()) @ delta.down.double().cpu()
+    return (v if delta.up is None else v @ delta.up.double().cpu()) @ _added(delta)
+
+
+def _added(delta: Delta) -> Tensor:
+    """What was added to a map, (out, in) or a LoRA's (r, in); rounded to float32 as the maps themselves are."""
+    return delta.added().float().double().cpu()
 
 
 VARIANT = WeightSpectrum

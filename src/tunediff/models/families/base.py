@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from tunediff.core import variants
 from tunediff.core.errors import FamilyError
+from tunediff.models.maps import Layout, Seen
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping, Sequence
 
     from torch import Tensor, nn
 
@@ -58,6 +59,29 @@ class Family(ABC):
     def window(self, module: nn.Module) -> float:
         """Return how many positions back every block sees; rows are packed only up to that length."""
         return float("inf")
+
+    def maps(self, module: nn.Module) -> Mapping[str, Layout]:
+        """Return the linear maps whose inputs a call of `module` shows, by their parameters' names within it.
+
+        `module` is any part of the network. What no part answers for is no linear map, or one whose inputs cannot be
+        seen: edits leave it as it is. By default a module shows its own `weight`, where that has two axes and is no table
+        of embeddings.
+        """
+        from torch import nn
+
+        weight: Any = getattr(module, "weight", None)
+        if not isinstance(weight, nn.Parameter) or weight.dim() != 2 or "Embedding" in type(module).__name__:
+            return {}
+        return {} if isinstance(module, nn.Embedding) else {"weight": Layout(type(module).__name__ == "Conv1D")}
+
+    def reads(self, module: nn.Module, given: Sequence[Any], named: Mapping[str, Any]) -> Iterable[Seen]:
+        """Yield what the maps of `maps` read in one call of `module`, asked just before it.
+
+        given, named   the arguments of the call
+        By default every map reads the first argument, at all positions.
+        """
+        value = next(iter((*given, *named.values())))
+        return [Seen(name, value) for name in self.maps(module)]
 
     def cache(self, module: nn.Module) -> Any:
         """Return an empty key-value cache as the network's forward takes it, or None where it has none.

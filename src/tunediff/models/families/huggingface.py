@@ -6,8 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 from tunediff.core.errors import FamilyError
 from tunediff.models.families.base import Family
+from tunediff.models.maps import Layout, Seen
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
     from torch import Tensor, nn
 
 ATTENTION_NAMES = ("self_attn", "attn", "attention", "self_attention")
@@ -76,10 +79,49 @@ class HuggingFace(Family):
     def window(self, module: Any) -> float:
         return getattr(module.config.get_text_config(decoder=True), "sliding_window", None) or float("inf")
 
+    def maps(self, module: Any) -> Mapping[str, Layout]:
+        if not _keeps_experts(module):
+            return super().maps(module)
+        layout = Layout(module.is_transposed, module.down_proj.shape[0])
+        return {_first(module): layout, "down_proj": layout}
+
+    def reads(self, module: Any, given: Sequence[Any], named: Mapping[str, Any]) -> Iterable[Seen]:
+        return _routed(module, given, named) if _keeps_experts(module) else super().reads(module, given, named)
+
     def cache(self, module: Any) -> Any:
         from transformers import DynamicCache
 
         return DynamicCache(config=module.config)
+
+
+def _keeps_experts(module: Any) -> bool:
+    """Whether a module keeps all experts of a block by transformers' interface for them: one stack before the activation,
+    one behind it.
+    """
+    return hasattr(module, "_apply_gate") and hasattr(module, "is_transposed") and hasattr(module, "down_proj")
+
+
+def _first(experts: Any) -> str:
+    return "gate_up_proj" if experts.has_gate else "up_proj"
+
+
+def _routed(experts: Any, given: Sequence[Any], named: Mapping[str, Any]) -> Iterator[Seen]:
+    """What each expert reads: the states of the tokens routed to it, and what its own first map makes of them."""
+    from torch.nn.functional import linear
+
+    x_NI, chosen_NK = (*given, *named.values())[:2]
+    first = _first(experts)
+    maps = Layout(experts.is_transposed, experts.down_proj.shape[0]).maps(getattr(experts, first).data)
+    for number, map_OI in enumerate(maps):
+        at_N = (chosen_NK == number).any(-1).nonzero()[:, 0]
+        if not len(at_N):
+            continue
+        read_NI = x_NI[at_N]
+        yield Seen(first, read_NI, number, at_N)
+        made_NO = linear(read_NI, map_OI, getattr(experts, f"{first}_bias")[number] if experts.has_bias else None)
+        yield Seen(
+            "down_proj", experts._apply_gate(made_NO) if experts.has_gate else experts.act_fn(made_NO), number, at_N
+        )
 
 
 VARIANT = HuggingFace
