@@ -9,6 +9,7 @@ from typing import Any
 
 from tunediff.core.artifacts import read_json, write_json
 from tunediff.core.errors import ArtifactError, NumericsError
+from tunediff.core.remarks import Remark
 from tunediff.core.typed import typed
 from tunediff.records import older
 from tunediff.records.measure import GAP, Context, DosePoint, Measure, SignalTable, TokenWeight
@@ -74,7 +75,10 @@ class ModelCard:
 
 @dataclass(frozen=True)
 class CorpusCard:
-    """Which text: its fingerprint, its size, and tokens of each kind."""
+    """Which text: its fingerprint, its size, and tokens of each kind.
+
+    remarks, prompt_remarks   what was left out or changed where the files of text and of prompts were read
+    """
 
     fingerprint: str
     documents: int
@@ -82,6 +86,8 @@ class CorpusCard:
     held_out_documents: int
     held_out_tokens: int
     kinds: dict[str, int]
+    remarks: list[Remark] = field(default_factory=list)
+    prompt_remarks: list[Remark] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

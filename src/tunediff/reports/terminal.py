@@ -39,9 +39,17 @@ def summary_table(diff: Diff) -> RenderableType:
         *_list("Output shift", [_output(m) for m in diff.output], NOT_MEASURED),
         *_ranking(sorted(diff.changes, key=lambda c: c.rank)),
         *_list("What undoing costs", [_bill(b) for b in diff.bills], "nothing was undone"),
+        *_read(diff),
         *_list("Not found", [_line(n) for n in diff.not_found], "nothing listed"),
         _line(("Stages  ", "bold"), spent or "none recorded"),
     )
+
+
+def _read(diff: Diff) -> list[RenderableType]:
+    """What was left out or changed where text was read, in one line; none where nothing was."""
+    remarks = [*diff.corpus.remarks, *diff.corpus.prompt_remarks]
+    told = "; ".join(f"{remark.what}: {number(remark.count)}" for remark in remarks)
+    return [_line(("Text  ", "bold"), told)] if told else []
 
 
 def _line(*parts: Part) -> Text:

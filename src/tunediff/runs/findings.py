@@ -84,7 +84,14 @@ def _corpus(run: Stages) -> CorpusCard:
     documents = set(tokens.document_R)
     held = sum(tokens.held_out[d] for d in documents)
     return CorpusCard(
-        tokens.fingerprint, len(documents), tokens.count, held, tokens.select("held_out").count, tokens.counts
+        tokens.fingerprint,
+        len(documents),
+        tokens.count,
+        held,
+        tokens.select("held_out").count,
+        tokens.counts,
+        list(run.corpus.remarks),
+        list(run.prompts.remarks) if run.plan.contrast.prompts else [],
     )
 
 

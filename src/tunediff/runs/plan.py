@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import glob
 import shlex
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -28,6 +29,7 @@ from tunediff.harvests.harvest import HarvestSettings
 from tunediff.harvests.scans import ScanSettings
 from tunediff.models.families.base import Family
 from tunediff.models.loading import check_runtime
+from tunediff.texts.reading import ReadSettings
 
 T = TypeVar("T")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -61,15 +63,15 @@ class PairSettings:
 
 
 @dataclass(frozen=True)
-class CorpusSettings:
+class CorpusSettings(ReadSettings):
     """Text that both models read."""
 
     paths: tuple[str, ...] = field(default=(), metadata=place())
-    """Files or folders of text, code, JSON lines or Parquet; empty: the corpus that ships with tunediff."""
+    """Files, folders or patterns (``data/*.jsonl``) of text, code, JSON, CSV, Parquet or Arrow, also compressed, and data
+    sets of the hub (``owner/name:SPLIT``); empty: the corpus that ships with tunediff."""
     prompts: tuple[str, ...] = field(default=(), metadata=place())
-    """Files of open chats for contrastive text; empty: the 480 everyday prompts that ship with tunediff."""
-    kind: str = ""
-    """Label of documents that have none of their own."""
+    """Prompts for contrastive text, in files of any of these forms or one a line of a text file; empty: the 480 everyday
+    prompts that ship with tunediff."""
     tokens: int = 5_000
     """Largest number of corpus tokens, besides contrastive text; more finds rarer changes, at proportional cost."""
     row_tokens: int = 96
@@ -81,6 +83,7 @@ class CorpusSettings:
     first 160 shipped prompts (at least one of four each); with seed 0 some topics are held out not at all."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         within("corpus", self, tokens=1, row_tokens=2)
         if not 0 < self.held_out_share < 1:
             raise SettingError(
@@ -291,7 +294,7 @@ def resolved(name: str, words: Sequence[str] = ()) -> str:
         path = Path(name).expanduser()
         if path.is_dir():
             return str(path.resolve())
-        if path.exists() or name.startswith((".", "/", "~")):  # a link to a file keeps its name, which tells its kind
+        if path.exists() or glob.has_magic(name) or name.startswith((".", "/", "~")):  # a link to a file keeps its name, which tells its kind
             return str(path.parent.resolve() / path.name)
     except (OSError, RuntimeError, ValueError):  # too long, no such user's home, a null character: its reader tells
         pass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +24,7 @@ from tunediff.runs.keeping import Keeper, stage
 from tunediff.runs.plan import Plan
 from tunediff.texts.corpus import Corpus
 from tunediff.texts.document import Document
+from tunediff.texts.reading import ReadSettings
 from tunediff.texts.tokens import Tokens
 
 
@@ -95,21 +97,33 @@ class Sources:
     def corpus(self) -> Corpus:
         """The text that is not written by the models."""
         c = self.plan.corpus
-        if c.paths:
-            return Corpus.from_files(c.paths, kind=c.kind or None, held_out_share=c.held_out_share, seed=c.split)
-        return Corpus.default(held_out_share=c.held_out_share, seed=c.split)
+        return self._read(c.paths) if c.paths else Corpus.default(held_out_share=c.held_out_share, seed=c.split)
+
+    @cached_property
+    def prompts(self) -> Corpus:
+        """The prompts of contrastive text."""
+        c = self.plan.corpus
+        if c.prompts:
+            return self._read(c.prompts, prompts=True)
+        return Corpus.prompts(held_out_share=c.held_out_share, seed=c.split)
+
+    def _read(self, paths: Sequence[str], prompts: bool = False) -> Corpus:
+        """The corpus in some files, by the plan's settings; what was left out goes on the cards."""
+        c, began = self.plan.corpus, time.monotonic()
+        how = {f.name: getattr(c, f.name) for f in dataclasses.fields(ReadSettings)}
+        read = Corpus.from_files(paths, prompts=prompts, held_out_share=c.held_out_share, seed=c.split, **how)
+        notes = [f"{len(read.documents):,} documents", *map(str, read.remarks)]
+        card = StageCard("prompts" if prompts else "corpus", "", round(time.monotonic() - began, 2), notes)
+        self.cards.append(card)
+        return read
 
     @stage
     def contrast(self) -> list[Document]:
         """Contrastive text: both models' answers to the same prompts, kept as JSON."""
-        plan, c = self.plan, self.plan.corpus
+        plan = self.plan
         if not plan.contrast.prompts:
             return []
-        prompts = (
-            Corpus.from_files(c.prompts, held_out_share=c.held_out_share, seed=c.split)
-            if c.prompts
-            else Corpus.prompts(held_out_share=c.held_out_share, seed=c.split)
-        )
+        prompts = self.prompts
         asked = min(plan.contrast.prompts, len(prompts.documents))
         total = (2 * asked + plan.contrast.amplified_of(asked)) * plan.contrast.tokens
         done = 0
@@ -132,10 +146,12 @@ class Sources:
     def tokens(self) -> Tokens:
         """Corpus text up to its limit, and all contrastive text, as rows of token ids."""
         c, tokenizer = self.plan.corpus, self.pair.tokenizer
-        plain = self.corpus.tokens(tokenizer, row_tokens=c.row_tokens, limit_tokens=c.tokens)
-        used = [self.corpus.documents[d] for d in sorted(set(plain.document_R))]
-        whole = dataclasses.replace(self.corpus, documents=tuple(used)).plus(self.contrast)
-        return whole.tokens(tokenizer, row_tokens=c.row_tokens)
+        plain = self.corpus.tokens(tokenizer, row_tokens=c.row_tokens, limit_tokens=c.tokens).used()
+        if not self.contrast:
+            return plain
+        whole = dataclasses.replace(self.corpus, documents=plain.documents).plus(self.contrast)
+        written = dataclasses.replace(whole, documents=whole.documents[len(plain.documents) :])
+        return plain.then(written.tokens(tokenizer, row_tokens=c.row_tokens))
 
     @property
     def written(self) -> tuple[str, ...]:

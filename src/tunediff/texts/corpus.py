@@ -5,8 +5,9 @@ The held-out split and every interval count documents, not tokens, so a row neve
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,12 +16,17 @@ from typing import Any
 from tunediff.core.artifacts import key_of
 from tunediff.core.chance import seed_of
 from tunediff.core.errors import CorpusError, SettingError
-from tunediff.texts import readers
+from tunediff.core.remarks import Remark
 from tunediff.texts.document import Document
+from tunediff.texts.reading import ReadSettings, read
 from tunediff.texts.tokens import Tokens, encode, leading_ids, pad_id_of
 
 ASSETS = Path(__file__).parent / "assets"
 """Folder of the texts that ship with the package."""
+FEWEST_DOCUMENTS = 8
+"""Under a token limit, a document takes at most this part of it as long as there are others."""
+Row = tuple[int, tuple[int, ...], int]
+"""Where in its document a row starts, its token ids, and how many of them precede the last answer."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,8 @@ class Corpus:
     """Expected share (0 to 1) of documents held out for verification. Too few: wide intervals. Too many: poor fits."""
     seed: int = 0
     """Seed of the split, and of the order in which documents are taken under a token limit."""
+    remarks: tuple[Remark, ...] = field(default=(), repr=False)
+    """What reading its files left out or changed."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.held_out_share < 1:
@@ -63,43 +71,49 @@ class Corpus:
         kind: str | None = None,
         text_field: str | None = None,
         messages_field: str | None = None,
-        skip_empty: bool = False,
+        broken: float = ReadSettings.broken,
+        max_bytes: int = ReadSettings.max_bytes,
+        max_documents: int = ReadSettings.max_documents,
+        prompts: bool = False,
         name: str | None = None,
         held_out_share: float = 0.25,
         seed: int = 0,
     ) -> Corpus:
-        """Read files of text, code, JSON lines, JSON or Parquet, and folders of these at any depth.
+        """Read files, folders of files at any depth, patterns such as ``data/*.jsonl``, and data sets of the hub.
 
-        A ``.txt``, ``.md`` or code file of up to 20,000 characters is one document. A longer one is cut at blank lines
-        into documents of about 2,000 characters; a paragraph over 20,000 characters is cut at its lines. In the other
-        formats each record is a document, from the first of these that it has:
+        Text and code, JSON lines, JSON, CSV, TSV, Parquet, Arrow and folders that `datasets` saved are read, also
+        compressed (gz, bz2, xz, zst). A text of up to 20,000 characters is one document. A longer one is cut at blank
+        lines into documents of about 2,000 characters. Elsewhere each record is a document:
 
-        messages          `messages_field`, else ``messages``, ``conversations`` or ``conversation``; each message has
-                          role and content, or from and value
-        text              `text_field`, else ``text`` or ``content``
-        prompt, answer    ``prompt``, ``instruction`` or ``question``, and ``completion``, ``response``, ``output`` or
-                          ``answer``; a prompt alone is an open chat
+        chats             `messages_field`, else ``messages``, ``conversations`` and other usual names
+        preferences       ``chosen``, after ``prompt`` if there is one; ``rejected`` is left out
+        texts             `text_field`, else ``text`` or ``content``, else the one column that holds text
+        prompt, answer    ``prompt``, ``instruction``, ``question`` … and ``completion``, ``response``, ``output``,
+                          ``answer`` …, with ``input``, ``context``, ``system`` and ``history``; a prompt alone is open
 
         A record's own ``kind`` overrides `kind`, which overrides the default: prose, code or chat. A record's ``id``
         replaces its number; its ``group`` and ``writer`` are kept. Documents with equal content are put on the same
-        side of the split. In a folder, files of other formats are passed over.
+        side of the split. With `prompts`, every document is an open chat: texts are the user's, answers are left out,
+        and each line of a text file is a prompt.
 
-        Raises SourceError (missing, refused, undecodable or malformed file, with its line), CorpusError (an empty
-        document, unless `skip_empty`), MissingExtraError (Parquet without pyarrow).
+        Rows without text are left out, and so are unreadable ones up to the share `broken`. At most `max_bytes` and
+        `max_documents` are read. All that was left out or changed is counted in `remarks`.
+
+        Raises SourceError (missing, refused or malformed files, with the first line), CorpusError (no text at all),
+        MissingExtraError (a library is missing that a file needs).
         """
-        given = [Path(path) for path in ([paths] if isinstance(paths, (str, Path)) else paths)]
-        documents = readers.read(
-            given, kind=kind, text_field=text_field, messages_field=messages_field, skip_empty=skip_empty
-        )
-        if not documents:
-            raise CorpusError(f"{', '.join(map(str, given)) or 'an empty list of paths'} holds no text")
-        return cls(name or ", ".join(path.name for path in given), _grouped(documents), held_out_share, seed)
+        given = [paths] if isinstance(paths, (str, Path)) else list(paths)
+        settings = ReadSettings(kind or "", text_field or "", messages_field or "", broken, max_bytes, max_documents)
+        reading = read(given, settings, prompts)
+        title = name or ", ".join(Path(path).name for path in given)
+        return cls(title, _grouped(reading.documents), held_out_share, seed, reading.remarks)
 
     @classmethod
     def default(cls, *, held_out_share: float = 0.25, seed: int = 0) -> Corpus:
         """Return the corpus that ships: prose, chat and code in English (sources and licenses in NOTICE)."""
         paths = [ASSETS / f"{kind}.jsonl" for kind in ("prose", "chat", "code")]
-        return cls.from_files(paths, name="default", held_out_share=held_out_share, seed=seed)
+        read = cls.from_files(paths, name="default", held_out_share=held_out_share, seed=seed)
+        return replace(read, remarks=())
 
     @classmethod
     def prompts(cls, *, held_out_share: float = 0.25, seed: int = 0) -> Corpus:
@@ -107,7 +121,8 @@ class Corpus:
 
         Topics alternate, so the first n chats are balanced for any n. Ids read ``prompts/TOPIC-NN``.
         """
-        return cls.from_files(ASSETS / "prompts.jsonl", name="prompts", held_out_share=held_out_share, seed=seed)
+        read = cls.from_files(ASSETS / "prompts.jsonl", name="prompts", held_out_share=held_out_share, seed=seed)
+        return replace(read, remarks=())
 
     def plus(self, documents: Iterable[Document], name: str | None = None) -> Corpus:
         """Return this corpus with more documents; those already here stay on their side of the split."""
@@ -142,7 +157,8 @@ class Corpus:
         training.
 
         `limit_tokens` keeps at most that many tokens (one row at least), from every kind and both splits in
-        proportion, in an order fixed by the seed; only the last document taken may be cut, at the end of a row.
+        proportion, in an order fixed by the seed. A document is cut at the end of a row where it is the last one taken,
+        or takes more than an eighth of the tokens while others wait.
         `chat_template` is None for the tokenizer's own, "plain" for ``User: …`` / ``Assistant: …`` lines, or a Jinja
         template.
 
@@ -154,26 +170,8 @@ class Corpus:
         if limit_tokens is not None and limit_tokens < 1:
             raise SettingError("limit_tokens is too small", expected="at least 1", got=str(limit_tokens))
         order = range(len(self.documents)) if limit_tokens is None else self._spread()
-        rows: dict[int, list[tuple[int, tuple[int, ...], int]]] = {}
-        taken = 0
-        for number, (ids, prompt) in encode(order, self.documents, tokenizer, chat_template, lead):
-            mine = rows.setdefault(number, [])
-            parts = -(-len(ids) // (row_tokens - len(lead)))
-            body = -(-len(ids) // parts) if parts else 1  # rows of even length: else the last holds a token or two
-            for start in range(0, len(ids), body):
-                row = (*lead, *ids[start : start + body])
-                if limit_tokens is not None and taken and taken + len(row) > limit_tokens:
-                    break
-                if limit_tokens is not None and len(row) > limit_tokens:
-                    row = row[:limit_tokens]
-                before = 0
-                if self.documents[number].messages:
-                    before = len(lead) + min(max(prompt - start, 0), len(row) - len(lead))
-                mine.append((start, row, before))
-                taken += len(row)
-            else:
-                continue
-            break
+        cut = self._cut(encode(order, self.documents, tokenizer, chat_template, lead), lead, row_tokens)
+        rows = dict(cut if limit_tokens is None else _limited(cut, limit_tokens))
         flat = [(number, *row) for number in sorted(rows) for row in rows[number]]
         if not flat:
             raise CorpusError(f"corpus {self.name!r} has no tokens under this tokenizer")
@@ -187,6 +185,20 @@ class Corpus:
             pad_id=pad_id_of(tokenizer),
         )
 
+    def _cut(
+        self, encoded: Iterable[tuple[int, tuple[list[int], int]]], lead: tuple[int, ...], row_tokens: int
+    ) -> Iterator[tuple[int, list[Row]]]:
+        """Yield (document number, its rows) of encoded documents."""
+        for number, (ids, prompt) in encoded:
+            parts = -(-len(ids) // (row_tokens - len(lead)))
+            body = -(-len(ids) // parts) if parts else 1  # rows of even length: else the last holds a token or two
+            cut = []
+            for start in range(0, len(ids), body):
+                row = (*lead, *ids[start : start + body])
+                before = len(lead) + min(max(prompt - start, 0), len(row) - len(lead))
+                cut.append((start, row, before if self.documents[number].messages else 0))
+            yield number, cut
+
     def _spread(self) -> list[int]:
         """Document numbers in an order of which any first n hold every kind and split in proportion."""
         groups: dict[tuple[str, bool], list[int]] = {}
@@ -197,6 +209,26 @@ class Corpus:
             group.sort(key=lambda number: seed_of(self.seed, "order", self.documents[number].id))
             placed += [((place + 0.5) / len(group), number) for place, number in enumerate(group)]
         return [number for _, number in sorted(placed)]
+
+
+def _limited(cut: Iterable[tuple[int, list[Row]]], limit: int) -> dict[int, list[Row]]:
+    """Documents' first rows up to so many tokens; of a long document only so many that others have room, if there are any."""
+    rows: dict[int, list[Row]] = {}
+    waiting: list[tuple[int, list[Row]]] = []
+    taken = 0
+    for number, new in itertools.chain(cut, waiting):
+        share = limit if number in rows else limit / FEWEST_DOCUMENTS
+        mine, began = rows.setdefault(number, []), taken
+        for place, (start, row, before) in enumerate(new):
+            if taken and taken + len(row) > limit:
+                return rows
+            if place and taken - began >= share:
+                waiting.append((number, new[place:]))
+                break
+            row = row[:limit]
+            mine.append((start, row, min(before, len(row))))
+            taken += len(row)
+    return rows
 
 
 def _share(seed: int, *names: object) -> float:

@@ -103,6 +103,29 @@ class Tokens:
             prompt_R=tuple(self.prompt_R[row] for row in rows),
         )
 
+    def used(self) -> Tokens:
+        """Return the same rows, without the documents of which there is no row here."""
+        kept = sorted(set(self.document_R))
+        place = {number: new for new, number in enumerate(kept)}
+        return replace(
+            self,
+            document_R=tuple(place[number] for number in self.document_R),
+            documents=tuple(self.documents[number] for number in kept),
+            held_out=tuple(self.held_out[number] for number in kept),
+        )
+
+    def then(self, other: Tokens) -> Tokens:
+        """Return these rows and documents, and after them the other's."""
+        return replace(
+            self,
+            rows=self.rows + other.rows,
+            document_R=(*self.document_R, *(len(self.documents) + number for number in other.document_R)),
+            start_R=self.start_R + other.start_R,
+            prompt_R=self.prompt_R + other.prompt_R,
+            documents=self.documents + other.documents,
+            held_out=self.held_out + other.held_out,
+        )
+
     def batches(self, tokens_per_batch: int, order: str = "length") -> Iterator[Batch]:
         """Yield right-padded batches of at most `tokens_per_batch` positions (or one row); every row comes exactly once.
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from small_texts import texts, write
 
 from tunediff.core.errors import CorpusError, MissingExtraError, SettingError, SourceError
-from tunediff.texts import readers
+from tunediff.texts import files
 from tunediff.texts.corpus import Corpus
 from tunediff.texts.document import Document
 
@@ -66,11 +66,11 @@ def test_parquet(tmp_path: Path) -> None:
 
     messages = [[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]] * 2
     pyarrow.parquet.write_table(pyarrow.table({"messages": messages}), tmp_path / "chat.parquet")
-    pyarrow.parquet.write_table(pyarrow.table({"body": ["one", "two"], "n": [1, 2]}), tmp_path / "text.parquet")
+    pyarrow.parquet.write_table(pyarrow.table({"body": ["one", "two"], "title": ["a", "b"]}), tmp_path / "text.parquet")
     chat = Corpus.from_files(tmp_path / "chat.parquet")
     assert chat.documents[0].messages == (("user", "Hi"), ("assistant", "Hello"))
     assert [d.text for d in Corpus.from_files(tmp_path / "text.parquet", text_field="body").documents] == ["one", "two"]
-    with pytest.raises(SourceError, match=r"row 1.*\n.*\n.*columns body, n"):
+    with pytest.raises(SourceError, match=r"row 1.*\n.*\n.*columns body, title"):
         Corpus.from_files(tmp_path / "text.parquet")
     (tmp_path / "cut.parquet").write_bytes((tmp_path / "text.parquet").read_bytes()[:-9])
     with pytest.raises(SourceError, match="cut.parquet is not a whole Parquet file"):
@@ -95,25 +95,31 @@ def test_parquet_without_pyarrow_names_the_extra(tmp_path: Path, monkeypatch: py
     ("name", "data", "error", "told"),
     [
         ("a.jsonl", b'{"text": "fine"}\n{"text": \n', SourceError, "line 2 is not JSON"),
-        ("a.jsonl", b'{"text": "fine"}\n["a list"]\n', SourceError, "line 2: a record is not an object"),
-        ("a.jsonl", b'{"body": "x", "n": 1}\n', SourceError, "columns body, n"),
-        ("a.jsonl", b'{"text": 7}\n', SourceError, "line 1: text is not text"),
-        ("a.jsonl", b'{"text": "fine"}\n\n{"text": "  "}\n', CorpusError, "line 3: a document is empty"),
+        ("a.jsonl", b'{"text": \n{"text": "fine"}\n', SourceError, "line 1 is not JSON"),
+        ("a.jsonl", b'{"text": "fine"}\n7\n', SourceError, "line 2: a record is not an object"),
+        ("a.jsonl", b'{"body": "x", "title": "y", "n": 1}\n', SourceError, "columns body, title, n"),
+        ("a.jsonl", b'{"body": "x", "title": "y"}\n', SourceError, "--set corpus.text_field="),
         ("a.jsonl", b'{"text": "\\ud83d"}\n', SourceError, "line 1: the text holds half of a surrogate pair"),
         ("a.jsonl", b'{"text": "a\\u0000b"}\n', SourceError, "line 1: the text holds NUL"),
-        ("a.jsonl", b'{"text": "ok"}\n{"text": "\xff\xfe"}\n', SourceError, "line 2 is not UTF-8"),
+        ("a.jsonl", b'{"text": {"a": 1}}\n', SourceError, "no text in the record"),
         ("a.jsonl", b'{"messages": [{"role": "user"}]}\n', SourceError, "line 1: a message is not one"),
-        ("a.jsonl", b'{"id": "x", "text": "a"}\n{"id": "x", "text": "b"}\n', CorpusError, "occur more than once"),
         ("a.jsonl", b"[" * 100_000, SourceError, "line 1 is not JSON"),
         ("a.jsonl", b"", CorpusError, "holds no text"),
-        ("a.json", b"[1, 2", SourceError, "is not JSON"),
-        ("a.json", b"7", SourceError, "holds no records"),
-        ("a.txt", b"", CorpusError, "is empty"),
+        ("a.jsonl", b'{"text": "  "}\n{"text": null}\n{}\nnull\n', CorpusError, "rows without text left out: 4"),
+        ("a.json", b"[1, 2", SourceError, "a record is not an object"),
+        ("a.json", b"7", SourceError, "a record is not an object"),
+        ("a.txt", b"", CorpusError, "holds no text"),
         ("a.txt", b"abc\0def", SourceError, "NUL"),
-        ("a.txt", "text".encode("utf-16"), SourceError, "line 1 is not UTF-8"),
-        ("a.txt", b"fine\nbad \xe9t\xe9\n", SourceError, "line 2 is not UTF-8"),
+        ("a.txt", "text".encode("utf-16-le"), SourceError, "UTF-16"),
+        ("a.csv", b"a,b\n1,2,3\n", SourceError, "line 2 has more cells than the header"),
+        ("a.jsonl.gz", b"no gzip", SourceError, "cannot be read"),
+        ("a.jsonl.xz", b"no xz", SourceError, "cannot be read"),
+        ("a.jsonl.zst", b"no zstd", SourceError, "cannot be read"),
+        ("a.parquet", b"PAR1", SourceError, "is not a whole Parquet file"),
+        ("a.arrow", b"ARROW1", SourceError, "is not a whole Arrow file"),
         ("a.pkl", b"\x80\x04.", SourceError, "is refused"),
         ("a.bin", b"\x80\x04.", SourceError, "is refused"),
+        ("a.zip", b"PK", SourceError, "unpack it first"),
         ("a.xyz", b"text", SourceError, "is of no kind that is read"),
     ],
 )
@@ -121,17 +127,17 @@ def test_hostile_files_are_refused_by_name(tmp_path: Path, name: str, data: byte
     (tmp_path / name).write_bytes(data)
     with pytest.raises(error, match=re.escape(told)) as caught:
         Corpus.from_files(tmp_path / name)
-    assert name in str(caught.value) or error is CorpusError
+    assert name in str(caught.value)
 
 
 def test_an_endless_line_is_refused_without_reading_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "MAX_DOCUMENT_BYTES", 1 << 20)
+    monkeypatch.setattr(files, "MAX_DOCUMENT_BYTES", 1 << 20)
     for name in ("long.txt", "long.jsonl"):
         with open(tmp_path / name, "wb") as file:
             file.write(b'{"text": "fine"}\n')
             file.seek(100 << 20)
             file.write(b"x")
-        with pytest.raises(SourceError, match="line 2 is too long"):
+        with pytest.raises(SourceError, match="byte 17 is too long"):
             Corpus.from_files(tmp_path / name)
 
 
@@ -146,11 +152,6 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
         Corpus("x", (Document("a", "prose", "text"),), held_out_share=1.5)
     with pytest.raises(CorpusError, match="neither"):
         Document("a", "prose")
-
-
-def test_skip_empty_passes_over_empty_documents(tmp_path: Path) -> None:
-    write(tmp_path / "a.jsonl", {"text": ""}, {"text": "here"}, {"messages": []})
-    assert [document.id for document in Corpus.from_files(tmp_path / "a.jsonl", skip_empty=True).documents] == ["a#1"]
 
 
 def test_files_of_one_name_keep_their_ids_apart(tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""Formats of files that hold text, one file each; its suffixes are its registration."""

@@ -1,0 +1,43 @@
+"""Sources: the text of a run keeps to its limits, and what reading it left out is told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tiny_world
+from small_texts import write
+from tiny_world import World
+
+from tunediff.runs.plan import Plan
+from tunediff.runs.sources import Sources
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> World:
+    return tiny_world.make(tmp_path_factory.mktemp("world"))
+
+
+def sources(world: World, folder: Path, **changed: object) -> Sources:
+    """The sources of the tiny pair, with some settings changed."""
+    plan = Plan(str(world.base), str(world.tuned))
+    for text in world.sets(**changed)[1::2]:
+        plan = plan.set(text)
+    return Sources(plan, folder)
+
+
+@pytest.mark.parametrize(("length", "count"), [(10, 300), (2_000, 6), (20_000, 4)])
+@pytest.mark.parametrize("prompts", [0, 6])
+def test_no_more_corpus_tokens_are_read_than_asked_for(world, tmp_path, length, count, prompts):
+    words = ["abcdefgh "[number % 7 :] for number in range(length)]
+    path = write(tmp_path / "long.jsonl", *({"text": f"{number} " + "".join(words)} for number in range(count)))
+    run = sources(world, tmp_path / "run", corpus__paths=[str(path)], corpus__tokens=1000, contrast__prompts=prompts)
+    tokens = run.tokens
+    read = sum(count for kind, count in tokens.counts.items() if kind != "contrastive")
+    assert 900 < read <= 1000
+    assert ("contrastive" in tokens.counts) == bool(prompts)
+    assert set(tokens.document_R) == set(range(len(tokens.documents)))
+    for split in ("train", "held_out"):
+        assert tokens.select(split).count > 100
+    whole = {document.id: document for document in tokens.documents}
+    assert len(whole) == len(tokens.documents)
