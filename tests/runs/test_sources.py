@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import pytest
@@ -29,8 +30,9 @@ def sources(world: World, folder: Path, **changed: object) -> Sources:
 @pytest.mark.parametrize(("length", "count"), [(10, 300), (2_000, 6), (20_000, 4)])
 @pytest.mark.parametrize("prompts", [0, 6])
 def test_no_more_corpus_tokens_are_read_than_asked_for(world, tmp_path, length, count, prompts):
-    words = ["abcdefgh "[number % 7 :] for number in range(length)]
-    path = write(tmp_path / "long.jsonl", *({"text": f"{number} " + "".join(words)} for number in range(count)))
+    rng = random.Random(0)
+    long = (" ".join(rng.choices(("abc", "defg", "hi", "jklmn"), k=length)) for _ in range(count))
+    path = write(tmp_path / "long.jsonl", *({"text": text} for text in long))
     run = sources(world, tmp_path / "run", corpus__paths=[str(path)], corpus__tokens=1000, contrast__prompts=prompts)
     tokens = run.tokens
     read = sum(count for kind, count in tokens.counts.items() if kind != "contrastive")
@@ -39,5 +41,4 @@ def test_no_more_corpus_tokens_are_read_than_asked_for(world, tmp_path, length, 
     assert set(tokens.document_R) == set(range(len(tokens.documents)))
     for split in ("train", "held_out"):
         assert tokens.select(split).count > 100
-    whole = {document.id: document for document in tokens.documents}
-    assert len(whole) == len(tokens.documents)
+    assert len({document.id for document in tokens.documents}) == len(tokens.documents)

@@ -51,6 +51,13 @@ class ProgressBar:
         self.stream.write(f"\r\x1b[K{line}" if self.live else line + "\n")
         self.stream.flush()
 
+    def say(self, text: str) -> None:
+        """Write a line of its own, which stays."""
+        if self.enabled:
+            self.close()
+            self.stream.write(one_line(text) + "\n")
+            self.stream.flush()
+
     def _pace(self, done: int, total: int, elapsed: float) -> str:
         rate = (done - self.first) / elapsed if elapsed > MEASURED_SECONDS else 0.0
         if rate and done < total:

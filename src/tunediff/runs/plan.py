@@ -294,7 +294,9 @@ def resolved(name: str, words: Sequence[str] = ()) -> str:
         path = Path(name).expanduser()
         if path.is_dir():
             return str(path.resolve())
-        if path.exists() or glob.has_magic(name) or name.startswith((".", "/", "~")):  # a link to a file keeps its name, which tells its kind
+        if (
+            path.exists() or glob.has_magic(name) or name.startswith((".", "/", "~"))
+        ):  # a link to a file keeps its name, which tells its kind
             return str(path.parent.resolve() / path.name)
     except (OSError, RuntimeError, ValueError):  # too long, no such user's home, a null character: its reader tells
         pass

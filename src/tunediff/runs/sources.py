@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,17 +13,17 @@ import torch
 
 from tunediff.core import variants
 from tunediff.core.artifacts import write_bytes
-from tunediff.core.progress import Progress, quiet
+from tunediff.core.progress import Progress, ProgressBar, quiet
 from tunediff.harvests.contrasts import contrast
 from tunediff.models.deltas import MAP
 from tunediff.models.pair import Pair
 from tunediff.models.shipped import DEMO
 from tunediff.records.diff import StageCard
+from tunediff.runs import corpora
 from tunediff.runs.keeping import Keeper, stage
 from tunediff.runs.plan import Plan
 from tunediff.texts.corpus import Corpus
 from tunediff.texts.document import Document
-from tunediff.texts.reading import ReadSettings
 from tunediff.texts.tokens import Tokens
 
 
@@ -94,28 +93,25 @@ class Sources:
         return [beyond] if beyond else []
 
     @cached_property
+    def _corpora(self) -> tuple[Corpus, Corpus]:
+        """The text and the prompts."""
+        began = time.monotonic()
+        read = corpora.read(self.plan.corpus, self.plan.contrast.prompts)
+        notes = [str(remark) for corpus in read for remark in corpus.remarks]
+        self.cards.append(StageCard("corpus", "", round(time.monotonic() - began, 2), notes))
+        if notes and isinstance(self.progress, ProgressBar):
+            self.progress.say("text    " + "; ".join(notes))
+        return read
+
+    @property
     def corpus(self) -> Corpus:
         """The text that is not written by the models."""
-        c = self.plan.corpus
-        return self._read(c.paths) if c.paths else Corpus.default(held_out_share=c.held_out_share, seed=c.split)
+        return self._corpora[0]
 
-    @cached_property
+    @property
     def prompts(self) -> Corpus:
         """The prompts of contrastive text."""
-        c = self.plan.corpus
-        if c.prompts:
-            return self._read(c.prompts, prompts=True)
-        return Corpus.prompts(held_out_share=c.held_out_share, seed=c.split)
-
-    def _read(self, paths: Sequence[str], prompts: bool = False) -> Corpus:
-        """The corpus in some files, by the plan's settings; what was left out goes on the cards."""
-        c, began = self.plan.corpus, time.monotonic()
-        how = {f.name: getattr(c, f.name) for f in dataclasses.fields(ReadSettings)}
-        read = Corpus.from_files(paths, prompts=prompts, held_out_share=c.held_out_share, seed=c.split, **how)
-        notes = [f"{len(read.documents):,} documents", *map(str, read.remarks)]
-        card = StageCard("prompts" if prompts else "corpus", "", round(time.monotonic() - began, 2), notes)
-        self.cards.append(card)
-        return read
+        return self._corpora[1]
 
     @stage
     def contrast(self) -> list[Document]:
@@ -155,8 +151,8 @@ class Sources:
 
     @property
     def written(self) -> tuple[str, ...]:
-        """The kind of text that the models wrote; empty, which is every kind, where they wrote none."""
-        return ("contrastive",) if self.contrast else ()
+        """The kind of text that the models wrote; empty, which is every kind, unless both sides of the split hold it."""
+        return ("contrastive",) if len({*map(self.corpus.is_held_out, self.contrast)}) == 2 else ()
 
     @property
     def plain(self) -> tuple[str, ...]:

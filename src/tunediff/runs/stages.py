@@ -333,12 +333,9 @@ def _candidates(name: str) -> Callable[[list[Change]], str]:
 
 
 def _some(tokens: Tokens, limit: int, *kinds: str) -> list[int]:
-    """Training rows of the given kinds up to `limit` tokens, evenly spread over the corpus."""
-    rows = [
-        r
-        for r, d in enumerate(tokens.document_R)
-        if not tokens.held_out[d] and (not kinds or tokens.documents[d].kind in kinds)
-    ]
+    """Training rows of the given kinds (of all if there is none) up to `limit` tokens, evenly spread over the corpus."""
+    train = [r for r, d in enumerate(tokens.document_R) if not tokens.held_out[d]]
+    rows = [r for r in train if tokens.documents[tokens.document_R[r]].kind in kinds] or train
     total = sum(len(tokens.rows[r]) for r in rows)
     stride = max(1, total // max(1, limit))
     return rows[::stride]

@@ -79,6 +79,9 @@ def read(given: Sequence[str | Path], settings: ReadSettings, prompts: bool = Fa
         names = ", ".join(map(str, given)) or "an empty list of paths"
         told = "; ".join(map(str, remarks.all()))
         raise CorpusError(f"{names} holds no text", expected="prompts" if prompts else "text", got=told)
+    if len(documents) > 1 and len({document.group for document in documents}) == 1 and documents[0].group:
+        remarks.add("the pieces of the only text are split as if they were texts", documents[0].group)
+        documents = [dataclasses.replace(document, group="") for document in documents]
     return Reading(tuple(documents), remarks.all())
 
 

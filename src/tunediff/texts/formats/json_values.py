@@ -165,7 +165,7 @@ def _held(value: Any) -> Iterable[Any] | None:
         return None
     lists = {name: item for name, item in value.items() if isinstance(item, list) and item}
     named = [name for name in value if name.lower() in (*TEXTS, *MESSAGES, *PROMPTS)]
-    if any(name in lists and not looks_like_message(lists[name][0]) for name in named):
+    if any(name in lists and isinstance(lists[name][0], list if name.lower() in MESSAGES else str) for name in named):
         if len(lists) == len(value) and len(set(map(len, lists.values()))) == 1:
             return (dict(zip(lists, row)) for row in zip(*lists.values()))
     tables = [name for name, item in lists.items() if isinstance(item[0], (Mapping, list))]
