@@ -107,8 +107,9 @@ def fit_lens(
         return _open(folder, sites)
     width = model.width
     gram = torch.zeros(len(sites), width, width, dtype=torch.float64)
-    cross = torch.zeros_like(gram)
-    sums = torch.zeros(2, len(sites), width, dtype=torch.float64)
+    final = int(model.family.unembedding(model.network).weight.shape[1])  # narrower where a network has several streams
+    cross = torch.zeros(len(sites), final, width, dtype=torch.float64)
+    x_sum, y_sum = gram.new_zeros(len(sites), width), gram.new_zeros(final)
     count, kept = 0, []
 
     def read(batch: Batch) -> tuple[Tensor, Tensor]:
@@ -138,20 +139,20 @@ def fit_lens(
             continue
         gram += torch.einsum("nsd,nse->sde", x_NSD, x_NSD)
         cross += torch.einsum("nsd,ne->sed", x_NSD, y_ND)
-        sums[0] += x_NSD.sum(0)
-        sums[1] += y_ND.sum(0)
+        x_sum += x_NSD.sum(0)
+        y_sum += y_ND.sum(0)
         count += len(y_ND)
-    means = sums / count
+    x_mean, y_mean = x_sum / count, y_sum / count
     maps, r2 = [], []
     for s in range(len(sites)):
-        covariance = gram[s] / count - torch.outer(means[0, s], means[0, s])
-        cross_covariance = cross[s] / count - torch.outer(means[1, s], means[0, s])
+        covariance = gram[s] / count - torch.outer(x_mean[s], x_mean[s])
+        cross_covariance = cross[s] / count - torch.outer(y_mean, x_mean[s])
         covariance.diagonal().add_(ridge * covariance.diagonal().mean())
         maps.append(torch.linalg.solve(covariance, cross_covariance.T).T)
         wrong = total = 0.0
         for x_NSD, y_ND in kept:
-            y = y_ND - means[1, s]
-            wrong += float((y - (x_NSD[:, s] - means[0, s]) @ maps[s].T).pow(2).sum())
+            y = y_ND - y_mean
+            wrong += float((y - (x_NSD[:, s] - x_mean[s]) @ maps[s].T).pow(2).sum())
             total += float(y.pow(2).sum())
         r2.append(1 - wrong / total if total else float("nan"))
     folder.mkdir(parents=True, exist_ok=True)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tunediff.core.chance import generator
-from tunediff.core.errors import NumericsError
+from tunediff.core.errors import FamilyError, NumericsError, TunediffError
 from tunediff.models.network import LanguageModel
+from tunediff.models.passes import OTHER_NETWORK, cached, reason, taken
 
 PLAUSIBLE = 1e-3
 """Smallest probability, relative to the likeliest token's, at which a token is still drawn: below it ratios are noise."""
@@ -97,13 +99,12 @@ def complete(
         shortcuts = stack.enter_context(model.run_context())
         if shortcuts:
             stack.enter_context(shortcuts.contiguous(model.family.unembedding(model.network)))
-        for start in range(0, len(order), batch):
-            chosen = order[start : start + batch]
+        for chosen in _batches([len(prompts[i]) for i in order], order, batch, all(side.pads for side in sides)):
             shares = shortcuts is not None and model.shares_prefixes
             shared = _common([prompts[i][:-1] for i in chosen]) if shares else 0
             ids_BT, mask_BT = (t.to(model.device) for t in _padded([prompts[i] for i in chosen], shared, pad))
             prefix_P = ids_BT[0, : shared if len(chosen) > 1 else 0]
-            known = {"past_key_values": _cache(shortcuts, model, prefix_P, len(chosen), keep)} if shares else {}
+            known = cached(model.network, _cache(shortcuts, model, prefix_P, len(chosen), keep)) if shares else {}
             processors = []
             if against is not None:
                 processors.append(_away_from(against, amplification, mask_BT, prefix_P, keep))
@@ -118,6 +119,13 @@ def complete(
             if progress:
                 progress(sum(len(answers[i]) for i in chosen))
     return answers
+
+
+def _batches(lengths: Sequence[int], order: Sequence[int], batch: int, pads: bool) -> Iterator[Sequence[int]]:
+    """Prompts in batches, of one length each where padding on the left would change answers."""
+    for _, together in groupby(zip(lengths, order), key=lambda one: 0 if pads else one[0]):
+        numbers = [number for _, number in together]
+        yield from (numbers[start : start + batch] for start in range(0, len(numbers), batch))
 
 
 def _may_keep(model: LanguageModel) -> bool:
@@ -164,16 +172,26 @@ def _generated(
 
     own = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None, "cache_implementation": None}
     module: Any = model.module
-    out_BT: Tensor = module.generate(
-        input_ids=ids_BT,
-        attention_mask=mask_BT,
-        max_new_tokens=tokens,
-        pad_token_id=pad,
-        repetition_penalty=1.0,
-        logits_processor=LogitsProcessorList(processors),
-        **known,
-        **own,
-    )
+    try:
+        out_BT: Tensor = module.generate(
+            input_ids=ids_BT,
+            attention_mask=mask_BT,
+            max_new_tokens=tokens,
+            pad_token_id=pad,
+            repetition_penalty=1.0,
+            logits_processor=LogitsProcessorList(processors),
+            **known,
+            **own,
+        )
+    except (TunediffError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as fault:  # of whatever kind a network raises that transformers cannot generate with
+        raise FamilyError(
+            f"{type(model.network).__name__} does not complete prompts",
+            expected="a network that transformers generates with",
+            got=reason(fault),
+            remedy=OTHER_NETWORK,
+        ) from fault
     return out_BT[:, ids_BT.shape[1] :]
 
 
@@ -202,10 +220,13 @@ def _away_from(
             logit_BV = other.module(
                 input_ids=ids_BT[:, read:],
                 attention_mask=whole_BT,
-                position_ids=(whole_BT.cumsum(1) - 1).clamp_min(0)[:, read:],
-                past_key_values=cache,
                 use_cache=cache is not None,
-                logits_to_keep=1,
+                **(cached(other.network, cache) if cache is not None else {}),
+                **taken(
+                    other.network,
+                    position_ids=(whole_BT.cumsum(1) - 1).clamp_min(0)[:, read:],
+                    logits_to_keep=1,
+                ),
             ).logits[:, -1]
         read = ids_BT.shape[1] if cache is not None else 0
         return amplified(score_BV.float(), logit_BV.to(score_BV.device).float(), amplification)

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tunediff.core.errors import FamilyError, NumericsError
+from tunediff.core.errors import FamilyError
 from tunediff.kernels.matmuls import fast_matmul
 from tunediff.models.families.base import family_of
 from tunediff.models.fast import accelerated, forget
-from tunediff.models.passes import Start, Stop, Watch, first, replaced, returns_tuple, with_first
+from tunediff.models.passes import Form, Forms, Start, Stop, Watch, cached, first, replaced, with_first
+from tunediff.models.reading import check
 from tunediff.records.site import Site
 
 
@@ -59,9 +60,14 @@ class LanguageModel:
         self.family, self.family_name = family_of(self.network, family), family
         blocks = self.family.blocks(self.network)
         self.blocks = blocks if isinstance(blocks, nn.ModuleList) else nn.ModuleList(blocks)
-        self.device = next(module.parameters()).device
+        some = next(module.parameters())
+        self.device, self.dtype = some.device, some.dtype
         self.shares_prefixes = False
         """Whether rows may share the run of a prefix; `check_reading` says so."""
+        self.pads = True
+        """Whether padding on the left, under a mask, leaves what follows as it is; `check_reading` says so."""
+        self.resumes = True
+        """Whether blocks below a start may be left out; `check_reading` says otherwise where others need more of them."""
 
     @property
     def depth(self) -> int:
@@ -70,8 +76,8 @@ class LanguageModel:
 
     @property
     def width(self) -> int:
-        """Width D of the residual stream."""
-        return self.family.width(self.network)
+        """Width D of the stream between blocks."""
+        return self.forms.blocks[0].width
 
     @property
     def vocabulary(self) -> int:
@@ -154,13 +160,14 @@ class LanguageModel:
         """
         found: dict[Site, Tensor] = {}
         taken: list[Tensor] = []
+        early = not final and self.forms.once
         with ExitStack() as stack:
             self._skip_to(stack, start)
             for site in sites:
 
                 def hook(module: nn.Module, arguments: tuple, output: Any, site: Site = site) -> None:
-                    found[site] = first(output)
-                    if len(found) == len(set(sites)) and not final:
+                    found[site] = self._stream(site, output)
+                    if early and len(found) == len(set(sites)):
                         raise Stop
 
                 stack.callback(self._module_at(site).register_forward_hook(hook).remove)
@@ -173,7 +180,7 @@ class LanguageModel:
 
     def _forward(self, ids_BT: Tensor, cache: Any = None, **named: Tensor) -> None:
         """Call the network; hooks take its outputs, and end the pass early where nobody needs the rest."""
-        kept = {"use_cache": False} if cache is None else {"use_cache": True, "past_key_values": cache}
+        kept = {"use_cache": False} if cache is None else {"use_cache": True, **cached(self.network, cache)}
         try:
             self.network(input_ids=ids_BT.to(self.device), **kept, **named)
         except Stop:
@@ -210,18 +217,24 @@ class LanguageModel:
             return
         if start.site.kind != "resid":
             raise FamilyError(f"a run cannot start from {start.site}", expected="a resid site")
-        wrapped = self._returns_tuple  # found before any block is replaced
-        for layer in range(start.site.layer + 1):
+        for layer in range(start.site.layer + 1) if self.resumes else ():
             # The network's own forward still prepares masks and positions, whatever its family.
-            def skip(hidden: Tensor, *rest: Any, last: bool = layer == start.site.layer, **named: Any) -> Any:
-                out = start.stream_BTD.to(hidden.device, hidden.dtype) if last else hidden
-                return (out,) if wrapped else out
+            def skip(*given: Any, form: Form = self.forms.blocks[layer], **named: Any) -> Any:
+                hidden = next(iter((*given, *named.values())))
+                return form.output(start.stream_BTD.to(hidden.device, hidden.dtype))
 
             stack.enter_context(replaced(self.blocks[layer], "forward", skip))
+        if not self.resumes:
+            stack.enter_context(self.writing(start.site, lambda stream_BTD: start.stream_BTD.to(stream_BTD)))
 
     @cached_property
-    def _returns_tuple(self) -> bool:
-        return returns_tuple(self.network, self.blocks[0])
+    def forms(self) -> Forms:
+        """What the blocks put out."""
+        with torch.inference_mode():
+            return Forms.of(self.network, self.blocks)
+
+    def _stream(self, site: Site, output: Any) -> Tensor:
+        return self.forms.blocks[site.layer].stream(output) if site.kind == "resid" else first(output)
 
     def logits(self, states_ND: Tensor) -> Tensor:
         """Return logits (..., V) in float32 of final normed states (..., D)."""
@@ -248,7 +261,9 @@ class LanguageModel:
         """While inside, what the site puts out is passed through `write` (B, T, D) -> (B, T, D)."""
 
         def hook(module: nn.Module, arguments: tuple, output: Any) -> Any:
-            return with_first(output, write(first(output)))
+            stream_BTD = write(self._stream(site, output))
+            form = self.forms.blocks[site.layer] if site.kind == "resid" else None
+            return form.replaced(output, stream_BTD) if form else with_first(output, stream_BTD)
 
         handle = self._module_at(site).register_forward_hook(hook)
         try:
@@ -257,26 +272,5 @@ class LanguageModel:
             handle.remove()
 
     def check_reading(self, ids_BT: Tensor, tolerance: float = 1e-3) -> None:
-        """Refuse a network whose hooks, resumed pass or unembedding do not give its own logits back.
-
-        Finds on the way whether rows may share prefixes, which not every network's cache allows.
-
-        `tolerance`: largest difference allowed, relative to the largest logit.
-        """
-        site = Site(self.depth // 2)
-        self.shares_prefixes = False
-        with self.run_context() as shortcuts:
-            own = self.network(input_ids=ids_BT.to(self.device), use_cache=False).logits.float()
-        resumed = self.states(ids_BT, Start(site, self.streams(ids_BT, [site])[:, :, 0]))
-        error = float((self.logits(resumed) - own).abs().max() / own.abs().max())
-        if not torch.isfinite(own).all():
-            raise NumericsError(f"{self.name} gives non-finite logits", remedy="load it in float32")
-        if error > tolerance:
-            raise FamilyError(
-                f"{type(self.network).__name__} does not read back right",
-                expected=f"error below {tolerance}",
-                got=f"{error:.2g}",
-                remedy="add a file to families/ for this network",
-            )
-        if shortcuts and error <= tolerance and self.family.cache(self.network) is not None:
-            self.shares_prefixes = shortcuts.is_exact(self, ids_BT, site, tolerance)
+        """Refuse a network that cannot be read, and find out what it allows; see `reading.check`."""
+        check(self, ids_BT, tolerance)

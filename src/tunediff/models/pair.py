@@ -166,9 +166,10 @@ class Pair:
                 f"vocabularies of {base.vocabulary} and {tuned.vocabulary} tokens: compared on the shared {self.vocabulary}"
             )
         ids_BT = probe_ids(self.tokenizer, self.vocabulary)
+        base.check_reading(ids_BT)
+        tuned.check_reading(ids_BT)
+        base.fast = tuned.fast = base.fast and tuned.fast  # they may be one network
         with self.running():
-            base.check_reading(ids_BT)
-            tuned.check_reading(ids_BT)
             same = self.base_fingerprint == self.tuned_fingerprint
             if not same:
                 gap = (

@@ -47,15 +47,6 @@ class Family(ABC):
     def scaled_logits(self, module: nn.Module, logits: Tensor) -> Tensor:
         """Apply what the network still does to logits after the unembedding (soft caps, constant scales)."""
 
-    def width(self, module: nn.Module) -> int:
-        """Return the width of the residual stream; by default that of what the unembedding reads."""
-        weight: Any = self.unembedding(module).weight
-        return int(weight.shape[1])
-
-    def is_causal(self, module: nn.Module) -> bool:
-        """Whether no position sees what is to its right; others are refused, as rows are padded on the right unmasked."""
-        return True
-
     def window(self, module: nn.Module) -> float:
         """Return how many positions back every block sees; rows are packed only up to that length."""
         return float("inf")
@@ -95,8 +86,7 @@ class Family(ABC):
 def family_of(module: nn.Module, name: str = "") -> Family:
     """Return the family called `name`, which may be an import path; without a name, the most specific that knows `module`.
 
-    Raises `VariantError` for a name that is no family's, `FamilyError` if none knows the module, or if attention is not
-    causal.
+    Raises `VariantError` for a name that is no family's, `FamilyError` if none knows the module.
     """
     known = [variants.make(Family, one) for one in ([name] if name else variants.names(PACKAGE))]
     matching = sorted((f for f in known if f.matches(module)), key=lambda f: -f.precedence)
@@ -107,11 +97,5 @@ def family_of(module: nn.Module, name: str = "") -> Family:
             else f"no family knows {type(module).__name__}",
             expected="a decoder-only causal language model",
             remedy="pair.family left empty, which goes by structure" if name else "add a file to families/",
-        )
-    if not matching[0].is_causal(module):
-        raise FamilyError(
-            f"positions of {type(module).__name__} see what is to their right",
-            expected="causal attention",
-            remedy="a decoder-only language model",
         )
     return matching[0]

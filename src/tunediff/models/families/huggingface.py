@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from tunediff.core.errors import FamilyError
 from tunediff.models.families.base import Family
 from tunediff.models.maps import Layout, Seen
+from tunediff.models.passes import cached
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -70,12 +71,6 @@ class HuggingFace(Family):
         cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
         return (logits / cap).tanh() * cap if cap else logits
 
-    def width(self, module: Any) -> int:
-        return int(module.config.get_text_config(decoder=True).hidden_size)
-
-    def is_causal(self, module: Any) -> bool:
-        return all(getattr(part, "is_causal", True) for part in module.modules())
-
     def window(self, module: Any) -> float:
         return getattr(module.config.get_text_config(decoder=True), "sliding_window", None) or float("inf")
 
@@ -90,8 +85,12 @@ class HuggingFace(Family):
 
     def cache(self, module: Any) -> Any:
         from transformers import DynamicCache
+        from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-        return DynamicCache(config=module.config)
+        cache = DynamicCache(config=module.config)
+        # States of other kinds (of state space models, of compressed keys) hold more than what a position puts out.
+        plain = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
+        return cache if plain and cached(module, cache) else None
 
 
 def _keeps_experts(module: Any) -> bool:

@@ -66,12 +66,13 @@ def _attend(
     q_BHTE: Tensor,
     k_BGSE: Tensor,
     v_BGSE: Tensor,
-    mask: Tensor | None,
+    attention_mask: Tensor | None,
     scaling: float | None = None,
     **named: Any,
 ) -> tuple[Tensor, None]:
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+    mask = attention_mask  # networks call it by its name
     (B, H, T, E), (G, S) = q_BHTE.shape, k_BGSE.shape[1:3]
     if S > SHORT or torch.is_grad_enabled() or not _is_plain(module, q_BHTE, S, mask, named):
         # The library that is faster for large products is up to five times slower for the fused kernel's small ones.

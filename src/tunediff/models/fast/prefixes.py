@@ -127,7 +127,7 @@ class Sharing:
         cache = self.cache(model)
         head = model.run(ids_P[None], sites, final, start, watch, cache)
         # Masks and positions follow from the length of every layer's keys, those of skipped blocks included.
-        for layer in range(start.site.layer + 1 if start else 0):
+        for layer in range(start.site.layer + 1 if start and model.resumes else 0):
             nothing = torch.zeros(1, 1, len(ids_P), 1, dtype=next(model.module.parameters()).dtype, device=model.device)
             cache.update(nothing, nothing, layer)
         return head, cache

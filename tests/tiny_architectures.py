@@ -1,0 +1,142 @@
+"""Make a tiny network of every decoder class that transformers registers: one generic recipe, and a table of exceptions."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+
+WIDTH, LAYERS, VOCABULARY = 32, 3, 300
+
+SIZES: list[tuple[str, int | None]] = [
+    # A field's name as a regular expression, and its value; the first that matches counts, None leaves the field alone.
+    (r"num_experts_per_tok(en)?|(moe_)?top_?k(_experts)?|moe_k|num_selected_experts", 2),
+    (r".*(?<!vocab)_token.*|.*_id|.*_index", None),
+    (r".*vocab_size.*|n_tokens", VOCABULARY),
+    (r".*num_(global_)?(key_value|kv)_heads", 2),
+    (r"mamba_n_heads|(mamba_|linear_)num_(key_|value_)?heads|n_mamba_heads", 4),
+    (r".*num_attention_heads|n_heads?|num_heads|(de|en)coder_attention_heads|num_query_heads", 4),
+    (r"(num_)?(hidden|decoder|encoder)_layers|num_(decoder_|encoder_)?layers|n_layers?|decoder_layers|num_hidden_layers", LAYERS),
+    (r"qk_rope_head_dim|qk_nope_head_dim|v_head_dim|index_head_dim|linear_(key_|value_)?head_dim", 8),
+    (r"mamba_(d_head|head_dim|headdim)", 16),
+    (r"qk_head_dim", None),
+    (r".*head_(dim|size)|d_kv|kv_channels|rotary_dim", 8),
+    (r".*_lora_(rank|dim)|.*_rank", 8),
+    (r"hidden_size_per_layer_input", 8),
+    (r"hidden_size|d_model|n_embd|dim|model_dim|embedding_size|word_embed_proj_dim|embed_dim|lru_width|emb_dim|hidden_size_global", WIDTH),
+    (r".*(ffn|ff|intermediate|inner|mlp|feed_forward)_(size|dim|hidden_size)|d_ff|n_inner|expert_dim|mamba_d_ssm", 2 * WIDTH),
+    (r".*max_position.*|n_positions|n_ctx|max_seq_len|context_length|max_sequence_length|max_(target|source)_positions", 256),
+    (r".*num_(local_|routed_)?experts|n_routed_experts|moe_num_experts", 4),
+    (r"n_group|topk_group|num_expert_groups?|(n|num|moe_num)_shared_experts|first_k_dense_replace|num_dense_layers|num_kv_shared_layers", 1),
+    (r"mamba_(n_groups|ngroups)|n_groups", 1),
+    (r".*(d_state|state_size)", 8),
+    (r"time_step_rank|mamba_dt_rank", 4),
+    (r".*chunk_size", 16),
+    (r".*sliding_window(_size)?|.*window_size", 24),
+    (r"index_topk", 256),
+    (r"index_n_heads", 2),
+]
+"""What makes networks large."""
+
+TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+"""Those of `tiny_models.tokenizer`."""
+
+MLA = {"num_key_value_heads": 4}
+SPECIAL: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(
+        ["axk1", "axk2", "deepseek_v3", "deepseek_v32", "dots3_note_text", "glm4_moe_lite", "glm_moe_dsa"]
+        + ["minicpm3", "sarvam_mla", "youtu", "longcat_flash"],
+        MLA,
+    ),
+    **dict.fromkeys(["hunyuan_v1_dense", "hunyuan_v1_moe", "ministral"], {"head_dim": 8}),
+    **dict.fromkeys(["bailing_hybrid", "kimi_linear"], MLA),
+    "bamba": {"attn_layer_indices": [1]},
+    "blt": {"encoder_hash_byte_group_vocab": 64, "max_position_embeddings": 256},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0},
+        "ffn_config": {"hidden_size": WIDTH, "ffn_hidden_size": 2 * WIDTH, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "deepseek_v2": MLA | {"num_experts_per_tok": 2, "n_routed_experts": 4},
+    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "first_k_dense_replace": 1, "n_shared_experts": 1},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
+    "mamba2": {"head_dim": 16},
+    "nemotron": {"num_key_value_heads": 2, "head_dim": 8},
+    "qwen4_exp_text": {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 64}
+    | {"indexer_compress_ratio": 8, "ngram_vocab_size_base": 64},
+    "reformer": {"axial_pos_embds": False, "is_decoder": True, "local_attn_chunk_length": 16, "lsh_attn_chunk_length": 16},
+    "xlm": {"n_words": VOCABULARY, "causal": True, "n_heads": 4, "n_layers": LAYERS},
+    "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
+    **dict.fromkeys(
+        ["zamba", "zamba2"],
+        {"layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"], "num_hidden_layers": 4, "num_key_value_heads": 4}
+        | {"attention_hidden_size": 2 * WIDTH, "attention_head_dim": 16},
+    ),
+    "zaya": {"num_experts_per_tok": 1},
+}
+"""What the recipe does not know, by model type."""
+
+
+def names() -> list[str]:
+    """The model types under which transformers registers a class for causal language modeling."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def small(config: Any) -> dict[str, Any]:
+    """The fields that make a default configuration's network tiny, with one layer of each sort that it has."""
+    fields: dict[str, Any] = {}
+    for name, value in vars(config).items():
+        if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+            continue
+        rule = next((new for pattern, new in SIZES if re.fullmatch(pattern, name)), None)
+        if rule is not None:
+            fields[name] = rule
+    fields |= {name: value for name, value in TOKENS.items() if hasattr(config, name)}
+    fields |= {name: True for name in ("is_decoder",) if hasattr(config, name)}  # of BERT and its like
+    fields |= sorts_of_layers(config, fields)
+    for name in getattr(config, "sub_configs", {}):
+        part = getattr(config, name, None)
+        if part is not None:
+            fields[name] = type(part)(**small(part))
+    return fields | SPECIAL.get(config.model_type, {})
+
+
+def sorts_of_layers(config: Any, fields: dict[str, Any]) -> dict[str, Any]:
+    """Lists with an entry for each layer, cut to layers that differ in them, in the order of the network."""
+    counts = [n for n in fields if fields[n] == LAYERS and isinstance(getattr(config, n), int)]
+    depth = max((getattr(config, n) for n in counts), default=0)
+    lists = {n: v for n, v in vars(config).items() if isinstance(v, (list, tuple)) and len(v) == depth > 0}
+    if not lists:
+        return {}
+    rows = list(zip(*lists.values()))
+    chosen = sorted({rows.index(row): None for row in rows})
+    chosen = chosen[:6] if len(chosen) >= 2 else [0]
+    while len(chosen) < LAYERS:
+        chosen.append(chosen[-1])
+    cut: dict[str, Any] = {name: [value[i] for i in chosen] for name, value in lists.items()}
+    return cut | {n: len(chosen) for n in counts}
+
+
+def config(name: str) -> Any:
+    """The tiny configuration of a model type."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    kind = CONFIG_MAPPING[name]
+    return kind(**{**small(kind()), **SPECIAL.get(name, {})})  # several types share a configuration
+
+
+def network(name: str, seed: int = 0, gain: float = 4.0) -> torch.nn.Module:
+    """A tiny random network of a model type, its maps large enough to matter; raises what transformers raises."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        made = AutoModelForCausalLM.from_config(config(name), dtype=torch.float32).eval()
+        with torch.no_grad():
+            for parameter in made.parameters():
+                if parameter.dim() >= 2:
+                    parameter.mul_(gain)
+    return made
