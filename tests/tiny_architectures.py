@@ -25,7 +25,7 @@ SIZES: list[tuple[str, int | None]] = [
     (r".*_lora_(rank|dim)|.*_rank", 8),
     (r"hidden_size_per_layer_input", 8),
     (r"hidden_size|d_model|n_embd|dim|model_dim|embedding_size|word_embed_proj_dim|embed_dim|lru_width|emb_dim|hidden_size_global", WIDTH),
-    (r".*(ffn|ff|intermediate|inner|mlp|feed_forward)_(size|dim|hidden_size)|d_ff|n_inner|expert_dim|mamba_d_ssm", 2 * WIDTH),
+    (r".*(ffn|ff|intermediate|inner|mlp|feed_forward)_(size|dim|hidden_size)|d_ff|dff|n_inner|expert_dim|mamba_d_ssm", 2 * WIDTH),
     (r".*max_position.*|n_positions|n_ctx|max_seq_len|context_length|max_sequence_length|max_(target|source)_positions", 256),
     (r".*num_(local_|routed_)?experts|n_routed_experts|moe_num_experts", 4),
     (r"n_group|topk_group|num_expert_groups?|(n|num|moe_num)_shared_experts|first_k_dense_replace|num_dense_layers|num_kv_shared_layers", 1),
@@ -55,7 +55,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "blt": {"encoder_hash_byte_group_vocab": 64, "max_position_embeddings": 256},
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
     "dbrx": {
-        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0},
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
         "ffn_config": {"hidden_size": WIDTH, "ffn_hidden_size": 2 * WIDTH, "moe_num_experts": 4, "moe_top_k": 2},
     },
     "deepseek_v2": MLA | {"num_experts_per_tok": 2, "n_routed_experts": 4},

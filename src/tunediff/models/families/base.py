@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from tunediff.core import variants
 from tunediff.core.errors import FamilyError
 from tunediff.models.maps import Layout, Seen
+from tunediff.models.passes import OTHER_NETWORK
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -96,6 +97,6 @@ def family_of(module: nn.Module, name: str = "") -> Family:
             if name
             else f"no family knows {type(module).__name__}",
             expected="a decoder-only causal language model",
-            remedy="pair.family left empty, which goes by structure" if name else "add a file to families/",
+            remedy="--set pair.family= which goes by structure" if name else OTHER_NETWORK,
         )
     return matching[0]
