@@ -17,18 +17,33 @@ SIZES: list[tuple[str, int | None]] = [
     (r".*num_(global_)?(key_value|kv)_heads", 2),
     (r"mamba_n_heads|(mamba_|linear_)num_(key_|value_)?heads|n_mamba_heads", 4),
     (r".*num_attention_heads|n_heads?|num_heads|(de|en)coder_attention_heads|num_query_heads", 4),
-    (r"(num_)?(hidden|decoder|encoder)_layers|num_(decoder_|encoder_)?layers|n_layers?|decoder_layers|num_hidden_layers", LAYERS),
+    (
+        r"(num_)?(hidden|decoder|encoder)_layers|num_(decoder_|encoder_)?layers|n_layers?|decoder_layers|num_hidden_layers",
+        LAYERS,
+    ),
     (r"qk_rope_head_dim|qk_nope_head_dim|v_head_dim|index_head_dim|linear_(key_|value_)?head_dim", 8),
     (r"mamba_(d_head|head_dim|headdim)", 16),
     (r"qk_head_dim", None),
     (r".*head_(dim|size)|d_kv|kv_channels|rotary_dim", 8),
     (r".*_lora_(rank|dim)|.*_rank", 8),
     (r"hidden_size_per_layer_input", 8),
-    (r"hidden_size|d_model|n_embd|dim|model_dim|embedding_size|word_embed_proj_dim|embed_dim|lru_width|emb_dim|hidden_size_global", WIDTH),
-    (r".*(ffn|ff|intermediate|inner|mlp|feed_forward)_(size|dim|hidden_size)|d_ff|dff|n_inner|expert_dim|mamba_d_ssm", 2 * WIDTH),
-    (r".*max_position.*|n_positions|n_ctx|max_seq_len|context_length|max_sequence_length|max_(target|source)_positions", 256),
+    (
+        r"hidden_size|d_model|n_embd|dim|model_dim|embedding_size|word_embed_proj_dim|embed_dim|lru_width|emb_dim|hidden_size_global",
+        WIDTH,
+    ),
+    (
+        r".*(ffn|ff|intermediate|inner|mlp|feed_forward)_(size|dim|hidden_size)|d_ff|dff|n_inner|expert_dim|mamba_d_ssm",
+        2 * WIDTH,
+    ),
+    (
+        r".*max_position.*|n_positions|n_ctx|max_seq_len|context_length|max_sequence_length|max_(target|source)_positions",
+        256,
+    ),
     (r".*num_(local_|routed_)?experts|n_routed_experts|moe_num_experts", 4),
-    (r"n_group|topk_group|num_expert_groups?|(n|num|moe_num)_shared_experts|first_k_dense_replace|num_dense_layers|num_kv_shared_layers", 1),
+    (
+        r"n_group|topk_group|num_expert_groups?|(n|num|moe_num)_shared_experts|first_k_dense_replace|num_dense_layers|num_kv_shared_layers",
+        1,
+    ),
     (r"mamba_(n_groups|ngroups)|n_groups", 1),
     (r".*(d_state|state_size)", 8),
     (r"time_step_rank|mamba_dt_rank", 4),
@@ -65,7 +80,12 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "nemotron": {"num_key_value_heads": 2, "head_dim": 8},
     "qwen4_exp_text": {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 64}
     | {"indexer_compress_ratio": 8, "ngram_vocab_size_base": 64},
-    "reformer": {"axial_pos_embds": False, "is_decoder": True, "local_attn_chunk_length": 16, "lsh_attn_chunk_length": 16},
+    "reformer": {
+        "axial_pos_embds": False,
+        "is_decoder": True,
+        "local_attn_chunk_length": 16,
+        "lsh_attn_chunk_length": 16,
+    },
     "xlm": {"n_words": VOCABULARY, "causal": True, "n_heads": 4, "n_layers": LAYERS},
     "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
     **dict.fromkeys(

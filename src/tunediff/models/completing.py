@@ -222,11 +222,7 @@ def _away_from(
                 attention_mask=whole_BT,
                 use_cache=cache is not None,
                 **(cached(other.network, cache) if cache is not None else {}),
-                **taken(
-                    other.network,
-                    position_ids=(whole_BT.cumsum(1) - 1).clamp_min(0)[:, read:],
-                    logits_to_keep=1,
-                ),
+                **taken(other.network, position_ids=(whole_BT.cumsum(1) - 1).clamp_min(0)[:, read:], logits_to_keep=1),
             ).logits[:, -1]
         read = ids_BT.shape[1] if cache is not None else 0
         return amplified(score_BV.float(), logit_BV.to(score_BV.device).float(), amplification)

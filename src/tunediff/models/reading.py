@@ -49,10 +49,7 @@ def check(model: LanguageModel, ids_BT: Tensor, tolerance: float) -> None:
         raise
     except Exception as fault:  # of whatever kind a network raises that wants more than token ids
         raise FamilyError(
-            f"{kind} does not run on token ids alone",
-            expected=DECODER,
-            got=reason(fault),
-            remedy=OTHER_NETWORK,
+            f"{kind} does not run on token ids alone", expected=DECODER, got=reason(fault), remedy=OTHER_NETWORK
         ) from fault
     if error > tolerance:
         raise FamilyError(

@@ -63,7 +63,9 @@ class HuggingFace(Family):
     def unembedding(self, module: Any) -> Any:
         head = module.get_output_embeddings()
         if head is None:
-            raise FamilyError(f"{type(module).__name__} has no unembedding", expected="a causal language model", remedy=OTHER_NETWORK)
+            raise FamilyError(
+                f"{type(module).__name__} has no unembedding", expected="a causal language model", remedy=OTHER_NETWORK
+            )
         return head
 
     def scaled_logits(self, module: Any, logits: Tensor) -> Tensor:
