@@ -20,8 +20,8 @@ from tunediff.core.remarks import Remarks
 
 MAX_DOCUMENT_BYTES = 16 << 20
 """Largest line or document that is read, in bytes."""
-BLOCK_BYTES = 64 << 10
-"""About how many bytes are read at each of the places of a file that is larger than wanted."""
+BLOCK_BYTES, PLACES = 64 << 10, 64
+"""Most bytes of lines that begin at one of the places of a file that is larger than wanted, and fewest such places."""
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zstd")
 """Suffixes of compressed files; they follow the suffix of what is inside."""
 REFUSED = (".pkl", ".pickle", ".bin", ".pt", ".pth", ".ckpt", ".joblib", ".npy", ".npz", ".dill", ".safetensors")
@@ -129,18 +129,22 @@ class File:
         """The encoding that the file's mark tells; UTF-8 without one."""
         return next((name for mark, name in MARKS.items() if self.head.startswith(mark)), "utf-8")
 
-    @property
-    def is_sampled(self) -> bool:
-        """Whether lines are taken from places all over the file, since there are more than wanted."""
-        return not self.is_compressed and "utf-8" in self.encoding and self.size > self._wanted
+    def is_sampled(self, each: int = 0) -> bool:
+        """Whether lines are taken from places all over the file, since there are more than wanted.
 
-    @property
-    def _wanted(self) -> int:
+        each   about how many bytes a document takes; 0: a line is a document
+        """
+        return not self.is_compressed and "utf-8" in self.encoding and self.size > self._wanted(each)
+
+    def _wanted(self, each: int) -> int:
         """How many bytes hold what is wanted, by the length of the first lines."""
-        lines = self.head.count(b"\n") if self.size > len(self.head) else 0
-        return min(self.share.bytes, self.share.documents * len(self.head) // lines if lines else self.share.bytes)
+        lines = self.head.count(b"\n")
+        documents = self.share.documents
+        if each or lines:
+            return min(self.share.bytes, documents * each or documents * len(self.head) // lines)
+        return self.share.bytes
 
-    def lines(self, sampled: bool = True) -> Iterator[Line]:
+    def lines(self, sampled: bool = True, each: int = 0) -> Iterator[Line]:
         """Yield the lines, up to the share: all of them in order, or those at places all over a file that is too large.
 
         A line that is not UTF-8 is read as Latin-1, and counted. A line over `MAX_DOCUMENT_BYTES` is passed over.
@@ -148,9 +152,9 @@ class File:
         try:
             if "utf-8" not in self.encoding:
                 yield from self._wide_lines()
-            elif sampled and self.is_sampled:
+            elif sampled and self.is_sampled(each):
                 self.share.cut = True
-                yield from self._sampled_lines()
+                yield from self._sampled_lines(self._wanted(each))
             else:
                 yield from self._all_lines()
         except FAULTS as error:
@@ -173,13 +177,13 @@ class File:
                     self.share.cut |= bool(file.read(1))
                     return
 
-    def _sampled_lines(self) -> Iterator[Line]:
-        wanted = self._wanted
-        count = max(1, wanted // BLOCK_BYTES)
+    def _sampled_lines(self, wanted: int) -> Iterator[Line]:
+        block = min(BLOCK_BYTES, max(1, wanted // PLACES))
+        count = max(1, wanted // block)
         with self.open() as file:
             for number in range(count):
                 begin = self.size * number // count
-                end = min(begin + BLOCK_BYTES, self.size * (number + 1) // count)
+                end = min(begin + block, self.size * (number + 1) // count)
                 if begin:
                     file.seek(begin - 1)
                     skipped = file.readline(MAX_DOCUMENT_BYTES)  # the rest of a line that starts before
@@ -298,16 +302,28 @@ def find(given: Sequence[str | Path], readable: Iterable[str], remarks: Remarks)
             yield File(path, path.name, remarks)
         elif glob.has_magic(str(path)):
             plain = Path(*path.parts[: next(n for n, part in enumerate(path.parts) if glob.has_magic(part))])
-            found = sorted(map(Path, glob.glob(str(path), recursive=True)))
-            if not found:
+            files = _matching(plain, str(path.relative_to(plain)))
+            if not files:
                 raise SourceError(f"no file fits {path}", expected="a pattern that some file fits")
-            folders = [file for folder in found if folder.is_dir() for file in sorted(_walk(folder))]
-            files = [file for file in found if not file.is_dir()]
-            yield from _inside(plain, sorted({*files, *folders}), suffixes, remarks)
+            yield from _inside(plain, files, suffixes, remarks)
         else:
             raise SourceError(
                 f"{path} does not exist", expected="a file or folder of text, or a pattern such as data/*.jsonl"
             )
+
+
+def _matching(folder: Path, pattern: str) -> list[Path]:
+    """The files in a folder that fit a pattern, and those in its folders that do; no link to a folder is followed."""
+    try:
+        found = [path for path in folder.glob(pattern) if not _is_hidden(path.relative_to(folder))]
+    except (ValueError, NotImplementedError) as error:
+        raise SourceError(f"{folder / pattern} is no pattern", got=first_line(error), expected="data/*.jsonl") from None
+    inner = [file for path in found if path.is_dir() and not path.is_symlink() for file in _walk(path)]
+    return sorted({*(path for path in found if not path.is_dir()), *inner})
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
 
 
 def _walk(folder: Path) -> Iterator[Path]:
@@ -321,7 +337,7 @@ def _inside(folder: Path, paths: Sequence[Path], suffixes: tuple[str, ...], rema
     for path in paths:
         if suffix_of(path) not in suffixes or path.name in NOT_DATA or path.name.startswith("cache-"):
             continue
-        if path.is_symlink() and not path.resolve().is_relative_to(home):
+        if not path.resolve().is_relative_to(home):
             remarks.add("links out of the folder not followed", str(path))
             outside += 1
         elif not path.is_file():

@@ -14,6 +14,11 @@ from tunediff.texts.fields import CONTENT_KEYS, MESSAGES, ROLE_KEYS, role_of
 
 Message = tuple[str, str]
 
+TURN_KEYS = {
+    **dict.fromkeys(("input", "prompt", "question"), "user"),
+    **dict.fromkeys(("output", "response", "answer"), "assistant"),
+}
+"""Keys of an object that holds a question and its answer, and whose words they are."""
 CALLS = ("tool_calls", "function_call")
 """Keys of a message that hold calls of tools."""
 TEXT_PARTS = ("text", "input_text", "output_text", "tool_result")
@@ -83,16 +88,7 @@ class Messages:
             yield self._role(name, role_of(name)), content
             return
         named = [(role_of(key), key) for key in message if isinstance(key, str) and role_of(key)]
-        if not named:
-            named = [
-                (role, key)
-                for role, keys in (
-                    ("user", ("input", "prompt", "question")),
-                    ("assistant", ("output", "response", "answer")),
-                )
-                for key in keys
-                if isinstance(message.get(key), str)
-            ]
+        named += [(role, key) for key, role in TURN_KEYS.items() if isinstance(message.get(key), str)]
         if not named:
             raise self.no_message(message)
         for role, key in sorted(named, key=lambda one: one[0] != "system"):

@@ -36,7 +36,7 @@ class ReadSettings:
     """Largest share of rows (0..1) that may be unreadable and are then left out; with more the files are refused."""
     max_bytes: int = 64 << 20
     """Most bytes of text that are read, decompressed; larger files are read at places spread over them, where they can be."""
-    max_documents: int = 100_000
+    max_documents: int = 50_000
     """Most documents that are read; of more, some from all over the files."""
 
     def __post_init__(self) -> None:
@@ -79,8 +79,9 @@ def read(given: Sequence[str | Path], settings: ReadSettings, prompts: bool = Fa
         names = ", ".join(map(str, given)) or "an empty list of paths"
         told = "; ".join(map(str, remarks.all()))
         raise CorpusError(f"{names} holds no text", expected="prompts" if prompts else "text", got=told)
-    if len(documents) > 1 and len({document.group for document in documents}) == 1 and documents[0].group:
-        remarks.add("the pieces of the only text are split as if they were texts", documents[0].group)
+    only = documents[0].group
+    if len(documents) > 1 and only and all(document.id.startswith(f"{only}/") for document in documents):
+        remarks.add("the pieces of the only text are split as if they were texts", only)
         documents = [dataclasses.replace(document, group="") for document in documents]
     return Reading(tuple(documents), remarks.all())
 

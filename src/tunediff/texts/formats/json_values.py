@@ -165,10 +165,12 @@ def _held(value: Any) -> Iterable[Any] | None:
         return None
     lists = {name: item for name, item in value.items() if isinstance(item, list) and item}
     named = [name for name in value if name.lower() in (*TEXTS, *MESSAGES, *PROMPTS)]
-    if any(name in lists and isinstance(lists[name][0], list if name.lower() in MESSAGES else str) for name in named):
+    if any(name in lists and _is_column(name, lists[name]) for name in named):
         if len(lists) == len(value) and len(set(map(len, lists.values()))) == 1:
             return (dict(zip(lists, row)) for row in zip(*lists.values()))
-    tables = [name for name, item in lists.items() if isinstance(item[0], (Mapping, list))]
+    tables = [
+        n for n, item in lists.items() if isinstance(item[0], (Mapping, list)) and not looks_like_message(item[0])
+    ]
     chosen = [name for name in HOLDERS if name in tables] or (tables if len(tables) == 1 else [])
     if named or not chosen:
         return None
@@ -176,6 +178,14 @@ def _held(value: Any) -> Iterable[Any] | None:
         one["row"] if isinstance(one, Mapping) and "row_idx" in one and "row" in one else one
         for one in lists[chosen[0]]
     )
+
+
+def _is_column(name: str, values: list[Any]) -> bool:
+    """Whether a list holds a text or a chat of each record, and is not one record's chat."""
+    first = values[0]
+    if name.lower() in MESSAGES:
+        return isinstance(first, list) and bool(first) and isinstance(first[0], Mapping)
+    return isinstance(first, str)
 
 
 VARIANT = JsonValues

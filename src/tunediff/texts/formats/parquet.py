@@ -23,21 +23,20 @@ class Parquet(Format):
         try:
             # Texts that repeat stay written once: a small file may say very much very often.
             with parquet.ParquetFile(file.path, memory_map=True) as plain:
-                columns = _leaves(plain)
-            with parquet.ParquetFile(file.path, read_dictionary=columns, memory_map=True) as opened:
-                yield from self._rows(file, opened)
+                names, leaves = text_columns(plain.schema_arrow, file), _leaves(plain)
+            with parquet.ParquetFile(file.path, read_dictionary=leaves, memory_map=True) as opened:
+                yield from self._rows(file, opened, names)
         except FAULTS as error:
             raise SourceError(f"{file.path} is not a whole Parquet file", got=first_line(error)) from None
 
-    def _rows(self, file: File, opened: Any) -> Iterator[Row]:
-        names = text_columns(opened.schema_arrow, file)
+    def _rows(self, file: File, opened: Any, names: list[str]) -> Iterator[Row]:
         groups = [opened.metadata.row_group(number) for number in range(opened.metadata.num_row_groups)]
         sizes = [_size(group, names) for group in groups]
         starts = [sum(group.num_rows for group in groups[:number]) for number in range(len(groups))]
         share = file.share
         part = min(1.0, share.bytes / max(1, sum(sizes)), share.documents / max(1, opened.metadata.num_rows))
         count = max(1, round(part * len(groups)))
-        chosen = [len(groups) * number // count for number in range(count)] if groups else []
+        chosen = [len(groups) * (2 * place + 1) // (2 * count) for place in range(count)] if groups else []
         share.cut |= part < 1
         for place, number in enumerate(chosen):
             if sizes[number] > share.bytes and _widest(groups[number], names) > share.bytes:

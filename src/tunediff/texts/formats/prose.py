@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from tunediff.core.errors import SourceError
 from tunediff.texts.files import File
 from tunediff.texts.formats.base import Format, Row
-from tunediff.texts.pieces import PIECE_CHARACTERS, pieces
+from tunediff.texts.pieces import PIECE_CHARACTERS, WHOLE_CHARACTERS, pieces
 
 
 class Prose(Format):
@@ -17,10 +17,10 @@ class Prose(Format):
     is_text = True
 
     def rows(self, file: File) -> Iterator[Row]:
-        if file.is_sampled:
+        if file.is_sampled(WHOLE_CHARACTERS):
             yield from self._passages(file)
             return
-        text = "".join(line.text for line in file.lines() if _read(line.fault))
+        text = "".join(line.text for line in file.lines(sampled=False) if _read(line.fault))
         cut = list(pieces(text))
         if len(cut) == 1:
             yield Row("", "", text)
@@ -31,7 +31,7 @@ class Prose(Format):
         """Consecutive lines, up to the length of a piece, from places all over the file."""
         some: list[str] = []
         key, block, size = "", 0, 0
-        for line in file.lines():
+        for line in file.lines(each=WHOLE_CHARACTERS):
             if some and (size > PIECE_CHARACTERS or line.block != block or line.fault):
                 yield Row(key, key, "".join(some))
                 some, size = [], 0
