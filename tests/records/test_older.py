@@ -58,6 +58,7 @@ def test_an_older_diff_opens_with_every_number(tmp_path):
         assert values == [row[subject] for row in rows]
 
     same = set(record) - {"scan", "changes", "fits", "schema"}
+    record["corpus"] |= {"remarks": [], "prompt_remarks": []}
     plain = json.loads(json.dumps(diff.__dict__, default=vars))
     assert {name: plain[name] for name in same} == {name: record[name] for name in same}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from itertools import chain
+from typing import Any
 
 from tunediff.core.errors import CorpusError
 from tunediff.core.remarks import Remark
@@ -53,11 +54,11 @@ def read(settings: CorpusSettings, asked: int) -> tuple[Corpus, Corpus]:
 
 
 def _read(settings: CorpusSettings, paths: Sequence[str], prompts: bool = False) -> Corpus:
-    how = {f.name: getattr(settings, f.name) for f in dataclasses.fields(ReadSettings)}
+    how: dict[str, Any] = {f.name: getattr(settings, f.name) for f in dataclasses.fields(ReadSettings)}
     return Corpus.from_files(paths, prompts=prompts, **_split(settings), **how)
 
 
-def _split(settings: CorpusSettings) -> dict[str, float | int]:
+def _split(settings: CorpusSettings) -> dict[str, Any]:
     return {"held_out_share": settings.held_out_share, "seed": settings.split}
 
 

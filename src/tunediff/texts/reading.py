@@ -107,8 +107,7 @@ class _Reader:
 
     def __init__(self, settings: ReadSettings, prompts: bool, remarks: Remarks) -> None:
         self.settings, self.prompts, self.remarks = settings, prompts, remarks
-        fields = {"text_field": settings.text_field, "messages_field": settings.messages_field}
-        self.records = Records(settings.kind, **fields, are_prompts=prompts, remarks=remarks)
+        self.records = Records(settings.kind, settings.text_field, settings.messages_field, prompts, remarks)
         self.labels: Counter[str] = Counter()
         self.ids: Counter[str] = Counter()
         self.rows = self.broken = 0

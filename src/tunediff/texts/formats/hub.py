@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -25,7 +26,7 @@ class Hub(Format):
     def rows(self, file: File) -> Iterator[Row]:
         name, *rest = file.label.split(":")
         try:
-            import datasets
+            datasets = importlib.import_module("datasets")
         except ImportError:
             raise MissingExtraError(
                 f"{file.label} is no file or folder here, and a data set of the hub needs the library datasets",

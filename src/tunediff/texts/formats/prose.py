@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import ClassVar
 
 from tunediff.core.errors import SourceError
 from tunediff.texts.files import File
@@ -13,7 +14,7 @@ from tunediff.texts.pieces import PIECE_CHARACTERS, WHOLE_CHARACTERS, pieces
 class Prose(Format):
     """Plain text."""
 
-    suffixes = (".txt", ".text", ".md", ".markdown", ".rst")
+    suffixes: ClassVar[tuple[str, ...]] = (".txt", ".text", ".md", ".markdown", ".rst")
     is_text = True
 
     def rows(self, file: File) -> Iterator[Row]:
