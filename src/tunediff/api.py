@@ -107,7 +107,7 @@ def diff(
     in_memory = [model[0] for model in (base, tuned) if isinstance(model, tuple)]
     with _evaluating(*in_memory):
         made = Run.begin(chosen, Path(runs), run, bar, _pair(base, tuned, names, chosen))
-        return Diff.of(made, made.publish(made.undo() if undo else []))
+        return Diff.of(made, made.conclude(undo))
 
 
 def revert(

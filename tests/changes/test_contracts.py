@@ -29,7 +29,7 @@ from tunediff.core.axes import BASE, TUNED
 from tunediff.dictionaries.schedule import FitSettings
 from tunediff.edits import edit as edit_module
 from tunediff.edits import reverting as reverting_module
-from tunediff.edits.baking import baked_network
+from tunediff.edits.baking import merged
 from tunediff.edits.edit import Edit, EditSettings, scaling
 from tunediff.edits.reverting import Moments, input_moments, random_directions, reverting
 from tunediff.harvests.harvest import Harvest
@@ -347,7 +347,7 @@ def test_writing_leaves_no_trace(planted):
 def test_a_baked_edit_equals_the_live_one(planted, operation):
     edit, tuned = OPERATIONS[operation](planted), planted.pair.tuned
     assert all(v.dtype == p.dtype and v.shape == p.shape for p, v in edit.parameters(tuned).items())
-    side = planted_pairs.side(baked_network(planted.pair, edit), tuned.tokenizer, "baked")
+    side = planted_pairs.side(merged(planted.pair, edit), tuned.tokenizer, "baked")
     assert torch.equal(logits(side, planted), logits(edit.applied(tuned), planted))
 
 

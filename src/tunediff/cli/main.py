@@ -39,7 +39,7 @@ from tunediff.core.streams import shown, terminal
 from tunediff.core.text import NOT_MEASURED
 
 if TYPE_CHECKING:
-    from tunediff.records.diff import Bill, Diff
+    from tunediff.records.diff import Diff
     from tunediff.records.measure import Measure
     from tunediff.runs.run import Run
 
@@ -72,14 +72,13 @@ def diff(
 ) -> None:
     """Find what changed between two models, prove it, measure what undoing it costs, and write a report."""
     run, bar = new_run(base, tuned, name, runs, plan, set_, quiet, allow_code)
-    found = _publish(run, bar, run.undo() if undo else [], json).found
+    found = _show_finding(run, run.conclude(undo), bar, json).found
     if exit_code and found:
         raise typer.Exit(endings.FOUND)
 
 
-def _publish(run: Run, bar: ProgressBar, bills: list[Bill], json: bool) -> Diff:
-    """Write diff.json and report.html, print the summary, and return the record."""
-    diff = run.publish(bills)
+def _show_finding(run: Run, diff: Diff, bar: ProgressBar, json: bool) -> Diff:
+    """Print the record of a run, or its summary and where it is kept; return the record."""
     bar.close()
     if json:
         show(diff, json)
@@ -253,7 +252,7 @@ def demo(runs: Runs = RUNS, set_: Set = None, json: Json = False, quiet: Quiet =
 
     run, bar = new_run("default", "demo", "demo", runs, None, set_, quiet)
     checked = check(run)
-    _publish(run, bar, checked.bills, json)
+    _show_finding(run, run.publish(checked.bills), bar, json)
     if not json:
         typer.echo(checked.text)
 

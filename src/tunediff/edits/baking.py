@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import os
-import shutil
+from collections import Counter
 from pathlib import Path
-from typing import Any, cast
+from tempfile import TemporaryDirectory
+from typing import Any
 
 from safetensors import SafetensorError
 from torch import nn
@@ -15,6 +16,7 @@ from tunediff.core.artifacts import write_bytes
 from tunediff.core.errors import ArtifactError, NumericsError
 from tunediff.core.text import visible
 from tunediff.edits.edit import Edit
+from tunediff.models.loading import load_frozen, peft_layers
 from tunediff.models.network import LanguageModel, swapped
 from tunediff.models.pair import Pair, probe_ids
 from tunediff.records.diff import Bill
@@ -23,17 +25,22 @@ TOLERANCE = 1e-4
 """Largest accepted difference between the logits of a baked model and of the live edit, relative to the largest logit."""
 
 
-def baked_network(pair: Pair, edit: Edit) -> nn.Module:
-    """A new network with the edited weights and the adapter merged."""
-    with swapped(edit.parameters(pair.tuned)):
-        return merged(pair)
-
-
-def merged(pair: Pair) -> nn.Module:
-    """A new network with the tuned model's present weights and the adapter merged."""
-    module = copy.deepcopy(pair.tuned.module)
-    merge = getattr(module, "merge_and_unload", None)
-    return merge() if merge else module
+def merged(pair: Pair, edit: Edit | None = None) -> Any:
+    """A new network with the tuned model's weights, edited if an edit is given, and the adapter merged."""
+    with swapped(edit.parameters(pair.tuned) if edit else {}):
+        module: Any = copy.deepcopy(pair.tuned.module)
+    if not hasattr(module, "merge_and_unload"):
+        return module
+    uses = Counter(id(parameter) for _, parameter in module.named_parameters(remove_duplicate=False))
+    for layer in (layer.get_base_layer() for layer in module.modules() if isinstance(layer, peft_layers()[0])):
+        if uses[id(layer.weight)] > 1:
+            # Beside a tied weight an adapter changes one of its uses; merged into it, it would change them all.
+            layer.weight = nn.Parameter(layer.weight.data.clone(), requires_grad=False)
+    network = module.merge_and_unload()
+    if network.get_input_embeddings().weight is not network.get_output_embeddings().weight:
+        for config in (network.config, network.config.get_text_config(decoder=True)):
+            config.tie_word_embeddings = False  # or loading would tie them again
+    return network
 
 
 def check_empty(out: Path) -> None:
@@ -45,29 +52,40 @@ def check_empty(out: Path) -> None:
 def bake_edit(pair: Pair, edit: Edit, bill: Bill, out: Path) -> float:
     """Write the edited model to `out` and check it against the live edit; return the relative error of its logits.
 
-    The folder appears only when it is whole. Raises `ArtifactError` if `out` is not empty or cannot be written or the
-    edit belongs to another model, and `NumericsError` if the baked model differs by more than `TOLERANCE`.
+    The check is of the folder as it is read again, and the folder appears only when it is whole and right. Raises
+    `ArtifactError` if `out` is not empty or cannot be written or the edit belongs to another model, and `NumericsError`
+    if the baked model differs by more than `TOLERANCE`.
     """
     check_empty(out)
-    network = baked_network(pair, edit)
-    error = relative_error(pair, edit, network)
-    if error > TOLERANCE:
-        raise NumericsError(
-            "the baked model is not the live edit", expected=f"error below {TOLERANCE}", got=f"{error:.2g}"
-        )
     out = out.resolve()
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed
     try:
-        partial.mkdir(parents=True)
-        cast(Any, network).save_pretrained(partial)
-        pair.tuned.tokenizer.save_pretrained(partial)
-        write_bytes(partial / "README.md", _card(pair, edit, bill, error).encode())
-        os.replace(partial, out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent, ignore_cleanup_errors=True) as place:
+            partial = Path(place) / out.name
+            error = _write(pair, edit, partial)
+            write_bytes(partial / "README.md", _card(pair, edit, bill, error).encode())
+            os.replace(partial, out)
     except (OSError, SafetensorError) as fault:
         raise ArtifactError(f"{out} could not be written", got=str(fault), remedy="another --bake folder") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    return error
+
+
+def _write(pair: Pair, edit: Edit, folder: Path) -> float:
+    """Write the edited model and its tokenizer; return the relative error of what is read back."""
+    merged(pair, edit).save_pretrained(folder)
+    try:
+        pair.tuned.tokenizer.save_pretrained(folder)
+    except Exception as fault:  # of the library's own kind where the disk is full
+        raise OSError(str(fault)) from None
+    dtype = str(next(pair.tuned.module.parameters()).dtype).removeprefix("torch.")
+    error = relative_error(pair, edit, load_frozen(str(folder), dtype, str(pair.tuned.device))[0])
+    if error > TOLERANCE:
+        raise NumericsError(
+            "the baked model is not the live edit",
+            expected=f"logits within {TOLERANCE} of the largest",
+            got=f"{error:.2g}",
+            remedy="--set pair.dtype=float32",
+        )
     return error
 
 
@@ -97,6 +115,7 @@ tags: [tunediff, model-edit]
 Made by tunediff from the base `{visible(Path(pair.base.name).name)}` ({pair.base_fingerprint}) and the tune
 `{visible(Path(pair.tuned.name).name)}` ({pair.tuned_fingerprint}) by the operation *{edit.operation}*: what tuning added to
 each linear map was taken back where the changes above are on, and kept elsewhere. Base's own weights are untouched.
+Norms, biases, embeddings and convolutions are as tuned has them.
 Logits agree with the live edit to {error:.1e} of the largest.
 
 | measure | value | interval | unit | control | control is |

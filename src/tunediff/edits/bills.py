@@ -26,6 +26,9 @@ ROWS_TOKENS = 800
 RANDOM, ELSEWHERE = "random directions", "the same edit aimed at random text"
 """Names of the two kinds of control edits."""
 
+LEFT = "left as tuned"
+"""Name of the measure of how much of the difference of weights an edit does not touch."""
+
 SCALES = (0.5,)
 """Shares of everything fine-tuning changed that plain scaling takes out, as a further comparison."""
 
@@ -140,7 +143,8 @@ def bill(
     kept      share of KL(tuned || base) that is left, on contrastive rows where the changes are never on
     cost      KL(tuned || edited), nat a token, on neutral text
 
-    Raises `ArtifactError` where an edit belongs to another model.
+    Besides, `LEFT` says how much of the difference of weights the edit does not touch. Raises `ArtifactError` where an edit
+    belongs to another model.
     """
     on = on_rows(contrastive, changes, settings.spread)
     strongest = _by_strength(contrastive, changes)
@@ -209,7 +213,22 @@ def bill(
                     "the edit anybody can make",
                 )
             )
-    return Bill(edit.name, edit.operation, list(edit.changes), measures)
+    return Bill(edit.name, edit.operation, list(edit.changes), [*measures, _left(pair, edit)])
+
+
+def _left(pair: Pair, edit: Edit) -> Measure:
+    """The share of the difference of weights that an edit leaves as it is, and in which kinds of parameters that is."""
+    edited = edit.parameters(pair.tuned)
+    left: dict[str, float] = {}
+    for delta in pair.deltas():
+        left[delta.kind] = left.get(delta.kind, 0.0) + (0.0 if delta.parameter in edited else delta.relative)
+    whole = sum(delta.relative for delta in pair.deltas())
+    kinds = ", ".join(f"{kind} {size / whole:.0%}" for kind, size in left.items() if size)
+    value = sum(left.values()) / whole if whole else 0.0
+    against = (
+        f"of no linear map, or of maps whose inputs were not seen: {kinds}" if kinds else "every parameter was edited"
+    )
+    return Measure(LEFT, value, unit="share of the difference of weights", against=against)
 
 
 def costs(pair: Pair, edits: Sequence[Edit], neutral: Sample, batch_tokens: int = 1200) -> list[float]:

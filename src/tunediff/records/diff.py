@@ -127,12 +127,16 @@ class NullCard:
 
 @dataclass(frozen=True)
 class Bill:
-    """What an edit does and costs: the changes it removes, the operation, and its measures on held-out text."""
+    """What an edit does and costs: the changes it removes, the operation, and its measures on held-out text.
+
+    failed   why there are no measures, where the bill could not be made; empty otherwise
+    """
 
     name: str
     operation: str
     changes: list[str]
     measures: list[Measure]
+    failed: str = ""
 
 
 @dataclass(frozen=True)

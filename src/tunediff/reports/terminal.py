@@ -78,6 +78,8 @@ def _output(m: Measure) -> Text:
 
 def _bill(bill: Bill) -> Text:
     parts: list[Part] = [(bill.name, "bold"), f"  {bill.operation}  "]
+    if bill.failed:
+        parts.append(f"no bill: {bill.failed}")
     for m in bill.measures:
         control = f" ({_versus(m, 'control')})" if m.control is not None else ""
         parts += [f"{m.name} ", (quantity(m.value, m.unit), "bold"), (control, "dim"), "  "]

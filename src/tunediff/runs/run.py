@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tunediff.core.axes import MODELS
-from tunediff.core.errors import ArtifactError, SettingError, SourceError
+from tunediff.core.errors import ArtifactError, SettingError, SourceError, TunediffError
 from tunediff.core.progress import Progress, quiet
 from tunediff.core.text import NAME_LENGTH, slug
 from tunediff.core.typed import read_toml
@@ -198,8 +198,31 @@ class Run(Stages):
         return bill
 
     def undo(self) -> list[Bill]:
-        """The bills of removing the first ``edit.bills`` confirmed changes, one bill for each change."""
-        return [self.bill([id]) for id in self.confirmed[: self.plan.edit.bills]]
+        """The bills of removing the first ``edit.bills`` confirmed changes, one bill for each change.
+
+        A bill that cannot be made says so; the others go on.
+        """
+        return [self._told([id]) for id in self.confirmed[: self.plan.edit.bills]]
+
+    def _told(self, ids: Sequence[str]) -> Bill:
+        try:
+            return self.bill(ids)
+        except TunediffError as error:
+            said = "; ".join(error.lines())
+        except Exception as error:  # the finding stands, whatever went wrong in pricing it
+            if os.environ.get("TUNEDIFF_DEBUG"):
+                raise
+            said = f"{type(error).__name__}: {error}; this is a fault in tunediff (TUNEDIFF_DEBUG=1 shows where)"
+        return Bill("revert", "revert", list(ids), [], " ".join(said.split()))
+
+    def conclude(self, undo: bool = True) -> Diff:
+        """Publish the finding, and where `undo` says so, price undoing it and publish again.
+
+        The finding is on disk before anything is priced, so that a crash or an interrupt meanwhile loses nothing.
+        """
+        diff = self.publish()
+        bills = self.undo() if undo else []
+        return self.publish(bills) if bills else diff
 
     def publish(self, billed: Sequence[Bill] = ()) -> Diff:
         """Write ``diff.json`` and ``report.html`` into the run's folder, and return the record."""
