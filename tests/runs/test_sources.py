@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import random
 from pathlib import Path
 
 import pytest
 import tiny_world
-from small_texts import write
+from small_texts import texts, write
 from tiny_world import World
 
+from tunediff.core.progress import ProgressBar
 from tunediff.runs.plan import Plan
 from tunediff.runs.sources import Sources
 
@@ -42,3 +44,17 @@ def test_no_more_corpus_tokens_are_read_than_asked_for(world, tmp_path, length, 
     for split in ("train", "held_out"):
         assert tokens.select(split).count > 100
     assert len({document.id for document in tokens.documents}) == len(tokens.documents)
+
+
+def test_what_reading_left_out_is_told_and_reaches_the_cards(world, tmp_path):
+    path = write(tmp_path / "a.jsonl", *texts(12), {"text": ""}, {"prompt": "a", "chosen": "b", "rejected": "c"})
+    run = sources(world, tmp_path / "run", corpus__paths=[str(path)])
+    run.progress = ProgressBar(io.StringIO())
+    assert len(run.corpus.documents) == 13
+    (card,) = (card for card in run.cards if card.name == "corpus")
+    assert card.notes == [
+        f"rows without text left out: 1 (first: {path}, line 13)",
+        f"rejected answers left out: 1 (first: {path}, line 14)",
+    ]
+    (line,) = run.progress.stream.getvalue().splitlines()
+    assert line == "text    " + "; ".join(card.notes)

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from small_texts import texts, write
 
-from tunediff.core.errors import MissingExtraError, SourceError
+from tunediff.core.errors import CorpusError, MissingExtraError, SourceError
 from tunediff.texts.corpus import Corpus
 
 TEXTS = [record["text"] for record in texts(4)]
@@ -131,6 +131,19 @@ def test_pipes_sockets_and_devices_are_refused_at_once(tmp_path: Path, name: str
     assert time.monotonic() - began < 5
 
 
+def test_odd_names_are_no_faults(tmp_path: Path) -> None:
+    for name in ("x" * 5_000, "a\0b.txt", "", "[", "**x/[", "a/" * 3_000 + "*.txt", "owner/name.jsonl"):
+        with pytest.raises((SourceError, CorpusError)):
+            Corpus.from_files(str(tmp_path / name))
+    path = os.fsencode(tmp_path) + b"/\xff.txt"
+    with open(path, "wb") as file:
+        file.write(b"Text.")
+    (document,) = Corpus.from_files(os.fsdecode(path)).documents
+    assert document.id.encode() and Corpus("x", (document,)).fingerprint
+    (tmp_path / "loop.txt").symlink_to(tmp_path / "loop.txt")
+    assert read(tmp_path) == ["Text."]
+
+
 def test_latin_1_is_read_and_told(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes("Grüße\n".encode("latin-1") + "aus Köln".encode())
     corpus = Corpus.from_files(tmp_path / "a.txt")
@@ -183,6 +196,15 @@ def test_a_small_parquet_file_that_says_much_is_limited(tmp_path: Path) -> None:
     assert 7 <= len({document.group for document in corpus.documents}) or corpus.remarks
     assert sum(len(document.text) for document in corpus.documents) <= 5 << 20
     assert pyarrow.total_allocated_bytes() - before < 64 << 20
+
+
+def test_a_parquet_file_that_is_packed_as_no_text_is_refused(tmp_path: Path) -> None:
+    pyarrow, parquet = map(pytest.importorskip, ("pyarrow", "pyarrow.parquet"))
+    table = pyarrow.table({"text": ["z" * (1 << 24)] * 4})
+    parquet.write_table(table, tmp_path / "a.parquet", compression="brotli", use_dictionary=False)
+    assert (tmp_path / "a.parquet").stat().st_size < 1 << 12
+    with pytest.raises(SourceError, match="row group 1 is too large"):
+        Corpus.from_files(tmp_path / "a.parquet", max_bytes=1 << 24)
 
 
 def test_large_parquet_files_are_read_at_places_all_over_them(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from tunediff.core.errors import MissingExtraError, SourceError
+from tunediff.core.files import KINDS
 from tunediff.core.remarks import Remarks
 
 MAX_DOCUMENT_BYTES = 16 << 20
@@ -258,7 +259,7 @@ def regular(path: Path) -> os.stat_result:
         raise SourceError(
             f"{path} is no regular file",
             expected="a file of text",
-            got="a pipe, socket or device",
+            got=KINDS.get(stat.S_IFMT(state.st_mode), "something else"),
             remedy="write the text to a file first",
         )
     return state
@@ -296,13 +297,13 @@ def find(given: Sequence[str | Path], readable: Iterable[str], remarks: Remarks)
     """
     suffixes = tuple(readable)
     for path in map(Path, given):
-        if path.is_dir():
-            yield from _inside(path, sorted(_walk(path)), suffixes, remarks)
+        if os.path.isdir(path):
+            yield from _inside(path, sorted(_walk(path, remarks)), suffixes, remarks)
         elif os.path.lexists(path):
-            yield File(path, path.name, remarks)
+            yield File(path, _label(path.name), remarks)
         elif glob.has_magic(str(path)):
             plain = Path(*path.parts[: next(n for n, part in enumerate(path.parts) if glob.has_magic(part))])
-            files = _matching(plain, str(path.relative_to(plain)))
+            files = _matching(plain, str(path.relative_to(plain)), remarks)
             if not files:
                 raise SourceError(f"no file fits {path}", expected="a pattern that some file fits")
             yield from _inside(plain, files, suffixes, remarks)
@@ -312,39 +313,49 @@ def find(given: Sequence[str | Path], readable: Iterable[str], remarks: Remarks)
             )
 
 
-def _matching(folder: Path, pattern: str) -> list[Path]:
+def _label(name: str) -> str:
+    """A file's name as text: bytes that are none are replaced."""
+    return name.encode(errors="surrogateescape").decode(errors="replace")
+
+
+def _matching(folder: Path, pattern: str, remarks: Remarks) -> list[Path]:
     """The files in a folder that fit a pattern, and those in its folders that do; no link to a folder is followed."""
     try:
         found = [path for path in folder.glob(pattern) if not _is_hidden(path.relative_to(folder))]
-    except (ValueError, NotImplementedError) as error:
-        raise SourceError(f"{folder / pattern} is no pattern", got=first_line(error), expected="data/*.jsonl") from None
-    inner = [file for path in found if path.is_dir() and not path.is_symlink() for file in _walk(path)]
-    return sorted({*(path for path in found if not path.is_dir()), *inner})
+    except (OSError, RuntimeError, ValueError, NotImplementedError) as error:
+        raise SourceError(
+            f"{str(folder / pattern)[:200]} is no pattern of files", got=first_line(error), expected="data/*.jsonl"
+        ) from None
+    inner = [file for path in found if os.path.isdir(path) and not path.is_symlink() for file in _walk(path, remarks)]
+    return sorted({*(path for path in found if not os.path.isdir(path)), *inner})
 
 
 def _is_hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
 
 
-def _walk(folder: Path) -> Iterator[Path]:
-    for root, folders, files in os.walk(folder):
+def _walk(folder: Path, remarks: Remarks) -> Iterator[Path]:
+    def unreadable(error: OSError) -> None:
+        remarks.add("folders that cannot be read passed over", str(error.filename))
+
+    for root, folders, files in os.walk(folder, onerror=unreadable):
         folders[:] = [name for name in folders if not name.startswith(".")]
         yield from (Path(root) / name for name in files if not name.startswith("."))
 
 
 def _inside(folder: Path, paths: Sequence[Path], suffixes: tuple[str, ...], remarks: Remarks) -> Iterator[File]:
-    home, count, outside = folder.resolve(), 0, 0
+    home, count, outside = Path(os.path.realpath(folder)), 0, 0
     for path in paths:
         if suffix_of(path) not in suffixes or path.name in NOT_DATA or path.name.startswith("cache-"):
             continue
-        if not path.resolve().is_relative_to(home):
+        if not Path(os.path.realpath(path)).is_relative_to(home):
             remarks.add("links out of the folder not followed", str(path))
             outside += 1
-        elif not path.is_file():
+        elif not os.path.isfile(path):
             remarks.add("pipes, sockets and devices passed over", str(path))
         else:
             count += 1
-            yield File(path, path.relative_to(folder).as_posix(), remarks)
+            yield File(path, _label(path.relative_to(folder).as_posix()), remarks)
     if not count:
         raise SourceError(
             f"{folder} holds no file that can be read",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import math
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -96,7 +97,7 @@ def formats() -> dict[str, Format]:
 
 def _found(given: Sequence[str | Path], remarks: Remarks) -> Iterator[File]:
     for path in given:
-        if not Path(path).exists() and NAME.fullmatch(str(path)) and files.suffix_of(Path(path)) not in formats():
+        if not os.path.lexists(path) and NAME.fullmatch(str(path)) and files.suffix_of(Path(path)) not in formats():
             yield File(Path(path), str(path), remarks, on_hub=True)
         else:
             yield from files.find([path], formats(), remarks)

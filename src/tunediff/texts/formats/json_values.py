@@ -13,6 +13,7 @@ from tunediff.texts.fields import MESSAGES, PROMPTS, TEXTS, looks_like_message
 from tunediff.texts.files import File, first_line
 from tunediff.texts.formats.base import Format, Row
 
+SPACE = " \t\r\n\ufeff"
 CHUNK_BYTES = 256 << 10
 """How much of a file is read at a time."""
 HOLDERS = ("data", "rows", "train", "examples", "records", "items", "instances", "dialogues")
@@ -78,7 +79,7 @@ class _Values:
         self.raw_decode = json.JSONDecoder().raw_decode
 
     def rows(self) -> Iterator[Row]:
-        """Yield the file's records; one that is not JSON is the last, as nothing tells where the next begins."""
+        """Yield the file's records; raises SourceError at one that is not JSON, as nothing tells where the next begins."""
         number, where = 0, ""
         try:
             with self.file.open() as self.bytes:
@@ -86,11 +87,15 @@ class _Values:
                 for where, value in self._records():
                     yield Row(str(number), where, value)
                     number += 1
-        except json.JSONDecodeError as error:
-            if not self.file.share.cut:
-                yield Row(str(number), where, fault=_broken(self.file, f"line {self._line(error.pos)}", error.msg))
-        except RecursionError:
-            yield Row(str(number), where, fault=_broken(self.file, f"line {self.line}", "nested too deeply"))
+        except (json.JSONDecodeError, RecursionError) as error:
+            if self.file.share.cut:
+                return
+            at = self._line(error.pos if isinstance(error, json.JSONDecodeError) else self.at)
+            why = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
+            fault = _broken(self.file, f"line {at}", why)
+            if number:
+                raise fault from None  # what follows would be lost without a count
+            yield Row("0", where, fault=fault)
         except files.FAULTS as error:
             raise self.file.unreadable(error) from None
 
@@ -122,10 +127,10 @@ class _Values:
     def _next(self, passed: str = "") -> str:
         """The next character that is neither white space nor `passed`; empty at the end."""
         while True:
-            rest = self.text[self.at :].lstrip(" \t\r\n\ufeff" + passed)
-            self.at = len(self.text) - len(rest)
-            if rest or not self._fill(CHUNK_BYTES):
-                return rest[:1]
+            while (found := self.text[self.at : self.at + 1]) and found in SPACE + passed:
+                self.at += 1
+            if found or not self._fill(CHUNK_BYTES):
+                return found
 
     def _value(self, most: int) -> Any:
         """The value that starts here, of at most so many characters."""

@@ -11,6 +11,8 @@ from tunediff.texts.formats.base import Format, Row
 
 BATCH_ROWS = 256
 """Rows that are read at a time."""
+MOST_PACKED = 200
+"""How many times smaller than a text its compressed form may be."""
 
 
 class Parquet(Format):
@@ -39,7 +41,7 @@ class Parquet(Format):
         chosen = [len(groups) * (2 * place + 1) // (2 * count) for place in range(count)] if groups else []
         share.cut |= part < 1
         for place, number in enumerate(chosen):
-            if sizes[number] > share.bytes and _widest(groups[number], names) > share.bytes:
+            if sizes[number] > share.bytes and _swells(groups[number], names, share.bytes):
                 fault = SourceError(
                     f"{file.path}, row group {number + 1} is too large",
                     got=f"{sizes[number]:,} bytes",
@@ -138,10 +140,13 @@ def _size(group: Any, names: list[str]) -> int:
     return sum(column.total_uncompressed_size for column in _columns(group, names))
 
 
-def _widest(group: Any, names: list[str]) -> float:
-    """Bytes of a row of the widest column, decompressed, times the rows of a batch."""
-    sizes = (column.total_uncompressed_size / max(1, group.num_rows) for column in _columns(group, names))
-    return BATCH_ROWS * max(sizes, default=0.0)
+def _swells(group: Any, names: list[str], most: int) -> bool:
+    """Whether a column of a row group is packed as no text is, or a batch of its rows alone takes more than `most`."""
+    for column in _columns(group, names):
+        size = column.total_uncompressed_size
+        if size > MOST_PACKED * column.total_compressed_size or BATCH_ROWS * size / max(1, group.num_rows) > most:
+            return True
+    return False
 
 
 VARIANT = Parquet

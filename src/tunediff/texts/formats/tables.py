@@ -24,7 +24,7 @@ class Tables(Format):
         lines = (line.text for line in file.lines(sampled=False) if _read(line))
         header = file.head.decode(file.encoding, errors="ignore").lstrip("\ufeff").split("\n", 1)[0]
         delimiter = DELIMITERS.get(file.suffix) or max(",;\t|", key=header.count)
-        reader = csv.reader(lines, delimiter=delimiter, strict=True)
+        reader = csv.reader(lines, delimiter=delimiter)
         number = -1
         columns: list[str] = []
         try:
@@ -42,10 +42,8 @@ class Tables(Format):
                 elif cells:
                     yield Row(str(number), where, {name: cell or None for name, cell in zip(columns, cells)})
         except csv.Error as error:
-            where = f"line {reader.line_num}"
-            if not file.share.cut:
-                fault = SourceError(f"{file.path}, {where} is no row of a table", got=str(error))
-                yield Row(str(number + 1), where, fault=fault)
+            # What follows would be lost without a count.
+            raise SourceError(f"{file.path}, line {reader.line_num} is no row of a table", got=str(error)) from None
 
 
 def _read(line: files.Line) -> bool:
