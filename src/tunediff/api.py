@@ -65,12 +65,12 @@ class Diff(records.Diff):
         ``edit.applied(model)`` gives the edited model, ``edit.save(folder)`` keeps it.
         """
         with _evaluating(*_given(self.run)):
-            return self.run.edit(list(changes) or self.run.confirmed)[0]
+            return self.run.edit(list(changes) or self.run.undoable)[0]
 
     def bill(self, changes: Sequence[str] = ()) -> Bill:
         """What taking changes out does and costs, by their ids; all confirmed ones if none is named."""
         with _evaluating(*_given(self.run)):
-            return self.run.bill(list(changes) or self.run.confirmed)
+            return self.run.bill(list(changes) or self.run.undoable)
 
     def _repr_html_(self) -> str:
         return summary_html(self)

@@ -39,10 +39,16 @@ from tunediff.models.pair import Pair
 from tunediff.records.change import Change, load_changes, save_changes
 from tunediff.records.site import Site
 
-FINDERS = variants.names("tunediff.changes.finders")
+
+def of_streams(package: str) -> list[str]:
+    """The variants whose changes are of streams; those of changes at the output are asked in `test_outputs`."""
+    return [name for name in variants.names(package) if not variants.load(package, name).at_output]
+
+
+FINDERS = of_streams("tunediff.changes.finders")
 CONTROLS = [name for name in FINDERS if variants.load("tunediff.changes.finders", name).control]
 SEEKERS = [name for name in FINDERS if name not in CONTROLS]
-TRIALS = variants.names("tunediff.changes.trials")
+TRIALS = of_streams("tunediff.changes.trials")
 VERIFY = VerifySettings(draws=39, documents=5, scored=40)
 """Only the strongest documents: a direction that is read everywhere takes away as much noise as it has found in the others."""
 RANK = RankSettings(null_tokens=1000, effect_tokens=1000)

@@ -19,7 +19,8 @@ from tunediff.core.errors import NumericsError, PairError, SettingError, SourceE
 from tunediff.models import shipped as embedded
 from tunediff.models.loading import fingerprint
 from tunediff.models.network import LanguageModel
-from tunediff.models.pair import Pair, probe_ids
+from tunediff.models.pair import Pair
+from tunediff.models.vocabulary import probe_ids
 
 FAMILIES = ("llama", "gpt2", "gemma2")
 IDS = torch.randint(3, 259, (3, 17), generator=torch.Generator().manual_seed(0))
@@ -168,7 +169,7 @@ def test_added_tokens_are_compared_on_the_shared_vocabulary(home, tmp_path):
         network.resize_token_embeddings(304, mean_resizing=False)
     pair = load(home / "llama" / "base", tiny_models.save(tmp_path / "added", network, tokenizer))
     assert pair.vocabulary == 300 and pair.tuned.vocabulary == 304
-    assert "300" in pair.notes[0] and "304" in pair.notes[0]
+    assert "300" in pair.notes[0] and "304" in pair.notes[0] and "<tool>" in pair.notes[1]
     before = logits(pair.tuned)
     assert before.shape[-1] == 304 and len(pair.deltas()) == 22
     null = pair.random_tuned(0)
@@ -241,22 +242,19 @@ def test_modules_trained_whole_beside_an_adapter(home, tmp_path):
 # Refusals
 
 
-def test_tokenizers_that_differ_are_refused(home, tmp_path):
-    from tokenizers import Tokenizer
+def test_tokenizers_that_cut_no_text_alike_are_refused(home, tmp_path):
+    from tokenizers import pre_tokenizers
 
-    made = json.loads(tiny_models.tokenizer().backend_tokenizer.to_str())
-    ids = made["model"]["vocab"]
-    ids["T"], ids["h"] = ids["h"], ids["T"]
     other = tiny_models.tokenizer()
-    other._tokenizer = Tokenizer.from_str(json.dumps(made))
+    other.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tuned = tiny_models.save(tmp_path / "other", tiny_models.tuned_copy(tiny_models.module("llama")), other)
     refused(
         home / "llama" / "base",
         tuned,
         PairError,
-        "the same text as different tokens",
+        "the same text into different tokens",
         expected="(base)",
-        got="The quick",
+        got="split text into words differently",
         remedy="one tokenizer",
     )
 

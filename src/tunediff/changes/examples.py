@@ -19,9 +19,8 @@ RARE = 0.05
 """Pseudo-count added to both expected counts of a token before they are compared."""
 
 
-def contexts(tokenizer, sample: Sample, change: Change, kl_N: Tensor, count: int = 6) -> list[Context]:
-    """Excerpts of the rows with the change's largest strengths, one a document, strongest first, centered on the peak."""
-    f_N = sample.strength(change)
+def contexts(tokenizer, sample: Sample, f_N: Tensor, kl_N: Tensor, count: int = 6) -> list[Context]:
+    """Excerpts of the rows with a change's largest strengths, one a document, strongest first, centered on the peak."""
     best: dict[int, tuple[float, int]] = {}
     for row in sample.rows:
         where = sample.row_N == row
@@ -73,11 +72,10 @@ def lens_tokens(
     return tuple([TokenWeight(tokenizer.decode([i]), w) for i, w in side] for side in (top, bottom))
 
 
-def kind_rates(sample: Sample, change: Change) -> dict[str, float]:
-    """Share of tokens on which the change is on, for each kind of text; contrastive text is split by author."""
-    f_N = sample.strength(change) != 0
+def kind_rates(sample: Sample, f_N: Tensor) -> dict[str, float]:
+    """Share of tokens on which a change of these strengths is on, for each kind of text, contrastive text by author."""
     seen: dict[str, list[int]] = {}
-    for document, on in zip(sample.document_N.tolist(), f_N.tolist()):
+    for document, on in zip(sample.document_N.tolist(), (f_N != 0).tolist()):
         d = sample.tokens.documents[document]
         tally = seen.setdefault(f"{d.kind} by {d.writer}" if d.writer else d.kind, [0, 0])
         tally[0] += on

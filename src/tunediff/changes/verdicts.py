@@ -124,7 +124,7 @@ class Verifier:
                 "what tuned says more and less of because of it (keyness of what is expected on held-out text, nat)"
             )
         decision, reason = self._decision(ranked, outcomes)
-        shown = number < SHOWN * self.settings.changes
+        shown, f_N = number < SHOWN * self.settings.changes, self.sample.strength(change)
         if not promoted and not suppressed and shown:
             promoted, suppressed = lens_tokens(self.pair.tokenizer, self.pair.base, self.lens, change)
             read_by = f"tuned lens at {site} (cosine)"
@@ -143,9 +143,9 @@ class Verifier:
             promoted=promoted,
             suppressed=suppressed,
             read_by=read_by,
-            contexts=contexts(self.pair.tokenizer, self.sample, change, self.kl_N) if shown else [],
+            contexts=contexts(self.pair.tokenizer, self.sample, f_N, self.kl_N) if shown else [],
             depth=ranked.depth,
-            kinds=kind_rates(self.sample, change),
+            kinds=kind_rates(self.sample, f_N),
             dose=[point for o in outcomes.values() for point in o.dose],
             origin=change.origin,
         )
@@ -164,15 +164,20 @@ class Verifier:
             return "refuted", f"random tunes of the same size do as much (p = {ranked.p:.2g})"
         if self.ranking.refusal:
             return "undecided", self.ranking.refusal
-        if not outcomes:
-            return "undecided", "stands out from random tunes, but was not put on trial"
-        decide = [outcomes[name] for name, trial in self.trials.items() if trial.decides]
-        if not decide:
-            return "undecided", f"none of the trials decides ({', '.join(outcomes)})"
-        against = [o for o in decide if o.speaks is False]
-        silent = [o for o in decide if o.speaks is None]
-        decision = "refuted" if against else "undecided" if silent else "confirmed"
-        return decision, "; ".join(o.reason for o in against or silent or decide)
+        return decision_of(self.trials, outcomes)
+
+
+def decision_of(trials: Mapping[str, Trial], outcomes: Mapping[str, Outcome]) -> tuple[str, str]:
+    """What the trials of a change that stands out from random tunes decide, and the reason."""
+    if not outcomes:
+        return "undecided", "stands out from random tunes, but was not put on trial"
+    decide = [outcomes[name] for name, trial in trials.items() if trial.decides]
+    if not decide:
+        return "undecided", f"none of the trials decides ({', '.join(outcomes)})"
+    against = [o for o in decide if o.speaks is False]
+    silent = [o for o in decide if o.speaks is None]
+    decision = "refuted" if against else "undecided" if silent else "confirmed"
+    return decision, "; ".join(o.reason for o in against or silent or decide)
 
 
 def scale_measures(fitted: Fitted, harvest: Harvest, ids: Mapping[int, str], seed: int) -> dict[str, list[Measure]]:

@@ -18,7 +18,7 @@ from tunediff.core.text import visible
 from tunediff.edits.edit import Edit
 from tunediff.models.loading import load_frozen, peft_layers
 from tunediff.models.network import LanguageModel, swapped
-from tunediff.models.pair import Pair, probe_ids
+from tunediff.models.pair import Pair
 from tunediff.records.diff import Bill
 
 TOLERANCE = 1e-4
@@ -91,10 +91,11 @@ def _write(pair: Pair, edit: Edit, folder: Path) -> float:
 
 def relative_error(pair: Pair, edit: Edit, network: nn.Module) -> float:
     """Largest difference of logits on probe text between `network` and the live edit, over the largest logit."""
-    ids_BT = probe_ids(pair.tokenizer, pair.vocabulary)
+    ids_BT = pair.vocabularies.probes()
     live = edit.applied(pair.tuned)
     expected = live.logits(live.states(ids_BT))
     baked = LanguageModel(network, pair.tokenizer, "baked", fast=pair.tuned.fast, family=pair.tuned.family_name)
+    baked.numbering = live.numbering
     got = baked.logits(baked.states(ids_BT))
     return float((got - expected).abs().max() / expected.abs().max())
 

@@ -79,7 +79,9 @@ def contrast(
 
     Each prompt gives two documents, or three if tuned also answers with amplification. All answers to one prompt are in
     one group, so they are on the same side of the split. Prompts of more than 512 tokens are left out, and so are
-    prompts to which a model gives an empty answer. `progress` is called with the number of new tokens.
+    prompts to which a model gives an empty answer, and prompts that the models' tokenizers cut differently. Tokens that
+    only one model has are left out of answers, of which nothing may then be left. `progress` is called with the number of
+    new tokens.
     """
     pool = [d for d in prompts.documents if d.is_open][: max(settings.pool, settings.prompts)]
     if not pool:
@@ -95,10 +97,11 @@ def contrast(
             expected=f"at most {PROMPT_TOKENS} tokens",
             remedy="shorter prompts",
         )
+    tokens, _ = pair.vocabularies.read_by_both(tokens, pair.tokenizer, 0.0)
     tokens = tokens.only(screen(pair, tokens, settings))
     rows = {d: row for row, d in zip(tokens.rows, tokens.document_R)}
     first = list(rows)[: settings.amplified_of(len(rows))]
-    texts: dict[str, dict[int, str]] = {name: {} for name in WRITERS}
+    texts: dict[str, dict[int, str | None]] = {name: {} for name in WRITERS}
     for name, model, asked, away in (
         ("base", pair.base, list(rows), {}),
         ("tuned", pair.tuned, list(rows), {}),
@@ -116,15 +119,16 @@ def contrast(
             progress=progress,
             **away,
         )
-        texts[name] = {
-            d: pair.tokenizer.decode(ids, skip_special_tokens=True).strip() for d, ids in zip(asked, answers)
-        }
+        for d, ids in zip(asked, answers):
+            shared = list(filter(pair.vocabularies.readable, ids))
+            text = pair.tokenizer.decode(shared, skip_special_tokens=True).strip()
+            texts[name][d] = text if text or len(shared) < len(ids) else None
     return [
-        pool[d].answered(texts[name][d], writer=name)
+        pool[d].answered(text, writer=name)
         for d in rows
-        if all(texts[name][d] for name in MODELS)
+        if all(texts[name][d] is not None for name in MODELS)
         for name in WRITERS
-        if texts[name].get(d)
+        if (text := texts[name].get(d)) is not None
     ]
 
 

@@ -129,3 +129,12 @@ def batches_of(tokens: Tokens, rows: Sequence[int], batch_tokens: int) -> Iterat
     """Yield some rows in batches, with row numbers as in `tokens`."""
     for batch in tokens.only(rows).batches(batch_tokens):
         yield replace(batch, rows_B=torch.tensor(list(rows))[batch.rows_B])
+
+
+def spread_rows(tokens: Tokens, limit: int, *kinds: str) -> list[int]:
+    """Return training rows of the given kinds (of all if there is none) up to `limit` tokens, evenly over the corpus."""
+    train = [r for r, d in enumerate(tokens.document_R) if not tokens.held_out[d]]
+    rows = [r for r in train if tokens.documents[tokens.document_R[r]].kind in kinds] or train
+    total = sum(len(tokens.rows[r]) for r in rows)
+    stride = max(1, total // max(1, limit))
+    return rows[::stride]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -13,7 +13,6 @@ from tunediff.harvests.harvest import noise_floor
 from tunediff.models.divergences import Said, kl_divergence
 from tunediff.models.pair import Pair
 from tunediff.models.passes import Start
-from tunediff.records.profile import Profile
 from tunediff.records.scan import Scan
 from tunediff.records.site import Site
 from tunediff.texts.tokens import Tokens
@@ -42,11 +41,18 @@ class ScanSettings:
                 )
 
 
-def candidate_sites(depth: int, count: int) -> list[Site]:
-    """Return `count` layers at even spacing, from a sixth of the depth to the last but one."""
+def candidate_sites(depth: int, count: int, lowest: int | None = 0) -> list[Site]:
+    """Return `count` layers at even spacing, from a sixth of the depth to the last but one.
+
+    lowest   the first block that differs. Above the first of these layers, the layers run from it to the last block, because
+             below it nothing is to be seen. None where no block is known to differ: the last block is then among the layers
+    """
     first, last = depth // 6, max(depth - 2, 0)
+    if lowest is not None and lowest > first:
+        first, last = lowest, depth - 1
     steps = max(count - 1, 1)
-    return [Site(layer) for layer in sorted({round(first + (last - first) * i / steps) for i in range(count)})]
+    layers = {round(first + (last - first) * i / steps) for i in range(count)}
+    return [Site(layer) for layer in sorted(layers | ({depth - 1} if lowest is None else set()))]
 
 
 def scan(pair: Pair, tokens: Tokens, sites: Sequence[Site], batch_tokens: int = 1200) -> Scan:
@@ -90,11 +96,26 @@ def scan(pair: Pair, tokens: Tokens, sites: Sequence[Site], batch_tokens: int = 
     )
 
 
-def choose(ceiling: Profile, reach: float) -> str:
-    """Return the lowest site whose ceiling is at least `reach` times the best, or the middle site if nothing
-    differs."""
-    (shares,) = ceiling.values
-    best = max(shares)
+def choose(seen: Scan, reach: float, given: Sequence[Site] = ()) -> Scan:
+    """Return the scan with its chosen sites: those `given`, else the lowest whose ceiling is at least `reach` times the best.
+
+    Only sites at which streams differ are chosen from: the middle one of these where no ceiling is positive, and the last of
+    all sites where streams differ nowhere. Raises `SettingError` for a given site at which they do not differ.
+    """
+    (differ,), (ceiling,) = seen.relative.values, seen.ceiling.values
+    shares = {site: share for site, size, share in zip(seen.sites, differ, ceiling) if size > 0}
+    if given:
+        named = [str(site) for site in sorted(set(given))]
+        if shares and (equal := [site for site in named if site not in shares]):
+            raise SettingError(
+                f"both models' streams are equal at {', '.join(equal)}, so no change can be found there",
+                expected="sites at which they differ, such as " + ", ".join(shares),
+                remedy=f"--set scan.sites={[next(iter(shares))]}".replace("'", '"'),
+            )
+        return replace(seen, chosen=named)
+    if not shares:
+        return replace(seen, chosen=[seen.sites[-1]])
+    best = max(shares.values())
     if best <= 0:
-        return ceiling.places[len(shares) // 2]
-    return next(site for site, share in zip(ceiling.places, shares) if share >= reach * best)
+        return replace(seen, chosen=[list(shares)[len(shares) // 2]])
+    return replace(seen, chosen=[next(site for site, share in shares.items() if share >= reach * best)])

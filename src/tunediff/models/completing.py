@@ -79,6 +79,8 @@ def complete(
 ) -> list[list[int]]:
     """Return completions of token-id prompts, of up to `tokens` new tokens each, without the end-of-turn token.
 
+    Ids are numbers of the model's pair, where it has one. A completion may hold tokens that the other model lacks.
+
     Prompts are batched by length; the completions come back in the prompts' order.
 
     temperature   0 is greedy; above, each completion is sampled from a random stream of its own, named by `seed` and its
@@ -87,6 +89,7 @@ def complete(
     against, amplification   another model p' on the same token ids: samples are then drawn from log p + a (log p - log p'),
                              see `amplified`
     """
+    prompts = [model.numbering.ids(torch.tensor(prompt, dtype=torch.long)).tolist() for prompt in prompts]
     ends = _ends(model)
     pad = model.tokenizer.pad_token_id if model.tokenizer.pad_token_id is not None else min(ends, default=0)
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
@@ -107,7 +110,7 @@ def complete(
             known = cached(model.network, _cache(shortcuts, model, prefix_P, len(chosen), keep)) if shares else {}
             processors = []
             if against is not None:
-                processors.append(_away_from(against, amplification, mask_BT, prefix_P, keep))
+                processors.append(_away_from(model, against, amplification, mask_BT, prefix_P, keep))
             if temperature:
                 processors.append(sampler(temperature, [generator(seed, "answers", i) for i in chosen], tokens))
             new_BT = _generated(model, ids_BT, mask_BT, tokens, pad, processors, known)
@@ -118,7 +121,7 @@ def complete(
                     answers[i].append(token)
             if progress:
                 progress(sum(len(answers[i]) for i in chosen))
-    return answers
+    return [model.numbering.numbers(torch.tensor(answer, dtype=torch.long)).tolist() for answer in answers]
 
 
 def _batches(lengths: Sequence[int], order: Sequence[int], batch: int, pads: bool) -> Iterator[Sequence[int]]:
@@ -203,19 +206,30 @@ def _cache(shortcuts: Any, model: LanguageModel, prefix_P: Tensor, rows: int, ke
 
 
 def _away_from(
-    other: LanguageModel, amplification: float, mask_BT: Tensor, prefix_P: Tensor, keep: bool
+    model: LanguageModel, other: LanguageModel, amplification: float, mask_BT: Tensor, prefix_P: Tensor, keep: bool
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """A processor of scores that amplifies them against another model's, while rows with this mask are completed."""
+    """A processor of `model`'s scores that amplifies them against another model's, while rows with this mask are completed.
+
+    The other model is not shown tokens that it lacks. Right after one, it says nothing and the scores stay as they are.
+    """
     read = len(prefix_P) if other.shares_prefixes else 0
+
+    def theirs(ids: Tensor) -> tuple[Tensor, Tensor]:
+        """The other model's ids, and which of them it has."""
+        numbers = model.numbering.numbers(ids)
+        known = other.numbering.knows(numbers, other.vocabulary)
+        return other.numbering.ids(numbers.where(known, 0)), known
+
     with other.run_context() as shortcuts:
         if shortcuts and other.shares_prefixes:
-            cache = _cache(shortcuts, other, prefix_P, len(mask_BT), keep)
+            cache = _cache(shortcuts, other, theirs(prefix_P)[0], len(mask_BT), keep)
         else:
             cache = other.family.cache(other.network)
 
     def away(ids_BT: Tensor, score_BV: Tensor) -> Tensor:
         nonlocal read
-        whole_BT = torch.nn.functional.pad(mask_BT, (0, ids_BT.shape[1] - mask_BT.shape[1]), value=1)
+        ids_BT, known_BT = theirs(ids_BT)
+        whole_BT = torch.nn.functional.pad(mask_BT, (0, ids_BT.shape[1] - mask_BT.shape[1]), value=1) * known_BT
         with other.run_context():
             logit_BV = other.module(
                 input_ids=ids_BT[:, read:],
@@ -225,6 +239,11 @@ def _away_from(
                 **taken(other.network, position_ids=(whole_BT.cumsum(1) - 1).clamp_min(0)[:, read:], logits_to_keep=1),
             ).logits[:, -1]
         read = ids_BT.shape[1] if cache is not None else 0
-        return amplified(score_BV.float(), logit_BV.to(score_BV.device).float(), amplification)
+        score_BC = model.numbering.logits(score_BV.float())
+        other_BC = other.numbering.compared(logit_BV.to(score_BV.device).float())
+        away_BC = amplified(score_BC, other_BC, amplification)
+        if not known_BT[:, -1].all():
+            away_BC = torch.where(known_BT[:, -1:], away_BC, amplified(score_BC, other_BC, 0.0))
+        return model.numbering.own(away_BC)
 
     return away

@@ -17,6 +17,7 @@ from tunediff.models.families.base import family_of
 from tunediff.models.fast import accelerated, forget
 from tunediff.models.passes import Form, Forms, Start, Stop, Watch, cached, first, replaced, with_first
 from tunediff.models.reading import check
+from tunediff.models.vocabulary import IN_PLACE
 from tunediff.records.site import Site
 
 
@@ -68,6 +69,8 @@ class LanguageModel:
         """Whether padding on the left, under a mask, leaves what follows as it is; `check_reading` says so."""
         self.resumes = True
         """Whether blocks below a start may be left out; `check_reading` says otherwise where others need more of them."""
+        self.numbering = IN_PLACE
+        """How tokens are numbered that are given and answered; a pair whose vocabularies differ sets it."""
 
     @property
     def depth(self) -> int:
@@ -137,7 +140,7 @@ class LanguageModel:
         watch: Watch | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Return streams at the sites, if any, and final normed states, if `final`, from one run; see `streams`."""
-        ids_BT = ids_BT.to(self.device)
+        ids_BT = self.numbering.ids(ids_BT).to(self.device)
         with self.run_context() as shortcuts:
             if shortcuts and shortcuts.allows(self):
                 return shortcuts.read(self, ids_BT, sites, final, start, wanted_BT, watch)
@@ -240,7 +243,7 @@ class LanguageModel:
         """Return logits (..., V) in float32 of final normed states (..., D)."""
         with self.run_context():
             raw = self.family.unembedding(self.network)(states_ND.to(self.device))
-            return self.family.scaled_logits(self.network, raw.float())
+            return self.numbering.logits(self.family.scaled_logits(self.network, raw.float()))
 
     def divergence(self, states_RD: Tensor, logp_QV: Tensor, theirs: bool) -> Tensor | None:
         """Return the divergence in nat (R,) of the distributions at final normed states from a table, without making logits.
@@ -250,7 +253,7 @@ class LanguageModel:
         """
         with self.run_context() as shortcuts:
             raw = torch.zeros(1, 1, device=self.device)
-            if shortcuts is None or self.family.scaled_logits(self.network, raw) is not raw:
+            if not (shortcuts and self.numbering is IN_PLACE and self.family.scaled_logits(self.network, raw) is raw):
                 return None
             return shortcuts.divergence(
                 self.family.unembedding(self.network), states_RD.to(self.device), logp_QV, theirs

@@ -26,23 +26,17 @@ from tunediff.models.loading import (
 )
 from tunediff.models.network import LanguageModel
 from tunediff.models.passes import Start
+from tunediff.models.vocabulary import Vocabularies, probe_ids
 from tunediff.records.diff import WeightsCard
 from tunediff.records.site import Site
-
-PROBES = (
-    "The quick brown fox jumps over the lazy dog.",
-    "def area(radius):\n    return 3.14159 * radius ** 2\n",
-    "In 1969, 3 people went to the Moon; two of them walked on it.",
-    "Café, naïve, 東京, Москва — “quotes” and emoji 🙂.",
-)
-"""Texts on which both models are compared on loading."""
 
 
 @dataclass(eq=False)
 class Pair:
     """Base and tuned, shown to be comparable. ``shared`` says whether one module serves as both (a LoRA over base).
 
-    Token ids below ``vocabulary`` mean the same in both; `tokenizer` is base's.
+    Tokens are numbered as base does. Numbers below ``vocabulary`` are compared (see `Vocabularies`, which says what is not);
+    `tokenizer` is base's.
     """
 
     base: LanguageModel
@@ -128,6 +122,11 @@ class Pair:
         """Base's tokenizer; the check on loading showed that tuned's reads shared text alike."""
         return self.base.tokenizer
 
+    @cached_property
+    def vocabularies(self) -> Vocabularies:
+        """How the tokens of both models correspond."""
+        return Vocabularies.of(self.base, self.tuned)
+
     @contextmanager
     def running(self) -> Iterator[None]:
         """Hold both networks for many runs, during which nobody writes to weights; cheap where they are held already.
@@ -151,23 +150,13 @@ class Pair:
                     got=f"{of(tuned)} (tuned)",
                     remedy="the model that tuned was made from as BASE",
                 )
-        for text in PROBES:
-            ours, theirs = (m.tokenizer(text, add_special_tokens=False)["input_ids"] for m in (base, tuned))
-            if ours != theirs:
-                raise PairError(
-                    f"{base.name} and {tuned.name} read the same text as different tokens",
-                    expected=f"{ours[:8]} (base)",
-                    got=f"{theirs[:8]} (tuned) for {text[:24]!r}",
-                    remedy="a pair with one tokenizer; activations of different tokens cannot be compared",
-                )
-        self.vocabulary = min(base.vocabulary, tuned.vocabulary)
-        if base.vocabulary != tuned.vocabulary:
-            self.notes.append(
-                f"vocabularies of {base.vocabulary} and {tuned.vocabulary} tokens: compared on the shared {self.vocabulary}"
-            )
-        ids_BT = probe_ids(self.tokenizer, self.vocabulary)
-        base.check_reading(ids_BT)
-        tuned.check_reading(ids_BT)
+        found = self.vocabularies
+        self.vocabulary = found.size
+        self.notes += found.notes
+        for model in (base, tuned):
+            model.check_reading(probe_ids(model.tokenizer, model.vocabulary))
+        base.numbering, tuned.numbering = found.base, found.tuned
+        ids_BT = found.probes()
         base.fast = tuned.fast = base.fast and tuned.fast  # they may be one network
         with self.running():
             same = self.base_fingerprint == self.tuned_fingerprint
@@ -180,7 +169,7 @@ class Pair:
                     .abs()
                     .max()
                 )
-                same = float(gap) == 0.0
+                same = float(gap) == 0.0 and not found.differ
         if same and not allow_identical:
             what = f"the adapter {tuned.name} changes no logits" if self.shared else "base and tuned are the same model"
             raise PairError(
@@ -200,6 +189,24 @@ class Pair:
         outside = any(isinstance(m, kinds) and id(m) not in blocks for m in self.base.network.modules())
         touched = [any(isinstance(m, kinds) for m in block.modules()) for block in self.base.blocks]
         return 0 if outside or True not in touched else touched.index(True)
+
+    @cached_property
+    def lowest_changed(self) -> int | None:
+        """The first block from which streams may differ: 0 where embeddings do, None where no block's weights differ.
+
+        Other differences (positions, the final norm, the unembedding, the configuration) are not looked at.
+        """
+        if self.shared:
+            kinds = peft_layers()
+            changed = [any(isinstance(m, kinds) for m in block.modules()) for block in self.base.blocks]
+            embedding = any(isinstance(m, kinds) for m in self.base.network.get_input_embeddings().modules())
+        else:
+            base, tuned = self.base, self.tuned
+            ids = torch.arange(self.vocabulary)[slice(None) if (some := self.vocabularies.readable_V) is None else some]
+            rows = (m.network.get_input_embeddings().weight[m.numbering.ids(ids)] for m in (base, tuned))
+            embedding = not torch.equal(*rows)
+            changed = (_differ(one, other) for one, other in zip(base.blocks, tuned.blocks))
+        return 0 if embedding else next((number for number, differs in enumerate(changed) if differs), None)
 
     def common_start(self, ids_BT: Tensor, sites: Sequence[Site] = (), wanted_BT: Tensor | None = None) -> Start | None:
         """Return a start above the blocks that tuning left alone, for runs of tuned and its variants.
@@ -282,8 +289,7 @@ class Pair:
         return self.tuned.variant(f"random tune {seed}", tensors)
 
 
-def probe_ids(tokenizer: Any, vocabulary: int) -> Tensor:
-    """Return the probe texts as token ids (B, T), cut to the shortest; 0 stands where a token is not shared."""
-    rows = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in PROBES]
-    length = min(map(len, rows))
-    return torch.tensor([[i if i < vocabulary else 0 for i in row[:length]] for row in rows])
+def _differ(one: nn.Module, other: nn.Module) -> bool:
+    """Whether the weights of two modules differ, in value or in kind."""
+    mine, theirs = (dict(module.named_parameters()) for module in (one, other))
+    return mine.keys() != theirs.keys() or any(not torch.equal(mine[name], theirs[name]) for name in mine)

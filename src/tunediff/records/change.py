@@ -9,12 +9,27 @@ from typing import TYPE_CHECKING, Any
 
 from tunediff.core.artifacts import read_json, read_tensors, write_json, write_tensors
 from tunediff.core.errors import ArtifactError, NumericsError
+from tunediff.core.typed import typed
 from tunediff.records.site import Site
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 SCHEMA = "tunediff.changes/1"
+
+
+@dataclass(frozen=True)
+class TokenGroup:
+    """A group of vocabulary entries whose probability a change moves.
+
+    numbers   the tokens by number, as `Vocabularies.joint` orders both models' tokens
+    names     their texts, to be treated as hostile
+    raised    whether the last model gives them more probability than the first, or less
+    """
+
+    numbers: tuple[int, ...]
+    names: tuple[str, ...]
+    raised: bool = True
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +49,11 @@ class Change:
     bias, threshold   scalars; with threshold -inf the read-out is linear and signed
     finder      name of the finder that made it
     origin      what the finder says of it, as plain JSON (number of the latent, held-out firings, ...)
+    group       the tokens whose probability it moves, where the claim is about tokens
+
+    A change of a group without sites lives at the output: it claims no direction in a stream, its tensors are (0, M, D), and
+    its strength at a token is the probability that the group gains there (loses, if not ``raised``), where that is above the
+    threshold. Streams do not give it, so `strength` refuses; `changes.outputs` measures it.
 
     Raises `NumericsError` unless both tensors are (S, M, D) with M and D at least 1.
     """
@@ -46,16 +66,33 @@ class Change:
     threshold: float
     finder: str
     origin: dict[str, Any] = field(default_factory=dict)
+    group: TokenGroup | None = None
 
     def __post_init__(self) -> None:
         rows, write = tuple(self.rows_SMD.shape), tuple(self.write_SMD.shape)
-        if rows != write or len(rows) != 3 or rows[0] != len(self.sites) or 0 in rows[1:]:
+        nowhere = not self.sites and self.group is None
+        if rows != write or len(rows) != 3 or rows[0] != len(self.sites) or 0 in rows[1:] or nowhere:
             raise NumericsError(
                 f"the directions of change {self.id!r} do not fit its sites",
                 expected=f"rows and write of one shape (S={len(self.sites)}, M>=1, D>=1)",
                 got=f"rows {rows}, write {write}",
                 remedy="one read-out and one write direction for each site and model",
             )
+
+    @classmethod
+    def at_the_output(
+        cls, id: str, group: TokenGroup, width: int, threshold: float, finder: str, origin: dict[str, Any]
+    ) -> Change:
+        """A change of a pair that lives at the output alone."""
+        import torch
+
+        nothing = torch.zeros(0, 2, width)
+        return cls(id, (), nothing, nothing, 0.0, threshold, finder, origin, group)
+
+    @property
+    def is_at_output(self) -> bool:
+        """Whether the change claims tokens alone, and no direction in a stream."""
+        return not self.sites
 
     @property
     def models(self) -> int:
@@ -74,9 +111,9 @@ class Change:
         """|write last| / (|write first| + |write last|): 0 first model only, 1/2 both, 1 last only.
 
         The first model is base and the last is tuned in a pair (Lindsey et al. 2024). NaN with one model, where nothing
-        is compared.
+        is compared, and at the output, where nothing is written into a stream.
         """
-        if self.models == 1:
+        if self.models == 1 or self.is_at_output:
             return float("nan")
         first, last = (float(self.write_SMD[:, m].norm()) for m in (0, -1))
         return last / (first + last) if first + last else 0.5
@@ -88,6 +125,12 @@ class Change:
         """
         import torch
 
+        if self.is_at_output:
+            raise NumericsError(
+                f"change {self.id!r} is at the output, and is read from no stream",
+                expected="a change with sites",
+                remedy="Outputs.strengths, which runs both models",
+            )
         if streams_NSMD.shape[1:] != self.rows_SMD.shape:
             raise NumericsError(
                 f"these streams are not those that change {self.id!r} is read from",
@@ -101,7 +144,8 @@ class Change:
 
     def mirrored(self) -> Change:
         """The same change with the order of the models reversed; with two, base and tuned swapped."""
-        return replace(self, rows_SMD=self.rows_SMD.flip(1), write_SMD=self.write_SMD.flip(1))
+        group = self.group and replace(self.group, raised=not self.group.raised)
+        return replace(self, rows_SMD=self.rows_SMD.flip(1), write_SMD=self.write_SMD.flip(1), group=group)
 
 
 def save_changes(folder: Path, changes: Sequence[Change]) -> list[str]:
@@ -120,6 +164,7 @@ def save_changes(folder: Path, changes: Sequence[Change]) -> list[str]:
             "threshold": c.threshold,
             "finder": c.finder,
             "origin": c.origin,
+            **({"group": c.group} if c.group else {}),
         }
         for c in changes
     ]
@@ -143,6 +188,7 @@ def load_changes(folder: Path) -> list[Change]:
             threshold=float("-inf") if r["threshold"] is None else r["threshold"],
             finder=r["finder"],
             origin=r["origin"],
+            group=typed(TokenGroup, r["group"], "group") if "group" in r else None,
         )
         for n, r in enumerate(table["changes"])
     ]

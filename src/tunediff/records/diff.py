@@ -19,13 +19,17 @@ from tunediff.records.scan import Scan
 SCHEMA = "tunediff.diff/2"
 OLDER = "tunediff.diff/1"
 """Schema of records whose scan, depth and training curves were tables of their own; still read."""
+OUTPUT = "output"
+"""In place of sites, for changes at the output: they claim tokens, and no direction in a stream."""
 
 
 @dataclass(frozen=True)
 class ChangeRecord:
     """One ranked change with everything that was found out about it.
 
-    share       `Change.share`: 0 base only, 1/2 both, 1 tuned only
+    sites       where it is read and written; `OUTPUT` alone for a change that claims tokens
+    share       `Change.share`: 0 base only, 1/2 both, 1 tuned only; at the output, the part of its tokens' probability
+                that is tuned's
     decision    confirmed, refuted or undecided; `reason` says why in one sentence
     score       the ranking statistic with its interval and null
     measures    results of the trials (necessity, sufficiency, ...) and of Latent Scaling, each with its control
@@ -53,6 +57,11 @@ class ChangeRecord:
     kinds: dict[str, float]
     dose: list[DosePoint]
     origin: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_at_output(self) -> bool:
+        """Whether it claims tokens, and no direction in a stream."""
+        return self.sites == [OUTPUT]
 
     @property
     def gap(self) -> float:

@@ -63,6 +63,11 @@ class Scan:
         return self.relative.places
 
     @property
+    def equal(self) -> bool:
+        """Whether both models' streams are equal at every scanned site, so that at most their outputs differ."""
+        return not any(self.relative.values[0])
+
+    @property
     def noise(self) -> list[float]:
         """Noise floor of the relative difference at each site."""
         return [] if self.relative.control is None else self.relative.control[0]

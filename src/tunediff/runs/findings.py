@@ -37,7 +37,7 @@ def finding(run: Stages, billed: Sequence[Bill] = ()) -> Diff:
         found=bool(confirmed),
         rate=run.plan.rank.level,
         summary=_summary(records, confirmed, output, run.plan.rank.level, run.calibration, run.ranking.refusal),
-        output=output,
+        output=[*output, *run.output_side.measures],
         scan=scan,
         changes=records,
         signals=signals,
@@ -202,7 +202,7 @@ def _summary(
             f"out from random tunes of the same size at a rate of {rate:.0%}, and intervening on "
             f"{'it' if len(confirmed) == 1 else 'each'} moves the output as claimed, in both directions."
         )
-        if calibration and calibration.gap:
+        if calibration and calibration.gap and not any(record.is_at_output for record in confirmed):
             said[-1] += (
                 f" The models are further apart there than training on nothing makes them ({calibration.gap:.2g} nat a token)."
             )
@@ -233,6 +233,13 @@ def _not_found(records: list[ChangeRecord], run: Stages) -> list[str]:
         f"{run.tokens.count:,} tokens were read, {sum(d.kind == 'contrastive' for d in run.tokens.documents)} of the documents "
         "were written by the two models.",
     ]
+    if run.scan.equal:
+        said.append(
+            "Both models' streams are equal at every site that was read, up to the last block. What differs, if anything, lies "
+            "after it, in the final norm or the unembedding; only changes at the output were looked for."
+        )
+    if output := [r.id for r in records if r.is_at_output and r.decision == "confirmed"]:
+        said.append(f"{', '.join(output)} claims tokens and no direction in a stream: revert does not take it out.")
     if like := sum(r.reason.startswith(AS_A_PLACEBO) for r in records):
         said.append(f"{like} of the undecided pass every trial, but are no more than what training on nothing does.")
     if not (run.calibration and run.calibration.gap):

@@ -52,8 +52,12 @@ class PairSettings:
     """Who reads both networks, by name or import path; empty: the family that their structure tells."""
     allow_identical: bool = False
     """Accept a tuned model identical to base, as a sanity check."""
+    shared_text: float = 0.5
+    """Smallest share of the text (0..1) that both tokenizers must cut into the same tokens, where they differ. Documents
+    that they cut differently are left out; below this share the pair is refused."""
 
     def __post_init__(self) -> None:
+        within("pair", self, shared_text=(0, 1))
         if self.dtype not in DTYPES:
             raise SettingError(
                 f"pair.dtype is {self.dtype!r}",
@@ -97,6 +101,9 @@ class FindSettings:
 
     finders: tuple[str, ...] = ("crosscode", "decision_clusters", "mean_difference")
     """Finders by name, or by import path (mylab.finders:Mine)."""
+    output_finders: tuple[str, ...] = ("new_tokens", "token_shift")
+    """Finders of changes at the output, by name or import path: tokens that only one model has, and tokens said more or
+    less often where streams are equal. They are asked only of pairs that differ so."""
     signals: tuple[str, ...] = ("logit_mining", "kl_map")
     """Evidence tables by name or import path."""
     dictionary: str = "delta"
@@ -161,6 +168,10 @@ class Plan:
         """The chosen finders with their settings, by name."""
         return self._chosen(Finder, "find", "finders")
 
+    def output_finders(self) -> dict[str, Finder]:
+        """The chosen finders of changes at the output, by name."""
+        return self._chosen(Finder, "find", "output_finders")
+
     def signals(self) -> dict[str, Signal]:
         """The chosen signals with their settings, by name."""
         return self._chosen(Signal, "find", "signals")
@@ -168,6 +179,10 @@ class Plan:
     def trials(self) -> dict[str, Trial]:
         """The chosen trials with their settings, by name."""
         return self._chosen(Trial, "verify", "trials")
+
+    def output_trials(self) -> dict[str, Trial]:
+        """The chosen trials of changes at the output, by name."""
+        return self._chosen(Trial, "verify", "output_trials")
 
     def _chosen(self, base: type[T], part: str, kind: str) -> dict[str, T]:
         settings: Any = getattr(self, part)
@@ -177,6 +192,14 @@ class Plan:
             others = [f'"{n}"' if n != name else '"{}"' for n in names]
             option = shlex.quote(f"{part}.{kind}=[{', '.join(others)}]") if len(names) > 1 else f"{part}.{kind}={{}}"
             made[name] = variants.make(base, name, settings.settings.get(name), part, f"--set {option}")
+            at_output = getattr(made[name], "at_output", False)
+            if at_output != kind.startswith("output_"):
+                there = kind.removeprefix("output_") if not at_output else f"output_{kind}"
+                raise SettingError(
+                    f"{name} does not belong into {part}.{kind}",
+                    expected=f"one of changes {'of streams' if at_output else 'at the output'}",
+                    remedy=shlex.join(["--set", f'{part}.{there}=["{name}"]']),
+                )
         return made
 
     def family(self) -> Family | None:
@@ -193,8 +216,8 @@ class Plan:
         self.spec()
         self.family()
         for part, table, chosen in (
-            ("find", self.find.settings, {**self.finders(), **self.signals()}),
-            ("verify", self.verify.settings, self.trials()),
+            ("find", self.find.settings, {**self.finders(), **self.output_finders(), **self.signals()}),
+            ("verify", self.verify.settings, {**self.trials(), **self.output_trials()}),
         ):
             for name in sorted(set(table) - set(chosen)):
                 what = f"{part}.{name} holds settings, but no part of that name is chosen"
@@ -204,7 +227,9 @@ class Plan:
 
     def imports(self) -> list[str]:
         """The import paths that this plan names: carrying it out runs code that does not ship with tunediff."""
-        named = (self.pair.family, *self.find.finders, *self.find.signals, self.find.dictionary, *self.verify.trials)
+        find, verify = self.find, self.verify
+        named = (self.pair.family, *find.finders, *find.output_finders, *find.signals, find.dictionary)
+        named = (*named, *verify.trials, *verify.output_trials)
         return sorted({name for name in named if variants.is_import_path(name)})
 
     def changed(self, settings: Sequence[str] | Mapping[str, Any]) -> Plan:

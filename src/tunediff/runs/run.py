@@ -99,8 +99,14 @@ class Run(Stages):
     def change(self, id: str) -> Change:
         """The candidate with this id; raises `SettingError` naming the confirmed ones if there is none."""
         by_id = {c.id: c for c in self.changes}
+        if any(record.id == id for record in self.output_side.records):
+            raise SettingError(
+                f"{id} is a change at the output: it claims tokens, and no map of a block holds it",
+                expected="a change of streams: " + (", ".join(self.undoable) or "(none was confirmed)"),
+                remedy=f"--changes {self.undoable[0]}" if self.undoable else "",
+            )
         if id not in by_id:
-            expected = ", ".join(self.confirmed) or "(none was confirmed)"
+            expected = ", ".join(self.undoable) or "(none was confirmed)"
             raise SettingError(f"this run has no change {id!r}", expected=expected)
         return by_id[id]
 
@@ -172,10 +178,15 @@ class Run(Stages):
         """The ids of the confirmed changes, in the order of the ranking."""
         return [r.id for r in self.verdicts if r.decision == "confirmed"]
 
+    @property
+    def undoable(self) -> list[str]:
+        """The ids of the confirmed changes that `revert` can take out: those of streams."""
+        return [r.id for r in self.verdicts if r.decision == "confirmed" and not r.is_at_output]
+
     def revert(self, ids: Sequence[str] = (), cost: float | None = None, bake: Path | None = None) -> Bill:
         """Remove changes from the tuned model, and return the bill: the edit's effect and cost.
 
-        ids    changes to remove; all confirmed ones if empty
+        ids    changes to remove; all confirmed ones of streams if empty
         cost   largest cost in nats a token on neutral text; without it ``edit.strength`` is used
         bake   folder to write the edited model to; it must be empty or not exist
 
@@ -183,7 +194,9 @@ class Run(Stages):
         """
         if bake is not None:
             check_empty(bake)  # now, as the bill takes a while
-        ids = list(ids) or self.confirmed
+        ids = list(ids) or self.undoable
+        if not ids and self.confirmed:
+            raise SettingError(f"revert takes out changes of streams; only {', '.join(self.confirmed)} was confirmed")
         if not ids:
             raise SettingError("this run confirmed no change, so there is nothing to take out", remedy="--changes ID")
         if cost is not None and self.afford(ids, cost) is None:
@@ -198,11 +211,11 @@ class Run(Stages):
         return bill
 
     def undo(self) -> list[Bill]:
-        """The bills of removing the first ``edit.bills`` confirmed changes, one bill for each change.
+        """The bills of removing the first ``edit.bills`` confirmed changes of streams, one bill for each change.
 
         A bill that cannot be made says so; the others go on.
         """
-        return [self._told([id]) for id in self.confirmed[: self.plan.edit.bills]]
+        return [self._told([id]) for id in self.undoable[: self.plan.edit.bills]]
 
     def _told(self, ids: Sequence[str]) -> Bill:
         try:

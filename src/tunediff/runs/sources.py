@@ -142,12 +142,15 @@ class Sources:
     def tokens(self) -> Tokens:
         """Corpus text up to its limit, and all contrastive text, as rows of token ids."""
         c, tokenizer = self.plan.corpus, self.pair.tokenizer
-        plain = self.corpus.tokens(tokenizer, row_tokens=c.row_tokens, limit_tokens=c.tokens).used()
-        if not self.contrast:
-            return plain
-        whole = dataclasses.replace(self.corpus, documents=plain.documents).plus(self.contrast)
-        written = dataclasses.replace(whole, documents=whole.documents[len(plain.documents) :])
-        return plain.then(written.tokens(tokenizer, row_tokens=c.row_tokens))
+        tokens = self.corpus.tokens(tokenizer, row_tokens=c.row_tokens, limit_tokens=c.tokens).used()
+        if self.contrast:
+            whole = dataclasses.replace(self.corpus, documents=tokens.documents).plus(self.contrast)
+            written = dataclasses.replace(whole, documents=whole.documents[len(tokens.documents) :])
+            tokens = tokens.then(written.tokens(tokenizer, row_tokens=c.row_tokens))
+        fit, notes = self.pair.vocabularies.read_by_both(tokens, tokenizer, self.plan.pair.shared_text)
+        if notes:
+            self.cards.append(StageCard("text", "", 0.0, notes))
+        return fit
 
     @property
     def written(self) -> tuple[str, ...]:

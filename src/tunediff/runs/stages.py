@@ -22,7 +22,7 @@ from tunediff.core.artifacts import is_finished, read_json, write_json
 from tunediff.dictionaries.fitted import Fitted
 from tunediff.harvests.harvest import Harvest, harvest
 from tunediff.harvests.lenses import Lens, fit_lens
-from tunediff.harvests.samples import Sample
+from tunediff.harvests.samples import Sample, spread_rows
 from tunediff.harvests.scans import candidate_sites, choose, scan
 from tunediff.records.change import Change, load_changes, save_changes
 from tunediff.records.diff import ChangeRecord, load_records, load_scan
@@ -30,8 +30,8 @@ from tunediff.records.measure import SignalTable
 from tunediff.records.scan import Scan
 from tunediff.records.site import Site
 from tunediff.runs.keeping import stage
+from tunediff.runs.outputs import OutputSide, in_one_ranking, output_side
 from tunediff.runs.sources import Sources
-from tunediff.texts.tokens import Tokens
 
 LENS_TOKENS = 2500
 """Approximate number of training tokens that the tuned lens is fitted to."""
@@ -75,19 +75,20 @@ class Stages(Sources):
         """The scan over depth, and the sites chosen by it or by the plan."""
         plan = self.plan
         given = [Site.parse(s) for s in plan.scan.sites]
-        sites = sorted(set(candidate_sites(self.pair.base.depth, plan.scan.depths)) | set(given))
+        depth, lowest = self.pair.base.depth, self.pair.lowest_changed
+        sites = sorted({*candidate_sites(depth, plan.scan.depths, lowest), *given})
+        elsewhere = [] if lowest == 0 else [list(map(str, sites))]
         kind = "contrastive" if self.contrast else self.tokens.documents[0].kind
 
         def make(folder: Path) -> list[str]:
-            few = self.tokens.only(_some(self.tokens, plan.scan.tokens, kind))
+            few = self.tokens.only(spread_rows(self.tokens, plan.scan.tokens, kind))
             self.progress("scan", 0, 1)
             seen = scan(self.pair, few, sites)
             self.progress("scan", 1, 1)
-            chosen = [str(site) for site in sorted(set(given))] or [choose(seen.ceiling, plan.scan.reach)]
-            write_json(folder / "scan.json", dataclasses.replace(seen, chosen=chosen))
+            write_json(folder / "scan.json", choose(seen, plan.scan.reach, given))
             return ["scan.json"]
 
-        place = self.keeper.at("scan", self._models, self.tokens.fingerprint, plan.scan, plan.seed)
+        place = self.keeper.at("scan", self._models, self.tokens.fingerprint, plan.scan, plan.seed, *elsewhere)
         return self.keeper.kept(
             place, make, lambda folder: load_scan(folder / "scan.json"), lambda s: "chosen: " + ", ".join(s.chosen)
         )
@@ -126,6 +127,8 @@ class Stages(Sources):
         plan = self.plan
         spec, fit = plan.spec(), dataclasses.replace(plan.fit, seed=plan.seed)
         found: list[Proposals] = []
+        if self.scan.equal:
+            return found  # a finder has no difference to look at
         taken: set[str] = set()
         for name, finder in plan.finders().items():
             place = self.keeper.at(
@@ -240,7 +243,7 @@ class Stages(Sources):
         """A tuned lens of base at the sites."""
         place = self.keeper.at("lens", self.harvest.fingerprint)
         began = time.monotonic()
-        few = Sample.of(self.harvest, self.tokens, _some(self.tokens, LENS_TOKENS))
+        few = Sample.of(self.harvest, self.tokens, spread_rows(self.tokens, LENS_TOKENS))
         lens = fit_lens(
             self.pair.base,
             self.tokens.only(few.rows),
@@ -304,7 +307,14 @@ class Stages(Sources):
             place, make, lambda folder: load_records(folder / "verdicts.json"), lambda _: f"{tried} changes on trial"
         )
         # Evidence is kept as it is; only what is claimed of it changes with what nulls do.
-        return list(map(self.calibration.judged, records)) if self.calibration else records
+        if self.calibration:
+            records = list(map(self.calibration.judged, records))
+        return in_one_ranking(self.output_side.records, records)
+
+    @cached_property
+    def output_side(self) -> OutputSide:
+        """Changes that claim tokens, where vocabularies differ or only the output does; it has a stage of its own."""
+        return output_side(self)
 
     @stage
     def signals(self) -> list[SignalTable]:
@@ -330,12 +340,3 @@ class Stages(Sources):
 def _candidates(name: str) -> Callable[[list[Change]], str]:
     """What the card of a finder's stage says."""
     return lambda changes: f"{name}: {len(changes)} candidates"
-
-
-def _some(tokens: Tokens, limit: int, *kinds: str) -> list[int]:
-    """Training rows of the given kinds (of all if there is none) up to `limit` tokens, evenly spread over the corpus."""
-    train = [r for r, d in enumerate(tokens.document_R) if not tokens.held_out[d]]
-    rows = [r for r in train if tokens.documents[tokens.document_R[r]].kind in kinds] or train
-    total = sum(len(tokens.rows[r]) for r in rows)
-    stride = max(1, total // max(1, limit))
-    return rows[::stride]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from tunediff.changes.attributions import Shift
+from tunediff.changes.outputs import Outputs
 from tunediff.dictionaries.architectures.base import Spec
 from tunediff.dictionaries.fitted import Fitted
 from tunediff.dictionaries.schedule import FitSettings
@@ -28,6 +29,7 @@ class View:
     pair        both models, for finders that read weights
     progress    called with (tokens done, all tokens, points of the training curve)
     device      device on which a dictionary is fitted; results must be returned on the CPU
+    outputs     both models' distributions at the training tokens, for finders of changes at the output
     """
 
     harvest: Harvest
@@ -40,6 +42,7 @@ class View:
     pair: Pair
     progress: Callable | None = None
     device: str = "cpu"
+    outputs: Outputs | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +66,9 @@ class Finder(ABC):
 
     offset: ClassVar[bool] = False
     """Whether the finder's changes are the constant offset, which other finders leave out of their own changes."""
+
+    at_output: ClassVar[bool] = False
+    """Whether the finder's changes are at the output: they claim tokens, and no direction in a stream."""
 
     @abstractmethod
     def find(self, view: View) -> Found:

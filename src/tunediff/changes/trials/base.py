@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from tunediff.core.artifacts import LATER
 from tunediff.core.errors import within
 from tunediff.core.typed import REST
 from tunediff.records.measure import DosePoint, Measure
-
-if TYPE_CHECKING:
-    from tunediff.changes.trial_bench import TrialBench
 
 
 @dataclass(frozen=True)
@@ -39,6 +36,8 @@ class VerifySettings:
 
     trials: tuple[str, ...] = field(default=("patch", "steer"), metadata=LATER)
     """Trials that every tested change goes through, by name or import path; at least one of them must decide."""
+    output_trials: tuple[str, ...] = field(default=("reweigh",), metadata=LATER)
+    """Trials that changes at the output go through, which claim tokens and no direction in a stream."""
     settings: dict[str, dict[str, Any]] = field(default_factory=dict, metadata=LATER | REST)
     """Settings of the trials: one table for each trial, by the trial's name."""
 
@@ -67,6 +66,9 @@ class Trial(ABC):
     decides: ClassVar[bool] = False
     """Whether the trial's outcome decides on a change; outcomes of other trials are only reported."""
 
+    at_output: ClassVar[bool] = False
+    """Whether the trial is of changes at the output: its bench is then an `OutputBench`, otherwise a `TrialBench`."""
+
     @abstractmethod
-    def run(self, bench: TrialBench, settings: VerifySettings) -> Outcome:
+    def run(self, bench: Any, settings: VerifySettings) -> Outcome:
         """Intervene on the change, measure the effect, and compare it with the controls."""

@@ -15,6 +15,11 @@ from tunediff.core.errors import within
 from tunediff.models.divergences import Divergence
 from tunediff.records.measure import GAP, Measure
 
+SAID = (
+    "taking it out closes {need:.0%} of the gap where it is on (p = {need_p:.2g}), putting it into base makes "
+    "{enough:.0%} of it (p = {enough_p:.2g})"
+)
+
 
 @dataclass(frozen=True)
 class Patch(Trial):
@@ -86,7 +91,7 @@ class Patch(Trial):
                 f"the whole difference at {bench.site} restores only {ceiling.value:.0%} of "
                 "the gap, so this site cannot be judged",
             )
-        return Outcome(measures, *_decide(speaks, settings.level))
+        return Outcome(measures, *decide(speaks, settings.level, SAID, "random directions of equal energy do as much"))
 
 
 def recovered(after: Divergence, before: Divergence, seed: int) -> Interval:
@@ -99,16 +104,18 @@ def _row(name: str, value: Interval, against: str) -> Measure:
     return Measure(name, value.value, value.low, value.high, "share of KL", None, against)
 
 
-def _decide(speaks: list[tuple[Interval, float]], level: float) -> tuple[bool | None, str]:
+def decide(speaks: list[tuple[Interval, float]], level: float, said: str, refuted: str) -> tuple[bool | None, str]:
+    """Whether necessity and sufficiency, each with its p, support a change, and the reason.
+
+    said      the reason of a support, with places for ``need``, ``need_p``, ``enough`` and ``enough_p``
+    refuted   the reason of a refutation, which names the controls
+    """
     (need, need_p), (enough, enough_p) = speaks
     if all(i.low > 0 and p <= level for i, p in speaks):
-        return True, (
-            f"taking it out closes {need.value:.0%} of the gap where it is on (p = {need_p:.2g}), putting it into "
-            f"base makes {enough.value:.0%} of it (p = {enough_p:.2g})"
-        )
+        return True, said.format(need=need.value, need_p=need_p, enough=enough.value, enough_p=enough_p)
     if need.high <= 0 or (need_p > 0.5 and enough_p > 0.5):
-        return False, "random directions of equal energy do as much"
-    return None, "not both necessity and sufficiency stand out from random directions of equal energy"
+        return False, refuted
+    return None, f"not both necessity and sufficiency stand out from {refuted.partition(' do ')[0]}"
 
 
 VARIANT = Patch
