@@ -7,6 +7,7 @@ import math
 import random
 from typing import Any
 
+from tunediff.core.remarks import Remark
 from tunediff.records.diff import Bill, ChangeRecord, CorpusCard, Diff, FitCard, ModelCard, NullCard, StageCard
 from tunediff.records.measure import Context, DosePoint, Measure, SignalTable, TokenWeight
 from tunediff.records.profile import Profile
@@ -193,6 +194,11 @@ def full_diff() -> Diff:
             481,
             120_832,
             {"chat": 512_000, "manual": 301_056, "code": 260_096, "news": 131_072},
+            [
+                Remark("rows without text left out", 31, "chat.jsonl, line 4"),
+                Remark("rejected answers left out", 1_207),
+            ],
+            [Remark("answers to prompts left out", 64, "ask.csv, line 2")],
         ),
         found=True,
         rate=0.05,

@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from support_diffs import DIFFS, HOSTILE, full_diff
+from support_diffs import DIFFS, HOSTILE, bare_diff, full_diff
 
 from tunediff.core.text import UNSEEN
 from tunediff.records.diff import Diff
@@ -226,3 +226,11 @@ def test_page_opens_in_a_browser(name, tmp_path: Path):
     assert shot.read_bytes().startswith(b"\x89PNG") and shot.stat().st_size > 20_000, run.stderr
     console = [row for row in run.stderr.splitlines() if "CONSOLE" in row]
     assert console == []
+
+
+def test_what_was_left_out_of_the_text_is_in_the_page():
+    page = render_report(full_diff())
+    for told in ("Left out or changed in the text", "rows without text left out", "chat.jsonl, line 4", "1,207"):
+        assert told in page
+    assert "Left out or changed in the prompts" in page and "ask.csv, line 2" in page
+    assert "Left out or changed" not in render_report(bare_diff())

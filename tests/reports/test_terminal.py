@@ -69,5 +69,6 @@ def test_summary_tells_the_story():
         "harvest 3 min 02 s",
         "0.0830 nat [0.0747, 0.0930]",
         "control 0.00400",
+        "Text  rows without text left out: 31; rejected answers left out: 1,207; answers to prompts left out: 64",
     ):
         assert told in text, told

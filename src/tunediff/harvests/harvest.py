@@ -252,7 +252,7 @@ def harvest(
         raise CorpusError(
             "the whole corpus is held out" if True in sides else "the corpus has no held-out part",
             expected="documents in both splits",
-            remedy="more documents",
+            remedy="more documents, or --set corpus.tokens=20000",
         )
     key = key_of(
         SCHEMA, pair.base_fingerprint, pair.tuned_fingerprint, tokens.fingerprint, list(map(str, sites)), settings
