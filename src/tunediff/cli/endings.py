@@ -17,8 +17,8 @@ FOUND, FAILED, FAULTY, STOPPED, UNREAD = 1, 2, 3, 130, 141
 """Exit codes: a change was confirmed (``--exit-code`` only), an error that the user can act on, a fault of tunediff, an
 interrupt, nobody read the output any more. No error gives 1."""
 MEMORY = (
-    "a smaller batch (--set rank.batch_tokens=300 --set contrast.batch=4 --set fit.batch=256), streams that are not kept "
-    "(--set harvest.store=none), or smaller numbers (--set pair.dtype=bfloat16)"
+    "--set rank.batch_tokens=300 --set contrast.batch=4 --set harvest.batch_tokens=300, or --set harvest.store=none, or "
+    "--set pair.dtype=bfloat16"
 )
 """What lowers the memory of a run."""
 

@@ -32,7 +32,7 @@ from tunediff.cli.options import (
     table,
 )
 from tunediff.core import pages
-from tunediff.core.artifacts import is_finished, read_json
+from tunediff.core.artifacts import is_finished
 from tunediff.core.errors import TunediffError
 from tunediff.core.progress import ProgressBar
 from tunediff.core.streams import shown, terminal
@@ -210,14 +210,21 @@ def _with_interval(m: Measure) -> str:
 
 
 @app.command()
-def report(run: OpenedRun, runs: Runs = RUNS) -> None:
+def report(
+    run: Annotated[str, typer.Argument(help="A run's name or folder, or a diff.json.")],
+    runs: Runs = RUNS,
+    out: Annotated[
+        Path | None, typer.Option(help="The file to write; by default report.html beside diff.json.")
+    ] = None,
+) -> None:
     """Write the report again from a run's diff.json, without loading a model."""
     from tunediff.records.diff import Diff
     from tunediff.reports.page import write_report
 
-    folder = run_folder(run, runs, "diff.json")
-    write_report(Diff.load(folder / "diff.json"), folder / "report.html")
-    typer.echo(str(folder / "report.html"))
+    record = Path(run) if run.endswith(".json") else run_folder(run, runs, "diff.json") / "diff.json"
+    target = out or record.with_name("report.html")
+    write_report(Diff.load(record), target)
+    typer.echo(str(target))
 
 
 @app.command("list")
@@ -227,6 +234,7 @@ def list_(runs: Runs = RUNS, json: Json = False) -> None:
 
 
 def _run_row(folder: Path) -> dict[str, Any]:
+    from tunediff.records.diff import Diff
     from tunediff.runs.plan import Plan
 
     try:
@@ -236,8 +244,10 @@ def _run_row(folder: Path) -> dict[str, Any]:
     stages = [s for s in ("harvest", "find", "rank", "verify") if any(is_finished(p) for p in folder.glob(f"{s}/*"))]
     found = ""
     if (folder / "diff.json").is_file():
-        changes = read_json(folder / "diff.json").get("changes", [])
-        found = f"{sum(c.get('decision') == 'confirmed' for c in changes)} confirmed"
+        try:
+            found = f"{len(Diff.load(folder / 'diff.json').confirmed)} confirmed"
+        except TunediffError as error:
+            found = error.what
     return {"run": folder.name, "base": plan.base, "tuned": plan.tuned, "stages": " ".join(stages), "found": found}
 
 

@@ -68,8 +68,8 @@ def open_run(
 
 def run_folder(run: str, runs: Path, file: str) -> Path:
     """The folder of a run given by name or folder; raises `ArtifactError` unless it holds `file`."""
-    folder = Path(run) if (Path(run) / file).is_file() else runs / run
-    if not (folder / file).is_file():
+    folder = Path(run) if run and (Path(run) / file).is_file() else runs / run
+    if not run or not (folder / file).is_file():
         known = sorted(p.parent.name for p in runs.glob(f"*/{file}"))
         what = f"run {run!r} is not finished" if (folder / "plan.toml").is_file() else f"there is no run {run!r}"
         raise ArtifactError(what, expected=", ".join(known) or f"a run in {runs}", remedy="tunediff diff BASE TUNED")

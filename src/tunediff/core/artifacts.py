@@ -97,7 +97,9 @@ def write_bytes(path: Path, data: bytes) -> None:
             f"{path} could not be written",
             expected=f"{len(data):,} bytes of space" if full else "a writable folder",
             got=error.strerror or str(error),
-            remedy="free space, or choose another folder, and run again; it resumes" if full else "another folder",
+            remedy="free space, or choose another folder, and run again; it resumes"
+            if full
+            else "choose another folder",
         ) from None
 
 

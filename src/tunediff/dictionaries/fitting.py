@@ -71,7 +71,7 @@ def _refuse_other(found: str | None, key: str, folder: Path) -> None:
             f"{folder} holds a dictionary made of other settings or activations",
             expected=f"key {key}",
             got=f"key {found}",
-            remedy="give another folder, or delete this one",
+            remedy=f"delete {folder}, or give another folder",
         )
 
 
@@ -169,5 +169,5 @@ def step(state: State, x_NSMD: Tensor, settings: FitSettings, schedule: Schedule
             "dead": float((state.silent_F >= schedule.dead_tokens).sum()),
         }
     if not math.isfinite(row["loss"]):
-        raise NumericsError(f"the loss is not finite at step {state.step}", remedy="lower learning_rate")
+        raise NumericsError(f"the loss is not finite at step {state.step}", remedy="--set fit.learning_rate=1e-4")
     return row

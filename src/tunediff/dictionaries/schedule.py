@@ -115,7 +115,7 @@ class Schedule:
     def of(cls, spec: Spec, settings: FitSettings, count: int) -> Schedule:
         """Derive the schedule; fewer training tokens than a batch give smaller batches."""
         if count < 1:
-            raise SettingError("there are no training tokens", remedy="harvest more text")
+            raise SettingError("there are no training tokens", remedy="--set corpus.tokens=20000")
         batch = min(settings.batch, count)
         steps = settings.steps or max(1, round(count * settings.epochs / batch))
         rate = settings.learning_rate or (1e-3 if spec.latents < 10_000 else 1e-4)

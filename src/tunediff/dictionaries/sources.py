@@ -137,15 +137,13 @@ class Normalization:
         for at in index_N.split(CHUNK):
             x = source.read(TRAIN, at).double()
             if not bool(torch.isfinite(x).all()):
-                raise NumericsError(
-                    "the training activations are not finite", remedy="look for overflow in the forward pass"
-                )
+                raise NumericsError("the training activations are not finite", remedy="--set pair.dtype=float32")
             pivot = x.mean(0) if pivot is None else pivot
             x = x - pivot  # close to the mean, so that the difference of sums below loses nothing
             sums, squares = sums + x.sum(0), squares + x.square().sum(0)
             deltas = deltas + delta_of(x).square().sum(0)
         if pivot is None:
-            raise NumericsError("there are no training tokens", remedy="harvest more text")
+            raise NumericsError("there are no training tokens", remedy="--set corpus.tokens=20000")
         n = len(index_N)
         mean_SMD = sums / n
         variance_SMD = (squares / n - mean_SMD.square()).clamp_min(0)

@@ -46,7 +46,7 @@ def merged(pair: Pair, edit: Edit | None = None) -> Any:
 def check_empty(out: Path) -> None:
     """Raise `ArtifactError` unless `out` is an empty folder or does not exist."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ArtifactError(f"{out} is not an empty folder", remedy="another --bake folder")
+        raise ArtifactError(f"{out} is not an empty folder", remedy="--bake FOLDER, one that is empty or new")
 
 
 def bake_edit(pair: Pair, edit: Edit, bill: Bill, out: Path) -> float:
@@ -66,7 +66,9 @@ def bake_edit(pair: Pair, edit: Edit, bill: Bill, out: Path) -> float:
             write_bytes(partial / "README.md", _card(pair, edit, bill, error).encode())
             os.replace(partial, out)
     except (OSError, SafetensorError) as fault:
-        raise ArtifactError(f"{out} could not be written", got=str(fault), remedy="another --bake folder") from None
+        raise ArtifactError(
+            f"{out} could not be written", got=str(fault), remedy="--bake FOLDER, one that is empty or new"
+        ) from None
     return error
 
 

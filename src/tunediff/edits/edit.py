@@ -20,7 +20,7 @@ from tunediff.models.pair import Pair
 
 SCHEMA = "tunediff.edit/1"
 FILE = "edit.safetensors"
-REMEDY = "the pair that the edit was made for, loaded with the same dtype"
+REMEDY = "give the pair that the edit was made for, loaded with the same pair.dtype"
 
 
 @dataclass(frozen=True)

@@ -146,7 +146,7 @@ class Harvest:
             raise ArtifactError(
                 f"{folder} keeps no streams",
                 expected="a harvest with its streams on disk",
-                remedy="the command that made it, which has the models",
+                remedy="run the command again that made it, which has the models",
             )
         counts = torch.tensor([0, *(len(s["token"]) for s in shards)])
 
@@ -252,7 +252,7 @@ def harvest(
         raise CorpusError(
             "the whole corpus is held out" if True in sides else "the corpus has no held-out part",
             expected="documents in both splits",
-            remedy="more documents, or --set corpus.tokens=20000",
+            remedy="add documents, or --set corpus.tokens=20000",
         )
     key = key_of(
         SCHEMA, pair.base_fingerprint, pair.tuned_fingerprint, tokens.fingerprint, list(map(str, sites)), settings
@@ -303,7 +303,7 @@ def harvest(
             "every token is an outlier or a repeat",
             got=f"{apart} and {repeats} tokens",
             expected=f"stream norms within {settings.abnormal:g} times the median",
-            remedy="a larger --set harvest.abnormal=",
+            remedy=f"--set harvest.abnormal={10 * settings.abnormal:g}",
         )
     finish(
         folder,

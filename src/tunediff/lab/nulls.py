@@ -54,7 +54,7 @@ def permuted(pair: Pair, seed: int) -> Pair:
     for delta in pair.deltas():
         if delta.up_parameter is None:
             raise SourceError(
-                "a full fine-tune has no adapter to permute", expected="a LoRA over base", remedy="the null random"
+                "a full fine-tune has no adapter to permute", expected="a LoRA over base", remedy="--nulls random:0"
             )
         rng = generator(seed, "permuted adapter", delta.name)
         down, up = delta.down_parameter.data, delta.up_parameter.data

@@ -76,7 +76,7 @@ class Change:
                 f"the directions of change {self.id!r} do not fit its sites",
                 expected=f"rows and write of one shape (S={len(self.sites)}, M>=1, D>=1)",
                 got=f"rows {rows}, write {write}",
-                remedy="one read-out and one write direction for each site and model",
+                remedy="give one read-out and one write direction for each site and model",
             )
 
     @classmethod
@@ -136,7 +136,7 @@ class Change:
                 f"these streams are not those that change {self.id!r} is read from",
                 expected=f"(N, S, M, D) = (N, {', '.join(map(str, self.rows_SMD.shape))})",
                 got=str(tuple(streams_NSMD.shape)),
-                remedy="streams of as many models, at " + ", ".join(map(str, self.sites)),
+                remedy="give streams of as many models, at " + ", ".join(map(str, self.sites)),
             )
         x = streams_NSMD.float()
         g = x.flatten(1) @ self.rows_SMD.flatten().to(x) + self.bias

@@ -56,14 +56,14 @@ class Profile:
                     f"profile {self.name!r} names one of its {which} twice",
                     expected="unique labels",
                     got=repr(twice),
-                    remedy="a label of its own for each",
+                    remedy="give each a label of its own",
                 )
         if (self.low is None) != (self.high is None):
             raise NumericsError(
                 f"profile {self.name!r} has one end of its interval",
                 expected="low and high, or neither",
                 got="low alone" if self.high is None else "high alone",
-                remedy="both ends",
+                remedy="give both ends",
             )
         for which, table in self._tables().items():
             if len(table) != len(self.subjects) or any(len(row) != len(self.places) for row in table):
@@ -71,7 +71,7 @@ class Profile:
                     f"{which} of profile {self.name!r} has the wrong shape",
                     expected=f"{len(self.subjects)} subjects x {len(self.places)} places",
                     got=f"rows of {sorted({len(row) for row in table})} numbers, {len(table)} of them",
-                    remedy="one row for each subject, one number for each place",
+                    remedy="give one row for each subject, one number for each place",
                 )
 
     @classmethod

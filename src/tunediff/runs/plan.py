@@ -251,9 +251,7 @@ class Plan:
         path, equals, value_text = text.partition("=")
         path = path.strip()
         if not equals:
-            raise SettingError(
-                f"{text!r} sets nothing", expected="part.field=value", remedy="--set verify.draws=200, for example"
-            )
+            raise SettingError(f"{text!r} sets nothing", expected="part.field=value", remedy="--set verify.draws=200")
         fault: SettingError | None = None
         for value in _values(value_text):
             values = to_record(self)

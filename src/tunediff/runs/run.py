@@ -140,7 +140,7 @@ class Run(Stages):
             raise SettingError(
                 "there is no held-out text that the models did not write",
                 expected="neutral text to measure a cost on",
-                remedy="a corpus with more documents, or no cost",
+                remedy="leave --cost out, or --set corpus.tokens=20000",
             )
         inputs, seed = self.inputs(ids), self.plan.seed
         for number, strength in enumerate(STRENGTHS):
@@ -198,12 +198,14 @@ class Run(Stages):
         if not ids and self.confirmed:
             raise SettingError(f"revert takes out changes of streams; only {', '.join(self.confirmed)} was confirmed")
         if not ids:
-            raise SettingError("this run confirmed no change, so there is nothing to take out", remedy="--changes ID")
+            raise SettingError(
+                "this run confirmed no change, so there is nothing to take out", remedy="name one with --changes ID"
+            )
         if cost is not None and self.afford(ids, cost) is None:
             raise SettingError(
                 f"no edit takes {', '.join(ids)} out at {cost:g} nat a token on neutral text",
                 expected="a higher --cost",
-                remedy="fewer --changes",
+                remedy="name fewer with --changes",
             )
         bill = self.bill(ids)
         if bake is not None:

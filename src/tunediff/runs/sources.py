@@ -13,12 +13,14 @@ import torch
 
 from tunediff.core import variants
 from tunediff.core.artifacts import write_bytes
+from tunediff.core.errors import SettingError
 from tunediff.core.progress import Progress, ProgressBar, quiet
 from tunediff.harvests.contrasts import contrast
 from tunediff.models.deltas import MAP
 from tunediff.models.pair import Pair
 from tunediff.models.shipped import DEMO
 from tunediff.records.diff import StageCard
+from tunediff.records.site import Site
 from tunediff.runs import corpora
 from tunediff.runs.keeping import Keeper, stage
 from tunediff.runs.plan import Plan
@@ -59,6 +61,7 @@ class Sources:
     def pair(self) -> Pair:
         """Both models, loaded and checked."""
         if self.given is not None:
+            self._check_sites(self.given)
             return self.given
         began = time.monotonic()
         plan = self.plan
@@ -73,9 +76,22 @@ class Sources:
             fast=plan.runtime.fast,
             family=plan.pair.family,
         )
+        self._check_sites(pair)
         self.progress("load", 1, 1)
         self.cards.append(StageCard("load", "", round(time.monotonic() - began, 2), list(pair.notes)))
         return pair
+
+    def _check_sites(self, pair: Pair) -> None:
+        """Raise `SettingError` for a site that the networks do not have, before any text is written or read."""
+        depth = pair.base.depth
+        for site in map(Site.parse, self.plan.scan.sites):
+            if site.layer >= depth:
+                last = Site(depth - 1, site.kind)
+                raise SettingError(
+                    f"{pair.base.name} has no {site}",
+                    expected=f"{Site(0, site.kind)} to {last}",
+                    remedy=f"--set scan.sites={last}",
+                )
 
     @property
     def _models(self) -> list[Any]:

@@ -52,7 +52,7 @@ class DeltaLens(Finder):
             raise CorpusError(
                 "no first position is seen often enough for delta_lens",
                 expected=f"{self.fewest} training rows that begin differently",
-                remedy="more plain text: --set corpus.tokens=",
+                remedy="--set corpus.tokens=20000",
             )
         return Found(changes)
 
