@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 import sys
 from collections.abc import Iterator
 from typing import TextIO, cast
 
 from tunediff.core.text import visible
 
+STYLE = re.compile(r"\x1b\[[0-9;]*m")
+"""A code that styles what follows it, as other libraries write without looking where to."""
+
 
 class Shown(io.TextIOBase):
-    """A text stream that passes on what is written to it with hidden and steering characters written out (`visible`).
+    """A text stream that passes on what is written to it without styles, and with hidden and steering characters written
+    out (`visible`).
 
     It says that it is no terminal, so that other libraries write no colors. A carriage return that begins a text is
     kept on a terminal, since it rewrites a line of progress.
@@ -26,7 +31,7 @@ class Shown(io.TextIOBase):
             raise TypeError(f"text is wanted, got {type(text).__name__}")
         rewrites = text.startswith("\r")
         start = "\r" if rewrites and self.raw.isatty() else ""
-        self.raw.write(start + visible(text[rewrites:].replace("\r\n", "\n")))
+        self.raw.write(start + visible(STYLE.sub("", text[rewrites:].replace("\r\n", "\n"))))
         return len(text)
 
     def flush(self) -> None:
