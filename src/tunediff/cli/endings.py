@@ -30,10 +30,11 @@ def code_of(command: Callable[[], int | None]) -> int:
         code = command() or 0
         sys.stdout.flush()
         return _told(KeyboardInterrupt()) if code == STOPPED else code  # what typer makes of Ctrl-C
-    except BrokenPipeError:  # as `| head` does; Python would complain again when it closes the stream
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return UNREAD
     except BaseException as error:
+        # As `| head` does; typer makes an exit of it.
+        if isinstance(error, BrokenPipeError) or isinstance(error.__context__, BrokenPipeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python would complain again when it closes the stream
+            return UNREAD
         return _told(error)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunediff.core.errors import ArtifactError
+from tunediff.core.files import read_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -109,12 +110,10 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file; raises `ArtifactError` if it is missing or damaged."""
+    """Read a JSON file; raises `ArtifactError` if it is missing, no ordinary file or damaged."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ArtifactError(f"{path} does not exist", remedy="run the stage that makes it first") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        return json.loads(read_bytes(path, ArtifactError, "a JSON file").decode())
+    except (ValueError, RecursionError) as error:
         raise ArtifactError(
             f"{path} is not valid JSON", got=str(error), remedy="delete the file and run again"
         ) from None

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from tunediff.core.errors import MissingExtraError, NumericsError, SettingError, SourceError
+from tunediff.core.files import refuse_special
 from tunediff.models import shipped as embedded
 from tunediff.models.deltas import lora_deltas
 
@@ -124,6 +125,7 @@ def _refuse_what_is_no_model(source: str, path: Path) -> None:
 
 
 def _refuse_pickles(folder: Path) -> None:
+    refuse_special(folder, SourceError)
     weights = [p for p in folder.iterdir() if p.suffix == ".safetensors"]
     pickles = [p.name for p in folder.iterdir() if p.suffix in UNSAFE]
     if pickles and not weights:

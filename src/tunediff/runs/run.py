@@ -253,8 +253,8 @@ class Run(Stages):
 
 def _beside(folder: Path, name: str) -> str:
     """A model's name in a plan; a path that an older version kept as it was typed is looked for where it was typed."""
-    typed_at = folder.resolve().parent.parent / name
-    return name if resolved(name) != name or not os.path.exists(typed_at) else str(typed_at)
+    typed_at = os.path.join(folder.resolve().parent.parent, name)
+    return typed_at if os.path.exists(typed_at) and not os.path.exists(os.path.expanduser(name)) else name
 
 
 def _is_gone(path: str) -> bool:
