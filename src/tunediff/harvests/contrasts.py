@@ -95,7 +95,7 @@ def contrast(
         raise CorpusError(
             f"no open chat of corpus {prompts.name!r} fits",
             expected=f"at most {PROMPT_TOKENS} tokens",
-            remedy="shorter prompts",
+            remedy="give shorter prompts, or --set corpus.prompts=[] for those that ship",
         )
     tokens, _ = pair.vocabularies.read_by_both(tokens, pair.tokenizer, 0.0)
     tokens = tokens.only(screen(pair, tokens, settings))

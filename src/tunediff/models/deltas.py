@@ -293,7 +293,7 @@ def full_deltas(base: LanguageModel, tuned: LanguageModel) -> Iterator[Whole]:
             f"the blocks of {base.name} and {tuned.name} are built differently",
             expected=f"{name} of shape {inside[0].get(name, 'none')} (base)",
             got=f"{inside[1].get(name, 'none')} (tuned)",
-            remedy="the model that tuned was made from as BASE",
+            remedy="give the model that tuned was made from as BASE",
         )
     yield from _differing(theirs, mine, "", _roles(tuned, tuned.network))
 

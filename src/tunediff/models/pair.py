@@ -148,7 +148,7 @@ class Pair:
                     f"{base.name} and {tuned.name} differ in {what}",
                     expected=f"{of(base)} (base)",
                     got=f"{of(tuned)} (tuned)",
-                    remedy="the model that tuned was made from as BASE",
+                    remedy="give the model that tuned was made from as BASE",
                 )
         found = self.vocabularies
         self.vocabulary = found.size

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tunediff.core.errors import FamilyError
 from tunediff.records.site import Site
 
-OTHER_NETWORK = "a decoder of another architecture, or --set pair.family=MODULE:CLASS with a family of your own"
+OTHER_NETWORK = "take a decoder of another architecture, or --set pair.family=MODULE:CLASS with a family of your own"
 """What can be done about a network that cannot be read."""
 
 

@@ -273,7 +273,7 @@ class Vocabularies:
                 "base and tuned cut the same text into different tokens",
                 expected=f"{ours[:8]} (base)",
                 got=f"{theirs[:8]} (tuned) for {PROBES[0][:24]!r}; " + "; ".join(self.notes),
-                remedy="a pair with one tokenizer; streams at different tokens cannot be compared",
+                remedy="take a pair with one tokenizer; streams at different tokens cannot be compared",
             )
         ids_BT = probe_ids(self.tokenizers[0], self.size)
         return (
@@ -351,7 +351,7 @@ class Vocabularies:
                 f"base and tuned cut {1 - share:.0%} of the text into different tokens",
                 expected=f"at least {least:.0%} of the text cut alike, because streams are compared token by token",
                 got=f"{share:.0%}; " + "; ".join(self.notes),
-                remedy="a pair with one tokenizer, or --set pair.shared_text=0 to compare on what is left",
+                remedy="take a pair with one tokenizer, or --set pair.shared_text=0 to compare on what is left",
             )
         notes.append(
             f"{len(of) - len(alike)} of {len(of)} documents ({1 - share:.0%} of the text) were left out, "

@@ -129,7 +129,7 @@ class Change:
             raise NumericsError(
                 f"change {self.id!r} is at the output, and is read from no stream",
                 expected="a change with sites",
-                remedy="Outputs.strengths, which runs both models",
+                remedy="use Outputs.strengths, which runs both models",
             )
         if streams_NSMD.shape[1:] != self.rows_SMD.shape:
             raise NumericsError(

@@ -34,7 +34,7 @@ def read(settings: CorpusSettings, asked: int) -> tuple[Corpus, Corpus]:
         raise CorpusError(
             f"{text.name} is one document, and there is {'one prompt' if asked else 'no prompt'}",
             expected="two documents or prompts, one to find changes in and one to test them on; a dozen are better",
-            remedy="a text or prompts with more documents, or --set contrast.prompts=128 without corpus.prompts",
+            remedy="add documents, or --set contrast.prompts=128 without corpus.prompts",
         )
     for seed in chain([settings.split], range(SPLITS)):
         tried = dataclasses.replace(text, seed=seed)

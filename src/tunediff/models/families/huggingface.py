@@ -57,7 +57,7 @@ class HuggingFace(Family):
         raise FamilyError(
             f"{type(block).__name__} has no {kind} submodule",
             expected="one of " + ", ".join(ATTENTION_NAMES if kind == "attn" else MLP_NAMES),
-            remedy="a resid site, such as --set scan.sites='[\"resid.1\"]'",
+            remedy="--set scan.sites=resid.1",
         )
 
     def unembedding(self, module: Any) -> Any:
