@@ -91,7 +91,7 @@ def _check_causal(model: LanguageModel, ids_BT: Tensor, own: Tensor, tolerance: 
             f"positions of {type(model.network).__name__} see what is to their right",
             expected=DECODER,
             got=f"logits that change by {error:.2g} of the largest when later tokens do",
-            remedy="take a decoder-only model, or write \"is_decoder\": true into config.json if the network was trained as a decoder",
+            remedy='take a decoder-only model, or write "is_decoder": true into config.json if the network was trained as a decoder',
         )
 
 
