@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from tunediff.core import artifacts, axes, chance, errors, variants
-from tunediff.core.artifacts import finish, key_of, open_folder, plain, read_json, read_tensors, to_json, write_bytes
+from tunediff.core.artifacts import key_of, plain, read_json, read_tensors, to_json
 from tunediff.core.errors import ArtifactError, NumericsError, SettingError, TunediffError, VariantError
 
 # Errors and axes
@@ -162,23 +162,6 @@ def test_a_later_setting_leaves_keys_as_they_were():
     assert plain(after()) == {"a": 1, "b": "x"}
 
 
-def test_a_write_is_all_or_nothing(tmp_path, monkeypatch):
-    path = tmp_path / "deep" / "file"
-    write_bytes(path, b"old")
-    monkeypatch.setattr(artifacts.os, "fsync", lambda number: (_ for _ in ()).throw(OSError(28, "No space left")))
-    with pytest.raises(ArtifactError, match="No space left") as caught:
-        write_bytes(path, b"new and longer")
-    assert caught.value.remedy
-    assert path.read_bytes() == b"old"
-    assert [p.name for p in path.parent.iterdir()] == ["file"], "what was half written must not keep its space"
-
-
-def test_a_folder_that_cannot_be_made_is_told(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ArtifactError, match="could not be written"):
-        write_bytes(tmp_path / "file" / "below", b"")
-
-
 def test_damaged_json_and_tensors_are_told(tmp_path):
     for read in (read_json, read_tensors):
         with pytest.raises(ArtifactError, match="does not exist"):
@@ -186,6 +169,26 @@ def test_damaged_json_and_tensors_are_told(tmp_path):
         (tmp_path / "bad").write_bytes(b"\xff{")
         with pytest.raises(ArtifactError, match="is not"):
             read(tmp_path / "bad")
+
+
+def test_a_sealed_record_is_read_as_it_was_written(tmp_path):
+    """Whatever bit flips, it is told, or what is read stays the same; a record without a seal is read as it is."""
+    path, value = tmp_path / "r.json", {"text": "é\n", "n": [1, 2.5, 1e-9, None], "deep": {"a": True}}
+    artifacts.write_json(path, artifacts.sealed(value))
+    assert read_json(path) == value
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        data = bytearray(whole)
+        data[place] ^= 1 << place % 7
+        path.write_bytes(data)
+        try:
+            read = read_json(path)
+        except ArtifactError as error:
+            assert str(path) in error.what
+        else:
+            assert {name: read[name] for name in value} == value
+    artifacts.write_json(path, value)
+    assert read_json(path) == value
 
 
 def test_tensors_come_back_whatever_their_layout(tmp_path):
@@ -196,25 +199,6 @@ def test_tensors_come_back_whatever_their_layout(tmp_path):
     assert back.keys() == tensors.keys() and all(torch.equal(back[k], tensors[k]) for k in tensors)
     artifacts.write_tensors(tmp_path / "t.safetensors", tensors, {"made": "here"})
     assert (tmp_path / "t.safetensors").read_bytes() == first
-
-
-def test_a_folder_is_finished_when_its_manifest_is_there(tmp_path):
-    (tmp_path / "data").write_bytes(b"abc")
-    with pytest.raises(ArtifactError, match="not a finished kind/1") as caught:
-        open_folder(tmp_path, "kind/1")
-    assert "again" in caught.value.remedy
-    made = finish(tmp_path, "kind/1", {"n": 1}, ["data"])
-    assert open_folder(tmp_path, "kind/1", verify=True) == made == read_json(tmp_path / artifacts.MANIFEST)
-    with pytest.raises(ArtifactError, match="another kind") as caught:
-        open_folder(tmp_path, "kind/2")
-    assert (caught.value.expected, caught.value.got) == ("kind/2", "kind/1")
-    (tmp_path / "data").write_bytes(b"abd")
-    open_folder(tmp_path, "kind/1")
-    with pytest.raises(ArtifactError, match="changed"):
-        open_folder(tmp_path, "kind/1", verify=True)
-    (tmp_path / "data").unlink()
-    with pytest.raises(ArtifactError, match="missing"):
-        open_folder(tmp_path, "kind/1")
 
 
 # Variants

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import subprocess
 import sys
@@ -13,7 +12,7 @@ import pytest
 import tiny_models
 import torch
 
-from tunediff.core.artifacts import read_tensors
+from tunediff.core.artifacts import read_json, read_tensors, sealed, write_json
 from tunediff.core.errors import ArtifactError
 from tunediff.edits.edit import Edit, scaling
 from tunediff.models.pair import Pair
@@ -137,8 +136,8 @@ def test_a_changed_or_unfinished_folder_is_refused(made, tmp_path):
     path.write_bytes(data)
     with pytest.raises(ArtifactError, match="is changed"):
         Edit.load(tmp_path)
-    manifest = json.loads((tmp_path / "manifest.json").read_text())
-    (tmp_path / "manifest.json").write_text(json.dumps({**manifest, "schema": "tunediff.lens/1"}))
+    manifest = read_json(tmp_path / "manifest.json")
+    write_json(tmp_path / "manifest.json", sealed({**manifest, "schema": "tunediff.lens/1"}))
     with pytest.raises(ArtifactError, match="of another kind"):
         Edit.load(tmp_path)
     (tmp_path / "manifest.json").unlink()

@@ -18,14 +18,16 @@ import torch
 
 from tunediff import dictionaries
 from tunediff.core import artifacts
-from tunediff.core.artifacts import hash_file, open_folder, read_tensors
+from tunediff.core.artifacts import read_tensors
 from tunediff.core.axes import BASE, TUNED
+from tunediff.core.disk import hash_file
 from tunediff.core.errors import ArtifactError, CorpusError, NumericsError, SettingError
+from tunediff.core.manifests import is_finished
 from tunediff.dictionaries.fitting import fit
 from tunediff.dictionaries.schedule import FitSettings
 from tunediff.harvests import harvest as harvests
 from tunediff.harvests import stores
-from tunediff.harvests.harvest import SCHEMA, Harvest, HarvestSettings, harvest, noise_floor, repeated
+from tunediff.harvests.harvest import Harvest, HarvestSettings, harvest, noise_floor, repeated
 from tunediff.models.network import LanguageModel
 from tunediff.models.pair import Pair
 from tunediff.records.site import Site
@@ -269,7 +271,6 @@ def test_a_killed_run_resumes_to_the_same_bytes(pair, tokens, tmp_path):
         assert process.wait() == -signal.SIGKILL
         process.stdout.close()
     assert sorted(path.name for path in killed.iterdir()) == ["shard-00000.safetensors", "work.json"]
-    (killed / ".shard-00001.safetensors.partial").write_bytes(b"half a shard")
     first = (killed / "shard-00000.safetensors").stat().st_mtime_ns
     harvest(pair, tokens, SITES, killed, SMALL)
     harvest(pair, tokens, SITES, whole, SMALL)
@@ -285,7 +286,7 @@ def test_a_run_stopped_between_any_two_shards_resumes(pair, tokens, tmp_path):
         pass
 
     calls = 0
-    while not artifacts.is_finished(tmp_path / "stopped") and calls < 50:
+    while not is_finished(tmp_path / "stopped") and calls < 50:
         calls += 1
         limit = calls
 
@@ -344,20 +345,41 @@ def test_damaged_shards_are_told(pair, tokens, tmp_path):
     h = harvest(pair, tokens, SITES, tmp_path, SMALL)
     shard = tmp_path / h.manifest["shards"][1]
     whole = shard.read_bytes()
-    open_folder(tmp_path, SCHEMA, verify=True)
     flipped = bytearray(whole)
     flipped[-3] ^= 1
-    shard.write_bytes(flipped)
-    with pytest.raises(ArtifactError, match="changed") as caught:
-        open_folder(tmp_path, SCHEMA, verify=True)
-    assert shard.name in caught.value.what and "delete" in caught.value.remedy
-    shard.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ArtifactError, match="not a whole safetensors file") as caught:
-        Harvest.open(tmp_path)
-    assert shard.name in caught.value.what
+    for damaged in (flipped, whole[: len(whole) // 2]):
+        shard.write_bytes(damaged)
+        with pytest.raises(ArtifactError, match="changed") as caught:
+            Harvest.open(tmp_path)
+        assert shard.name in caught.value.what and "delete" in caught.value.remedy
     shard.unlink()
     with pytest.raises(ArtifactError, match="missing"):
         Harvest.open(tmp_path)
+
+
+def test_a_damaged_shard_is_made_again_and_the_others_are_kept(pair, tokens, tmp_path, capsys):
+    h = harvest(pair, tokens, SITES, tmp_path, SMALL)
+    before, shard = hashes(tmp_path), tmp_path / h.manifest["shards"][1]
+    made = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    flipped = bytearray(shard.read_bytes())
+    flipped[-3] ^= 1
+    shard.write_bytes(flipped)
+    again = harvest(pair, tokens, SITES, tmp_path, SMALL)
+    assert f"{shard} is changed: it is made again" in capsys.readouterr().err
+    assert hashes(tmp_path) == before and torch.equal(again.at(again.index("all")), h.at(h.index("all")))
+    anew = {path.name for path in tmp_path.iterdir() if path.stat().st_mtime_ns != made[path.name]}
+    assert anew == {shard.name, "manifest.json"}
+
+
+def test_a_shard_of_other_work_in_an_unfinished_harvest_is_not_believed(pair, tokens, tmp_path):
+    harvest(pair, tokens, SITES, tmp_path / "whole", SMALL)
+    other = pair_of(pair.tuned.module, pair.base.module, ("b" * 16, "u" * 16))
+    theirs = harvest(other, tokens, SITES, tmp_path / "other", SMALL)
+    (tmp_path / "begun").mkdir()
+    for shard in theirs.manifest["shards"]:
+        (tmp_path / "begun" / shard).write_bytes((theirs.folder / shard).read_bytes())
+    harvest(pair, tokens, SITES, tmp_path / "begun", SMALL)
+    assert hashes(tmp_path / "begun") == hashes(tmp_path / "whole")
 
 
 def test_a_folder_that_is_no_harvest_is_told(tmp_path):
@@ -376,7 +398,7 @@ def test_a_full_disk_has_its_sentence_and_the_run_resumes(pair, tokens, tmp_path
         real(number)
 
     with monkeypatch.context() as patch:
-        patch.setattr(artifacts.os, "fsync", full)
+        patch.setattr(os, "fsync", full)
         with pytest.raises(ArtifactError, match="could not be written") as caught:
             harvest(pair, tokens, SITES, tmp_path / "full", SMALL)
     assert "No space left" in caught.value.got and "bytes" in caught.value.expected and "free" in caught.value.remedy

@@ -122,7 +122,7 @@ def test_another_models_lens_is_refused(model, tokens, tmp_path):
     fit_lens(model, tokens, [Site(1)], tmp_path, batch_tokens=256)
     other = LanguageModel(tiny_models.module("llama", 5), tiny_models.tokenizer(), "other")
     for which, sites, rest in ((other, [Site(1)], {}), (model, [Site(0)], {}), (model, [Site(1)], {"ridge": 0.5})):
-        with pytest.raises(ArtifactError, match="another model, text, sites or settings") as caught:
+        with pytest.raises(ArtifactError, match="other models, text, sites or settings") as caught:
             fit_lens(which, tokens, sites, tmp_path, batch_tokens=256, **rest)
         assert "delete" in caught.value.remedy
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from tunediff import dictionaries, kernels
-from tunediff.core import artifacts
 from tunediff.core.errors import NumericsError, SettingError
+from tunediff.core.manifests import open_folder
 from tunediff.dictionaries.fitted import SCHEMA, build
 from tunediff.dictionaries.fitting import fit, step
 from tunediff.dictionaries.schedule import FitSettings, Schedule, State
@@ -392,7 +392,7 @@ def test_a_fit_says_how_it_was_computed(tmp_path):
     source = TensorSource(tokens(300), tokens(50, seed=2))
     with kernels.using("torch"):
         fit(dictionary("batchtopk").spec, source, FitSettings(steps=2, batch=100), tmp_path)
-    manifest = artifacts.open_folder(tmp_path, SCHEMA)
+    manifest = open_folder(tmp_path, SCHEMA)
     assert manifest["kernels"] == "torch" and manifest["float32_products"] in ("highest", "high", "medium")
 
 

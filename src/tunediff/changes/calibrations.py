@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from tunediff.core.artifacts import read_json, write_json
+from tunediff.core.artifacts import read_json, sealed, write_json
 from tunediff.core.chance import prediction_bound, quantile
 from tunediff.core.typed import typed
 from tunediff.models.shipped import cache_folder
@@ -95,8 +95,7 @@ class Calibration:
     def save(self) -> Path:
         """Save the calibration for its base, replacing an older one; return the file."""
         path = cache_folder() / "calibrations" / f"{self.base}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, self)
+        write_json(path, sealed(self))
         return path
 
     @classmethod

@@ -32,8 +32,8 @@ from tunediff.cli.options import (
     table,
 )
 from tunediff.core import pages
-from tunediff.core.artifacts import is_finished
 from tunediff.core.errors import TunediffError
+from tunediff.core.manifests import is_finished
 from tunediff.core.progress import ProgressBar
 from tunediff.core.streams import shown, terminal
 from tunediff.core.text import NOT_MEASURED

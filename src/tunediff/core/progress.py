@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from typing import Protocol, TextIO
+from weakref import WeakSet
 
 from tunediff.core.streams import terminal
 from tunediff.core.text import one_line
@@ -25,6 +26,16 @@ def quiet(stage: str, done: int, total: int) -> None:
     """The `Progress` that says nothing."""
 
 
+_bars: WeakSet[ProgressBar] = WeakSet()
+
+
+def tell(text: str) -> None:
+    """Print a line on stderr that whoever watches should read, below the bar in progress."""
+    for bar in list(_bars):
+        bar.close()
+    print(one_line(text), file=sys.stderr, flush=True)
+
+
 class ProgressBar:
     """The `Progress` that writes to a stream: on a terminal it rewrites one line, elsewhere it adds lines seldom.
 
@@ -35,6 +46,7 @@ class ProgressBar:
     def __init__(self, stream: TextIO | None = None, enabled: bool = True):
         self.stream = terminal(stream or sys.stderr)
         self.enabled, self.live = enabled, self.stream.isatty()
+        _bars.add(self)
         self.stage, self.began, self.written = "", 0.0, 0.0
         self.first, self.finished = 0, False
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tunediff import dictionaries
-from tunediff.core import artifacts, variants
+from tunediff.core import artifacts, manifests, variants
 from tunediff.core.errors import ArtifactError
 from tunediff.dictionaries.architectures.base import Dictionary, Spec
 from tunediff.dictionaries.sources import Normalization
@@ -136,8 +136,26 @@ class Fitted:
             },
         )
 
-    def save(self, folder: Path, extra: dict[str, Any] | None = None) -> None:
-        """Write ``dictionary.safetensors``, ``curve.json`` and, last, the manifest with `extra` in it."""
+    def save(self, folder: Path) -> None:
+        """Write ``dictionary.safetensors``, ``curve.json`` and, last, the manifest."""
+        manifests.finish(folder, SCHEMA, self.body, self.write(folder))
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """What the manifest says of the dictionary."""
+        return {
+            "variant": self.dictionary.spec.variant,
+            "spec": self.dictionary.spec,
+            "seed": self.seed,
+            "sites": [str(site) for site in self.sites],
+            "source": self.source,
+            "thresholds": self.thresholds,
+            "delta_variance": self.normalization.delta_variance,
+            "quality": self.quality,
+        }
+
+    def write(self, folder: Path) -> list[str]:
+        """Write the dictionary's files without a manifest, and return their names."""
         norm = self.normalization
         artifacts.write_tensors(
             folder / "dictionary.safetensors",
@@ -150,22 +168,7 @@ class Fitted:
             },
         )
         artifacts.write_json(folder / "curve.json", self.curve)
-        artifacts.finish(
-            folder,
-            SCHEMA,
-            {
-                "variant": self.dictionary.spec.variant,
-                "spec": self.dictionary.spec,
-                "seed": self.seed,
-                "sites": [str(site) for site in self.sites],
-                "source": self.source,
-                "thresholds": self.thresholds,
-                "delta_variance": norm.delta_variance,
-                "quality": self.quality,
-                **(extra or {}),
-            },
-            ["dictionary.safetensors", "curve.json"],
-        )
+        return ["dictionary.safetensors", "curve.json"]
 
     @classmethod
     def load(cls, folder: Path, variant: str | None = None) -> Fitted:
@@ -175,7 +178,7 @@ class Fitted:
         other than `variant`: a folder from elsewhere must not decide which code runs.
         """
         folder = Path(folder)
-        manifest = artifacts.open_folder(folder, SCHEMA)
+        manifest = manifests.open_folder(folder, SCHEMA)
         if variants.is_import_path(manifest["variant"]) and manifest["variant"] != variant:
             raise ArtifactError(
                 f"{folder} names code to be imported",

@@ -7,6 +7,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,8 @@ from torch import Tensor
 from tunediff import kernels
 from tunediff.core import artifacts
 from tunediff.core.chance import generator
-from tunediff.core.errors import ArtifactError, NumericsError
+from tunediff.core.errors import NumericsError
+from tunediff.core.manifests import Work, kept
 from tunediff.dictionaries.architectures.base import Spec
 from tunediff.dictionaries.calibrating import apart, finish
 from tunediff.dictionaries.fitted import SCHEMA, Fitted, build
@@ -23,6 +25,8 @@ from tunediff.dictionaries.sources import TRAIN, Normalization, OnDevice, Source
 
 START = 1 << 14
 """Most training tokens from which initial vectors of latents are drawn."""
+CHECKPOINT = "checkpoint.safetensors"
+"""The state of a fit that is not over; a killed run goes on from it."""
 Progress = Callable[[int, int, dict[str, float]], None]
 """Called with tokens done, tokens in all, and the newest row of the training curve."""
 
@@ -53,37 +57,33 @@ def fit(
         source.fingerprint,
         [str(site) for site in source.sites],
     )
-    if folder is not None:
-        folder = Path(folder)
-        if artifacts.is_finished(folder):
-            _refuse_other(artifacts.open_folder(folder, SCHEMA).get("key"), key, folder)
-            return Fitted.load(folder, spec.variant)
     device = torch.device(device)
-    here = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-    with here, kernels.fast_matmul(device), kernels.kept_memory():
-        return _fit(spec, source, settings, folder, progress, key, device)
 
+    def fitted(work: Work | None) -> tuple[Fitted, dict[str, Any]]:
+        here = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+        with here, kernels.fast_matmul(device), kernels.kept_memory():
+            return _fit(spec, source, settings, work, progress, device)
 
-def _refuse_other(found: str | None, key: str, folder: Path) -> None:
-    """Raise ArtifactError if the folder's key is not this fit's."""
-    if found != key:
-        raise ArtifactError(
-            f"{folder} holds a dictionary made of other settings or activations",
-            expected=f"key {key}",
-            got=f"key {found}",
-            remedy=f"delete {folder}, or give another folder",
-        )
+    if folder is None:
+        return fitted(None)[0]
+    folder = Path(folder)
+
+    def make() -> tuple[dict[str, Any], list[str]]:
+        made, facts = fitted(Work.at(folder, key))
+        return {**made.body, **facts}, made.write(folder)
+
+    return kept(folder, SCHEMA, key, make, lambda: Fitted.load(folder, spec.variant))
 
 
 def _fit(
     spec: Spec,
     source: Source,
     settings: FitSettings,
-    folder: Path | None,
+    work: Work | None,
     progress: Progress | None,
-    key: str,
     device: torch.device,
-) -> Fitted:
+) -> tuple[Fitted, dict[str, Any]]:
+    """The dictionary, and how it was made, for the manifest."""
     train_N, calibration_N = apart(source, settings)
     source = OnDevice(source, device)
     norm = Normalization.measure(source)
@@ -95,13 +95,8 @@ def _fit(
     dictionary.begin(norm.apply(source.read(TRAIN, train_N[some])))
     schedule = Schedule.of(spec, settings, len(train_N))
     state = State.new(dictionary, schedule)
-    checkpoint = None if folder is None else folder / f"checkpoint-{key}.safetensors"
-    if folder is not None and checkpoint is not None:
-        others = [path for path in folder.glob("checkpoint-*.safetensors") if path != checkpoint]
-        if others:
-            _refuse_other(others[0].stem.removeprefix("checkpoint-"), key, folder)
-        if checkpoint.is_file():
-            state.restore(artifacts.read_tensors(checkpoint))
+    if work is not None and work.has(CHECKPOINT):
+        state.restore(artifacts.read_tensors(work.folder / CHECKPOINT))
     order: dict[int, Tensor] = {}
     while state.step < schedule.steps:
         epoch, at = divmod(state.step, schedule.batches)
@@ -114,14 +109,11 @@ def _fit(
             state.curve.append(row)
             if progress is not None:
                 progress(state.step * schedule.batch, schedule.steps * schedule.batch, row)
-        if checkpoint is not None and state.step % settings.checkpoint_every == 0 and state.step < schedule.steps:
-            artifacts.write_tensors(checkpoint, state.tensors())
-    fitted = finish(state, source, norm, settings, schedule, calibration_N)
-    if folder is not None and checkpoint is not None:
-        how = {"kernels": kernels.path(device), "float32_products": torch.get_float32_matmul_precision()}
-        fitted.save(folder, {"key": key, "settings": settings, "steps": schedule.steps, "batch": schedule.batch, **how})
-        checkpoint.unlink(missing_ok=True)
-    return fitted
+        if work is not None and state.step % settings.checkpoint_every == 0 and state.step < schedule.steps:
+            work.write_tensors(CHECKPOINT, state.tensors())
+    how = {"kernels": kernels.path(device), "float32_products": torch.get_float32_matmul_precision()}
+    facts = {"settings": settings, "steps": schedule.steps, "batch": schedule.batch, **how}
+    return finish(state, source, norm, settings, schedule, calibration_N), facts
 
 
 def step(state: State, x_NSMD: Tensor, settings: FitSettings, schedule: Schedule) -> dict[str, float] | None:

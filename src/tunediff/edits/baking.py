@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections import Counter
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-from safetensors import SafetensorError
 from torch import nn
 
-from tunediff.core.artifacts import write_bytes
+from tunediff.core.disk import new_folder, write_bytes
 from tunediff.core.errors import ArtifactError, NumericsError
 from tunediff.core.text import visible
 from tunediff.edits.edit import Edit
@@ -57,28 +54,16 @@ def bake_edit(pair: Pair, edit: Edit, bill: Bill, out: Path) -> float:
     if the baked model differs by more than `TOLERANCE`.
     """
     check_empty(out)
-    out = out.resolve()
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent, ignore_cleanup_errors=True) as place:
-            partial = Path(place) / out.name
-            error = _write(pair, edit, partial)
-            write_bytes(partial / "README.md", _card(pair, edit, bill, error).encode())
-            os.replace(partial, out)
-    except (OSError, SafetensorError) as fault:
-        raise ArtifactError(
-            f"{out} could not be written", got=str(fault), remedy="--bake FOLDER, one that is empty or new"
-        ) from None
+    with new_folder(out) as partial:
+        error = _write(pair, edit, partial)
+        write_bytes(partial / "README.md", _card(pair, edit, bill, error).encode())
     return error
 
 
 def _write(pair: Pair, edit: Edit, folder: Path) -> float:
     """Write the edited model and its tokenizer; return the relative error of what is read back."""
     merged(pair, edit).save_pretrained(folder)
-    try:
-        pair.tuned.tokenizer.save_pretrained(folder)
-    except Exception as fault:  # of the library's own kind where the disk is full
-        raise OSError(str(fault)) from None
+    pair.tuned.tokenizer.save_pretrained(folder)
     dtype = str(next(pair.tuned.module.parameters()).dtype).removeprefix("torch.")
     error = relative_error(pair, edit, load_frozen(str(folder), dtype, str(pair.tuned.device))[0])
     if error > TOLERANCE:

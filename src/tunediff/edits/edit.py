@@ -11,8 +11,9 @@ from weakref import WeakSet
 
 from torch import Tensor, nn
 
-from tunediff.core.artifacts import finish, open_folder, read_tensors, write_tensors
+from tunediff.core.artifacts import read_tensors, write_tensors
 from tunediff.core.errors import ArtifactError, within
+from tunediff.core.manifests import finish, open_folder
 from tunediff.core.typed import typed
 from tunediff.models.loading import fingerprint
 from tunediff.models.network import LanguageModel
@@ -55,7 +56,7 @@ class _Manifest:
     changes: list[str]
     base_fingerprint: str
     tuned_fingerprint: str
-    files: dict[str, str]
+    files: dict[str, Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,7 +157,7 @@ class Edit:
 
         Whether a model is the one the edit belongs to is checked when it is first applied.
         """
-        manifest: _Manifest = typed(_Manifest, open_folder(folder, SCHEMA, verify=True), str(folder))
+        manifest: _Manifest = typed(_Manifest, open_folder(folder, SCHEMA), str(folder))
         return cls(
             manifest.name,
             manifest.operation,

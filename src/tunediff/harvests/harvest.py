@@ -12,19 +12,11 @@ import torch
 from torch import Tensor
 
 from tunediff import kernels
-from tunediff.core.artifacts import (
-    finish,
-    is_finished,
-    key_of,
-    open_folder,
-    read_json,
-    read_tensors,
-    write_json,
-    write_tensors,
-)
+from tunediff.core.artifacts import key_of, read_tensors
 from tunediff.core.axes import BASE, MODELS, TUNED
 from tunediff.core.chance import generator
 from tunediff.core.errors import ArtifactError, CorpusError, NumericsError, SettingError
+from tunediff.core.manifests import Work, kept, open_folder
 from tunediff.harvests import stores
 from tunediff.harvests.stores import STORES, STREAMS, Again, in_range, stored, to_store
 from tunediff.models.network import LanguageModel
@@ -36,8 +28,6 @@ if TYPE_CHECKING:
 
 SCHEMA = "tunediff.harvest/1"
 """Schema of a harvest's manifest."""
-WORK = "work.json"
-"""File that holds the key of an unfinished harvest."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +128,7 @@ class Harvest:
     def open(cls, folder: Path, again: Again | None = None) -> Harvest:
         """Open a finished folder, memory-mapped; `again` computes the streams of one that stores none.
 
-        Raises ArtifactError if the folder is unfinished, or stores no streams and `again` is missing.
+        Raises ArtifactError if the folder is unfinished or damaged, or stores no streams and `again` is missing.
         """
         manifest = open_folder(folder, SCHEMA)
         shards = [read_tensors(folder / name) for name in manifest["shards"]]
@@ -266,50 +256,41 @@ def harvest(
             settings.shard_tokens * len(sites) * len(STREAMS) * pair.base.width * torch.float32.itemsize
         )
         again = Again(lambda number: _again(pair, groups[number], sites), len(groups), max(1, held))
-    if is_finished(folder):
-        finished = Harvest.open(folder, again)
-        _refuse_other(folder, "a", finished.fingerprint, key)
-        (folder / WORK).unlink(missing_ok=True)  # left by a run that was killed right after its manifest
-        return finished
-    total = sum(int(b.mask_BT.sum()) for b in batches)
-    folder.mkdir(parents=True, exist_ok=True)
-    _same_work(folder, key)
-    median_SM, noise_S = _calibrate(pair, batches, sites)
-    done, apart, first, repeats = 0, 0, 0, 0
-    document_R, held_D, repeated_R = map(torch.tensor, (tokens.document_R, tokens.held_out, repeated(tokens)))
-    names = []
-    energy = torch.zeros(2, len(sites), dtype=torch.float64)
-    for number, group in enumerate(groups):
-        name = f"shard-{number:05d}.safetensors"
-        names.append(name)
-        path = folder / name
-        if not path.is_file():
-            shard = _shard(pair, group, sites, settings, median_SM, repeated_R, document_R, held_D, tokens)
-            if again is not None:
-                again.keep(number, {stream: shard.pop(stream) for stream in STREAMS})
-            write_tensors(path, shard)
-        shard = read_tensors(path)
-        kept, ordinary = shard["kept"].bool(), shard["ordinary"].bool()
-        apart += int((~ordinary).sum())
-        first += int((~ordinary & (shard["position"] == 0)).sum())
-        repeats += int((ordinary & ~kept).sum())
-        energy += shard["energy"]
-        done += len(kept)
-        if progress:
-            progress(done, total)
-    kept_tokens = done - apart - repeats
-    if not kept_tokens:
-        raise NumericsError(
-            "every token is an outlier or a repeat",
-            got=f"{apart} and {repeats} tokens",
-            expected=f"stream norms within {settings.abnormal:g} times the median",
-            remedy=f"--set harvest.abnormal={10 * settings.abnormal:g}",
-        )
-    finish(
-        folder,
-        SCHEMA,
-        {
-            "key": key,
+
+    def make() -> tuple[dict[str, Any], list[str]]:
+        work = Work.at(folder, key)
+        total = sum(int(b.mask_BT.sum()) for b in batches)
+        median_SM, noise_S = _calibrate(pair, batches, sites)
+        done, apart, first, repeats = 0, 0, 0, 0
+        document_R, held_D, repeated_R = map(torch.tensor, (tokens.document_R, tokens.held_out, repeated(tokens)))
+        names = []
+        energy = torch.zeros(2, len(sites), dtype=torch.float64)
+        for number, group in enumerate(groups):
+            name = f"shard-{number:05d}.safetensors"
+            names.append(name)
+            if not work.has(name):
+                shard = _shard(pair, group, sites, settings, median_SM, repeated_R, document_R, held_D, tokens)
+                if again is not None:
+                    again.keep(number, {stream: shard.pop(stream) for stream in STREAMS})
+                work.write_tensors(name, shard)
+            shard = read_tensors(folder / name)
+            in_split, ordinary = shard["kept"].bool(), shard["ordinary"].bool()
+            apart += int((~ordinary).sum())
+            first += int((~ordinary & (shard["position"] == 0)).sum())
+            repeats += int((ordinary & ~in_split).sum())
+            energy += shard["energy"]
+            done += len(in_split)
+            if progress:
+                progress(done, total)
+        kept_tokens = done - apart - repeats
+        if not kept_tokens:
+            raise NumericsError(
+                "every token is an outlier or a repeat",
+                got=f"{apart} and {repeats} tokens",
+                expected=f"stream norms within {settings.abnormal:g} times the median",
+                remedy=f"--set harvest.abnormal={10 * settings.abnormal:g}",
+            )
+        return {
             "sites": [str(s) for s in sites],
             "settings": settings,
             "shards": names,
@@ -325,11 +306,9 @@ def harvest(
             "products": kernels.products(pair.base.device),
             "base_energy": energy[0] / kept_tokens,
             "delta_energy": energy[1] / kept_tokens,
-        },
-        names,
-    )
-    (folder / WORK).unlink(missing_ok=True)
-    return Harvest.open(folder, again)
+        }, names
+
+    return kept(folder, SCHEMA, key, make, lambda: Harvest.open(folder, again))
 
 
 def _mixed(batches: list[Batch]) -> list[Batch]:
@@ -359,25 +338,6 @@ def _group(batches: list[Batch], shard_tokens: int) -> list[list[Batch]]:
         groups[-1].append(batch)
         size += int(batch.mask_BT.sum())
     return groups
-
-
-def _same_work(folder: Path, key: str) -> None:
-    """Raise ArtifactError if the folder holds shards of an unfinished harvest with another key."""
-    note = folder / WORK
-    if note.is_file():
-        _refuse_other(folder, "an unfinished", read_json(note)["key"], key)
-    else:
-        write_json(note, {"key": key})
-
-
-def _refuse_other(folder: Path, which: str, theirs: str, key: str) -> None:
-    if theirs != key:
-        raise ArtifactError(
-            f"{folder} holds {which} harvest of other models, text, sites or settings",
-            expected=f"key {key}",
-            got=theirs,
-            remedy=f"delete {folder}, or name another folder",
-        )
 
 
 def _calibrate(pair: Pair, batches: list[Batch], sites: Sequence[Site]) -> tuple[Tensor, Tensor]:

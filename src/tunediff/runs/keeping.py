@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -10,7 +11,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tunediff import __version__
-from tunediff.core.artifacts import finish, is_finished, key_of, open_folder, read_json, write_json
+from tunediff.core import manifests
+from tunediff.core.artifacts import key_of, read_json, write_json
+from tunediff.core.errors import ArtifactError
 from tunediff.core.typed import typed
 from tunediff.records.diff import StageCard
 
@@ -48,7 +51,7 @@ class Place:
     @property
     def is_finished(self) -> bool:
         """Whether the result is on disk and complete."""
-        return is_finished(self.folder)
+        return manifests.is_finished(self.folder)
 
 
 @dataclass(eq=False)
@@ -70,17 +73,15 @@ class Keeper:
         read: Callable[[Path], T],
         note: Callable[[T], str] | None = None,
     ) -> T:
-        """The result at `place`: read if it is finished, otherwise made first.
+        """The result at `place`: read if it is finished and whole, otherwise made first (see `manifests.kept`).
 
         make   writes the result into a folder and returns the names of its files
         note   returns the text of the stage's card; without `note` the stage gets no card
         """
         began = time.monotonic()
-        if not place.is_finished:
-            place.folder.mkdir(parents=True, exist_ok=True)
-            finish(place.folder, place.schema, {}, list(make(place.folder)))
-        open_folder(place.folder, place.schema)
-        result = read(place.folder)
+        result = manifests.kept(
+            place.folder, place.schema, place.key, lambda: ({}, make(place.folder)), lambda: read(place.folder)
+        )
         if note:
             self.done(place, began, note(result))
         return result
@@ -97,13 +98,17 @@ class Keeper:
         return self.kept(place, written, lambda folder: typed(kind, read_json(folder / file), file), note)
 
     def done(self, place: Place, began: float, *notes: str) -> None:
-        """Add a stage's card; the seconds come from the run that made the result, and are kept beside it."""
+        """Add a stage's card; the seconds come from the run that made the result, and are kept beside it.
+
+        They are no part of the result: where they are lost or cannot be written, those of this run are told.
+        """
         took = place.folder / "took.json"
-        if took.is_file():
-            seconds = read_json(took)["seconds"]
-        else:
+        try:
+            seconds = typed(dict[str, float], read_json(took), took.name)["seconds"]
+        except (ArtifactError, LookupError):
             seconds = round(time.monotonic() - began, 2)
-            write_json(took, {"seconds": seconds})
+            with contextlib.suppress(ArtifactError):
+                write_json(took, {"seconds": seconds})
         card = StageCard(place.stage, place.key, seconds, list(notes))
         if card not in self.cards:
             self.cards.append(card)

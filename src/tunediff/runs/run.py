@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tunediff.core.artifacts import to_json
 from tunediff.core.axes import MODELS
 from tunediff.core.errors import ArtifactError, SettingError, SourceError, TunediffError
 from tunediff.core.progress import Progress, quiet
@@ -240,9 +241,19 @@ class Run(Stages):
         return self.publish(bills) if bills else diff
 
     def publish(self, billed: Sequence[Bill] = ()) -> Diff:
-        """Write ``diff.json`` and ``report.html`` into the run's folder, and return the record."""
-        diff = self.diff(billed)
-        diff.save(self.folder / "diff.json")
+        """Write ``diff.json`` and ``report.html`` into the run's folder, and return the record.
+
+        Where the record is there and differs only in seconds, it stays: nothing is written to a read-only disk.
+        """
+        diff, path = self.diff(billed), self.folder / "diff.json"
+        try:
+            before = Diff.load(path)
+        except ArtifactError:
+            before = None
+        if before is not None and _timeless(before) == _timeless(diff):
+            diff = before
+        else:
+            diff.save(path)
         write_report(diff, self.folder / "report.html")
         return diff
 
@@ -266,3 +277,8 @@ def _same(was: str, now: str) -> bool:
     """Whether two plans name one model: one place, or a place from which the model of that name has moved."""
     moved = now.startswith("/") and Path(was).name == Path(now).name and not os.path.exists(was)
     return moved or resolved(was) == resolved(now)
+
+
+def _timeless(diff: Diff) -> str:
+    """A record as text, without the seconds of its stages."""
+    return to_json(dataclasses.replace(diff, stages=[dataclasses.replace(s, seconds=0.0) for s in diff.stages]))

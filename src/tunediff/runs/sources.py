@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 
-from tunediff.core import variants
-from tunediff.core.artifacts import write_bytes
+from tunediff.core import disk, locks, variants
 from tunediff.core.errors import SettingError
 from tunediff.core.progress import Progress, ProgressBar, quiet
 from tunediff.harvests.contrasts import contrast
@@ -45,10 +44,9 @@ class Sources:
 
     def __post_init__(self) -> None:
         self.keeper = Keeper(self.folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        plan, file = self.plan.to_toml().encode(), self.folder / "plan.toml"
-        if not (file.is_file() and file.read_bytes() == plan):  # so that a finished run opens on a disk that only reads
-            write_bytes(file, plan)
+        disk.update_bytes(self.folder / "plan.toml", self.plan.to_toml().encode())
+        disk.sweep(self.folder)
+        locks.sweep(self.folder)
         if self.plan.runtime.threads:
             torch.set_num_threads(self.plan.runtime.threads)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ from tunediff.changes.rankings import Ranking, rank
 from tunediff.changes.signals.base import read as read_signals
 from tunediff.changes.verdicts import Proposals, Verifier
 from tunediff.core import variants
-from tunediff.core.artifacts import is_finished, read_json, write_json
+from tunediff.core.artifacts import read_json, write_json
+from tunediff.core.manifests import Work, is_finished
 from tunediff.dictionaries.fitted import Fitted
 from tunediff.harvests.harvest import Harvest, harvest
 from tunediff.harvests.lenses import Lens, fit_lens
@@ -158,13 +159,15 @@ class Stages(Sources):
                 )
                 return save_changes(folder, finder.find(view).changes)
 
-            changes = self.keeper.kept(place, make, load_changes, _candidates(name))
+            def read(folder: Path) -> tuple[list[Change], Fitted | None]:
+                fitted = folder / "dictionary"
+                return load_changes(folder), Fitted.load(fitted, spec.variant) if is_finished(fitted) else None
+
+            changes, fitted = self.keeper.kept(place, make, read, lambda r: f"{name}: {len(r[0])} candidates")
             if taken & {c.id for c in changes}:  # the same finder under two names
                 own = name.replace(":", ".")
                 changes = [dataclasses.replace(c, id=f"{own}/{c.id.rpartition('/')[2]}", finder=own) for c in changes]
             taken |= {c.id for c in changes}
-            dictionary = place.folder / "dictionary"
-            fitted = Fitted.load(dictionary, spec.variant) if is_finished(dictionary) else None
             found.append(Proposals(name, changes, fitted, finder.offset))
         return found
 
@@ -281,13 +284,13 @@ class Stages(Sources):
         tried = len(verifier.tried)
 
         def make(folder: Path) -> list[str]:
-            records = []
+            records, work = [], Work.at(folder, place.key)
             for number in range(len(ranked)):
                 # A trial is kept as soon as it is over, so that a killed run loses one at most.
-                path = folder / f"trial-{number:03d}.json"
-                if not path.is_file():
-                    write_json(path, verifier.record(number))
-                records.append(read_json(path))
+                trial = f"trial-{number:03d}.json"
+                if not work.has(trial):
+                    work.write_json(trial, verifier.record(number))
+                records.append(read_json(folder / trial))
                 if tried:
                     self.progress("verify", min(number + 1, tried), tried)
             write_json(folder / "verdicts.json", records)
@@ -335,8 +338,3 @@ class Stages(Sources):
         return self.keeper.kept_json(
             place, list[SignalTable], "signals.json", make, lambda _: ", ".join(plan.find.signals)
         )
-
-
-def _candidates(name: str) -> Callable[[list[Change]], str]:
-    """What the card of a finder's stage says."""
-    return lambda changes: f"{name}: {len(changes)} candidates"
