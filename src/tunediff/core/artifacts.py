@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 CHECKSUM = "checksum"
 """The field of a sealed JSON object that holds the SHA-256 of the others' canonical JSON."""
+SEAL = "# checksum "
+"""What begins the first line of a sealed text."""
 LATER = {"later": True}
 """Metadata of a dataclass field that was added after keys existed: at its default it stays out of the key, so that
 artifacts made before the field existed are still found."""
@@ -104,6 +106,18 @@ def read_json(path: Path) -> Any:
                 remedy="delete the file and run again",
             )
     return value
+
+
+def sealed_text(text: str) -> str:
+    """A text with its own checksum as a comment in its first line, where a text that is cut short keeps it."""
+    return f"{SEAL}{hashlib.sha256(text.encode()).hexdigest()}\n{text}"
+
+
+def refuse_changed(path: Path, remedy: str) -> None:
+    """Raise `ArtifactError` for a sealed text that is not what was written; one without a seal may be anything."""
+    first, _, text = path.read_bytes().partition(b"\n")
+    if first.startswith(SEAL.encode()) and hashlib.sha256(text).hexdigest().encode() != first[len(SEAL) :]:
+        raise ArtifactError(f"{path} is not what was written", got="another checksum", remedy=remedy)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tunediff.core.artifacts import to_json
+from tunediff.core.artifacts import refuse_changed, to_json
 from tunediff.core.axes import MODELS
 from tunediff.core.errors import ArtifactError, SettingError, SourceError, TunediffError
 from tunediff.core.progress import Progress, quiet
@@ -78,6 +78,7 @@ class Run(Stages):
 
         Raises `SourceError` if a model or text is not any more where the plan says; it names the setting to change.
         """
+        refuse_changed(folder / PLAN, f"tunediff diff BASE TUNED --run {folder.name}, which writes it again")
         before = read_toml(folder / PLAN)
         models = {side: _beside(folder, before[side]) for side in MODELS if isinstance(before.get(side), str)}
         plan = settled(folder / PLAN, settings, allow_code, **models)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from tunediff.core import disk, locks, variants
+from tunediff.core.artifacts import sealed_text
 from tunediff.core.errors import SettingError
 from tunediff.core.progress import Progress, ProgressBar, quiet
 from tunediff.harvests.contrasts import contrast
@@ -44,7 +45,7 @@ class Sources:
 
     def __post_init__(self) -> None:
         self.keeper = Keeper(self.folder)
-        disk.update_bytes(self.folder / "plan.toml", self.plan.to_toml().encode())
+        disk.update_bytes(self.folder / "plan.toml", sealed_text(self.plan.to_toml()).encode())
         disk.sweep(self.folder)
         locks.sweep(self.folder)
         if self.plan.runtime.threads:
