@@ -237,21 +237,22 @@ class Run(Stages):
 
         The finding is on disk before anything is priced, so that a crash or an interrupt meanwhile loses nothing.
         """
-        diff = self.publish()
+        diff = self.publish(billing=undo and bool(self.confirmed))
         bills = self.undo() if undo else []
         return self.publish(bills) if bills else diff
 
-    def publish(self, billed: Sequence[Bill] = ()) -> Diff:
+    def publish(self, billed: Sequence[Bill] = (), billing: bool = False) -> Diff:
         """Write ``diff.json`` and ``report.html`` into the run's folder, and return the record.
 
-        Where the record is there and differs only in seconds, it stays: nothing is written to a read-only disk.
+        A record that is there and differs only in seconds stays, so that nothing is written to a read-only disk. With
+        `billing`, when bills are to come, so does one that differs in its bills.
         """
         diff, path = self.diff(billed), self.folder / "diff.json"
         try:
             before = Diff.load(path)
         except ArtifactError:
             before = None
-        if before is not None and _timeless(before) == _timeless(diff):
+        if before is not None and _lasting(before, billing) == _lasting(diff, billing):
             diff = before
         else:
             diff.save(path)
@@ -280,6 +281,7 @@ def _same(was: str, now: str) -> bool:
     return moved or resolved(was) == resolved(now)
 
 
-def _timeless(diff: Diff) -> str:
-    """A record as text, without the seconds of its stages."""
-    return to_json(dataclasses.replace(diff, stages=[dataclasses.replace(s, seconds=0.0) for s in diff.stages]))
+def _lasting(diff: Diff, billing: bool) -> str:
+    """A record as text without the seconds of its stages; with `billing`, also without its bills."""
+    stages = [dataclasses.replace(s, seconds=0.0) for s in diff.stages if not (billing and s.name == "revert")]
+    return to_json(dataclasses.replace(diff, stages=stages, bills=[] if billing else diff.bills))
