@@ -44,7 +44,7 @@ def harvest_of(tokens: int, width: int, folder: Path) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from tunediff.harvests.harvest import HarvestSettings, harvest
-    from tunediff.models.loading import fingerprint
+    from tunediff.models.fingerprints import fingerprint
     from tunediff.models.network import LanguageModel
     from tunediff.models.pair import Pair
     from tunediff.records.site import Site

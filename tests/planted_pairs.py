@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tunediff.harvests.harvest import Harvest, HarvestSettings, harvest
-from tunediff.models.loading import fingerprint
+from tunediff.models.fingerprints import fingerprint
 from tunediff.models.network import LanguageModel
 from tunediff.models.pair import Pair
 from tunediff.records.site import Site

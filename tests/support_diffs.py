@@ -11,6 +11,7 @@ from tunediff.core.remarks import Remark
 from tunediff.records.diff import Bill, ChangeRecord, CorpusCard, Diff, FitCard, ModelCard, NullCard, StageCard
 from tunediff.records.measure import Context, DosePoint, Measure, SignalTable, TokenWeight
 from tunediff.records.profile import Profile
+from tunediff.records.relation import ConfigDifference, Relation
 from tunediff.records.scan import Scan, depth_profile
 
 HOSTILE = [
@@ -323,6 +324,18 @@ def full_diff() -> Diff:
             "edit": None,
         },
         version="0.1.0",
+        relation=Relation(
+            "light tune",
+            0.37,
+            0.0061,
+            0.99998,
+            None,
+            12,
+            210,
+            272,
+            config=[ConfigDifference("rope_parameters.rope_theta", "10000.0", "500000.0")],
+            notes=["polite says that it was trained on lab/other-7b, and is used over smol-135m-instruct"],
+        ),
     )
 
 

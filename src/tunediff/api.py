@@ -18,7 +18,8 @@ from torch import nn
 from tunediff.core.errors import ArtifactError, PairError, SettingError
 from tunediff.core.progress import Progress, ProgressBar, quiet
 from tunediff.edits.edit import Edit
-from tunediff.models.loading import adapter_folder, load_frozen
+from tunediff.models.adapters import Adapter
+from tunediff.models.loading import load_frozen, located
 from tunediff.models.network import LanguageModel
 from tunediff.models.pair import Pair
 from tunediff.records import diff as records
@@ -173,13 +174,14 @@ def _pair(base: Model, tuned: Model, names: Sequence[str], plan: Plan) -> Pair |
     sides = []
     for model, name in zip((base, tuned), names):
         if isinstance(model, (str, Path)):
-            if adapter_folder(name):
+            if Adapter.at(located(name), name):
                 raise PairError(
                     f"{name} is an adapter, whose base is given in memory",
                     expected="both as paths, or both in memory",
                     remedy="PeftModel.from_pretrained(model, adapter).merge_and_unload(), with its tokenizer",
                 )
-            module, tokenizer = load_frozen(name, plan.pair.dtype, plan.runtime.device)
+            loaded = load_frozen(name, plan.pair.dtype, plan.runtime.device)
+            module, tokenizer = loaded.module, loaded.tokenizer
         else:
             module, tokenizer = model
             if hasattr(module, "get_base_model"):
@@ -189,7 +191,7 @@ def _pair(base: Model, tuned: Model, names: Sequence[str], plan: Plan) -> Pair |
                     remedy="model.merge_and_unload()",
                 )
         sides.append(LanguageModel(module, tokenizer, name, fast=plan.runtime.fast, family=plan.pair.family))
-    return Pair.of(sides[0], sides[1], plan.pair.allow_identical)
+    return Pair.of(sides[0], sides[1], plan.pair.allow_identical, plan.pair.allow_unrelated)
 
 
 def _given(run: Run) -> list[nn.Module]:

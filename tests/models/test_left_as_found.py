@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tunediff.models.completing import complete
-from tunediff.models.loading import fingerprint
+from tunediff.models.fingerprints import fingerprint
 from tunediff.models.network import LanguageModel
 from tunediff.models.pair import Pair
 from tunediff.models.passes import Start

@@ -49,7 +49,7 @@ def test_summary_fits_a_terminal(name, width):
     )
     for d in (diff, crowded):
         told = lines_of(d, width)
-        assert len(told) <= 40 and all(cell_len(row.rstrip()) <= width for row in told)
+        assert len(told) <= 44 and all(cell_len(row.rstrip()) <= width for row in told)
         assert not re.search("[\x00-\x1f\x7f\u202e]", "".join(told))
     assert verdict(diff) in lines_of(diff, width)[0]
 
@@ -57,6 +57,9 @@ def test_summary_fits_a_terminal(name, width):
 def test_summary_tells_the_story():
     text = "\n".join(lines_of(full_diff(), 140))
     for told in (
+        "tuned is a light fine-tune of base: weights are 0.61 % of base's norm away, 37 % of numbers are equal",
+        "rope_parameters.rope_theta 10000.0 in base, 500000.0 in tuned",
+        "was trained on lab/other-7b",
         "crosscode/589",
         "confirmed",
         "13.4  vs 3.90",

@@ -13,7 +13,8 @@ from tunediff.core.disk import new_folder, write_bytes
 from tunediff.core.errors import ArtifactError, NumericsError
 from tunediff.core.text import visible
 from tunediff.edits.edit import Edit
-from tunediff.models.loading import load_frozen, peft_layers
+from tunediff.models.adapters import peft_layers
+from tunediff.models.loading import load_frozen
 from tunediff.models.network import LanguageModel, swapped
 from tunediff.models.pair import Pair
 from tunediff.records.diff import Bill

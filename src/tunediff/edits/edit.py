@@ -15,7 +15,7 @@ from tunediff.core.artifacts import read_tensors, write_tensors
 from tunediff.core.errors import ArtifactError, within
 from tunediff.core.manifests import finish, open_folder
 from tunediff.core.typed import typed
-from tunediff.models.loading import fingerprint
+from tunediff.models.fingerprints import fingerprint
 from tunediff.models.network import LanguageModel
 from tunediff.models.pair import Pair
 

@@ -18,7 +18,7 @@ from tunediff.core.artifacts import key_of, read_tensors, write_tensors
 from tunediff.core.axes import BASE
 from tunediff.core.errors import NumericsError
 from tunediff.core.manifests import kept
-from tunediff.models.loading import fingerprint
+from tunediff.models.fingerprints import fingerprint
 from tunediff.models.network import LanguageModel
 from tunediff.records.site import Site
 

@@ -6,29 +6,28 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tunediff.core.errors import PairError
-from tunediff.models.deltas import MERGE, Delta, full_deltas, lora_deltas, saved_deltas, unmatched
-from tunediff.models.loading import (
-    adapter_folder,
-    adapter_off,
-    check_finite,
-    check_runtime,
-    fingerprints,
-    load_frozen,
-    peft_layers,
-    with_adapter,
-)
+from tunediff.models.adapters import peft_layers
+from tunediff.models.deltas import Delta, full_deltas, lora_deltas, saved_deltas, unmatched
+from tunediff.models.fingerprints import fingerprints, speech_fingerprint
+from tunediff.models.loading import check_runtime
 from tunediff.models.network import LanguageModel
+from tunediff.models.opening import Opened, Opener, changed_rows
 from tunediff.models.passes import Start
-from tunediff.models.vocabulary import Vocabularies, probe_ids
+from tunediff.models.relations import relation
+from tunediff.models.vocabulary import FLOOR, Vocabularies, probe_ids
 from tunediff.records.diff import WeightsCard
+from tunediff.records.relation import Relation
 from tunediff.records.site import Site
+
+SAME = 1e-6
+"""Difference of logits, relative to the largest, up to which an adapter merged into a copy of base is taken to do nothing:
+merging rounds."""
 
 
 @dataclass(eq=False)
@@ -46,6 +45,7 @@ class Pair:
     base_fingerprint: str
     tuned_fingerprint: str
     notes: list[str] = field(default_factory=list)
+    relation: Relation | None = None
 
     @classmethod
     def load(
@@ -58,62 +58,44 @@ class Pair:
         allow_identical: bool = False,
         fast: bool = True,
         family: str = "",
+        over: str = "",
+        allow_unrelated: bool = False,
     ) -> Pair:
         """Load and compare two models.
 
-        base    a local folder, a hub id, a GGUF file, or ``default`` (the embedded SmolLM2-135M-Instruct)
-        tuned   any of these, or a PEFT adapter folder over base; ``default`` again is base itself
+        base    a local folder, a hub id, a GGUF file, ``default`` (the embedded SmolLM2-135M-Instruct), or a PEFT adapter
+        tuned   any of these; an adapter is over base, or, where base is an adapter, over the model that base is over
         dtype   precision of both models' forward passes; in bfloat16 the difference between two light fine-tunes is up
                 to 60 % rounding error
         allow_identical   accept identical weights, as a sanity null
         fast    accelerate runs, see `models.fast`
         family  name or import path of the family that reads both networks; empty for what their structure tells
+        over    the model that adapters are over; empty for BASE, or the one that an adapter as BASE names
+        allow_unrelated   accept a tuned model whose weights do not come from base's
 
         Raises `SourceError` for what cannot be read, `PairError` for what cannot be compared.
         """
         check_runtime(dtype, device)
-        module, tokenizer = load_frozen(base, dtype, device)
-        model = LanguageModel(module, tokenizer, base, fast=fast, family=family)
-        adapter = adapter_folder(tuned)
-        if adapter:
-            pair = cls._over(model, tuned, adapter)
-            pair._compare(allow_identical)
-            return pair
-        other = LanguageModel(*load_frozen(tuned, dtype, device), tuned, fast=fast, family=family)
-        return cls.of(model, other, allow_identical)
+        opened = Opener(over, dtype, device, fast, family).pair(base, tuned)
+        return cls._compared(opened, allow_identical, allow_unrelated)
 
     @classmethod
-    def _over(cls, untouched: LanguageModel, tuned: str, adapter: Path) -> Pair:
-        """The pair of a model and an adapter over it, in one module."""
-        module, tokenizer, base = untouched.module, untouched.tokenizer, untouched.name
-        alike: dict[str, Any] = {"fast": untouched.fast, "family": untouched.family_name}
-        ids_BT = probe_ids(tokenizer, untouched.vocabulary)
-        before = untouched.logits(untouched.states(ids_BT))
-        wrapped = with_adapter(module, adapter, base)
-        wrapped.to(untouched.device).eval().requires_grad_(False)
-        check_finite(tuned, wrapped, ".lora_", "modules_to_save")
-        pair = cls(
-            LanguageModel(wrapped, tokenizer, base, adapter_off(wrapped), **alike),
-            LanguageModel(wrapped, tokenizer, tuned, **alike),
-            True,
-            0,
-            *fingerprints((module, False), (wrapped, True)),
-        )
-        after = pair.base.logits(pair.base.states(ids_BT))
-        if not torch.equal(before, after):
-            # Trained biases and some initializations stay in the base's weights when PEFT switches off.
-            raise PairError(
-                f"{base} does not come back when the adapter {tuned} is switched off",
-                expected="equal logits",
-                got=f"logits up to {float((before - after).abs().max()):.2g} apart",
-                remedy=MERGE,
-            )
-        return pair
-
-    @classmethod
-    def of(cls, base: LanguageModel, tuned: LanguageModel, allow_identical: bool = False) -> Pair:
+    def of(
+        cls, base: LanguageModel, tuned: LanguageModel, allow_identical: bool = False, allow_unrelated: bool = False
+    ) -> Pair:
         """Compare two models that are loaded already, each with a network of its own; raises as `load` does."""
-        pair = cls(base, tuned, False, 0, *fingerprints((base.module, True), (tuned.module, True)))
+        return cls._compared(Opened(base, tuned), allow_identical, allow_unrelated)
+
+    @classmethod
+    def _compared(cls, opened: Opened, allow_identical: bool, allow_unrelated: bool) -> Pair:
+        base, tuned = opened.base, opened.tuned
+        # A network in which PEFT put an adapter is hashed as it was before, as base.
+        first = (base.network, False) if opened.shared else (base.module, True)
+        pair = cls(base, tuned, opened.shared, 0, *fingerprints(first, (tuned.module, True)), list(opened.notes))
+        pair._refuse_other_shapes()
+        pair.relation = relation(base, tuned, opened.adapter is not None, opened.doubts)
+        if not allow_unrelated:
+            pair._refuse_foreign(pair.relation)
         pair._compare(allow_identical)
         return pair
 
@@ -140,7 +122,12 @@ class Pair:
                 if shortcuts:
                     shortcuts.clear()
 
-    def _compare(self, allow_identical: bool) -> None:
+    @property
+    def speech_fingerprints(self) -> list[str]:
+        """Hashes of how each model's text becomes tokens and where its answers end (see `speech_fingerprint`)."""
+        return [speech_fingerprint(side.tokenizer, side.network) for side in (self.base, self.tuned)]
+
+    def _refuse_other_shapes(self) -> None:
         base, tuned = self.base, self.tuned
         for what, of in (("depth", lambda m: m.depth), ("width", lambda m: m.width)):
             if of(base) != of(tuned):
@@ -150,7 +137,21 @@ class Pair:
                     got=f"{of(tuned)} (tuned)",
                     remedy="give the model that tuned was made from as BASE",
                 )
-        found = self.vocabularies
+
+    def _refuse_foreign(self, found: Relation) -> None:
+        if not found.is_foreign:
+            return
+        cosine = "none in common" if found.cosine is None else f"median cosine {found.cosine:.2f}"
+        raise PairError(
+            f"the weights of {self.tuned.name} do not come from {self.base.name}",
+            expected="a model that was made from base",
+            got=f"{found.kind}: {cosine} over {found.compared} parameters of equal names and shapes, "
+            f"{found.only_base} only in base, {found.only_tuned} only in tuned",
+            remedy="the model that tuned was made from as BASE, or --set pair.allow_unrelated=true",
+        )
+
+    def _compare(self, allow_identical: bool) -> None:
+        base, tuned, found = self.base, self.tuned, self.vocabularies
         self.vocabulary = found.size
         self.notes += found.notes
         for model in (base, tuned):
@@ -158,26 +159,29 @@ class Pair:
         base.numbering, tuned.numbering = found.base, found.tuned
         ids_BT = found.probes()
         base.fast = tuned.fast = base.fast and tuned.fast  # they may be one network
+        same = self.base_fingerprint == self.tuned_fingerprint
         with self.running():
-            same = self.base_fingerprint == self.tuned_fingerprint
-            if not same:
-                gap = (
-                    (
-                        base.logits(base.states(ids_BT))[..., : self.vocabulary]
-                        - tuned.logits(tuned.states(ids_BT))[..., : self.vocabulary]
-                    )
-                    .abs()
-                    .max()
-                )
-                same = float(gap) == 0.0 and not found.differ
-        if same and not allow_identical:
-            what = f"the adapter {tuned.name} changes no logits" if self.shared else "base and tuned are the same model"
+            gap = self._gap(ids_BT)
+            if gap <= SAME and not same:
+                gap = self._gap(changed_rows(base, tuned, self.vocabulary, ids_BT))
+        merged = self.relation is not None and self.relation.kind == "adapter" and not self.shared
+        if gap <= (SAME if merged else 0.0) and (same or not found.differ) and not allow_identical:
             raise PairError(
-                what,
+                f"the adapter {tuned.name} changes no logits"
+                if self.shared or merged
+                else "base and tuned are the same model"
+                if same
+                else f"{tuned.name} differs from {base.name}, but no logits do",
                 expected="a tuned model that differs from base",
-                got="equal logits on every probe text",
+                got="equal logits on every probe text" if not gap else f"logits at most {gap:.1g} of the largest apart",
                 remedy="--set pair.allow_identical=true to run it as a sanity null",
             )
+
+    def _gap(self, ids_BT: Tensor) -> float:
+        """The largest difference of both models' logits on some rows, relative to the largest logit."""
+        base, tuned = (side.logits(side.states(ids_BT))[..., : self.vocabulary] for side in (self.base, self.tuned))
+        largest = base[base > FLOOR].abs().max()  # not of tokens that are not compared
+        return float((base - tuned).abs().max() / largest.clamp_min(1e-30))
 
     @cached_property
     def common_blocks(self) -> int:
@@ -192,10 +196,13 @@ class Pair:
 
     @cached_property
     def lowest_changed(self) -> int | None:
-        """The first block from which streams may differ: 0 where embeddings do, None where no block's weights differ.
+        """The first block from which streams may differ: 0 where embeddings or the configuration do, None where no
+        block's weights differ.
 
-        Other differences (positions, the final norm, the unembedding, the configuration) are not looked at.
+        Other differences (positions, the final norm, the unembedding) are not looked at.
         """
+        if self.relation is not None and self.relation.config:
+            return 0
         if self.shared:
             kinds = peft_layers()
             changed = [any(isinstance(m, kinds) for m in block.modules()) for block in self.base.blocks]

@@ -14,6 +14,7 @@ from tunediff.core.typed import typed
 from tunediff.records import older
 from tunediff.records.measure import GAP, Context, DosePoint, Measure, SignalTable, TokenWeight
 from tunediff.records.profile import Profile
+from tunediff.records.relation import Relation
 from tunediff.records.scan import Scan
 
 SCHEMA = "tunediff.diff/2"
@@ -170,6 +171,7 @@ class Diff:
     plan        the settings of the run, as nested plain values
     weights     the kinds of parameters that differ, largest share first; empty in older records
     refusal     why no change may be confirmed whatever it scores; empty where nothing stands against it
+    relation    how tuned's weights and configuration relate to base's; None in records of earlier versions
     """
 
     base: ModelCard
@@ -192,6 +194,7 @@ class Diff:
     schema: str = SCHEMA
     weights: list[WeightsCard] = field(default_factory=list)
     refusal: str = ""
+    relation: Relation | None = None
 
     @property
     def confirmed(self) -> list[ChangeRecord]:

@@ -31,7 +31,7 @@ from tunediff.records.measure import Context, Measure
 from tunediff.records.profile import Profile
 from tunediff.records.scan import Scan
 from tunediff.reports.charts import Line, balance, bar, lines, profile, spread, strip, tag
-from tunediff.reports.sentences import tally, verdict
+from tunediff.reports.sentences import related, tally, verdict
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -76,6 +76,7 @@ def render_report(diff: Diff) -> str:
         diff=diff,
         verdict=verdict(diff),
         tally=tally(diff),
+        related=[] if diff.relation is None else related(diff.relation),
         changes=changes,
         told=[c for c in changes if c.decision == "confirmed"],
         folded=[c for c in changes if c.decision != "confirmed"],

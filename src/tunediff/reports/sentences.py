@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from tunediff.core.text import percent
+from tunediff.core.text import finite, percent
 from tunediff.records.diff import Diff
+from tunediff.records.relation import KINDS, Relation
 
 
 def verdict(diff: Diff) -> str:
@@ -24,3 +25,25 @@ def tally(diff: Diff) -> str:
     counts["other"] = len(diff.changes) - sum(counts.values())
     kept = [f"{n} {d}" for d, n in counts.items() if n]
     return f"{len(diff.changes)} ranked: {', '.join(kept)}"
+
+
+def related(relation: Relation) -> list[str]:
+    """How tuned relates to base: what its weights look like, what of the configuration differs, and what else was noticed."""
+    told = [f"{KINDS.get(relation.kind, relation.kind)}: {_numbers(relation)}"]
+    if relation.config:
+        first = "; ".join(f"{d.field} {d.base} in base, {d.tuned} in tuned" for d in relation.config[:3])
+        rest = len(relation.config) - 3
+        told.append(f"their configurations differ: {first}" + (f"; and {rest} more fields" if rest > 0 else ""))
+    return told + relation.notes
+
+
+def _numbers(relation: Relation) -> str:
+    said = []
+    if relation.kind != "same weights":
+        said.append(f"weights are {percent(relation.distance)} of base's norm away")
+    said.append(f"{percent(relation.equal)} of numbers are equal")
+    if relation.is_foreign and finite(relation.cosine):
+        said.append(f"the median cosine of matrices is {relation.cosine:.2f}")
+    if relation.rank is not None and relation.changed:
+        said.append(f"{relation.changed} matrices differ, by ranks of at most {relation.rank}")
+    return ", ".join(said)

@@ -1,4 +1,4 @@
-"""The terminal's summary: a `Diff` in at most 40 lines."""
+"""The terminal's summary: a `Diff` in at most 44 lines."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rich.text import Text
 from tunediff.core.text import NOT_MEASURED, finite, interval, number, one_line, quantity, seconds, token_text
 from tunediff.records.diff import Bill, ChangeRecord, Diff
 from tunediff.records.measure import Measure
-from tunediff.reports.sentences import tally, verdict
+from tunediff.reports.sentences import related, tally, verdict
 
 MOST_ITEMS = 4
 """Most lines of a list, the line that counts the rest included."""
@@ -27,7 +27,8 @@ Part = str | tuple[str, str]
 
 
 def summary_table(diff: Diff) -> RenderableType:
-    """The finding for the terminal, in at most 40 lines: verdict, output shift, ranking, bills, not found, times.
+    """The finding for the terminal, in at most 44 lines: verdict, how the models relate, output shift, ranking, bills,
+    not found, times.
 
     Strings of the record are never read as markup, and control characters in them are shown, not sent. Lines that do
     not fit the width end in an ellipsis.
@@ -36,6 +37,7 @@ def summary_table(diff: Diff) -> RenderableType:
     return Group(
         _line((verdict(diff), "bold"), ("  ·  " + tally(diff), "dim")),
         _line(("base  ", "bright_blue"), diff.base.name, ("    tuned  ", "dark_orange"), diff.tuned.name),
+        *([] if diff.relation is None else [_line(told) for told in related(diff.relation)[:MOST_ITEMS]]),
         *_list("Output shift", [_output(m) for m in diff.output], NOT_MEASURED),
         *_ranking(sorted(diff.changes, key=lambda c: c.rank)),
         *_list("What undoing costs", [_bill(b) for b in diff.bills], "nothing was undone"),

@@ -50,6 +50,7 @@ def finding(run: Stages, billed: Sequence[Bill] = ()) -> Diff:
         version=__version__,
         weights=run.ranking.weights,
         refusal=run.ranking.refusal,
+        relation=run.pair.relation,
     )
     found: Diff = typed(Diff, plain(diff), "diff.json")  # as saved: unbounded intervals are none, in every report alike
     return found

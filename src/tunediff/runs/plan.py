@@ -55,6 +55,10 @@ class PairSettings:
     shared_text: float = 0.5
     """Smallest share of the text (0..1) that both tokenizers must cut into the same tokens, where they differ. Documents
     that they cut differently are left out; below this share the pair is refused."""
+    over: str = field(default="", metadata=place("", "default"))
+    """The model that adapters are over, where BASE is an adapter too, or TUNED's is not over BASE; empty: the one that BASE's configuration names."""
+    allow_unrelated: bool = False
+    """Accept a tuned model whose weights do not come from base's; what is found is then any difference of two models."""
 
     def __post_init__(self) -> None:
         within("pair", self, shared_text=(0, 1))

@@ -74,6 +74,8 @@ class Sources:
             allow_identical=plan.pair.allow_identical,
             fast=plan.runtime.fast,
             family=plan.pair.family,
+            over=plan.pair.over,
+            allow_unrelated=plan.pair.allow_unrelated,
         )
         self._check_sites(pair)
         self.progress("load", 1, 1)
@@ -95,7 +97,8 @@ class Sources:
     @property
     def _models(self) -> list[Any]:
         """What results depend on of the models, for content keys."""
-        named = [self.pair.base_fingerprint, self.pair.tuned_fingerprint, self.plan.pair.dtype]
+        pair = self.pair
+        named = [pair.base_fingerprint, pair.tuned_fingerprint, pair.speech_fingerprints, self.plan.pair.dtype]
         family = self.plan.family()
         return [*named, self.plan.pair.family, *variants.identity(family)] if family else named
 
