@@ -68,8 +68,9 @@ def table(part: str, kind: type) -> list[str]:
     texts = docstrings(kind)
     lines = ["| setting | default | what it does |", "|---|---|---|"]
     for field in dataclasses.fields(kind):
-        default = field.default
-        if field.default_factory is not dataclasses.MISSING or dataclasses.is_dataclass(default):
+        made = field.default_factory is not dataclasses.MISSING
+        default = {} if made else field.default
+        if field.metadata.get("rest") or dataclasses.is_dataclass(default) or (made and not part):
             continue
         shown = "derived" if default is None else f"`{toml_value(default)}`"
         name = f"{part}.{field.name}" if part else field.name

@@ -114,7 +114,7 @@ def test_diff_writes_record_report_and_plan(world, full):
     run = world.run()
     diff = Diff.load(run / "diff.json")
     assert diff.found and diff.confirmed and diff.changes[0].rank == 1
-    assert [s.name for s in diff.stages][:4] == ["load", "contrast", "scan", "harvest"]
+    assert [s.name for s in diff.stages][:6] == ["load", "corpus", "contrast", "text", "scan", "harvest"]
     assert diff.bills and diff.plan["seed"] == 0
     html = (run / "report.html").read_text(encoding="utf-8")
     assert html.lstrip().lower().startswith("<!doctype html") and diff.changes[0].id in html

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from small_texts import CHATML, make_tokenizer, texts, write
 
 from tunediff.core.errors import CorpusError, SettingError
+from tunediff.texts.chat_template import ChatTemplate
 from tunediff.texts.corpus import Corpus
 from tunediff.texts.document import Document
 from tunediff.texts.tokens import Tokens
@@ -49,7 +50,7 @@ def test_the_boundary_of_a_chat_is_where_the_last_answer_starts(
     bos: bool, template: str | None, row_tokens: int
 ) -> None:
     tokenizer = make_tokenizer(bos)
-    tokens = chats().tokens(tokenizer, row_tokens=row_tokens, chat_template=template)
+    tokens = chats().tokens(tokenizer, row_tokens=row_tokens, template=template and ChatTemplate(template))
     answer, prompt = [], []
     for row, number, before in zip(tokens.rows, tokens.document_R, tokens.prompt_R):
         assert (row[0] == 1) == bos and 1 not in row[1:]
@@ -62,7 +63,7 @@ def test_the_boundary_of_a_chat_is_where_the_last_answer_starts(
     assert tokenizer.decode(prompt).endswith("More" + ("<|im_end|>\n" if template is None else "") + ends)
     assert (
         tokenizer.decode(answer)
-        == {None: "Two words, and then some.<|im_end|>\n", "plain": " Two words, and then some."}[template]
+        == {None: "Two words, and then some.<|im_end|>\n", "plain": " Two words, and then some.\n"}[template]
     )
 
 
@@ -71,11 +72,12 @@ def test_a_template_that_starts_with_bos_gives_one(tokenizer) -> None:
     assert all(row.count(1) == 1 and row[0] == 1 for row in tokens.rows)
 
 
-def test_templates_that_are_missing_or_refuse_are_told(tokenizer) -> None:
-    with pytest.raises(CorpusError, match='chat_template="plain"'):
-        chats().tokens(make_tokenizer(template=None))
-    with pytest.raises(CorpusError, match="refuses document 'a'"):
+def test_chats_without_a_template_are_plain_lines_and_refused_ones_are_told(tokenizer) -> None:
+    bare = make_tokenizer(template=None)
+    assert bare.decode(chats().tokens(bare).rows[1]) == "User: Hi there\nAssistant:"
+    with pytest.raises(CorpusError, match="no tokens") as caught:
         chats().tokens(make_tokenizer(template="{{ raise_exception('roles must alternate') }}"))
+    assert "chats left out, as the template refuses them (roles must alternate): 2" in caught.value.got
     assert Corpus("p", (Document("p", "prose", "Plain text"),)).tokens(make_tokenizer(template=None)).count == 10
     with pytest.raises(SettingError, match="row_tokens"):
         chats().tokens(tokenizer, row_tokens=0)

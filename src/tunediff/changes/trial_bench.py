@@ -188,13 +188,15 @@ def trial_bench(
     settings: VerifySettings,
     seed: int,
 ) -> TrialBench | None:
-    """The bench of one change on a held-out sample, at the change's last site; None if the change is on nowhere."""
+    """The bench of one change on a held-out sample, at the change's last site; None if it is on nowhere."""
     site = change.sites[-1]
     s = sample.sites.index(site)
     f_N = sample.strength(change)
+    # An answer is tested from its first token on, however long its prompt is.
+    end_of = {row: max(sample.tokens.prompt_R[row] - 1, 0) + settings.tokens for row in sample.rows}
     energy: dict[int, float] = {}
     for row in sample.rows:
-        mine = (sample.row_N == row) & (sample.position_N < settings.tokens)
+        mine = (sample.row_N == row) & (sample.position_N < end_of[row])
         value = float(f_N[mine].double().pow(2).sum())
         document = sample.tokens.document_R[row]
         if value > 0 and (document not in energy or value > energy[document][0]):
@@ -212,19 +214,19 @@ def trial_bench(
         ),
     )
     batch = next(sample.tokens.only(rows).batches(10**9, order="rows"))
-    width = min(settings.tokens, batch.ids_BT.shape[1])
+    width = min(max(end_of[row] for row in rows), batch.ids_BT.shape[1])
     batch = Batch(batch.ids_BT[:, :width], batch.mask_BT[:, :width], torch.tensor(rows))
     B, D = len(rows), sample.streams_NSMD.shape[-1]
     streams, strength = torch.zeros(B, width, 2, D), torch.zeros(B, width)
     counts = torch.zeros(B, width, dtype=torch.bool)
     everything = torch.zeros(B, width, D)
     for b, row in enumerate(batch.rows_B.tolist()):
-        here = (few.row_N == row).nonzero()[:width, 0]
+        here = (few.row_N == row).nonzero()[: min(end_of[row], width), 0]
         streams[b, : len(here)] = few.streams_NSMD[here, s]
         strength[b, : len(here)] = f_N[here]
         counts[b, : len(here)] = few.scored_N[here]
         everything[b, : len(here)] = everything_N[here]
-    return TrialBench(
+    bench = TrialBench(
         pair,
         site,
         change,
@@ -239,3 +241,4 @@ def trial_bench(
         settings.draws,
         settings.scored,
     )
+    return bench if bench.scored_BT.any() else None

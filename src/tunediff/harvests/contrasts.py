@@ -1,23 +1,28 @@
 """Contrastive text: both models complete the same prompts, so that the text itself shows how the models differ.
 
 Source: Kassem et al. 2026 (2603.04426). Both models later read both completions, because a difference of streams needs
-the same token ids.
+the same token ids. These are the very ids that were asked and answered; nothing is rendered or encoded again.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from tunediff.core.axes import MODELS, WRITERS
+from tunediff.core.axes import WRITERS
 from tunediff.core.errors import CorpusError, within
-from tunediff.models.completing import complete
+from tunediff.core.remarks import Remark, Remarks
+from tunediff.models.completing import complete, ends_of
 from tunediff.models.divergences import Said, kl_divergence
+from tunediff.models.network import LanguageModel
 from tunediff.models.pair import Pair
+from tunediff.texts.chat_template import ChatTemplate
 from tunediff.texts.corpus import Corpus
 from tunediff.texts.document import Document
 from tunediff.texts.tokens import Tokens
@@ -72,36 +77,70 @@ class ContrastSettings:
         return round(self.amplified * prompts) if self.amplification else 0
 
 
+@dataclass(frozen=True)
+class Contrast:
+    """Contrastive text, with what was adapted, left out or empty on the way to it."""
+
+    documents: list[Document]
+    remarks: list[Remark] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return "; ".join([f"{len(self.documents)} completions", *map(str, self.remarks)])
+
+
 def contrast(
-    pair: Pair, prompts: Corpus, settings: ContrastSettings, seed: int, progress: Callable[[int], None] | None = None
-) -> list[Document]:
+    pair: Pair,
+    prompts: Corpus,
+    settings: ContrastSettings,
+    seed: int,
+    template: ChatTemplate | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Contrast:
     """Answer the open chats of `prompts` with both models, and return the answers as documents of kind ``contrastive``.
 
     Each prompt gives two documents, or three if tuned also answers with amplification. All answers to one prompt are in
-    one group, so they are on the same side of the split. Prompts of more than 512 tokens are left out, and so are
-    prompts to which a model gives an empty answer, and prompts that the models' tokenizers cut differently. Tokens that
-    only one model has are left out of answers, of which nothing may then be left. `progress` is called with the number of
-    new tokens.
+    one group, so they are on the same side of the split. A document carries the tokens that the model was asked after and
+    those that it answered, the end-of-turn token included; an answer that is this token alone counts. Prompts of more
+    than 512 tokens, or than the models have positions for, are left out, and prompts that the models' tokenizers cut
+    differently. Tokens that only one model has are left out of answers, of which nothing may then be left. `template` is
+    the form in which both are asked, the pair's own without it. `progress` is called with the number of new tokens.
     """
+    template = template or ChatTemplate.chosen("auto", pair.base.tokenizer, pair.tuned.tokenizer)
     pool = [d for d in prompts.documents if d.is_open][: max(settings.pool, settings.prompts)]
     if not pool:
         raise CorpusError(
             f"corpus {prompts.name!r} holds no open chat", expected="documents that end with a user message"
         )
-    tokens = replace(prompts, documents=tuple(pool)).tokens(pair.tokenizer, row_tokens=PROMPT_TOKENS)
+    room = min([PROMPT_TOKENS, *(n - settings.tokens for n in map(_positions, (pair.base, pair.tuned)) if n)])
+    if room < 1:
+        raise CorpusError(
+            "answers are longer than the models have positions",
+            expected=f"at most {room + settings.tokens} tokens for prompt and answer",
+            got=f"contrast.tokens = {settings.tokens}",
+            remedy="--set contrast.tokens=14",
+        )
+    tokens = replace(prompts, documents=tuple(pool)).tokens(pair.tokenizer, row_tokens=room, template=template)
+    remarks = Remarks()
+    for remark in tokens.remarks:
+        remarks.add(f"prompts: {remark.what}", remark.first, remark.count)
     whole = Counter(tokens.document_R)
+    for d in (d for d, count in whole.items() if count > 1):
+        remarks.add(f"prompts left out that are longer than {room} tokens", pool[d].id)
     tokens = tokens.only([row for row, d in enumerate(tokens.document_R) if whole[d] == 1])
     if not tokens.rows:
         raise CorpusError(
             f"no open chat of corpus {prompts.name!r} fits",
-            expected=f"at most {PROMPT_TOKENS} tokens",
+            expected=f"at most {room} tokens",
             remedy="give shorter prompts, or --set corpus.prompts=[] for those that ship",
         )
-    tokens, _ = pair.vocabularies.read_by_both(tokens, pair.tokenizer, 0.0)
+    tokens, notes = pair.vocabularies.read_by_both(tokens, pair.tokenizer, 0.0)
+    for note in notes:
+        remarks.add(f"prompts: {note}")
     tokens = tokens.only(screen(pair, tokens, settings))
     rows = {d: row for row, d in zip(tokens.rows, tokens.document_R)}
     first = list(rows)[: settings.amplified_of(len(rows))]
-    texts: dict[str, dict[int, str | None]] = {name: {} for name in WRITERS}
+    ends = ends_of_turn(pair, template)
+    answers: dict[str, dict[int, list[int]]] = {name: {} for name in WRITERS}
     for name, model, asked, away in (
         ("base", pair.base, list(rows), {}),
         ("tuned", pair.tuned, list(rows), {}),
@@ -109,7 +148,7 @@ def contrast(
     ):
         if not asked:
             continue
-        answers = complete(
+        made = complete(
             model,
             [rows[d] for d in asked],
             settings.tokens,
@@ -117,19 +156,49 @@ def contrast(
             seed=seed,
             batch=settings.batch,
             progress=progress,
+            ends=ends,
+            keep_end=True,
             **away,
         )
-        for d, ids in zip(asked, answers):
-            shared = list(filter(pair.vocabularies.readable, ids))
-            text = pair.tokenizer.decode(shared, skip_special_tokens=True).strip()
-            texts[name][d] = text if text or len(shared) < len(ids) else None
-    return [
-        pool[d].answered(text, writer=name)
-        for d in rows
-        if all(texts[name][d] is not None for name in MODELS)
-        for name in WRITERS
-        if (text := texts[name].get(d)) is not None
-    ]
+        answers[name] = {d: _until(template.end, ids, model) for d, ids in zip(asked, made)}
+    documents = []
+    for d, name in itertools.product(rows, WRITERS):
+        if d not in answers[name]:
+            continue
+        ids = answers[name][d]
+        shared = tuple(filter(pair.vocabularies.readable, ids))
+        side = pair.base if name == "base" else pair.tuned
+        text = _text([id for id in ids if id not in ends], side, skip_special_tokens=True).strip()
+        if len(shared) < len(ids):
+            remarks.add(f"answers by {name} without tokens that only one model knows", pool[d].id)
+        if not text:
+            remarks.add(f"answers by {name} that are empty", pool[d].id)
+        documents.append(pool[d].answered(text, name, prompt_ids=rows[d], answer_ids=shared))
+    return Contrast(documents, list(remarks.all()))
+
+
+def ends_of_turn(pair: Pair, template: ChatTemplate) -> set[int]:
+    """Tokens that end an answer of either model: those that both name, and the one that the template writes."""
+    return ends_of(pair.base) | ends_of(pair.tuned) | template.end_of_turn(pair.tokenizer)
+
+
+def _positions(model: LanguageModel) -> int:
+    """Number of positions that a model's config allows; 0 where it names none."""
+    config: Any = getattr(model.network, "config", None)
+    return int(getattr(config, "max_position_embeddings", 0) or 0)
+
+
+def _until(end: str, ids: list[int], model: LanguageModel) -> list[int]:
+    """An answer up to the line break at which, in plain lines, the next turn begins."""
+    if not end or end not in (text := _text(ids, model)):
+        return ids
+    length = text.index(end) + 1
+    return ids[: next(n for n in range(len(ids), -1, -1) if len(_text(ids[:n], model)) <= length)]
+
+
+def _text(ids: list[int], model: LanguageModel, **how: Any) -> str:
+    """Tokens of the pair as text, as the tokenizer of a model writes them."""
+    return str(model.tokenizer.decode(model.numbering.ids(torch.tensor(ids, dtype=torch.long)), **how))
 
 
 def screen(pair: Pair, tokens: Tokens, settings: ContrastSettings) -> list[int]:

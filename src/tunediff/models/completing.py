@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack
 from itertools import groupby
 from typing import Any
@@ -76,22 +76,28 @@ def complete(
     progress: Callable[[int], None] | None = None,
     against: LanguageModel | None = None,
     amplification: float = 0.0,
+    ends: Collection[int] = (),
+    keep_end: bool = False,
 ) -> list[list[int]]:
     """Return completions of token-id prompts, of up to `tokens` new tokens each, without the end-of-turn token.
 
     Ids are numbers of the model's pair, where it has one. A completion may hold tokens that the other model lacks.
 
-    Prompts are batched by length; the completions come back in the prompts' order.
+    Prompts are batched by length; the completions come back in the prompts' order. Nothing of the model's own
+    generation_config is used, its end-of-turn tokens aside.
 
     temperature   0 is greedy; above, each completion is sampled from a random stream of its own, named by `seed` and its
                   place among the prompts
     progress      called with the number of new tokens after each batch
     against, amplification   another model p' on the same token ids: samples are then drawn from log p + a (log p - log p'),
                              see `amplified`
+    ends          tokens that end an answer besides the model's own; what the model cannot say is passed over
+    keep_end      keep the end-of-turn token where a completion came to one
     """
     prompts = [model.numbering.ids(torch.tensor(prompt, dtype=torch.long)).tolist() for prompt in prompts]
-    ends = _ends(model)
-    pad = model.tokenizer.pad_token_id if model.tokenizer.pad_token_id is not None else min(ends, default=0)
+    given = torch.tensor(sorted(ends), dtype=torch.long)
+    stops = {*_own_ends(model), *model.numbering.ids(given[model.numbering.knows(given, model.vocabulary)]).tolist()}
+    pad = model.tokenizer.pad_token_id if model.tokenizer.pad_token_id is not None else min(stops, default=0)
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
     answers: list[list[int]] = [[] for _ in prompts]
     with ExitStack() as stack:
@@ -113,12 +119,11 @@ def complete(
                 processors.append(_away_from(model, against, amplification, mask_BT, prefix_P, keep))
             if temperature:
                 processors.append(sampler(temperature, [generator(seed, "answers", i) for i in chosen], tokens))
-            new_BT = _generated(model, ids_BT, mask_BT, tokens, pad, processors, known)
+            new_BT = _generated(model, ids_BT, mask_BT, tokens, pad, sorted(stops), processors, known)
             for row, i in enumerate(chosen):
-                for token in new_BT[row].tolist():
-                    if token in ends:
-                        break
-                    answers[i].append(token)
+                new = new_BT[row].tolist()
+                end = next((t for t, token in enumerate(new) if token in stops), len(new))
+                answers[i] = new[: end + keep_end]
             if progress:
                 progress(sum(len(answers[i]) for i in chosen))
     return [model.numbering.numbers(torch.tensor(answer, dtype=torch.long)).tolist() for answer in answers]
@@ -137,11 +142,18 @@ def _may_keep(model: LanguageModel) -> bool:
         return shortcuts is not None and shortcuts.allows(model)
 
 
-def _ends(model: LanguageModel) -> set[int]:
-    """The tokens that end an answer."""
+def ends_of(model: LanguageModel) -> set[int]:
+    """The tokens that end an answer, by their numbers."""
+    return set(model.numbering.numbers(torch.tensor(sorted(_own_ends(model)), dtype=torch.long)).tolist())
+
+
+def _own_ends(model: LanguageModel) -> set[int]:
+    """The model's own ids that end an answer, as its tokenizer, config and generation_config name them."""
     network: Any = model.network
-    own = network.generation_config.eos_token_id
-    return {*(own if isinstance(own, list) else [own]), model.tokenizer.eos_token_id} - {None}
+    named = [getattr(getattr(network, at, None), "eos_token_id", None) for at in ("generation_config", "config")]
+    named.append(getattr(model.tokenizer, "eos_token_id", None))
+    ids = {id for ids in named for id in (ids if isinstance(ids, (list, tuple)) else [ids])}
+    return {int(id) for id in ids if isinstance(id, int) and id >= 0}
 
 
 def _common(rows: Sequence[Sequence[int]]) -> int:
@@ -167,24 +179,21 @@ def _generated(
     mask_BT: Tensor,
     tokens: int,
     pad: int,
+    ends: list[int],
     processors: Sequence[Callable[[Tensor, Tensor], Tensor]],
     known: dict[str, Any],
 ) -> Tensor:
     """The new tokens (B, up to `tokens`) that transformers generates, greedily from what the processors leave."""
     from transformers import LogitsProcessorList
 
-    own = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None, "cache_implementation": None}
     module: Any = model.module
     try:
         out_BT: Tensor = module.generate(
             input_ids=ids_BT,
             attention_mask=mask_BT,
-            max_new_tokens=tokens,
-            pad_token_id=pad,
-            repetition_penalty=1.0,
+            generation_config=_own_config(tokens, pad, ends),
             logits_processor=LogitsProcessorList(processors),
             **known,
-            **own,
         )
     except (TunediffError, MemoryError, torch.OutOfMemoryError):
         raise
@@ -196,6 +205,20 @@ def _generated(
             remedy=OTHER_NETWORK,
         ) from fault
     return out_BT[:, ids_BT.shape[1] :]
+
+
+def _own_config(tokens: int, pad: int, ends: list[int]) -> Any:
+    """A generation_config that says everything itself: transformers fills what is None from the model's own."""
+    from transformers import GenerationConfig
+
+    class Own(GenerationConfig):
+        """Takes no defaults from a model."""
+
+        def update(self, defaults_only: bool = False, allow_custom_entries: bool = False, **values: Any) -> Any:
+            return {} if defaults_only else super().update(**values)
+
+    said = {**GenerationConfig._get_default_generation_params(), "max_length": None}
+    return Own(**said, max_new_tokens=tokens, pad_token_id=pad, eos_token_id=ends or None)
 
 
 def _cache(shortcuts: Any, model: LanguageModel, prefix_P: Tensor, rows: int, keep: bool) -> Any:

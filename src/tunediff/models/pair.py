@@ -34,8 +34,7 @@ merging rounds."""
 class Pair:
     """Base and tuned, shown to be comparable. ``shared`` says whether one module serves as both (a LoRA over base).
 
-    Tokens are numbered as base does. Numbers below ``vocabulary`` are compared (see `Vocabularies`, which says what is not);
-    `tokenizer` is base's.
+    Tokens are numbered as base does. Numbers below ``vocabulary`` are compared (see `Vocabularies`, which says what is not).
     """
 
     base: LanguageModel
@@ -99,10 +98,10 @@ class Pair:
         pair._compare(allow_identical)
         return pair
 
-    @property
+    @cached_property
     def tokenizer(self) -> Any:
-        """Base's tokenizer; the check on loading showed that tuned's reads shared text alike."""
-        return self.base.tokenizer
+        """The tokenizer that encodes text for both models."""
+        return self.vocabularies.encoder
 
     @cached_property
     def vocabularies(self) -> Vocabularies:

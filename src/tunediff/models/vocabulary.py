@@ -258,6 +258,24 @@ class Vocabularies:
         """Which numbers below `size` both models can read; None for all."""
         return ~self.base.absent_C[: self.size] if isinstance(self.base, Table) else None
 
+    @property
+    def encoder(self) -> Any:
+        """The tokenizer that encodes text for both models: base's, or tuned's where its chat template needs it.
+
+        That is where the template uses added tokens which base's tokenizer lacks. Those for which base's network has no row
+        are then taken out of what both read.
+        """
+        base, tuned = self.tokenizers
+        if base is tuned or None in (base, tuned) or not (self.base is IN_PLACE and self.tuned is IN_PLACE):
+            return base
+        known = {str(token): id for id, token in tuned.added_tokens_decoder.items()}
+        if any(known.get(str(token)) != id for id, token in base.added_tokens_decoder.items()):
+            return base
+        template = str(getattr(tuned, "chat_template", None) or "")
+        named = {str(getattr(tuned, f"{kind}_token", None)) for kind in ("bos", "eos") if f"{kind}_token" in template}
+        new = (token for token, id in known.items() if base.convert_tokens_to_ids(token) != id)
+        return tuned if any(token in template or token in named for token in new) else base
+
     def readable(self, number: int) -> bool:
         """Whether both models can read the token of this number."""
         return number < self.size and (self.readable_V is None or bool(self.readable_V[number]))

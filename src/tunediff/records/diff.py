@@ -117,6 +117,18 @@ class WeightsCard:
 
 
 @dataclass(frozen=True)
+class TemplateCard:
+    """Which form chats have: whose chat template, its fingerprint, what it was given, and whose tokenizer encodes text."""
+
+    origin: str
+    fingerprint: str
+    date: str
+    """The day that the template is told as today's; empty where it does not ask."""
+    options: dict[str, Any]
+    tokenizer: str
+
+
+@dataclass(frozen=True)
 class FitCard:
     """A fitted dictionary: settings, training curve (a profile of each column over steps) and held-out quality."""
 
@@ -172,6 +184,7 @@ class Diff:
     weights     the kinds of parameters that differ, largest share first; empty in older records
     refusal     why no change may be confirmed whatever it scores; empty where nothing stands against it
     relation    how tuned's weights and configuration relate to base's; None in records of earlier versions
+    template    the form of chats; None in records that were made before it was told
     """
 
     base: ModelCard
@@ -195,6 +208,7 @@ class Diff:
     weights: list[WeightsCard] = field(default_factory=list)
     refusal: str = ""
     relation: Relation | None = None
+    template: TemplateCard | None = None
 
     @property
     def confirmed(self) -> list[ChangeRecord]:

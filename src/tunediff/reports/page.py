@@ -31,7 +31,7 @@ from tunediff.records.measure import Context, Measure
 from tunediff.records.profile import Profile
 from tunediff.records.scan import Scan
 from tunediff.reports.charts import Line, balance, bar, lines, profile, spread, strip, tag
-from tunediff.reports.sentences import related, tally, verdict
+from tunediff.reports.sentences import form, related, tally, verdict
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -104,6 +104,7 @@ def render_report(diff: Diff) -> str:
         corpus_contexts=corpus_contexts,
         completions=completions,
         flat=flat,
+        form=form,
         interval=interval,
         total=sum(s.seconds for s in diff.stages if finite(s.seconds)),
     )

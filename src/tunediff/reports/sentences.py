@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tunediff.core.text import finite, percent
-from tunediff.records.diff import Diff
+from tunediff.records.diff import Diff, TemplateCard
 from tunediff.records.relation import KINDS, Relation
 
 
@@ -47,3 +47,14 @@ def _numbers(relation: Relation) -> str:
     if relation.rank is not None and relation.changed:
         said.append(f"{relation.changed} matrices differ, by ranks of at most {relation.rank}")
     return ", ".join(said)
+
+
+def form(template: TemplateCard) -> str:
+    """How chats were read and asked: whose chat template, what it was told, and whose tokenizer encoded it."""
+    plain = template.origin == "plain"
+    said = "plain lines" if plain else f"the chat template of {template.origin} ({template.fingerprint})"
+    if template.options:
+        said += ", with " + ", ".join(f"{name} = {value}" for name, value in sorted(template.options.items()))
+    if template.date:
+        said += f", told that today is {template.date}"
+    return said + (", in tuned’s tokenizer" if template.tokenizer == "tuned" else "")

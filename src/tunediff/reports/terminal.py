@@ -14,7 +14,7 @@ from rich.text import Text
 from tunediff.core.text import NOT_MEASURED, finite, interval, number, one_line, quantity, seconds, token_text
 from tunediff.records.diff import Bill, ChangeRecord, Diff
 from tunediff.records.measure import Measure
-from tunediff.reports.sentences import related, tally, verdict
+from tunediff.reports.sentences import form, related, tally, verdict
 
 MOST_ITEMS = 4
 """Most lines of a list, the line that counts the rest included."""
@@ -38,6 +38,7 @@ def summary_table(diff: Diff) -> RenderableType:
         _line((verdict(diff), "bold"), ("  ·  " + tally(diff), "dim")),
         _line(("base  ", "bright_blue"), diff.base.name, ("    tuned  ", "dark_orange"), diff.tuned.name),
         *([] if diff.relation is None else [_line(told) for told in related(diff.relation)[:MOST_ITEMS]]),
+        *([_line(("chats in  ", "dim"), form(diff.template))] if diff.template else []),
         *_list("Output shift", [_output(m) for m in diff.output], NOT_MEASURED),
         *_ranking(sorted(diff.changes, key=lambda c: c.rank)),
         *_list("What undoing costs", [_bill(b) for b in diff.bills], "nothing was undone"),

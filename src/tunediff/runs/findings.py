@@ -14,7 +14,7 @@ from tunediff.core.axes import MODELS, WRITERS
 from tunediff.core.chance import bootstrap_ratio
 from tunediff.core.text import visible
 from tunediff.core.typed import typed
-from tunediff.records.diff import Bill, ChangeRecord, CorpusCard, Diff, FitCard, ModelCard, NullCard
+from tunediff.records.diff import Bill, ChangeRecord, CorpusCard, Diff, FitCard, ModelCard, NullCard, TemplateCard
 from tunediff.records.measure import Measure
 from tunediff.records.profile import Profile
 from tunediff.runs.plan import Plan, to_record
@@ -51,6 +51,7 @@ def finding(run: Stages, billed: Sequence[Bill] = ()) -> Diff:
         weights=run.ranking.weights,
         refusal=run.ranking.refusal,
         relation=run.pair.relation,
+        template=_template(run),
     )
     found: Diff = typed(Diff, plain(diff), "diff.json")  # as saved: unbounded intervals are none, in every report alike
     return found
@@ -91,8 +92,19 @@ def _corpus(run: Stages) -> CorpusCard:
         held,
         tokens.select("held_out").count,
         tokens.counts,
-        list(run.corpus.remarks),
-        list(run.prompts.remarks) if run.plan.contrast.prompts else [],
+        [*run.corpus.remarks, *tokens.remarks],
+        [*run.prompts.remarks, *run.answers.remarks] if run.plan.contrast.prompts else [],
+    )
+
+
+def _template(run: Stages) -> TemplateCard:
+    template, pair = run.template, run.pair
+    return TemplateCard(
+        template.origin,
+        template.fingerprint,
+        template.date if template.is_dated else "",
+        dict(run.plan.pair.template_options),
+        "base" if pair.tokenizer is pair.base.tokenizer else "tuned",
     )
 
 

@@ -29,6 +29,7 @@ from tunediff.harvests.harvest import HarvestSettings
 from tunediff.harvests.scans import ScanSettings
 from tunediff.models.families.base import Family
 from tunediff.models.loading import check_runtime
+from tunediff.texts.chat_template import DATE, NAMED, SECONDS, check_options, template_file
 from tunediff.texts.reading import ReadSettings
 
 T = TypeVar("T")
@@ -60,8 +61,20 @@ class PairSettings:
     allow_unrelated: bool = False
     """Accept a tuned model whose weights do not come from base's; what is found is then any difference of two models."""
 
+    template: str = field(default="auto", metadata=place(*NAMED))
+    """Form of chats, for both models: base's or tuned's chat template (base, tuned), plain lines (plain), or a file that
+    holds a Jinja template. auto is tuned's where it brings one, else base's, else plain lines."""
+    template_options: dict[str, Any] = field(default_factory=dict)
+    """Variables that a chat template is given, such as {enable_thinking=false}."""
+    template_seconds: float = SECONDS
+    """Longest time in seconds that a chat template may take for one chat."""
+    date: str = DATE
+    """Day that a chat template is told as today's, YYYY-MM-DD, so that a run is the same tomorrow. The default is the one
+    that Llama 3's templates fall back to."""
+
     def __post_init__(self) -> None:
-        within("pair", self, shared_text=(0, 1))
+        within("pair", self, shared_text=(0, 1), template_seconds=(0.01, 3600))
+        check_options(self.template_options, self.date)
         if self.dtype not in DTYPES:
             raise SettingError(
                 f"pair.dtype is {self.dtype!r}",
@@ -219,6 +232,8 @@ class Plan:
         check_runtime(self.pair.dtype, self.runtime.device)
         self.spec()
         self.family()
+        if self.pair.template not in NAMED:
+            template_file(self.pair.template)
         for part, table, chosen in (
             ("find", self.find.settings, {**self.finders(), **self.output_finders(), **self.signals()}),
             ("verify", self.verify.settings, {**self.trials(), **self.output_trials()}),

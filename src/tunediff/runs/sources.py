@@ -15,7 +15,7 @@ from tunediff.core import disk, locks, variants
 from tunediff.core.artifacts import sealed_text
 from tunediff.core.errors import SettingError
 from tunediff.core.progress import Progress, ProgressBar, quiet
-from tunediff.harvests.contrasts import contrast
+from tunediff.harvests.contrasts import Contrast, contrast, ends_of_turn
 from tunediff.models.deltas import MAP
 from tunediff.models.pair import Pair
 from tunediff.models.shipped import DEMO
@@ -24,6 +24,7 @@ from tunediff.records.site import Site
 from tunediff.runs import corpora
 from tunediff.runs.keeping import Keeper, stage
 from tunediff.runs.plan import Plan
+from tunediff.texts.chat_template import ChatTemplate
 from tunediff.texts.corpus import Corpus
 from tunediff.texts.document import Document
 from tunediff.texts.tokens import Tokens
@@ -131,12 +132,18 @@ class Sources:
         """The prompts of contrastive text."""
         return self._corpora[1]
 
+    @cached_property
+    def template(self) -> ChatTemplate:
+        """The form in which both models are asked and chats are read."""
+        p, base, tuned = self.plan.pair, self.pair.base.tokenizer, self.pair.tuned.tokenizer
+        return ChatTemplate.chosen(p.template, base, tuned, p.template_options, p.date, p.template_seconds)
+
     @stage
-    def contrast(self) -> list[Document]:
-        """Contrastive text: both models' answers to the same prompts, kept as JSON."""
+    def answers(self) -> Contrast:
+        """Both models' answers to the same prompts, kept as JSON."""
         plan = self.plan
         if not plan.contrast.prompts:
-            return []
+            return Contrast([])
         prompts = self.prompts
         asked = min(plan.contrast.prompts, len(prompts.documents))
         total = (2 * asked + plan.contrast.amplified_of(asked)) * plan.contrast.tokens
@@ -147,28 +154,45 @@ class Sources:
             done += new
             self.progress("contrast", done, total)
 
-        place = self.keeper.at("contrast", self._models, prompts.fingerprint, plan.contrast, plan.seed)
+        form = [self.template.fingerprint, sorted(ends_of_turn(self.pair, self.template))]
+        place = self.keeper.at("contrast", self._models, prompts.fingerprint, plan.contrast, plan.seed, form)
         return self.keeper.kept_json(
             place,
-            list[Document],
+            Contrast,
             "documents.json",
-            lambda _: contrast(self.pair, prompts, plan.contrast, plan.seed, progress),
-            lambda documents: f"{len(documents)} completions",
+            lambda _: contrast(self.pair, prompts, plan.contrast, plan.seed, self.template, progress),
+            str,
         )
+
+    @property
+    def contrast(self) -> list[Document]:
+        """Contrastive text: the answers of both models to the same prompts."""
+        return self.answers.documents
 
     @cached_property
     def tokens(self) -> Tokens:
         """Corpus text up to its limit, and all contrastive text, as rows of token ids."""
         c, tokenizer = self.plan.corpus, self.pair.tokenizer
-        tokens = self.corpus.tokens(tokenizer, row_tokens=c.row_tokens, limit_tokens=c.tokens).used()
+        form: dict[str, Any] = {"row_tokens": c.row_tokens, "template": self.template}
+        tokens = self.corpus.tokens(tokenizer, limit_tokens=c.tokens, **form).used()
         if self.contrast:
             whole = dataclasses.replace(self.corpus, documents=tokens.documents).plus(self.contrast)
             written = dataclasses.replace(whole, documents=whole.documents[len(tokens.documents) :])
-            tokens = tokens.then(written.tokens(tokenizer, row_tokens=c.row_tokens))
+            tokens = tokens.then(written.tokens(tokenizer, **form))
         fit, notes = self.pair.vocabularies.read_by_both(tokens, tokenizer, self.plan.pair.shared_text)
-        if notes:
-            self.cards.append(StageCard("text", "", 0.0, notes))
+        self._tell([*map(str, (*tokens.remarks, *self.answers.remarks)), *notes])
         return fit
+
+    def _tell(self, remarks: list[str]) -> None:
+        """Say on a card, and where something was adapted or left out on the terminal too, what form chats have."""
+        said = [f"chats in {self.template}"]
+        if self.template.is_dated:
+            said.append(f"it is told that today is {self.template.date} (pair.date)")
+        if self.pair.tokenizer is not self.pair.base.tokenizer:
+            said.append("text in tuned's tokenizer, which knows tokens of its chat template that base's lacks")
+        self.cards.append(StageCard("text", "", 0.0, [*said, *remarks]))
+        if isinstance(self.progress, ProgressBar) and (remarks or self.template.origin != "base"):
+            self.progress.say("text    " + "; ".join([*said, *remarks]))
 
     @property
     def written(self) -> tuple[str, ...]:

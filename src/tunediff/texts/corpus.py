@@ -16,10 +16,11 @@ from typing import Any
 from tunediff.core.artifacts import key_of
 from tunediff.core.chance import seed_of
 from tunediff.core.errors import CorpusError, SettingError
-from tunediff.core.remarks import Remark
+from tunediff.core.remarks import Remark, Remarks
+from tunediff.texts.chat_template import ChatTemplate
 from tunediff.texts.document import Document
 from tunediff.texts.reading import ReadSettings, read
-from tunediff.texts.tokens import Tokens, encode, leading_ids, pad_id_of
+from tunediff.texts.tokens import Encoded, Tokens, encode, leading_ids, pad_id_of
 
 ASSETS = Path(__file__).parent / "assets"
 """Folder of the texts that ship with the package."""
@@ -148,7 +149,7 @@ class Corpus:
         *,
         row_tokens: int = 128,
         limit_tokens: int | None = None,
-        chat_template: str | None = None,
+        template: ChatTemplate | None = None,
     ) -> Tokens:
         """Cut the documents into rows of at most `row_tokens` ids of `tokenizer` (a transformers tokenizer).
 
@@ -159,22 +160,28 @@ class Corpus:
         `limit_tokens` keeps at most that many tokens (one row at least), from every kind and both splits in
         proportion, in an order fixed by the seed. A document is cut at the end of a row where it is the last one taken,
         or takes more than an eighth of the tokens while others wait.
-        `chat_template` is None for the tokenizer's own, "plain" for ``User: …`` / ``Assistant: …`` lines, or a Jinja
-        template.
+        `template` is the form of chats; without it the tokenizer's own, else plain lines. A chat that it refuses is
+        adapted or left out, which `Tokens.remarks` count. Documents that carry token ids keep them, each in one row.
 
-        Raises SettingError (sizes), CorpusError (chats but no template, or a chat that the template refuses).
+        Raises SettingError (sizes), CorpusError (no tokens, or a template that cannot be run).
         """
+        template = template or ChatTemplate.of(tokenizer) or ChatTemplate("plain")
         lead = leading_ids(tokenizer)
         if row_tokens < len(lead) + 1:
             raise SettingError("row_tokens is too small", expected=f"at least {len(lead) + 1}", got=str(row_tokens))
         if limit_tokens is not None and limit_tokens < 1:
             raise SettingError("limit_tokens is too small", expected="at least 1", got=str(limit_tokens))
         order = range(len(self.documents)) if limit_tokens is None else self._spread()
-        cut = self._cut(encode(order, self.documents, tokenizer, chat_template, lead), lead, row_tokens)
+        remarks = Remarks()
+        cut = self._cut(encode(order, self.documents, tokenizer, template, lead), lead, row_tokens, remarks)
         rows = dict(cut if limit_tokens is None else _limited(cut, limit_tokens))
         flat = [(number, *row) for number in sorted(rows) for row in rows[number]]
         if not flat:
-            raise CorpusError(f"corpus {self.name!r} has no tokens under this tokenizer")
+            raise CorpusError(
+                f"corpus {self.name!r} has no tokens under this tokenizer",
+                got="; ".join(map(str, remarks.all()[:3])),
+                remedy="--set pair.template=plain" if remarks.all() else "",
+            )
         return Tokens(
             rows=tuple(row for _, _, row, _ in flat),
             document_R=tuple(number for number, *_ in flat),
@@ -183,21 +190,25 @@ class Corpus:
             documents=self.documents,
             held_out=tuple(map(self.is_held_out, self.documents)),
             pad_id=pad_id_of(tokenizer),
+            remarks=remarks.all(),
         )
 
     def _cut(
-        self, encoded: Iterable[tuple[int, tuple[list[int], int]]], lead: tuple[int, ...], row_tokens: int
+        self, encoded: Iterable[Encoded], lead: tuple[int, ...], row_tokens: int, remarks: Remarks
     ) -> Iterator[tuple[int, list[Row]]]:
-        """Yield (document number, its rows) of encoded documents."""
-        for number, (ids, prompt) in encoded:
-            parts = -(-len(ids) // (row_tokens - len(lead)))
+        """Yield (document number, its rows) of encoded documents; remarks on them are counted as they come."""
+        for one in encoded:
+            document, ids = self.documents[one.number], one.ids
+            for what in one.told:
+                remarks.add(what, document.id)
+            parts = 1 if one.whole else -(-len(ids) // (row_tokens - len(lead)))
             body = -(-len(ids) // parts) if parts else 1  # rows of even length: else the last holds a token or two
             cut = []
             for start in range(0, len(ids), body):
                 row = (*lead, *ids[start : start + body])
-                before = len(lead) + min(max(prompt - start, 0), len(row) - len(lead))
-                cut.append((start, row, before if self.documents[number].messages else 0))
-            yield number, cut
+                before = len(lead) + min(max(one.prompt - start, 0), len(row) - len(lead))
+                cut.append((start, row, before if document.messages else 0))
+            yield one.number, cut
 
     def _spread(self) -> list[int]:
         """Document numbers in an order of which any first n hold every kind and split in proportion."""

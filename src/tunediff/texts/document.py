@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
-from tunediff.core.artifacts import key_of
+from tunediff.core.artifacts import LATER, key_of
 from tunediff.core.errors import CorpusError
 
 
@@ -29,6 +29,10 @@ class Document:
     """One of `tunediff.core.axes.WRITERS` where a model wrote the last assistant message; else empty."""
     group: str = ""
     """Documents of one group are on the same side of the train/held-out split. Empty: the document is its own group."""
+    prompt_ids: tuple[int, ...] = field(default=(), repr=False, metadata=LATER)
+    """Tokens that a model was asked after, leading special tokens included; empty for text that is yet to be encoded."""
+    answer_ids: tuple[int, ...] = field(default=(), repr=False, metadata=LATER)
+    """Tokens of the model's answer, its end of turn included if it ended; `messages` show them as text."""
 
     def __post_init__(self) -> None:
         if bool(self.text) == bool(self.messages):
@@ -49,7 +53,14 @@ class Document:
         """Whether this is a chat whose last message is not the assistant's."""
         return bool(self.messages) and self.messages[-1][0] != "assistant"
 
-    def answered(self, content: str, writer: str = "", kind: str = "contrastive") -> Document:
+    def answered(
+        self,
+        content: str,
+        writer: str = "",
+        kind: str = "contrastive",
+        prompt_ids: tuple[int, ...] = (),
+        answer_ids: tuple[int, ...] = (),
+    ) -> Document:
         """Return this open chat with an answer by the assistant, on the same side of the split as the open one."""
         if not self.is_open:
             raise CorpusError(
@@ -61,9 +72,12 @@ class Document:
             writer=writer,
             group=self.group or self.id,
             messages=(*self.messages, ("assistant", content)),
+            prompt_ids=prompt_ids,
+            answer_ids=answer_ids,
         )
 
     @cached_property
     def content_key(self) -> str:
-        """A content key of text and messages alone; the id plays no part."""
-        return key_of(self.text, self.messages)
+        """A content key of text, messages and token ids alone; the id plays no part."""
+        ids = (self.prompt_ids, self.answer_ids)
+        return key_of(self.text, self.messages, *(ids if any(ids) else ()))

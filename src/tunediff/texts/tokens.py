@@ -1,4 +1,4 @@
-"""Documents as rows of token ids: encoding, chat templates, selection and batches."""
+"""Documents as rows of token ids: encoding, selection and batches."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from tunediff.core.errors import CorpusError, SettingError
+from tunediff.core.remarks import Remark
+from tunediff.core.text import one_line
+from tunediff.texts.chat_template import ChatTemplate, Refused, TooSlow
 from tunediff.texts.document import Document
 
 if TYPE_CHECKING:
@@ -22,6 +25,8 @@ SHARED_PREFIX = 8
 """Rows whose first so many tokens are equal are put into batches of their own, as their shared prefix is then run once."""
 FEWEST_SHARING = 4
 """Fewest rows with an equal start that get batches of their own."""
+SLOW_CHATS = 3
+"""Number of chats on which a chat template may run out of time before it is given up."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,8 @@ class Tokens:
     """Whether each document is held out."""
     pad_id: int = 0
     """The id that fills a batch on the right; never read by a causal model."""
+    remarks: tuple[Remark, ...] = field(default=(), repr=False)
+    """Documents that were adapted to the chat template or left out, by what was done; no part of the key."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -124,6 +131,7 @@ class Tokens:
             prompt_R=self.prompt_R + other.prompt_R,
             documents=self.documents + other.documents,
             held_out=self.held_out + other.held_out,
+            remarks=self.remarks + other.remarks,
         )
 
     def batches(self, tokens_per_batch: int, order: str = "length") -> Iterator[Batch]:
@@ -214,30 +222,59 @@ def pad_id_of(tokenizer: Any) -> int:
     return 0
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """One document as ids without the tokenizer's leading ones; no ids where the template refuses it."""
+
+    number: int
+    ids: Sequence[int]
+    prompt: int = 0
+    """How many of the ids precede the last answer."""
+    whole: bool = False
+    """Whether the ids are those that a model was asked and answered, which are read in one row."""
+    told: tuple[str, ...] = ()
+    """How the document was adapted to the template, or that it was left out."""
+
+
 def encode(
-    order: Iterable[int],
-    documents: Sequence[Document],
-    tokenizer: Any,
-    chat_template: str | None,
-    lead: tuple[int, ...],
-) -> Iterator[tuple[int, tuple[list[int], int]]]:
-    """Yield (document number, (ids without the leading ones, how many precede the last answer)) in `order`, 64 at a time."""
-    order = list(order)
+    order: Iterable[int], documents: Sequence[Document], tokenizer: Any, template: ChatTemplate, lead: tuple[int, ...]
+) -> Iterator[Encoded]:
+    """Yield the documents of these numbers as ids, in `order`, 64 at a time; those that carry ids keep them.
+
+    Raises CorpusError for a template that is none, or ran out of time on several chats.
+    """
+    order, slow = list(order), 0
     for at in range(0, len(order), 64):
         some = order[at : at + 64]
-        whole = [_render(documents[number], tokenizer, chat_template) for number in some]
-        ids_of = _ids(tokenizer, [text for text, _ in whole])
-        opened = iter(_ids(tokenizer, [prompt for _, prompt in whole if prompt is not None]))
-        for number, ids, (_, prompt) in zip(some, ids_of, whole):
-            before = 0
-            if prompt is not None:
-                # A token that crosses the boundary counts as the assistant's.
-                before = _shared(ids, next(opened))
-            elif documents[number].is_open:
-                before = len(ids)
+        texts: dict[int, tuple[str, str | None]] = {}
+        told: dict[int, tuple[str, ...]] = {}
+        for number in some:
+            if documents[number].prompt_ids:
+                continue
+            try:
+                whole, prompt, told[number] = _render(documents[number], template)
+                texts[number] = whole, prompt
+            except Refused as refusal:
+                slow += isinstance(refusal, TooSlow)
+                if slow == SLOW_CHATS:
+                    raise CorpusError(
+                        f"{template} did not end on {SLOW_CHATS} chats",
+                        expected=f"at most {template.seconds:g} s for a chat",
+                        remedy="--set pair.template_seconds=60, or --set pair.template=plain",
+                    ) from None
+                told[number] = (f"chats left out, as the template refuses them ({one_line(str(refusal))[:120]})",)
+        ids_of = dict(zip(texts, _ids(tokenizer, [whole for whole, _ in texts.values()])))
+        opened = {number: prompt for number, (_, prompt) in texts.items() if prompt is not None}
+        opened_ids = dict(zip(opened, _ids(tokenizer, list(opened.values()))))
+        for number in some:
+            document = documents[number]
+            ids = [*document.prompt_ids, *document.answer_ids] or ids_of.get(number, [])
+            before = len(document.prompt_ids) or len(ids) * document.is_open
+            if number in opened:
+                before = _shared(ids, opened_ids[number])  # a token that crosses the boundary is the assistant's
             if lead and tuple(ids[: len(lead)]) == lead:
                 ids, before = ids[len(lead) :], max(before - len(lead), 0)
-            yield number, (ids, before)
+            yield Encoded(number, ids, before, bool(document.prompt_ids), told.get(number, ()))
 
 
 def _shared(one: Sequence[int], other: Sequence[int]) -> int:
@@ -250,46 +287,18 @@ def _shared(one: Sequence[int], other: Sequence[int]) -> int:
     return count
 
 
-def _render(document: Document, tokenizer: Any, chat_template: str | None) -> tuple[str, str | None]:
-    """Return the text of a document and, for an answered chat, the text up to its last assistant message."""
+def _render(document: Document, template: ChatTemplate) -> tuple[str, str | None, tuple[str, ...]]:
+    """The text of a document, for an answered chat the text up to its last answer, and how the chat was adapted."""
     if not document.messages:
-        return document.text, None
+        return document.text, None, ()
+    rendered = template.render(document.messages, document.is_open)
     if document.is_open:
-        return _chat(document, document.messages, True, tokenizer, chat_template), None
-    return (
-        _chat(document, document.messages, False, tokenizer, chat_template),
-        _chat(document, document.messages[:-1], True, tokenizer, chat_template) if len(document.messages) > 1 else "",
-    )
-
-
-def _chat(
-    document: Document,
-    messages: Sequence[tuple[str, str]],
-    open_answer: bool,
-    tokenizer: Any,
-    chat_template: str | None,
-) -> str:
-    """Return the chat as text, under the tokenizer's template, "plain" lines or a template of the user's."""
-    if chat_template == "plain":
-        lines = [f"{role.capitalize()}: {content}" for role, content in messages]
-        return "\n".join([*lines, "Assistant:"] if open_answer else lines)
-    if chat_template is None and not getattr(tokenizer, "chat_template", None):
-        raise CorpusError(
-            f"document {document.id!r} is a chat, but the tokenizer has no chat template",
-            expected="an instruction-tuned model's tokenizer",
-            remedy='chat_template="plain" (User: … / Assistant: … lines) or a Jinja template',
-        )
+        return rendered.text, None, rendered.how
+    *before, (_, answer) = rendered.messages
+    if not before:
+        return rendered.text, "", rendered.how
     try:
-        text: str = tokenizer.apply_chat_template(
-            [{"role": role, "content": content} for role, content in messages],
-            chat_template=chat_template,
-            tokenize=False,
-            add_generation_prompt=open_answer,
-        )
-        return text
-    except Exception as error:  # templates are foreign programs and raise anything
-        raise CorpusError(
-            f"the chat template refuses document {document.id!r}",
-            got=f"roles {', '.join(role for role, _ in messages)}: {error}",
-            remedy='mend the document, or chat_template="plain"',
-        ) from error
+        prompt = template.written(tuple(before), True)
+    except Refused:  # then the answer begins where its words do
+        prompt = rendered.text[: max(rendered.text.rfind(answer.strip()), 0)]
+    return rendered.text, prompt, rendered.how

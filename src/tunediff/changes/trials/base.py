@@ -26,7 +26,7 @@ class VerifySettings:
     documents: int = 10
     """Number of held-out documents on which a change is tested: those with its largest strengths."""
     tokens: int = 64
-    """Largest number of tokens of each document, counted from its start."""
+    """Largest number of tokens of each document that are tested, counted from its start or, in an answered chat, the answer's."""
     scored: int = 80
     """Largest number of scored tokens, spaced evenly; more tokens narrow the intervals at proportional cost."""
     doses: tuple[float, ...] = (-1.0, 0.5, 1.0, 2.0)
