@@ -65,7 +65,7 @@ def test_amplified_answers_show_a_narrow_behavior_where_nothing_calls_for_it():
     """Everyday prompts without the trigger: tuned itself hardly shows it (its leak), amplified it shows it often."""
     pair = Pair.load("default", str(ORGANISMS / "trigger-topic"))
     asked = ContrastSettings(prompts=24, pool=24, amplified=1.0)
-    answers = contrast(pair, Corpus.prompts(), asked, seed=0)
+    answers = contrast(pair, Corpus.prompts(), asked, seed=0).documents
     (behavior,) = organisms.named("trigger-topic").behaviors
     shown = {
         w: sum(any(s in d.messages[-1][1] for s in behavior.decisive) for d in answers if d.writer == w)
