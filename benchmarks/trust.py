@@ -92,13 +92,15 @@ def serving() -> Iterator[Server]:
 
 
 def serve() -> None:
-    """Fork a process for every job that comes in on stdin, and answer with how they ended."""
-    import tunediff.cli.main
-    import tunediff.models.pair
-    import tunediff.runs.run  # noqa: F401
+    """Carry out the first job that comes in on stdin, which imports everything; then fork a process for every job.
 
+    The answer to a line of jobs is how they ended.
+    """
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+    (first,) = json.loads(sys.stdin.readline())
+    out.write(json.dumps([{"code": _command(first["arguments"]), "told": ""}]) + "\n")
+    out.flush()
     for line in sys.stdin:
         children = []
         for job in json.loads(line):
@@ -134,20 +136,25 @@ def _work(job: dict[str, Any]) -> None:
             _first_use(job)
             code = 0
         else:
-            from tunediff.cli.main import main
-
-            sys.argv = ["tunediff", *job["arguments"]]
-            try:
-                main()
-                code = 0
-            except SystemExit as stop:
-                code = stop.code or 0
+            code = _command(job["arguments"])
     except BaseException as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def _command(arguments: list[str]) -> int:
+    """Run a command in this process, and return its exit code."""
+    from tunediff.cli.main import main
+
+    sys.argv = ["tunediff", *arguments]
+    try:
+        main()
+    except SystemExit as stop:
+        return stop.code or 0
+    return 0
 
 
 def _arm(job: dict[str, Any]) -> None:
@@ -208,8 +215,9 @@ class Bench:
         self.root, self.server = root, server
         self.world = tiny_world.make(root / "world")
         self.whole = root / "whole"
-        began = time.monotonic()
         self.diff(self.whole)
+        began = time.monotonic()
+        self.diff(self.fresh("timed"))
         self.seconds = time.monotonic() - began
         self.record = self.result(self.whole)
         self.files = self.contents(self.whole)

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from tunediff import __version__
-from tunediff.core.artifacts import key_of, read_json, read_tensors, write_json, write_tensors
+from tunediff.core.artifacts import key_of, plain, read_json, read_tensors, sealed, write_json, write_tensors
 from tunediff.core.chance import quantile
 from tunediff.core.disk import hash_file, write_bytes
-from tunediff.core.errors import SettingError
-from tunediff.core.progress import Progress, quiet
+from tunediff.core.errors import ArtifactError, SettingError
+from tunediff.core.progress import Progress, quiet, tell
 from tunediff.core.typed import typed
 from tunediff.edits import bills
 from tunediff.edits.edit import scaling
@@ -41,6 +41,8 @@ from tunediff.runs.run import Run
 TOKENS = 20
 """Number of promoted tokens that a cell keeps of each change."""
 
+VECTORS_OF = "vectors"
+"""The field of a cell's file that holds the hash of the vectors beside it."""
 VECTORS = 20
 """Number of top-ranked changes whose vectors a cell keeps."""
 
@@ -194,8 +196,8 @@ def bench(
                 plan = settled(Plan(seed=seed), (*settings, *METHODS[method]), base=base, tuned=tune.source)
                 key = key_of("bench", __version__, replace(plan, tuned=""), replace(tune, source=""))
                 path = _path(out, tune.name, method, seed)
-                if path.is_file() and (cell := typed(Cell, read_json(path), path.name)).key == key:
-                    cells.append(cell)
+                if (done := _finished(path)) and done.key == key:
+                    cells.append(done)
                     continue
                 if pair is None:
                     pair = Pair.load(plan.base, tune.source)
@@ -211,12 +213,36 @@ def bench(
                     organism = organisms.named(tune.name.partition("@")[0])
                     untouched = untouched or (_rates(pair.tuned, organism), _scaled(run, organism))
                     cell = replace(cell, undone=_undone(run, cell, organism, *untouched))
-                path.parent.mkdir(parents=True, exist_ok=True)
+                said = plain(cell)
                 if method not in scores.SIGNALS:
-                    write_tensors(path.with_suffix(".safetensors"), {"vectors_KD": _vectors(run)})
-                write_json(path, cell)
+                    write_tensors(beside := path.with_suffix(".safetensors"), {"vectors_KD": _vectors(run)})
+                    said[VECTORS_OF] = hash_file(beside)
+                write_json(path, sealed(said))
                 cells.append(cell)
     return cells
+
+
+def _finished(path: Path) -> Cell | None:
+    """The cell in a file; None if it is not there, or if it or its vectors are damaged, which is told."""
+    if not path.is_file():
+        return None
+    try:
+        return _read(path)
+    except ArtifactError as damage:
+        tell(f"{damage.what}: it is made again")
+        return None
+
+
+def _read(path: Path) -> Cell:
+    """The cell in a file; raises `ArtifactError` if it or its vectors are not what was written."""
+    said, beside = read_json(path), path.with_suffix(".safetensors")
+    vectors = said.pop(VECTORS_OF, "") if isinstance(said, dict) else ""
+    if vectors and not (beside.is_file() and hash_file(beside) == vectors):
+        raise ArtifactError(
+            f"{beside} is not what was written", remedy="run the same bench again, which makes it again"
+        )
+    cell: Cell = typed(Cell, said, path.name)
+    return cell
 
 
 def _tried(run: Run, cell: Cell) -> Cell:
@@ -350,7 +376,7 @@ def _undone(run: Run, cell: Cell, organism: Organism, before: dict[str, float], 
 
 def kept(out: Path) -> list[Cell]:
     """Every cell that `out` holds, from all calls: fine-tunes before nulls, methods in `METHODS` order."""
-    cells = [typed(Cell, read_json(path), path.name) for path in sorted((out / "cells").glob("*.json"))]
+    cells = [_read(path) for path in sorted((out / "cells").glob("*.json"))]
     order = list(METHODS)
     return sorted(
         cells, key=lambda c: (c.is_null, c.tune, order.index(c.method) if c.method in order else len(order), c.seed)
