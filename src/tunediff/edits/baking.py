@@ -66,7 +66,7 @@ def _write(pair: Pair, edit: Edit, folder: Path) -> float:
     merged(pair, edit).save_pretrained(folder)
     pair.tuned.tokenizer.save_pretrained(folder)
     dtype = str(next(pair.tuned.module.parameters()).dtype).removeprefix("torch.")
-    error = relative_error(pair, edit, load_frozen(str(folder), dtype, str(pair.tuned.device))[0])
+    error = relative_error(pair, edit, load_frozen(str(folder), dtype, str(pair.tuned.device)).module)
     if error > TOLERANCE:
         raise NumericsError(
             "the baked model is not the live edit",
