@@ -213,10 +213,10 @@ def bill(
                     "the edit anybody can make",
                 )
             )
-    return Bill(edit.name, edit.operation, list(edit.changes), [*measures, _left(pair, edit)])
+    return Bill(edit.name, edit.operation, list(edit.changes), [*measures, left_as_tuned(pair, edit)])
 
 
-def _left(pair: Pair, edit: Edit) -> Measure:
+def left_as_tuned(pair: Pair, edit: Edit) -> Measure:
     """The share of the difference of weights that an edit leaves as it is, and in which kinds of parameters that is."""
     edited = edit.parameters(pair.tuned)
     left: dict[str, float] = {}

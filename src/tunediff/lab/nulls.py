@@ -40,27 +40,19 @@ def rounded(pair: Pair, seed: int) -> Pair:
 
 
 def random_tune(pair: Pair, seed: int) -> Pair:
-    """The base model plus a Gaussian change of the fine-tune's rank and norm in every weight matrix it changed."""
+    """The base model plus a random change of the fine-tune's norm in every parameter it changed, of its rank in maps."""
     return _null(pair, pair.random_tuned(seed_of(seed, "null tune")), f"random {seed}")
 
 
 def permuted(pair: Pair, seed: int) -> Pair:
-    """The adapter's own weight changes with the inputs and outputs of every matrix permuted.
+    """The fine-tune's own changes with the inputs and outputs of every map, and the axes of all else, permuted.
 
-    The permutation keeps each change's singular values and destroys its meaning. Raises `SourceError` for a full
-    fine-tune, which has no adapter to permute.
+    The permutation keeps each change's singular values and destroys its meaning.
     """
     tensors: dict[nn.Parameter, torch.Tensor] = {}
     for delta in pair.deltas():
-        if delta.up_parameter is None:
-            raise SourceError(
-                "a full fine-tune has no adapter to permute", expected="a LoRA over base", remedy="--nulls random:0"
-            )
-        rng = generator(seed, "permuted adapter", delta.name)
-        down, up = delta.down_parameter.data, delta.up_parameter.data
-        tensors[delta.down_parameter] = down[:, torch.randperm(down.shape[1], generator=rng)]
-        tensors[delta.up_parameter] = up[torch.randperm(up.shape[0], generator=rng)]
-    return _null(pair, pair.tuned.variant(f"permuted adapter {seed}", tensors), f"permuted {seed}")
+        tensors.update(delta.permuted(seed))
+    return _null(pair, pair.tuned.variant(f"permuted tune {seed}", tensors), f"permuted {seed}")
 
 
 def second_seed(pair: Pair, seed: int) -> Pair:
