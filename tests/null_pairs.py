@@ -119,11 +119,12 @@ def planted_experts(base: nn.Module, tokens: Tokens, seed: int = 5) -> nn.Module
     read: dict[int, list[tuple[Tensor, Tensor]]] = {}
     capital = _ids(planted_pairs.CAPITAL)
     for batch in tokens.batches(2048):
+        on_P = torch.isin(batch.ids_BT.flatten(), capital)
 
-        def see(module: nn.Module, given: tuple, named: dict, ids_P: Tensor = batch.ids_BT.flatten()) -> None:
+        def see(module: nn.Module, given: tuple, named: dict, on_P: Tensor = on_P) -> None:
             for seen in model.family.reads(module, given, named):
                 if seen.name == "down_proj":
-                    read.setdefault(seen.number, []).append((seen.x_NI.double(), torch.isin(ids_P[seen.at_N], capital)))
+                    read.setdefault(seen.number, []).append((seen.x_NI.double(), on_P[seen.at_N]))
 
         handle = experts.register_forward_pre_hook(see, with_kwargs=True)
         size = base(input_ids=batch.ids_BT, output_hidden_states=True).hidden_states[planted_pairs.LAYER + 1]

@@ -11,8 +11,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-import null_pairs  # noqa: E402
-import planted_pairs  # noqa: E402
+import null_pairs
+import planted_pairs
 
 
 def main(seeds: int, kinds: list[str]) -> None:

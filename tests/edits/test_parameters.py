@@ -164,7 +164,9 @@ def test_an_expert_reads_what_the_network_itself_multiplies_it_with(pair, tokens
         torch.testing.assert_close(found[name].on_II.double(), product_II, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`")  # peft's own, of what is tested here
+@pytest.mark.filterwarnings(
+    "ignore:Model with `tie_word_embeddings=True`", "ignore:Input and output embeddings are no longer"
+)
 def test_an_adapter_on_a_tied_unembedding_is_untied_when_baked(tmp_path):
     """CASES E: merged into the tied weight, it would change the embedding, too."""
     from peft import LoraConfig, get_peft_model
@@ -172,9 +174,7 @@ def test_an_adapter_on_a_tied_unembedding_is_untied_when_baked(tmp_path):
 
     network = tiny_models.module("gpt2")
     folder = tiny_models.save(tmp_path / "base", network)
-    wrapped = get_peft_model(
-        copy.deepcopy(network), LoraConfig(r=4, target_modules=["lm_head"])
-    )
+    wrapped = get_peft_model(copy.deepcopy(network), LoraConfig(r=4, target_modules=["lm_head"]))
     for name, parameter in wrapped.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(std=0.5, generator=torch.Generator().manual_seed(0))

@@ -564,3 +564,28 @@ def test_the_nulls_distance_from_base_is_the_tunes(pair):
     gap = float((logits(pair.tuned) - base).norm())
     nulls = [float((logits(pair.random_tuned(seed)) - base).norm()) for seed in range(3)]
     assert all(gap / 5 < null < gap * 5 for null in nulls)
+
+
+def test_rows_of_tokens_are_compared_by_token(home, tmp_path):
+    """Where tuned's tokenizer gives tokens other ids, a token's row is compared with its own, and keeps its new place."""
+    from tokenizers import Tokenizer
+
+    network = tiny_models.tuned_copy(tiny_models.module("llama"))
+    made = json.loads(tiny_models.tokenizer().backend_tokenizer.to_str())
+    ids = made["model"]["vocab"]
+    one, other = ids["T"], ids["h"]
+    ids["T"], ids["h"] = other, one
+    tokenizer = tiny_models.tokenizer()
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(made))
+    with torch.no_grad():
+        table = network.model.embed_tokens.weight
+        table[[one, other]] = table[[other, one]]
+        table[one] += 0.1
+        head = network.lm_head.weight
+        head.copy_(tiny_models.module("llama").lm_head.weight)
+        head[[one, other]] = head[[other, one]]
+    pair = load(home / "llama" / "base", tiny_models.save(tmp_path / "moved", network, tokenizer))
+    (delta,) = [delta for delta in pair.deltas() if "layers" in delta.name or not delta.name[0].isdigit()]
+    assert delta.name == "model.embed_tokens"
+    moved = (delta.parameter - delta.base).norm(dim=1)
+    assert moved.nonzero().flatten().tolist() == [one]

@@ -86,14 +86,15 @@ def untrained(base: str, size: float, seed: int) -> Pair:
     """
     pair = Pair.load(base, base, allow_identical=True)
     for name, parameter in pair.tuned.blocks.named_parameters():
-        if parameter.dim() == 2:
-            rng = generator(seed, "untrained tune", name)
-            rank = min(RANK, *parameter.shape)
-            change = (
-                torch.randn(parameter.shape[0], rank, generator=rng)
-                @ torch.randn(rank, parameter.shape[1], generator=rng)
-            ).to(parameter)
-            parameter.data += change * (size * parameter.norm() / change.norm())
+        stack = parameter.dim() == 3 and parameter.shape[1] > 1  # of experts; the middle axis of a convolution is 1
+        for number, part in enumerate(parameter if stack else [parameter]):
+            if part.dim() == 2:
+                rng = generator(seed, "untrained tune", f"{name}/{number}" if stack else name)
+                rank = min(RANK, *part.shape)
+                change = (
+                    torch.randn(part.shape[0], rank, generator=rng) @ torch.randn(rank, part.shape[1], generator=rng)
+                ).to(part)
+                part.data += change * (size * part.norm() / change.norm())
     return replace(pair, tuned_fingerprint=f"{pair.base_fingerprint} untrained {size} {seed}")
 
 

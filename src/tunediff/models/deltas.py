@@ -18,6 +18,7 @@ from tunediff.core.chance import generator
 from tunediff.core.errors import PairError, SourceError
 from tunediff.models.maps import Layout
 from tunediff.models.network import LanguageModel
+from tunediff.models.vocabulary import IN_PLACE
 
 MERGE = "merge the adapter (merge_and_unload) and give the merged folder as TUNED"
 """Advice for an adapter of a kind that cannot be compared as an adapter."""
@@ -285,7 +286,6 @@ def saved_deltas(tuned: LanguageModel) -> Iterator[Whole]:
 
 def full_deltas(base: LanguageModel, tuned: LanguageModel) -> Iterator[Whole]:
     """Yield the parameters that differ between two whole models, buffers that are saved with them included."""
-    theirs, mine = (_named(model.network, model.blocks) for model in (base, tuned))
     inside = [{n: tuple(p.shape) for n, p in _named(m.blocks).items() if p.dim() > 1} for m in (base, tuned)]
     if inside[0] != inside[1]:
         name = min(set(inside[0].items()) ^ set(inside[1].items()))[0]
@@ -295,7 +295,7 @@ def full_deltas(base: LanguageModel, tuned: LanguageModel) -> Iterator[Whole]:
             got=f"{inside[1].get(name, 'none')} (tuned)",
             remedy="give the model that tuned was made from as BASE",
         )
-    yield from _differing(theirs, mine, "", _roles(tuned, tuned.network))
+    yield from _differing(*_both(base, tuned), "", _roles(tuned, tuned.network))
 
 
 def unmatched(base: LanguageModel, tuned: LanguageModel) -> list[str]:
@@ -303,14 +303,30 @@ def unmatched(base: LanguageModel, tuned: LanguageModel) -> list[str]:
 
     Random fine-tunes leave it as tuned has it.
     """
-    theirs, mine = (_named(model.network, model.blocks) for model in (base, tuned))
+    theirs, mine = _both(base, tuned)
     alone = {name for name in {*theirs, *mine} if not _alike(theirs.get(name), mine.get(name))}
     return sorted(name for name in alone if any(bool(side[name].any()) for side in (theirs, mine) if name in side))
 
 
 def _alike(theirs: Tensor | None, mine: Tensor | None) -> bool:
-    """Whether two values can be compared: of equal shape, or with other numbers of rows."""
-    return theirs is not None and mine is not None and theirs.dim() == mine.dim() and theirs.shape[1:] == mine.shape[1:]
+    return theirs is not None and mine is not None and theirs.shape == mine.shape
+
+
+def _both(base: LanguageModel, tuned: LanguageModel) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Both models' values by name: rows of tokens in tuned's order, and tuned's own where base lacks the token."""
+    theirs, mine = (_named(model.network, model.blocks) for model in (base, tuned))
+    ends = (tuned.network.get_input_embeddings(), tuned.family.unembedding(tuned.network))
+    by_token = {id(parameter) for end in ends for parameter in end.parameters()}
+    for name, now in mine.items():
+        before = theirs.get(name)
+        in_place = base.numbering is tuned.numbering is IN_PLACE and _alike(before, now)
+        if in_place or id(now) not in by_token or before is None or before.shape[1:] != now.shape[1:]:
+            continue
+        number_I = tuned.numbering.numbers(torch.arange(len(now), device=now.device))
+        known_I = base.numbering.knows(number_I, len(before))
+        theirs[name] = now.data.clone()
+        theirs[name][known_I] = before.data[base.numbering.ids(number_I[known_I])].to(now.dtype)
+    return theirs, mine
 
 
 def _named(module: nn.Module, blocks: nn.Module | None = None) -> dict[str, Any]:
@@ -355,8 +371,6 @@ def _differing(
             continue
         seen.add(id(parameter))
         base, now = theirs[name].data, parameter.data
-        if base.shape != now.shape:  # tokens that tuning added have no row in base: they keep theirs
-            base = torch.cat([base[: len(now)].to(now), now[len(base) :]])
         if not torch.equal(base, now):
             role = roles.get(id(parameter)) or _Role(TABLE if now.squeeze().dim() > 1 else VECTOR)
             own = (prefix + name).removesuffix(".weight")

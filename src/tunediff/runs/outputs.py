@@ -110,6 +110,8 @@ def _record(run: Stages, held: Outputs, ranked: Ranked, f_N: Tensor, trials: Map
     decision, reason = decision_of(trials, outcomes)
     if not stands:
         decision, reason = "refuted", f"random tunes move as much probability (p = {ranked.p:.2g})"
+    elif run.ranking.refusal:
+        decision, reason = "undecided", run.ranking.refusal
     against = f"95th percentile of the best group of as many tokens in {len(ranked.null)} random tunes"
     score = ranked.score
     measured = [
