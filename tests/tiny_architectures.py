@@ -105,15 +105,17 @@ def names() -> list[str]:
     return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
+def _size(name: str) -> int | None:
+    return next((size for pattern, size in SIZES if re.fullmatch(pattern, name)), None)
+
+
 def small(config: Any) -> dict[str, Any]:
     """The fields that make a default configuration's network tiny, with one layer of each sort that it has."""
     fields: dict[str, Any] = {}
     for name, value in vars(config).items():
-        if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-            continue
-        rule = next((new for pattern, new in SIZES if re.fullmatch(pattern, name)), None)
-        if rule is not None:
-            fields[name] = rule
+        size = _size(name)
+        if size is not None and isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            fields[name] = size
     fields |= {name: value for name, value in TOKENS.items() if hasattr(config, name)}
     fields |= {name: True for name in ("is_decoder",) if hasattr(config, name)}  # of BERT and its like
     fields |= sorts_of_layers(config, fields)
@@ -136,7 +138,10 @@ def sorts_of_layers(config: Any, fields: dict[str, Any]) -> dict[str, Any]:
     chosen = chosen[:6] if len(chosen) >= 2 else [0]
     while len(chosen) < LAYERS:
         chosen.append(chosen[-1])
-    cut: dict[str, Any] = {name: [value[i] for i in chosen] for name, value in lists.items()}
+    cut: dict[str, Any] = {
+        name: [_size(name) if isinstance(value[i], int) and _size(name) else value[i] for i in chosen]
+        for name, value in lists.items()
+    }
     return cut | {n: len(chosen) for n in counts}
 
 
