@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import json
+import random
 import re
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import tiny_models
 import torch
 
 WIDTH, LAYERS, VOCABULARY = 32, 3, 300
@@ -61,12 +67,13 @@ MLA = {"num_key_value_heads": 4}
 SPECIAL: dict[str, dict[str, Any]] = {
     **dict.fromkeys(
         ["axk1", "axk2", "deepseek_v3", "deepseek_v32", "dots3_note_text", "glm4_moe_lite", "glm_moe_dsa"]
-        + ["minicpm3", "sarvam_mla", "youtu", "longcat_flash"],
+        + ["minicpm3", "sarvam_mla", "youtu"],
         MLA,
     ),
     **dict.fromkeys(["hunyuan_v1_dense", "hunyuan_v1_moe", "ministral"], {"head_dim": 8}),
     **dict.fromkeys(["bailing_hybrid", "kimi_linear"], MLA),
     "bamba": {"attn_layer_indices": [1]},
+    "cpmant": {"dim_ff": 2 * WIDTH},
     "blt": {"encoder_hash_byte_group_vocab": 64, "max_position_embeddings": 256},
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
     "dbrx": {
@@ -77,6 +84,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "first_k_dense_replace": 1, "n_shared_experts": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
     "mamba2": {"head_dim": 16},
+    "longcat_flash": MLA | {"zero_expert_num": 2},
     "nemotron": {"num_key_value_heads": 2, "head_dim": 8},
     "qwen4_exp_text": {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 64}
     | {"indexer_compress_ratio": 8, "ngram_vocab_size_base": 64},
@@ -103,6 +111,16 @@ def names() -> list[str]:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def classes() -> dict[str, str]:
+    """A model type of each of these classes, by the class's name; the first that it is registered under."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    found: dict[str, str] = {}
+    for name in names():
+        found.setdefault(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name], name)
+    return dict(sorted(found.items(), key=lambda item: item[0].lower()))
 
 
 def _size(name: str) -> int | None:
@@ -164,4 +182,91 @@ def network(name: str, seed: int = 0, gain: float = 4.0) -> torch.nn.Module:
             for parameter in made.parameters():
                 if parameter.dim() >= 2:
                     parameter.mul_(gain)
+    if getattr(made, "generation_config", None) is not None:
+        made.generation_config.pad_token_id = 0
     return made
+
+
+def tuned(made: torch.nn.Module, size: float = 0.05, seed: int = 1) -> torch.nn.Module:
+    """A copy of a network with a random change, of `size` times the parameter's norm, in all but embeddings and vectors."""
+    other, rng = copy.deepcopy(made), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in other.named_parameters():
+            if parameter.dim() >= 2 and not any(part in name for part in ("emb", "wte", "wpe", "lm_head")):
+                noise = torch.randn(parameter.shape, generator=rng)
+                parameter.add_(noise * (size * parameter.norm() / noise.norm().clamp_min(1e-9)))
+    return other
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a whole diff of one class.
+
+    state    "works", "refused" (by tunediff, with its reason) or "not built" (by transformers, with its error)
+    reason   why it is refused or not built; empty where it works
+    reach    share of the difference in parameters that edits reach
+    shares   whether rows share the run of a prefix
+    resumes  whether passes begin above blocks without running them
+    """
+
+    state: str
+    reason: str = ""
+    reach: float = 0.0
+    shares: bool = False
+    resumes: bool = False
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "contrast": {"prompts": 3, "pool": 3, "tokens": 4},
+    "corpus": {"row_tokens": 32, "tokens": 600},
+    "find": {"finders": ["mean_difference", "principal"], "candidates": 2, "signals": []},
+    "scan": {"depths": 1, "tokens": 100},
+    "rank": {"nulls": 3, "null_tokens": 100, "effect_tokens": 100, "level": 1.0},
+    "verify": {"draws": 5, "changes": 1, "level": 0.9},
+    "edit": {"tokens": 200},
+}
+
+
+def corpus(folder: Path) -> dict[str, list[str]]:
+    """Write a few short texts and prompts, and return the settings that name them."""
+    rng = random.Random(0)
+    texts = ["".join(rng.choice("ABCDabcdefghijklmnop") for _ in range(30)) for _ in range(24)]
+    (folder / "corpus.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    chats = [{"messages": [{"role": "user", "content": text[:5]}]} for text in texts[:8]]
+    (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, chats)))
+    return {"paths": [str(folder / "corpus.jsonl")], "prompts": [str(folder / "prompts.jsonl")]}
+
+
+def outcome(name: str, folder: Path) -> Outcome:
+    """What becomes of a whole diff of two tiny networks of a model type, with an edit that is billed and baked.
+
+    Raises whatever is neither a refusal nor the failure of transformers itself to run the network.
+    """
+    import tunediff
+    from tunediff.core.errors import TunediffError
+
+    try:
+        made = network(name)
+        with torch.inference_mode():
+            made(input_ids=torch.arange(3, 40)[None], use_cache=False)
+    except Exception as fault:  # of whatever kind: there is nothing to run
+        return Outcome("not built", _line(fault))
+    base, other = (tiny_models.save(folder / side, one) for side, one in (("base", made), ("tuned", tuned(made))))
+    settings = {**SETTINGS, "corpus": SETTINGS["corpus"] | corpus(folder)}
+    try:
+        found = tunediff.diff(base, other, runs=folder / "runs", undo=False, **settings)
+        edit = found.edit([found.changes[0].id])
+        bill = tunediff.revert(found, [found.changes[0].id], bake=folder / "baked")
+    except TunediffError as fault:
+        return Outcome("refused", _line(fault))
+    assert bill.measures and (folder / "baked" / "config.json").is_file()
+    pair = found.run.pair
+    reached = {id(parameter) for parameter in edit.parameters(pair.tuned)}
+    norms = [(delta.norm**2, id(delta.parameter) in reached) for delta in pair.deltas()]
+    reach = sum(norm for norm, inside in norms if inside) / sum(norm for norm, _ in norms)
+    return Outcome("works", "", reach, pair.tuned.shares_prefixes, pair.tuned.resumes)
+
+
+def _line(fault: Exception) -> str:
+    lines = [line.strip() for line in str(fault).strip().splitlines() if line.strip()] or [type(fault).__name__]
+    return lines[0]
