@@ -83,6 +83,11 @@ class LanguageModel:
         return self.forms.blocks[0].width
 
     @property
+    def positions(self) -> float:
+        """How many tokens a row may have."""
+        return self.family.positions(self.network)
+
+    @property
     def vocabulary(self) -> int:
         """Rows of the unembedding."""
         return self.family.unembedding(self.network).weight.shape[0]

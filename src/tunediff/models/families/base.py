@@ -52,6 +52,10 @@ class Family(ABC):
         """Return how many positions back every block sees; rows are packed only up to that length."""
         return float("inf")
 
+    def positions(self, module: nn.Module) -> float:
+        """Return how many tokens a row may have; longer rows and prompts are cut, or left out."""
+        return float("inf")
+
     def maps(self, module: nn.Module) -> Mapping[str, Layout]:
         """Return the linear maps whose inputs a call of `module` shows, by their parameters' names within it.
 

@@ -80,6 +80,16 @@ class HuggingFace(Family):
     def window(self, module: Any) -> float:
         return getattr(module.config.get_text_config(decoder=True), "sliding_window", None) or float("inf")
 
+    def positions(self, module: Any) -> float:
+        from torch import nn
+
+        most = getattr(module.config.get_text_config(decoder=True), "max_position_embeddings", None) or float("inf")
+        # In RoBERTa and its like, padding has a position too, and counting begins after it.
+        for name, table in module.named_modules():
+            if isinstance(table, nn.Embedding) and "position" in name and table.padding_idx is not None:
+                most = min(most, table.num_embeddings - table.padding_idx - 1)
+        return float(most)
+
     def maps(self, module: Any) -> Mapping[str, Layout]:
         way = way_of(module)
         return way.maps(module) if way else super().maps(module)

@@ -63,6 +63,8 @@ class Sharing:
         fold, wanted_tail = None, None if wanted_BT is None else wanted_BT[:, rest]
         if ids_BT.shape[1] <= model.family.window(model.network):  # a fold's mask is the same in every block
             fold = Fold.of(tail_BT, start_tail.stream_BTD if start_tail else None, wanted_tail)
+        if fold and length + fold.first_CL.shape[1] > model.positions:
+            fold = None
         if fold:
             tail_BT = fold.pack(tail_BT)
             wanted_tail = None if wanted_tail is None else fold.total(wanted_tail.cpu().int()) > 0
