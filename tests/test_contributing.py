@@ -80,6 +80,7 @@ def test_a_file_of_the_page_works_out_of_tree(lab, command):
         "dictionaries": "crosscode/",
         "trials": "gap closed by half",
         "signals": "agreement",
+        "families": "mylab.families:Explicit",
     }
     assert expected[path] in text
 
@@ -96,6 +97,6 @@ def test_the_organism_of_the_page_has_lessons(lab, monkeypatch):
 
 def test_every_block_has_a_command():
     commands = re.findall(r"^python -m tunediff .*$", PAGE, re.MULTILINE)
-    assert len(FILES) >= 5 and len(commands) == len(FILES)
+    assert len(FILES) >= 6 and len(commands) == len(FILES)
     for name in FILES:
         assert any(name.removesuffix(".py").replace("/", ".") + ":" in command for command in commands), name

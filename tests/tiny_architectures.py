@@ -113,13 +113,54 @@ def names() -> list[str]:
     return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
-def classes() -> dict[str, str]:
-    """A model type of each of these classes, by the class's name; the first that it is registered under."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+@dataclass(frozen=True)
+class Case:
+    """One network to build: a model type, the auto class that makes it, and fields other than the recipe's."""
 
-    found: dict[str, str] = {}
+    type: str
+    auto: str = "AutoModelForCausalLM"
+    fields: tuple[tuple[str, Any], ...] = ()
+
+
+WRAPPERS = (
+    "idefics3",
+    "internvl",
+    "llava",
+    "llava_next",
+    "mistral3",
+    "paligemma",
+    "qwen2_vl",
+    "qwen2_5_vl",
+    "qwen3_vl",
+)
+"""Model types of wrappers that read images too, and are not registered for causal language modeling."""
+
+OTHERS = {
+    "OPTForCausalLM, embeddings narrower than the stream": Case(
+        "opt", fields=(("word_embed_proj_dim", WIDTH // 2), ("do_layer_norm_before", False))
+    ),
+    "GPT2LMHeadModel, fewer positions than a row": Case("gpt2", fields=(("n_positions", 24),)),
+    "BertLMHeadModel, as an encoder": Case("bert", fields=(("is_decoder", False),)),
+    "Gemma2ForCausalLM, window shorter than a row": Case("gemma2", fields=(("sliding_window", 8),)),
+}
+"""Networks of a class whose configuration makes them another sort."""
+
+
+def cases() -> dict[str, Case]:
+    """A network of each class, by the class's name, under the first model type that it is registered for; and some more."""
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    )
+
+    found: dict[str, Case] = dict(OTHERS)
     for name in names():
-        found.setdefault(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name], name)
+        found.setdefault(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name], Case(name))
+    for name in WRAPPERS:
+        if name in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+            found.setdefault(
+                MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[name], Case(name, "AutoModelForImageTextToText")
+            )
     return dict(sorted(found.items(), key=lambda item: item[0].lower()))
 
 
@@ -163,21 +204,21 @@ def sorts_of_layers(config: Any, fields: dict[str, Any]) -> dict[str, Any]:
     return cut | {n: len(chosen) for n in counts}
 
 
-def config(name: str) -> Any:
-    """The tiny configuration of a model type."""
+def config(case: Case) -> Any:
+    """The tiny configuration of a network."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    kind = CONFIG_MAPPING[name]
-    return kind(**{**small(kind()), **SPECIAL.get(name, {})})  # several types share a configuration
+    kind = CONFIG_MAPPING[case.type]
+    return kind(**{**small(kind()), **SPECIAL.get(case.type, {}), **dict(case.fields)})
 
 
-def network(name: str, seed: int = 0, gain: float = 4.0) -> torch.nn.Module:
-    """A tiny random network of a model type, its maps large enough to matter; raises what transformers raises."""
-    from transformers import AutoModelForCausalLM
+def network(case: Case, seed: int = 0, gain: float = 4.0) -> torch.nn.Module:
+    """A tiny random network, its maps large enough to matter; raises what transformers raises."""
+    import transformers
 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        made = AutoModelForCausalLM.from_config(config(name), dtype=torch.float32).eval()
+        made = getattr(transformers, case.auto).from_config(config(case), dtype=torch.float32).eval()
         with torch.no_grad():
             for parameter in made.parameters():
                 if parameter.dim() >= 2:
@@ -237,8 +278,8 @@ def corpus(folder: Path) -> dict[str, list[str]]:
     return {"paths": [str(folder / "corpus.jsonl")], "prompts": [str(folder / "prompts.jsonl")]}
 
 
-def outcome(name: str, folder: Path) -> Outcome:
-    """What becomes of a whole diff of two tiny networks of a model type, with an edit that is billed and baked.
+def outcome(case: Case, folder: Path) -> Outcome:
+    """What becomes of a whole diff of two tiny networks, with an edit that is billed and baked.
 
     Raises whatever is neither a refusal nor the failure of transformers itself to run the network.
     """
@@ -246,7 +287,7 @@ def outcome(name: str, folder: Path) -> Outcome:
     from tunediff.core.errors import TunediffError
 
     try:
-        made = network(name)
+        made = network(case)
         with torch.inference_mode():
             made(input_ids=torch.arange(3, 40)[None], use_cache=False)
     except Exception as fault:  # of whatever kind: there is nothing to run

@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-from tiny_architectures import Outcome, classes, outcome  # noqa: E402
+from tiny_architectures import Outcome, cases, outcome  # noqa: E402
 
 PAGE = ROOT / "docs" / "architectures.md"
 
@@ -70,7 +70,7 @@ def main(chosen: list[str]) -> None:
     warnings.simplefilter("ignore")
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
-    known = classes()
+    known = cases()
     said = rows(PAGE.read_text()) if PAGE.is_file() else {}
     made = {cls: found for cls, found in said.items() if cls in known} if chosen else {}
     for cls in chosen or known:

@@ -9,13 +9,13 @@ import pytest
 import tiny_architectures
 from make_architectures_page import PAGE, rows
 
-CLASSES = tiny_architectures.classes()
+CASES = tiny_architectures.cases()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize("cls", CASES)
 def test_what_the_page_says_of_a_class_is_what_becomes_of_it(cls, tmp_path):
-    found = tiny_architectures.outcome(CLASSES[cls], tmp_path)
+    found = tiny_architectures.outcome(CASES[cls], tmp_path)
     said = rows(PAGE.read_text()).get(cls)
     if said is None:
         pytest.skip("a class of another version of transformers than the page was made with")

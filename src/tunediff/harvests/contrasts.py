@@ -111,7 +111,7 @@ def contrast(
         raise CorpusError(
             f"corpus {prompts.name!r} holds no open chat", expected="documents that end with a user message"
         )
-    room = min([PROMPT_TOKENS, *(n - settings.tokens for n in map(_positions, (pair.base, pair.tuned)) if n)])
+    room = pair.fitting("prompts with their answers", PROMPT_TOKENS + settings.tokens) - settings.tokens
     if room < 1:
         raise CorpusError(
             "answers are longer than the models have positions",
@@ -180,12 +180,6 @@ def contrast(
 def ends_of_turn(pair: Pair, template: ChatTemplate) -> set[int]:
     """Tokens that end an answer of either model: those that both name, and the one that the template writes."""
     return ends_of(pair.base) | ends_of(pair.tuned) | template.end_of_turn(pair.tokenizer)
-
-
-def _positions(model: LanguageModel) -> int:
-    """Number of positions that a model's config allows; 0 where it names none."""
-    config: Any = getattr(model.network, "config", None)
-    return int(getattr(config, "max_position_embeddings", 0) or 0)
 
 
 def _until(end: str, ids: list[int], model: LanguageModel) -> list[int]:

@@ -108,6 +108,14 @@ class Pair:
         """How the tokens of both models correspond."""
         return Vocabularies.of(self.base, self.tuned)
 
+    def fitting(self, what: str, wanted: int) -> int:
+        """How many tokens of at most `wanted` both networks take in a row; a note tells of fewer. `what` is in the plural."""
+        most = int(min(self.base.positions, self.tuned.positions, wanted))
+        note = f"{what} have at most {most} tokens instead of {wanted}: the networks have no more positions"
+        if most < wanted and note not in self.notes:
+            self.notes.append(note)
+        return most
+
     @contextmanager
     def running(self) -> Iterator[None]:
         """Hold both networks for many runs, during which nobody writes to weights; cheap where they are held already.

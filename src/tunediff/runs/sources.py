@@ -173,7 +173,8 @@ class Sources:
     def tokens(self) -> Tokens:
         """Corpus text up to its limit, and all contrastive text, as rows of token ids."""
         c, tokenizer = self.plan.corpus, self.pair.tokenizer
-        form: dict[str, Any] = {"row_tokens": c.row_tokens, "template": self.template}
+        row_tokens = self.pair.fitting("rows of text", c.row_tokens)
+        form: dict[str, Any] = {"row_tokens": row_tokens, "template": self.template}
         tokens = self.corpus.tokens(tokenizer, limit_tokens=c.tokens, **form).used()
         if self.contrast:
             whole = dataclasses.replace(self.corpus, documents=tokens.documents).plus(self.contrast)
