@@ -299,7 +299,7 @@ def outcome(case: Case, folder: Path) -> Outcome:
         edit = found.edit([found.changes[0].id])
         bill = tunediff.revert(found, [found.changes[0].id], bake=folder / "baked")
     except TunediffError as fault:
-        return Outcome("refused", _line(fault))
+        return Outcome("refused", _line(fault, folder))
     assert bill.measures and (folder / "baked" / "config.json").is_file()
     pair = found.run.pair
     reached = {id(parameter) for parameter in edit.parameters(pair.tuned)}
@@ -308,6 +308,11 @@ def outcome(case: Case, folder: Path) -> Outcome:
     return Outcome("works", "", reach, pair.tuned.shares_prefixes, pair.tuned.resumes)
 
 
-def _line(fault: Exception) -> str:
-    lines = [line.strip() for line in str(fault).strip().splitlines() if line.strip()] or [type(fault).__name__]
-    return lines[0]
+def _line(fault: Exception, *folders: Path) -> str:
+    """What an error says and what it got, in a line that is the same in every folder."""
+    text = str(fault).strip() or type(fault).__name__
+    for folder in folders:
+        text = text.replace(f"{folder}/", "")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    got = next((line for line in lines[1:] if line.startswith(("got:", "ValueError:"))), "")
+    return f"{lines[0]}; {got}" if got else lines[0]

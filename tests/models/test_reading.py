@@ -80,7 +80,7 @@ def test_networks_with_states_share_no_beginnings(name):
 def test_prompts_of_one_length_go_together_where_padding_changes_answers():
     ignorant = model("rwkv")  # takes no attention mask
     ignorant.check_reading(IDS)
-    assert not ignorant.pads
+    assert not ignorant.pads and not ignorant.caches  # its states get mixed up in batches
     prompts = [[5, 6, 7], [8, 9, 10, 11, 12, 13], [20], [30, 31, 32]]
     alone = [complete(ignorant, [prompt], 5)[0] for prompt in prompts]
     assert complete(ignorant, prompts, 5) == alone
@@ -145,7 +145,7 @@ def test_rows_are_as_long_as_networks_have_positions():
     assert isinstance(roberta.network.config, RobertaConfig)
     longest = int(roberta.positions)
     roberta.states(torch.full((1, longest), 5))
-    with pytest.raises(Exception):
+    with pytest.raises(Exception):  # noqa: B017, of whatever kind
         roberta.states(torch.full((1, longest + 1), 5))
 
 

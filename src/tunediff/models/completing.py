@@ -193,6 +193,7 @@ def _generated(
             attention_mask=mask_BT,
             generation_config=_own_config(tokens, pad, ends),
             logits_processor=LogitsProcessorList(processors),
+            use_cache=model.caches,
             **known,
         )
     except (TunediffError, MemoryError, torch.OutOfMemoryError):

@@ -67,6 +67,8 @@ class LanguageModel:
         """Whether rows may share the run of a prefix; `check_reading` says so."""
         self.pads = True
         """Whether padding on the left, under a mask, leaves what follows as it is; `check_reading` says so."""
+        self.caches = True
+        """Whether completions may go on from what was kept of the tokens before; `check_reading` says so."""
         self.resumes = True
         """Whether blocks below a start may be left out; `check_reading` says otherwise where others need more of them."""
         self.numbering = IN_PLACE

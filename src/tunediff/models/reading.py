@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ ROUNDING = 8
 PADDING = 3
 """Positions of padding with which it is tried."""
 
+NEW = 3
+"""Tokens with which completing is tried."""
+
 DECODER = "a decoder-only language model, in which positions see only what is to their left"
 
 
@@ -28,8 +31,9 @@ def check(model: LanguageModel, ids_BT: Tensor, tolerance: float) -> None:
     """Refuse a network whose hooks, resumed pass or unembedding do not give its own logits back, or that sees ahead.
 
     Finds on the way what the network allows, and sets it: whether runs may be accelerated (`fast`), whether blocks below
-    a start may be left out (`resumes`), whether rows may be padded on the left under a mask (`pads`), and whether they may
-    share the run of a prefix (`shares_prefixes`).
+    a start may be left out (`resumes`), whether rows may be padded on the left under a mask (`pads`), whether what
+    transformers keeps from token to token is right (`caches`), and whether rows may share the run of a prefix
+    (`shares_prefixes`).
 
     tolerance   largest difference allowed, relative to the largest logit or entry of a stream
 
@@ -42,6 +46,7 @@ def check(model: LanguageModel, ids_BT: Tensor, tolerance: float) -> None:
         _check_causal(model, ids_BT, own, tolerance)
         model.fast = fast and _accelerates(model, ids_BT, own, tolerance)
         model.pads = _pads(model, ids_BT, own, tolerance)
+        model.caches = _caches(model, ids_BT, tolerance)
         with model.running():
             model.resumes = _resumes(model, ids_BT, tolerance)
             error = max(_read_back(model, ids_BT, _own(model, ids_BT)))
@@ -59,7 +64,13 @@ def check(model: LanguageModel, ids_BT: Tensor, tolerance: float) -> None:
             remedy=OTHER_NETWORK,
         )
     with model.running(), model.run_context() as shortcuts:
-        if shortcuts and model.pads and model.forms.once and model.family.cache(model.network) is not None:
+        if (
+            shortcuts
+            and model.pads
+            and model.caches
+            and model.forms.once
+            and model.family.cache(model.network) is not None
+        ):
             model.shares_prefixes = shortcuts.is_exact(model, ids_BT, Site(model.depth // 2), tolerance)
 
 
@@ -120,6 +131,24 @@ def _pads(model: LanguageModel, ids_BT: Tensor, own: Tensor, tolerance: float) -
     except Exception:  # of whatever kind a network raises that wants another mask
         return False
     return _apart(padded[:, -1], own[:, -1]) <= max(tolerance, ROUNDING * torch.finfo(model.dtype).eps)
+
+
+def _caches(model: LanguageModel, ids_BT: Tensor, tolerance: float) -> bool:
+    """Whether a batch that transformers completes token by token, with what it keeps, has the logits of whole rows."""
+    from transformers import GenerationConfig
+
+    settings = GenerationConfig(
+        max_new_tokens=NEW, pad_token_id=0, output_logits=True, return_dict_in_generate=True, do_sample=False
+    )
+    try:
+        with model.run_context():
+            network: Any = model.network
+            out = network.generate(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT), generation_config=settings)
+        whole = _own(model, out.sequences[:, :-1])[:, -NEW:]
+        said = torch.stack(out.logits, 1).float()
+    except Exception:  # of whatever kind a network raises that cannot be completed so
+        return False
+    return _apart(said, whole) <= max(tolerance, ROUNDING * torch.finfo(model.dtype).eps)
 
 
 def _resumes(model: LanguageModel, ids_BT: Tensor, tolerance: float) -> bool:
