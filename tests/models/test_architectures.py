@@ -30,5 +30,5 @@ def test_what_the_page_says_of_a_class_is_what_becomes_of_it(cls, tmp_path):
 
 def test_most_classes_work_and_no_reason_is_missing():
     said = rows(PAGE.read_text())
-    assert sum(row.state == "works" for row in said.values()) >= 120
+    assert sum(row.state == "works" for row in said.values()) >= 60
     assert all(row.reason for row in said.values() if row.state != "works")
