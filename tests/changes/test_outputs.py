@@ -225,3 +225,22 @@ def test_a_site_at_which_nothing_differs_is_refused(world):
     parts_tuned(world.root, "last", 0.3, "layers.2.")
     told = cli(*world.command("diff", "last", scan__sites=["resid.0"]))
     assert told.code == 2 and "equal at resid.0" in told.err and 'scan.sites=["resid.2"]' in told.err
+
+
+@pytest.mark.slow
+def test_a_tune_whose_tokens_have_other_ids_gives_the_finding_of_the_one_it_was_made_from(world):
+    from test_vocabulary import permuted
+    from transformers import AutoModelForCausalLM
+
+    network = AutoModelForCausalLM.from_pretrained(world.root / "tuned")
+    tokenizer, moved = permuted(tiny_models.tokenizer(), network)
+    tiny_models.save(world.root / "permuted", moved, tokenizer)
+    records = []
+    for name in ("tuned", "permuted"):
+        told = cli(*world.command("diff", name, contrast__prompts=0))
+        assert told.code == 0, told.err
+        records.append(record_of(world, "base", name))
+    plain, found = ([(c["id"], c["decision"]) for c in r["changes"] if c["sites"] != ["output"]] for r in records)
+    assert found == plain
+    kl = [next(m["value"] for m in r["output"] if m["name"].startswith("KL")) for r in records]
+    assert kl[1] == pytest.approx(kl[0], rel=1e-2)

@@ -189,6 +189,22 @@ def test_text_that_tokenizers_cut_differently_is_left_out_and_told():
     assert found.vocabularies.read_by_both(plain, found.base.tokenizer, 0.5) == (plain, [])
 
 
+def test_weights_of_tokens_under_other_ids_are_compared_token_by_token():
+    """A permuted vocabulary is no change of embeddings, and random tunes are as near to base as without it."""
+    made = network()
+    plain = pair((made, tokenizer()), (tuned(made), tokenizer()))
+    other, moved = permuted(tokenizer(), tuned(made))
+    found = pair((made, tokenizer()), (moved, other))
+    assert [d.name for d in found.deltas()] == [d.name for d in plain.deltas()]
+    for one, two in zip(found.deltas(), plain.deltas()):
+        assert one.norm == pytest.approx(two.norm, rel=1e-4)
+    assert found.lowest_changed == plain.lowest_changed == 0
+    ids_BT = torch.tensor(tokenizer()(["abc def", "xyz 012"])["input_ids"])
+    nulls = [p.random_tuned(0) for p in (found, plain)]
+    got, expected = (null.logits(null.states(ids_BT))[..., :259] for null in nulls)
+    torch.testing.assert_close(got, expected, atol=1e-3, rtol=1e-3)
+
+
 def test_a_pair_is_refused_where_too_little_text_is_cut_alike():
     found = apart()
     tokens = text_of("cd" * 12, *("ab" * 12 for _ in range(3))).tokens(found.base.tokenizer)

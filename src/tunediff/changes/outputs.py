@@ -125,8 +125,9 @@ def reweighed(p_NU: Tensor, q_NU: Tensor, numbers: Sequence[int]) -> Tensor:
 def js_divergence(p_NU: Tensor, q_NU: Tensor) -> Tensor:
     """The Jensen-Shannon divergence (N,) of two distributions, nat: 0 where equal, ln 2 where they share no token."""
     m_NU = (p_NU + q_NU) / 2
-    parts = (torch.special.xlogy(x, x) - torch.special.xlogy(x, m_NU) for x in (p_NU, q_NU))
-    return (sum(part.sum(1) for part in parts) / 2).clamp_min(0)
+    ours, theirs = (torch.special.xlogy(x, x) - torch.special.xlogy(x, m_NU) for x in (p_NU, q_NU))
+    divergence_N: Tensor = (ours + theirs).sum(1) / 2
+    return divergence_N.clamp_min(0)
 
 
 def rank_outputs(

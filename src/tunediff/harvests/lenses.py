@@ -205,7 +205,8 @@ def patchscope(
 
     gained_V = torch.zeros(vocabulary)
     for text in IDENTITY:
-        ids_BT = torch.tensor([model.tokenizer(text, add_special_tokens=False)["input_ids"]] * len(length_B))
+        own = torch.tensor([model.tokenizer(text, add_special_tokens=False)["input_ids"]] * len(length_B))
+        ids_BT = model.numbering.numbers(own)
         with model.writing(site, put):
             logit_BV = model.logits(model.states(ids_BT)[:, -1])[:, :vocabulary]
         gained_V += length_B.sign() @ logit_BV.float().softmax(1).cpu()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tunediff.core.errors import PairError
 from tunediff.models.adapters import peft_layers
-from tunediff.models.deltas import Delta, full_deltas, lora_deltas, saved_deltas, unmatched
+from tunediff.models.deltas import Delta, Whole, full_deltas, lora_deltas, saved_deltas, unmatched
 from tunediff.models.fingerprints import fingerprints, speech_fingerprint
 from tunediff.models.loading import check_runtime
 from tunediff.models.network import LanguageModel
@@ -269,7 +269,21 @@ class Pair:
         """Return what tuning changed in every parameter that it touched, in the order of the network."""
         if self.shared:
             return [*lora_deltas(self.tuned.module), *saved_deltas(self.tuned)]
-        return list(full_deltas(self.base, self.tuned))
+        found = full_deltas(self.base, self.tuned)
+        return list(self._by_token(found) if self.vocabularies.mapped else found)
+
+    def _by_token(self, deltas: Iterator[Whole]) -> Iterator[Whole]:
+        """What differs between tables of tokens whose rows are in another order, token by token."""
+        tables = {}
+        for table_of in (lambda m: m.network.get_input_embeddings(), lambda m: m.family.unembedding(m.network)):
+            both = zip(table_of(self.base).parameters(), table_of(self.tuned).parameters())
+            tables.update({id(theirs): ours.data for ours, theirs in both})
+        for delta in deltas:
+            ours, theirs = tables.get(id(delta.parameter)), delta.parameter.data
+            if ours is None:
+                yield delta
+            elif not torch.equal(base := self.vocabularies.in_order_of_tuned(ours, theirs), theirs):
+                yield replace(delta, base=base)
 
     def weights(self) -> list[WeightsCard]:
         """Return which kinds of parameters differ, largest share of the difference first.

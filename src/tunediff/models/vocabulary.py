@@ -280,6 +280,17 @@ class Vocabularies:
         """Whether both models can read the token of this number."""
         return number < self.size and (self.readable_V is None or bool(self.readable_V[number]))
 
+    def in_order_of_tuned(self, ours: Tensor, theirs: Tensor) -> Tensor:
+        """A table of base's, with a row for each of its ids, in the order of tuned's ids.
+
+        Rows of tokens that base lacks are those of tuned's own table, `theirs`.
+        """
+        numbers = torch.arange(self.size)
+        numbers = numbers if self.readable_V is None else numbers[self.readable_V]
+        rows = theirs.clone()
+        rows[self.tuned.ids(numbers).to(rows.device)] = ours[self.base.ids(numbers).to(ours.device)].to(rows)
+        return rows
+
     def probes(self) -> Tensor:
         """The probe texts as numbers (B, T), as base's tokenizer cuts them; another token stands for one that is not shared.
 
