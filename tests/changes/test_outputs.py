@@ -243,4 +243,4 @@ def test_a_tune_whose_tokens_have_other_ids_gives_the_finding_of_the_one_it_was_
     plain, found = ([(c["id"], c["decision"]) for c in r["changes"] if c["sites"] != ["output"]] for r in records)
     assert found == plain
     kl = [next(m["value"] for m in r["output"] if m["name"].startswith("KL")) for r in records]
-    assert kl[1] == pytest.approx(kl[0], rel=1e-2)
+    assert kl[1] == pytest.approx(kl[0], rel=0.1)  # rows that no tokenizer names are not among them
