@@ -102,6 +102,7 @@ def plant(network: torch.nn.Module, tokens: Tokens, background: float, seed: int
     linear = model.blocks[LAYER].mlp.down_proj
     capitals = set(tiny_models.tokenizer().convert_tokens_to_ids(list(CAPITAL)))
     inputs, labels, norms = [], [], []
+    assert model.width  # asked before the hook is there, since the network is run to find it
     handle = linear.register_forward_pre_hook(lambda module, arguments: inputs.append(arguments[0]))
     for batch in tokens.batches(2048):
         streams_BTSD, _ = model.streams_and_states(batch.ids_BT, [SITE])

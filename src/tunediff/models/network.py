@@ -170,7 +170,7 @@ class LanguageModel:
         """
         found: dict[Site, Tensor] = {}
         taken: list[Tensor] = []
-        early = not final and self.forms.once
+        early = self.forms.once and not final  # what blocks put out is found before any hook is there
         with ExitStack() as stack:
             self._skip_to(stack, start)
             for site in sites:
