@@ -127,3 +127,22 @@ def adapter(folder: Path, network: torch.nn.Module, seed: int = 2, zero: bool = 
                         parameter.normal_(std=0.05)
         wrapped.save_pretrained(folder)
     return str(folder)
+
+
+def permuted(made, moved: torch.nn.Module, seed: int = 3):
+    """A tokenizer and a network whose tokens are the same, under other ids."""
+    import copy
+    import json
+
+    from tokenizers import Tokenizer
+
+    plain = json.loads(made.backend_tokenizer.to_str())
+    vocabulary = plain["model"]["vocab"]
+    order = torch.randperm(256, generator=torch.Generator().manual_seed(seed)) + 3
+    new_of = torch.cat([torch.arange(3), order, torch.arange(259, moved.config.vocab_size)])
+    plain["model"]["vocab"] = {token: int(new_of[id]) for token, id in vocabulary.items()}
+    made._tokenizer = Tokenizer.from_str(json.dumps(plain))
+    moved = copy.deepcopy(moved)
+    for weight in {moved.get_input_embeddings().weight, moved.get_output_embeddings().weight}:
+        weight.data = weight.data[torch.argsort(new_of)].clone()
+    return made, moved

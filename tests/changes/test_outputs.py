@@ -229,11 +229,10 @@ def test_a_site_at_which_nothing_differs_is_refused(world):
 
 @pytest.mark.slow
 def test_a_tune_whose_tokens_have_other_ids_gives_the_finding_of_the_one_it_was_made_from(world):
-    from test_vocabulary import permuted
     from transformers import AutoModelForCausalLM
 
     network = AutoModelForCausalLM.from_pretrained(world.root / "tuned")
-    tokenizer, moved = permuted(tiny_models.tokenizer(), network)
+    tokenizer, moved = tiny_models.permuted(tiny_models.tokenizer(), network)
     tiny_models.save(world.root / "permuted", moved, tokenizer)
     records = []
     for name in ("tuned", "permuted"):

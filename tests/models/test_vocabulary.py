@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from dataclasses import replace
 
@@ -34,22 +33,6 @@ def tokenizer(*added: str, filled: int = 0):
     made.add_tokens([f"<filler{n}>" for n in range(len(made), filled)])
     made.add_tokens(list(added))
     return made
-
-
-def permuted(made, moved: torch.nn.Module, seed: int = 3):
-    """A tokenizer and a network whose tokens are the same, under other ids."""
-    from tokenizers import Tokenizer
-
-    plain = json.loads(made.backend_tokenizer.to_str())
-    vocabulary = plain["model"]["vocab"]
-    order = torch.randperm(256, generator=torch.Generator().manual_seed(seed)) + 3
-    new_of = torch.cat([torch.arange(3), order, torch.arange(259, moved.config.vocab_size)])
-    plain["model"]["vocab"] = {token: int(new_of[id]) for token, id in vocabulary.items()}
-    made._tokenizer = Tokenizer.from_str(json.dumps(plain))
-    moved = copy.deepcopy(moved)
-    for weight in {moved.get_input_embeddings().weight, moved.get_output_embeddings().weight}:
-        weight.data = weight.data[torch.argsort(new_of)].clone()
-    return made, moved
 
 
 def pair(base, tuned) -> Pair:
@@ -152,7 +135,7 @@ def test_tokens_under_other_ids_are_read_through_a_table():
     """A tune whose ids were permuted gives the very logits and answers of the one that they were permuted of."""
     made = network()
     plain = pair((made, tokenizer()), (tuned(made), tokenizer()))
-    made_other, moved = permuted(tokenizer(), tuned(made))
+    made_other, moved = tiny_models.permuted(tokenizer(), tuned(made))
     found = pair((made, tokenizer()), (moved, made_other))
     assert found.vocabularies.mapped and found.vocabularies.shared == 259
     assert any("other ids" in note for note in found.notes)
@@ -193,7 +176,7 @@ def test_weights_of_tokens_under_other_ids_are_compared_token_by_token():
     """A permuted vocabulary is no change of embeddings, and random tunes are as near to base as without it."""
     made = network()
     plain = pair((made, tokenizer()), (tuned(made), tokenizer()))
-    other, moved = permuted(tokenizer(), tuned(made))
+    other, moved = tiny_models.permuted(tokenizer(), tuned(made))
     found = pair((made, tokenizer()), (moved, other))
     assert [d.name for d in found.deltas()] == [d.name for d in plain.deltas()]
     for one, two in zip(found.deltas(), plain.deltas()):
