@@ -35,8 +35,9 @@ seed = 1
 draws = 200
 ```
 
-Values are read as TOML, and as plain text where they are none: `--set find.finders='["principal"]'`,
-`--set pair.dtype=bfloat16`. Settings of a finder, signal or trial follow its name:
+Values are read as TOML, as a value of Python's, and as plain text where they are neither: `--set find.finders='["principal"]'`,
+`--set verify.draws=1e3`, `--set edit.spread=False`, `--set fit.steps=none`, `--set pair.dtype=bfloat16`. One value serves as a list of one.
+A path is looked for in the current folder, and the plan keeps it from the root. Settings of a finder, signal or trial follow its name:
 `--set find.decision_clusters.alike=0.3`, `--set verify.steer.controls=8`. What a plan leaves out keeps its default. An unknown name or a value out of range is
 refused before any work, and the nearest known name is told. `runs/NAME/plan.toml` holds the whole plan of the last
 command in that run.
