@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 VALUE = "…"
 """What stands for a part of a remedy that is known only when it is told."""
 ACTIONS = set(
-    "add ask check choose connect convert cut delete download free give install leave lower make mend merge name pick"
+    "add ask check choose connect convert cut delete download free get give install leave lower make mend merge name pick"
     " put quote raise record remove rename run save split take unpack use wait write".split()
 )
 """First words of remedies that a person carries out."""
@@ -46,25 +46,26 @@ def strings(node: ast.AST, constants: dict[str, ast.AST]) -> Iterator[str]:
         yield VALUE
 
 
-LATER = {"models/loading.py", "texts/tokens.py"}
+LATER = {"texts/tokens.py"}
 """Files that are being rewritten."""
+
+
+def constants(tree: ast.Module) -> Iterator[tuple[str, ast.AST]]:
+    """The names that a module gives to values, and the values."""
+    for statement in ast.walk(tree):
+        if isinstance(statement, ast.Assign):
+            yield from ((target.id, statement.value) for target in statement.targets if isinstance(target, ast.Name))
 
 
 def remedies() -> Iterator[tuple[str, str]]:
     """Where in the source a remedy is made, and what it says."""
     trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(SOURCE.rglob("*.py"))}
-    constants = {
-        target.id: statement.value
-        for tree in trees.values()
-        for statement in ast.walk(tree)
-        if isinstance(statement, ast.Assign)
-        for target in statement.targets
-        if isinstance(target, ast.Name)
-    }
+    own = {path: dict(constants(tree)) for path, tree in trees.items()}
+    shared = {name: value for found in own.values() for name, value in found.items()}
     for path, tree in trees.items():
         for node in ast.walk(tree):
             if isinstance(node, ast.keyword) and node.arg == "remedy":
-                for text in strings(node.value, constants):
+                for text in strings(node.value, {**shared, **own[path]}):
                     if text.strip() not in ("", VALUE):
                         yield f"{path.relative_to(SOURCE)}:{node.value.lineno}", text
 

@@ -89,7 +89,7 @@ def open_folder(folder: Path, schema: str) -> dict[str, Any]:
             f"{folder} is of another kind",
             expected=schema,
             got=str(manifest.get("schema")),
-            remedy=f"the version of tunediff that made it, or delete {folder}",
+            remedy=f"delete {folder}, or use the version that made it",
         )
     for name, stamp in stamps.items():
         path = folder / name

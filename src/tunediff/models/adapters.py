@@ -80,7 +80,7 @@ class Adapter:
                     f"{name} holds several adapters",
                     expected="one adapter",
                     got=", ".join(p.name for p in inside[:8]),
-                    remedy=str(Path(name) / inside[0].name),
+                    remedy=f"name {Path(name) / inside[0].name} as TUNED",
                 )
             folder = inside[0]
             notes.append(f"the adapter is {folder.name} in {name}")
@@ -91,7 +91,7 @@ class Adapter:
                 f"{name} is {INPUTS[kind]}",
                 expected="an adapter that changes what weights do",
                 got="virtual tokens or keys beside the text, which no text without them shows",
-                remedy="a LoRA or a whole fine-tune as TUNED",
+                remedy="give a LoRA or a whole fine-tune as TUNED",
             )
         refuse_pickles(folder)
         if not (folder / WEIGHTS).is_file():
@@ -99,7 +99,7 @@ class Adapter:
                 f"{folder} holds no adapter",
                 expected=WEIGHTS,
                 got=listing(folder),
-                remedy="save it with safe_serialization=True and try again",
+                remedy="save it as safetensors: model.save_pretrained(FOLDER)",
             )
         return cls(folder, name, config, tensor_shapes(folder / WEIGHTS), notes)
 
@@ -178,7 +178,7 @@ class Adapter:
                 f"the tokenizer of {self.name} could not be read",
                 expected="tokenizer files that belong together, or none",
                 got=first_line(error),
-                remedy="a whole checkpoint",
+                remedy="get a whole checkpoint",
             ) from error
 
 
@@ -244,7 +244,7 @@ def _misfit(adapter: Adapter, base: str, expected: str, got: str) -> SourceError
         f"the adapter {adapter.name} does not fit {base}",
         expected=expected,
         got=got,
-        remedy=f"the model that it was trained on as BASE{named}, or a whole copy of the adapter",
+        remedy=f"give the model that it was trained on as BASE{named}, or a whole copy of the adapter",
     )
 
 
@@ -312,7 +312,7 @@ def _refuse_patterns(adapter: Adapter, names: Sequence[str]) -> None:
             f"a pattern in {CONFIG} of {adapter.name} takes too long to match",
             expected=f"names of modules, or a pattern that is matched within {SECONDS:g} seconds",
             got=max(texts, key=len)[:100],
-            remedy="the names of the modules as a list in target_modules",
+            remedy="write the names of the modules as a list in target_modules",
         ) from None
 
 
@@ -377,7 +377,7 @@ def merged_copy(module: nn.Module, adapter: Adapter, base: str, ids_BT: Tensor, 
         f"the adapter {adapter.name} cannot be merged into weights",
         expected=f"an adapter that adds the same to weights whatever the text; this one is of kind {adapter.kind}",
         got=fault or f"logits up to {error:.2g} of the largest apart",
-        remedy="a plain LoRA, or a whole fine-tune, as TUNED",
+        remedy="give a plain LoRA, or a whole fine-tune, as TUNED",
     )
 
 

@@ -22,8 +22,8 @@ READ = (".json", ".safetensors", ".model", ".txt", ".jinja", ".tiktoken")
 """Endings of the files that may be opened in a model's folder."""
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 """Files of which a tokenizer has at least one."""
-WHOLE = "a whole checkpoint"
-SAFELY = "save it with safe_serialization=True and name the folder"
+WHOLE = "get a whole checkpoint"
+SAFELY = "save it as safetensors: model.save_pretrained(FOLDER)"
 
 
 KINDS_OF_NUMBERS = {
@@ -48,7 +48,7 @@ def check_checkpoint(folder: Path, source: str) -> list[str]:
             f"{source} holds no model",
             expected="config.json and *.safetensors",
             got=listing(folder),
-            remedy="the folder that holds config.json",
+            remedy="name the folder that holds config.json",
         )
     config = read_object(folder / "config.json")
     _refuse_quantized(source, config)
@@ -79,7 +79,7 @@ def refuse_pickles(folder: Path) -> None:
             f"{folder} holds pickled weights, which can run code when loaded",
             expected="*.safetensors",
             got=", ".join(sorted(pickles)[:3]),
-            remedy="save it with safe_serialization=True and try again",
+            remedy="save it as safetensors: model.save_pretrained(FOLDER)",
         )
 
 
@@ -118,7 +118,7 @@ def _links(folder: Path) -> Iterator[str]:
         target = path.resolve()
         if not target.exists():
             raise SourceError(
-                f"{path} is a link to nowhere", got=str(target), remedy="a folder whose files are all there"
+                f"{path} is a link to nowhere", got=str(target), remedy="name a folder whose files are all there"
             )
         cached = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
         if not (target.is_relative_to(home) or cached):
@@ -188,7 +188,7 @@ def _refuse_quantized(source: str, config: Mapping[str, Any]) -> None:
                 f"the weights of {source} are quantized",
                 expected="weights in float32, bfloat16 or float16, which can be compared and edited",
                 got=f"quantization_config of kind {method[:40]}" + "".join(f", {b} bits" for b in bits),
-                remedy="the model that it was quantized from, or a copy saved after model.dequantize()",
+                remedy="name the model that it was quantized from, or a copy saved after model.dequantize()",
             )
 
 
@@ -206,7 +206,7 @@ def _refuse_absurd(source: str, config: Mapping[str, Any], shapes: Mapping[str, 
                 f"config.json of {source} speaks of a network that its weights cannot fill",
                 expected=f"{path} of at most {limit:,}, as there are {len(shapes):,} tensors of {numbers:,} numbers",
                 got=f"{value:,}"[:60],
-                remedy="the config.json that belongs to these weights",
+                remedy="get the config.json that belongs to these weights",
             )
 
 

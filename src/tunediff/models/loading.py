@@ -74,7 +74,7 @@ def located(source: str) -> Path:
         raise SourceError(
             f"{source} is a pickled checkpoint, which can run code when loaded",
             expected="a folder with *.safetensors, a GGUF file or a PEFT adapter",
-            remedy="save it with safe_serialization=True and name the folder",
+            remedy="save it as safetensors: model.save_pretrained(FOLDER)",
         )
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -148,13 +148,13 @@ def _from_pretrained(place: Path, source: str, dtype: str, tokenizer: Any) -> tu
             raise SourceError(
                 f"{source} brings code of its own, which is not run",
                 expected="an architecture that transformers knows",
-                remedy="a version of the model in transformers' own format",
+                remedy="get a version of the model in transformers' own format",
             ) from None
         raise SourceError(
             f"{source} could not be read",
             expected="a decoder-only causal language model with its tokenizer, in safetensors",
             got=first_line(error),
-            remedy="a whole checkpoint",
+            remedy="get a whole checkpoint",
         ) from error
     if loading["missing_keys"]:
         # transformers fills what a checkpoint lacks with random numbers and only warns.
@@ -162,7 +162,7 @@ def _from_pretrained(place: Path, source: str, dtype: str, tokenizer: Any) -> tu
             f"{source} lacks {len(loading['missing_keys'])} of its weights",
             expected="every weight",
             got=f"no {sorted(loading['missing_keys'])[0]}",
-            remedy="a whole checkpoint",
+            remedy="get a whole checkpoint",
         )
     if lost := sorted(loading.get("unexpected_keys", ())):
         notes = [*notes, f"{len(lost)} weights of {source} have no place in its network (the first: {lost[0]})"]
@@ -195,5 +195,5 @@ def check_finite(name: str, module: nn.Module, *parts: str) -> None:
             raise NumericsError(
                 f"{name}: weight {parameter_name} holds NaN or infinite values",
                 expected="finite weights",
-                remedy="a checkpoint from before it broke",
+                remedy="use a checkpoint from before it broke",
             )

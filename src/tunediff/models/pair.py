@@ -154,7 +154,7 @@ class Pair:
             expected="a model that was made from base",
             got=f"{found.kind}: {cosine} over {found.compared} parameters of equal names and shapes, "
             f"{found.only_base} only in base, {found.only_tuned} only in tuned",
-            remedy="the model that tuned was made from as BASE, or --set pair.allow_unrelated=true",
+            remedy="give the model that tuned was made from as BASE, or --set pair.allow_unrelated=true",
         )
 
     def _compare(self, allow_identical: bool) -> None:
