@@ -151,7 +151,7 @@ def test_plans(tmp_path_factory, change, field, odd, at):
     else:
         lines.insert(place, f"{field} = {json.dumps(odd)}")
     (folder / "plan.toml").write_bytes(change("\n".join(lines).encode("utf-8", "surrogatepass")))
-    for arguments in (["revert", folder], ["diff", "/no/such/base", "/no/such/tuned", "--plan", folder / "plan.toml"]):
+    for arguments in (["revert", folder, "--set", "base=/no/such/base"], ["diff", "/no/such/base", "/no/such/tuned", "--plan", folder / "plan.toml"]):
         told = cli(*arguments, "--runs", folder.parent.with_name("runs-of-no-plans"), "-q")
         ended_well(told)
         assert told.code == 2

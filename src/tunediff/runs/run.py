@@ -82,6 +82,12 @@ class Run(Stages):
         before = read_toml(folder / PLAN)
         models = {side: _beside(folder, before[side]) for side in MODELS if isinstance(before.get(side), str)}
         plan = settled(folder / PLAN, settings, allow_code, **models)
+        if lacking := [side for side in MODELS if side not in models]:
+            raise ArtifactError(
+                f"{folder / PLAN} names no {' and no '.join(lacking)}",
+                expected="the whole plan of a run",
+                remedy=f"tunediff diff BASE TUNED --run {folder.name}, which writes it again",
+            )
         places = {"base": (plan.base,), "tuned": (plan.tuned,)}
         places |= {"corpus.paths": plan.corpus.paths, "corpus.prompts": plan.corpus.prompts}
         gone = {name: path for name, paths in places.items() for path in paths if _is_gone(path)}
