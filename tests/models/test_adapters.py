@@ -314,7 +314,7 @@ def test_adapters_are_compared_and_refused_from_the_command_line(tmp_path):
     assert told.code == 0, told.err
     diff = Diff.load(tmp_path / "runs" / "one-two" / "diff.json")
     notes = next(stage.notes for stage in diff.stages if stage.name == "load")
-    assert sum("merged into a copy" in note for note in notes) == 2 and diff.relation.kind == "merged adapter"
+    assert sum("merged into a copy" in note for note in notes) == 2 and diff.relation.kind == "heavy tune"
     new, words = DAMAGES["another name"]
     renamed(tmp_path / "one", tmp_path / "part", new)
     told = cli(*world.command("diff", "part"))
