@@ -136,9 +136,17 @@ def _from_pretrained(place: Path, source: str, dtype: str, tokenizer: Any) -> tu
 
     safely = {"trust_remote_code": False, "local_files_only": True}
     try:
-        auto, notes = reader(AutoConfig.from_pretrained(str(place), **safely), source)
+        config = AutoConfig.from_pretrained(str(place), **safely)
+        if getattr(config, "quantization_config", "") is None:
+            del config.quantization_config  # older transformers take a null for a kind of quantization
+        auto, notes = reader(config, source)
         module, loading = auto.from_pretrained(
-            str(place), dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True, **safely
+            str(place),
+            config=config,
+            dtype=getattr(torch, dtype),
+            use_safetensors=True,
+            output_loading_info=True,
+            **safely,
         )
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(str(place), **safely)
     except TunediffError:
