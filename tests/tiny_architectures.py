@@ -60,6 +60,9 @@ SIZES: list[tuple[str, int | None]] = [
 ]
 """What makes networks large."""
 
+GAIN = {"mamba": 1.0}
+"""What maps are multiplied by so that they matter; 4 where nothing is said."""
+
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 """Those of `tiny_models.tokenizer`."""
 
@@ -73,6 +76,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
     **dict.fromkeys(["hunyuan_v1_dense", "hunyuan_v1_moe", "ministral"], {"head_dim": 8}),
     **dict.fromkeys(["bailing_hybrid", "kimi_linear"], MLA),
     "bamba": {"attn_layer_indices": [1]},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba"]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "cpmant": {"dim_ff": 2 * WIDTH},
     "blt": {"encoder_hash_byte_group_vocab": 64, "max_position_embeddings": 256},
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
@@ -212,7 +217,7 @@ def config(case: Case) -> Any:
     return kind(**{**small(kind()), **SPECIAL.get(case.type, {}), **dict(case.fields)})
 
 
-def network(case: Case, seed: int = 0, gain: float = 4.0) -> torch.nn.Module:
+def network(case: Case, seed: int = 0) -> torch.nn.Module:
     """A tiny random network, its maps large enough to matter; raises what transformers raises."""
     import transformers
 
@@ -222,7 +227,7 @@ def network(case: Case, seed: int = 0, gain: float = 4.0) -> torch.nn.Module:
         with torch.no_grad():
             for parameter in made.parameters():
                 if parameter.dim() >= 2:
-                    parameter.mul_(gain)
+                    parameter.mul_(GAIN.get(case.type, 4.0))
     if getattr(made, "generation_config", None) is not None:
         made.generation_config.pad_token_id = 0
     return made

@@ -264,8 +264,8 @@ def random_directions(pair: Pair, name: str, moments: Mapping[str, Inputs], ener
             if id(found) not in roots:
                 roots.clear()
                 total_II = found.on_II + found.off_II
-                # Of the trace, which no eigenvalue exceeds: sums of float32 products are only so definite.
-                ridge = 1e-5 * total_II.diagonal().sum() * torch.eye(len(total_II))
+                # Of the trace, which no eigenvalue exceeds: sums of float32 products are only so definite. It may be 0: inputs, too.
+                ridge = (1e-5 * total_II.diagonal().sum()).clamp_min(1e-30) * torch.eye(len(total_II))
                 roots[id(found)] = total_II, torch.linalg.cholesky(total_II.double() + ridge).T.float()
             total_II, root_II = roots[id(found)]
             rng = generator(seed, "random directions", name, delta.maps[number])

@@ -45,13 +45,22 @@ def reader(config: Any, source: str) -> tuple[Any, list[str]]:
         raise SourceError(
             f"{source} is {what}", expected=EXPECTED, got=built or type(config).__name__, remedy=_remedy(built)
         )
+    named = _named(config, built)
     wrapper = _registered(AutoModelForImageTextToText, config)
     decoder = _registered(AutoModelForCausalLM, config)
     if wrapper and (not decoder or built == wrapper):
         return AutoModelForImageTextToText, [
             f"{source} is a {wrapper}: its language model is read, on text alone; what reads other inputs stays as it is"
         ]
-    return AutoModelForCausalLM, []
+    return AutoModelForCausalLM if decoder or named is None else named, []
+
+
+def _named(config: Any, built: str) -> Any:
+    """The class that a checkpoint of a wrapper's language model alone names: no auto class knows its configuration."""
+    import transformers
+
+    found = getattr(transformers, built, None) if built.endswith("ForCausalLM") else None
+    return found if found is not None and found.config_class is type(config) else None
 
 
 def _registered(auto: Any, config: Any) -> str:
@@ -76,7 +85,11 @@ def _other(config: Any, built: str) -> str:
         return "an encoder-decoder"
     if built.endswith(("ForMaskedLM", "ForPreTraining")) and not getattr(config, "is_decoder", True):
         return "an encoder, whose positions see what is to their right"
-    if _registered(AutoModelForCausalLM, config) or _registered(AutoModelForImageTextToText, config):
+    if (
+        _named(config, built)
+        or _registered(AutoModelForCausalLM, config)
+        or _registered(AutoModelForImageTextToText, config)
+    ):
         return ""
     return next(
         (kind for name, kind in OTHERS.items() if config.model_type in getattr(modeling_auto, name, {})),

@@ -56,13 +56,13 @@ class Watch:
 
 def first(output: Any) -> Tensor:
     """The stream in what a block returns: the output itself, or the first of a tuple."""
-    stream: Tensor = output[0] if isinstance(output, tuple) else output
+    stream: Tensor = output[0] if isinstance(output, (tuple, list)) else output
     return stream
 
 
 def with_first(output: Any, stream: Tensor) -> Any:
     """What a block returns, with another stream in it."""
-    return (stream, *output[1:]) if isinstance(output, tuple) else stream
+    return type(output)((stream, *output[1:])) if isinstance(output, (tuple, list)) else stream
 
 
 @dataclass(frozen=True)
@@ -85,10 +85,11 @@ class Form:
     @classmethod
     def of(cls, output: Any, rows: int, positions: int) -> Form | None:
         """The form of what a block put out for a batch of this shape; None where there is no stream in it."""
-        value = output[0] if isinstance(output, tuple) and output else output
+        several = isinstance(output, (tuple, list))
+        value = output[0] if several and output else output
         if not isinstance(value, Tensor) or value.dim() not in (3, 4):
             return None
-        axes, others = tuple(value.shape), len(output) - 1 if isinstance(output, tuple) else None
+        axes, others = tuple(value.shape), len(output) - 1 if several else None
         if len(axes) == 3:
             return cls(axes[2], others) if axes[:2] == (rows, positions) else None
         if axes[:2] == (rows, positions):

@@ -32,12 +32,12 @@ class HuggingFace(Family):
 
         config = module.config.get_text_config(decoder=True)
         depths = {getattr(config, name, None) for name in DEPTHS} - {None}
-        decoder = module.get_decoder() if hasattr(module, "get_decoder") else module  # of a wrapper, its language model
-        lists = [
-            (name, child)
-            for name, child in (decoder or module).named_modules()
-            if isinstance(child, nn.ModuleList) and len(child) in depths
-        ]
+        decoder = module.get_decoder() if hasattr(module, "get_decoder") else None  # of a wrapper, its language model
+        lists: list[tuple[str, nn.ModuleList]] = []
+        for within in (decoder, module):
+            if isinstance(within, nn.Module) and not lists:
+                named = within.named_modules()
+                lists = [(n, m) for n, m in named if isinstance(m, nn.ModuleList) and len(m) in depths]
         # A list inside a block (experts, say) may happen to have the same length: the outermost is the stack.
         shallowest = min((name.count(".") for name, _ in lists), default=0)
         stacks = [child for name, child in lists if name.count(".") == shallowest]
@@ -70,11 +70,13 @@ class HuggingFace(Family):
 
     def scaled_logits(self, module: Any, logits: Tensor) -> Tensor:
         config = module.config.get_text_config(decoder=True)
-        if getattr(config, "logits_scaling", None):  # Granite divides
+        if (
+            getattr(config, "logits_scaling", None) and config.model_type != "minicpm3"
+        ):  # Granite divides; that one the state
             logits = logits / config.logits_scaling
         if getattr(config, "logit_scale", None):  # Cohere multiplies
             logits = logits * config.logit_scale
-        cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
+        cap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)  # Gemma
         return (logits / cap).tanh() * cap if cap else logits
 
     def window(self, module: Any) -> float:
