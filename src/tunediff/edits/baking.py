@@ -30,7 +30,8 @@ def merged(pair: Pair, edit: Edit | None = None) -> Any:
     if not hasattr(module, "merge_and_unload"):
         return module
     uses = Counter(id(parameter) for _, parameter in module.named_parameters(remove_duplicate=False))
-    for layer in (layer.get_base_layer() for layer in module.modules() if isinstance(layer, peft_layers()[0])):
+    adapted: list[Any] = [layer for layer in module.modules() if isinstance(layer, peft_layers()[0])]
+    for layer in (each.get_base_layer() for each in adapted):
         if uses[id(layer.weight)] > 1:
             # Beside a tied weight an adapter changes one of its uses; merged into it, it would change them all.
             layer.weight = nn.Parameter(layer.weight.data.clone(), requires_grad=False)

@@ -106,7 +106,7 @@ def input_moments(
                 elsewhere.add(name)  # rows that nobody says the positions of
                 continue
             if name not in sums:
-                sums[name] = _Sum(ways, x_NI.shape[1], bool(delta.layout.stack))
+                sums[name] = _Sum(ways, x_NI.shape[1], len(delta.maps) > 1)
             sums[name].add(x_NI, seen.at_N, weight_CP, cells[1])
 
     for batch in tokens.batches(batch_tokens):
