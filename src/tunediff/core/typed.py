@@ -83,7 +83,7 @@ def typed(kind: Any, value: Any, where: str = "", voice: Voice = RECORD) -> Any:
     if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         return _finite(value, where, voice)
     if isinstance(kind, type) and isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
-        if kind is int and voice.suggests and abs(value) > LARGEST:
+        if isinstance(value, int) and voice.suggests and not -LARGEST <= value <= LARGEST:
             raise voice.error(f"{where} is out of range", expected="a whole number of 64 bits", got=_short(value))
         return value
     wanted = _words(kind) if voice.suggests else str(kind)
