@@ -96,7 +96,7 @@ class Tokens:
                 if callable(which)
                 else f"the {which} part of the corpus is empty",
                 got=f"{len(set(self.document_R))} documents in all",
-                remedy="" if callable(which) else "more documents, or --set corpus.held_out_share=0.5",
+                remedy="" if callable(which) else "add documents, or --set corpus.held_out_share=0.5",
             )
         return self.only(kept)
 
