@@ -86,7 +86,7 @@ def output_bench(
     sample = outputs.sample
     energy: dict[int, tuple[float, int]] = {}
     for row in sample.rows:
-        mine = (sample.row_N == row) & (sample.position_N < settings.tokens)
+        mine = sample.row_N == row  # to its end: answers come after long prompts, and nothing is run for a control
         value, document = float(f_N[mine].double().pow(2).sum()), sample.tokens.document_R[row]
         if value > 0 and value > energy.get(document, (0.0, 0))[0]:
             energy[document] = (value, row)
@@ -96,7 +96,7 @@ def output_bench(
     reached_N = torch.zeros(len(f_N), dtype=torch.bool)
     for row in rows:
         mine = (sample.row_N == row).nonzero()[:, 0]
-        reached_N[mine] = ((f_N[mine] != 0).cumsum(0) > 0) & (sample.position_N[mine] < settings.tokens)
+        reached_N[mine] = (f_N[mine] != 0).cumsum(0) > 0
     reached = (reached_N & sample.scored_N).nonzero()[:, 0]
     reached = reached[torch.linspace(0, len(reached) - 1, min(settings.scored, len(reached))).round().long()]
     wanted_N = torch.zeros(len(f_N), dtype=torch.bool)
