@@ -27,7 +27,7 @@ This page is made by `tools/make_architectures_page.py`, and the slow tests hold
 
 - *Reach* is the share of the difference in parameters that edits reach. The rest (convolutions, parts that text does not
   run) stays as tuned has it.
-- *Shared beginnings*: rows that begin alike run their beginning once. A network with a state of another kind than keys
+- *Shared prefixes*: rows that start alike run their prefix once. A network with a state of another kind than keys
   and values runs every row whole, which is slower and gives the same numbers.
 - *Starts above*: a trial runs only the blocks above its site. In other networks higher blocks need more of the lower ones
   than the stream between them, so these run too.
@@ -38,7 +38,7 @@ logits come back from its blocks, and is refused otherwise.
 {works} classes work, {refused} are refused, and {unbuilt} could not be built or run tiny by transformers itself.
 
 """
-COLUMNS = "| class | state | reach | shared beginnings | starts above | reason |\n|---|---|---|---|---|---|\n"
+COLUMNS = "| class | state | reach | shared prefixes | starts above | reason |\n|---|---|---|---|---|---|\n"
 
 
 def row(cls: str, found: Outcome) -> str:

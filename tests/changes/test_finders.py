@@ -67,7 +67,7 @@ def test_the_weights_alone_name_the_planted_direction(planted):
 def test_spectra_are_those_of_the_maps_side_by_side(planted):
     """Against an ordinary singular value decomposition; what lies above the site plays no part."""
     mine = [d for d in planted.pair.deltas() if d.name.endswith(("o_proj", "down_proj")) and d.name[0] in "01"]
-    u, s, _ = torch.linalg.svd(torch.cat([d.down.double() for d in mine], 1))
+    u, s, _ = torch.linalg.svd(torch.cat([d.added() for d in mine], 1))
     changes = find("weight_spectrum", planted.pair, planted.harvest)
     assert len(mine) == 4 and all(c.origin["maps"] == 4 for c in changes)
     for rank, change in enumerate(changes):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 
 import pytest
 import tiny_models
@@ -42,6 +43,7 @@ class Planted:
         rng = torch.Generator().manual_seed(0)
         self.width, self.name = width, "planted"
         self.network = torch.nn.Linear(1, 1)
+        self.family = SimpleNamespace(unembedding=lambda network: torch.nn.Linear(width, 1))
         self.embedding = torch.randn(300, 2, width, generator=rng)
         self.map_SDD = torch.randn(2, width, width, generator=rng)
         self.noise = noise * torch.randn(300, width, generator=rng)
