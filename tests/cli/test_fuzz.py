@@ -129,7 +129,7 @@ def no_zero(text: str) -> str:
     return text.encode("utf-8", "replace").decode().replace("\0", "")
 
 
-@settings(max_examples=150, **BUDGET)
+@settings(max_examples=100, **BUDGET)
 @given(name=NAMES, value=VALUES, more=TEXTS)
 def test_settings(tmp_path_factory, name, value, more):
     runs = tmp_path_factory.getbasetemp() / "runs-of-settings"
@@ -137,7 +137,7 @@ def test_settings(tmp_path_factory, name, value, more):
     ended_well(cli("harvest", missing, missing, "--runs", runs, "--set", no_zero(f"{name}={value}{more}"), "-q"))
 
 
-@settings(max_examples=100, **BUDGET)
+@settings(max_examples=60, **BUDGET)
 @given(change=damage(), field=NAMES, odd=ODD, at=st.integers(0, 3000))
 def test_plans(tmp_path_factory, change, field, odd, at):
     from tunediff.runs.plan import Plan
@@ -165,7 +165,7 @@ def test_plans(tmp_path_factory, change, field, odd, at):
 RECORD = json.dumps(plain(support_diffs.full_diff())).encode()
 
 
-@settings(max_examples=80, **BUDGET)
+@settings(max_examples=50, **BUDGET)
 @given(change=damage())
 def test_findings_of_others(tmp_path_factory, change):
     record = tmp_path_factory.getbasetemp() / "foreign" / "r" / "diff.json"
@@ -177,7 +177,7 @@ def test_findings_of_others(tmp_path_factory, change):
 
 
 @pytest.mark.slow
-@settings(max_examples=40, **BUDGET)
+@settings(max_examples=14, **BUDGET)
 @given(
     change=damage(), which=st.sampled_from(["config.json", "config.json", "tokenizer.json", "tokenizer_config.json"])
 )
@@ -189,7 +189,7 @@ def test_models(world, change, which):
 
 
 @pytest.mark.slow
-@settings(max_examples=30, **BUDGET)
+@settings(max_examples=10, **BUDGET)
 @given(
     change=damage(), which=st.sampled_from(["adapter_config.json", "adapter_config.json", "adapter_model.safetensors"])
 )
@@ -201,7 +201,7 @@ def test_adapters(world, change, which):
 
 
 @pytest.mark.slow
-@settings(max_examples=40, **BUDGET)
+@settings(max_examples=14, **BUDGET)
 @given(change=damage(), at=st.integers(0, 1000))
 def test_stages(world, finished, change, at):
     """A damaged file of a finished stage is made anew or named."""
