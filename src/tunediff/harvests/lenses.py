@@ -126,8 +126,8 @@ def _fitted(
     count, left_out = 0, []
 
     def read(batch: Batch) -> tuple[Tensor, Tensor]:
-        start, _ = sample.starts(batch) if sample else (None, None)
-        if start is None:
+        start = sample.starts(batch)[0] if sample else None
+        if sample is None or start is None:
             return model.streams_and_states(batch.ids_BT, sites)
         at = [sample.sites.index(site) for site in sites]
         return sample.streams_NSMD[sample.places(batch).clamp_min(0)][:, :, at, BASE], model.states(

@@ -154,7 +154,7 @@ class Adapter:
             for name, module in network.named_modules()
             if module is network.get_input_embeddings() or module is network.get_output_embeddings()
         }
-        found = [have]
+        found: list[int] = [have]
         for name, shape in self.shapes.items():
             if not ends.intersection(name.split(".")) or not shape:
                 continue
@@ -336,7 +336,7 @@ def adapter_off(wrapped: Any) -> Callable[[], AbstractContextManager[None]]:
     return off
 
 
-def peft_layers() -> tuple[type, ...]:
+def peft_layers() -> tuple[type[Any], ...]:
     """The classes that PEFT puts into a network: adapted layers, and modules that were trained whole."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
@@ -381,7 +381,7 @@ def merged_copy(module: nn.Module, adapter: Adapter, base: str, ids_BT: Tensor, 
     )
 
 
-def with_rows(network: Any, rows: int) -> nn.Module:
+def with_rows(network: Any, rows: int) -> Any:
     """The network with at least so many rows in its embeddings, the new ones being the mean of the others."""
     layers = [layer for layer in (network.get_input_embeddings(), network.get_output_embeddings()) if layer is not None]
     have = layers[0].weight.shape[0]
@@ -407,7 +407,7 @@ def is_tied(module: Any) -> bool:
     return bare[0] is bare[1] and not adapted
 
 
-def _untied(network: Any) -> nn.Module | None:
+def _untied(network: Any) -> Any:
     """The network with input and output embeddings of their own; None where they are two already."""
     if not is_tied(network):
         return None
@@ -423,4 +423,5 @@ def _frozen(wrapped: Any, ids_BT: Tensor) -> Any:
 
 @torch.inference_mode()
 def _logits(network: Any, ids_BT: Tensor) -> Tensor:
-    return network(input_ids=ids_BT, use_cache=False).logits.float()
+    logits_BTV: Tensor = network(input_ids=ids_BT, use_cache=False).logits.float()
+    return logits_BTV

@@ -212,7 +212,7 @@ def _own_config(tokens: int, pad: int, ends: list[int]) -> Any:
     """A generation_config that says everything itself: transformers fills what is None from the model's own."""
     from transformers import GenerationConfig
 
-    class Own(GenerationConfig):
+    class Own(GenerationConfig):  # type: ignore[misc]  # transformers is taken without its types
         """Takes no defaults from a model."""
 
         def update(self, defaults_only: bool = False, allow_custom_entries: bool = False, **values: Any) -> Any:

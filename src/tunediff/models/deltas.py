@@ -146,7 +146,8 @@ class LowRank(Delta):
 
     def random(self, seed: int) -> Mapping[nn.Parameter, Tensor]:
         now = self.up
-        up, down = _low_rank(seed, self.name, len(now), *reversed(self.parameter.shape), self.parameter.data)
+        rank, inputs = self.parameter.shape
+        up, down = _low_rank(seed, self.name, len(now), inputs, rank, self.parameter.data)
         ratio = float(self.up_parameter.data.norm() / now.norm().clamp_min(1e-30))  # undo the adapter's own scale
         return {self.parameter: down * (self.norm / _norm_of_product(up, down)), self.up_parameter: up * ratio}
 
@@ -239,7 +240,7 @@ def _relative(norm: float, weight: Tensor) -> float:
     return norm**2 / (norm**2 + own) if norm else 0.0
 
 
-def lora_deltas(module: nn.Module) -> Iterator[LowRank]:
+def lora_deltas(module: Any) -> Iterator[LowRank]:
     """Yield the LoRA layers of a PEFT model with one active plain LoRA adapter; other kinds raise `SourceError`."""
     from peft.tuners.lora import LoraLayer
     from peft.tuners.tuners_utils import BaseTunerLayer

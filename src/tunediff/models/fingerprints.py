@@ -25,7 +25,7 @@ TRAINING_ONLY = ("_", "output_", "initializer_", "summary_", "unsloth_")
 """Beginnings of the names of such fields."""
 
 
-def fingerprint(module: nn.Module, adapters: bool = True) -> str:
+def fingerprint(module: Any, adapters: bool = True) -> str:
     """Return a 16-digit hash over every parameter's and buffer's name, shape and bytes, the class and the configuration.
 
     Of the configuration, only fields count that can change logits (see `function_of`). Without `adapters`, what PEFT put
@@ -79,7 +79,7 @@ def speech_fingerprint(tokenizer: Any, network: nn.Module) -> str:
 
     It covers the vocabulary and its rules, the chat template, special tokens, and the tokens at which generation ends.
     """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     if hasattr(backend, "to_str"):
         rules = backend.to_str()
         rules = rules[max(0, rules.find('"added_tokens"')) :]  # before it stand the padding and length of the last call

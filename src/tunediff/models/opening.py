@@ -145,7 +145,8 @@ class Opener:
     def _over(self, name: str, place: Path, adapter: Adapter) -> Opened:
         """A whole base and an adapter over it: in one module, or merged into a copy where a switch would not be exact."""
         loaded = self._loaded(name, place)
-        module, tokenizer = loaded.module, loaded.tokenizer
+        module: Any = loaded.module
+        tokenizer = loaded.tokenizer
         untouched = self._language_model(module, tokenizer, name)
         own = adapter.tokenizer()
         if not adapter.is_plain(module) or adapter.rows(module, own) > module.get_input_embeddings().weight.shape[0]:

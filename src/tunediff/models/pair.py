@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -90,7 +90,8 @@ class Pair:
         base, tuned = opened.base, opened.tuned
         # A network in which PEFT put an adapter is hashed as it was before, as base.
         first = (base.network, False) if opened.shared else (base.module, True)
-        pair = cls(base, tuned, opened.shared, 0, *fingerprints(first, (tuned.module, True)), list(opened.notes))
+        base_fingerprint, tuned_fingerprint = fingerprints(first, (tuned.module, True))
+        pair = cls(base, tuned, opened.shared, 0, base_fingerprint, tuned_fingerprint, list(opened.notes))
         pair._refuse_other_shapes()
         pair.relation = relation(base, tuned, opened.adapter is not None, opened.doubts)
         if not allow_unrelated:
@@ -136,12 +137,12 @@ class Pair:
 
     def _refuse_other_shapes(self) -> None:
         base, tuned = self.base, self.tuned
-        for what, of in (("depth", lambda m: m.depth), ("width", lambda m: m.width)):
-            if of(base) != of(tuned):
+        for what, of_base, of_tuned in (("depth", base.depth, tuned.depth), ("width", base.width, tuned.width)):
+            if of_base != of_tuned:
                 raise PairError(
                     f"{base.name} and {tuned.name} differ in {what}",
-                    expected=f"{of(base)} (base)",
-                    got=f"{of(tuned)} (tuned)",
+                    expected=f"{of_base} (base)",
+                    got=f"{of_tuned} (tuned)",
                     remedy="give the model that tuned was made from as BASE",
                 )
 
@@ -210,6 +211,7 @@ class Pair:
         """
         if self.relation is not None and self.relation.config:
             return 0
+        changed: Iterable[bool]
         if self.shared:
             kinds = peft_layers()
             changed = [any(isinstance(m, kinds) for m in block.modules()) for block in self.base.blocks]
@@ -228,14 +230,15 @@ class Pair:
         None where there are no such blocks, or a site to be read is not above them.
         """
         below = self._common_site(sites)
-        return below and Start(below, self.base.streams(ids_BT, [below], wanted_BT=wanted_BT)[:, :, 0])
+        return None if below is None else Start(below, self.base.streams(ids_BT, [below], wanted_BT=wanted_BT)[:, :, 0])
 
     def both_streams(self, ids_BT: Tensor, sites: Sequence[Site], wanted_BT: Tensor | None = None) -> Tensor:
         """Return streams (B, T, S, M, D) of both models. Blocks below the first that tuning touched run once, for both.
 
         wanted_BT   positions whose values will be used, all if None; others may hold anything
         """
-        return self._both(ids_BT, sites, False, wanted_BT)[0]
+        streams: Tensor = self._both(ids_BT, sites, False, wanted_BT)[0]
+        return streams
 
     def both_states(
         self, ids_BT: Tensor, sites: Sequence[Site] = (), wanted_BT: Tensor | None = None
@@ -244,8 +247,11 @@ class Pair:
         streams, base_BTD, tuned_BTD = self._both(ids_BT, sites, True, wanted_BT)
         return base_BTD, tuned_BTD, streams
 
-    def _both(self, ids_BT: Tensor, sites: Sequence[Site], final: bool, wanted_BT: Tensor | None) -> tuple:
+    def _both(
+        self, ids_BT: Tensor, sites: Sequence[Site], final: bool, wanted_BT: Tensor | None
+    ) -> tuple[Any, Any, Any]:
         below = Site(self.common_blocks - 1) if self.common_blocks else None
+        base: Any
         base, base_states = self.base.read(ids_BT, [below, *sites] if below else sites, final, None, wanted_BT)
         start = None
         if below:

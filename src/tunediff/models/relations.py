@@ -139,7 +139,8 @@ def _parameters(base: LanguageModel, tuned: LanguageModel) -> Iterator[tuple[str
         return
     mine, theirs = (dict(side.network.named_parameters()) for side in (base, tuned))
     for name in dict.fromkeys([*mine, *theirs]):
-        yield name, *(side[name].data if name in side else None for side in (mine, theirs))
+        ours, other = (side[name].data if name in side else None for side in (mine, theirs))
+        yield name, ours, other
 
 
 def _switched(network: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -196,8 +197,8 @@ def _ranks(changed: list[tuple[str, Tensor, Tensor]]) -> list[int | None]:
         basis, _ = torch.linalg.qr(difference @ (difference.T @ (difference @ draws)))
         values = torch.linalg.svdvals(basis.T @ difference).double()[:most]
         whole, rounding = float(difference.double().norm()) ** 2, _rounding(base, tuned)
-        enough = (values.square().cumsum(0) >= EXPLAINED * (whole - rounding)).nonzero() if whole > rounding else ()
-        ranks.append(int(enough[0]) + 1 if len(enough) else None)
+        enough = (values.square().cumsum(0) >= EXPLAINED * (whole - rounding)).nonzero()
+        ranks.append(int(enough[0]) + 1 if whole > rounding and len(enough) else None)
     return ranks
 
 

@@ -158,7 +158,7 @@ class Vocabularies:
         both = named[0].keys() & named[1].keys()
         only = [sorted(i for piece, i in mine.items() if piece not in both) for mine in named]
         if all(named[0][piece] == named[1][piece] for piece in both):
-            made = cls._in_place(rows, *only, (ours, theirs))
+            made = cls._in_place(rows, only[0], only[1], (ours, theirs))
         else:
             made = cls._mapped(rows, {named[0][piece]: named[1][piece] for piece in both}, (ours, theirs))
         cut = _cut_differences(ours, theirs)
@@ -188,7 +188,9 @@ class Vocabularies:
             own_C = torch.cat([torch.arange(size), torch.tensor(own[-1], dtype=torch.long)])
             absent_C = torch.cat([absent_V, torch.zeros(len(own[-1]), dtype=torch.bool)])
             numberings.append(Table(own_C, absent_C, size) if any(inner) else IN_PLACE)
-        return cls(size, *numberings, *own, *map(tuple, named), tokenizers=tokenizers)._told(rows)
+        base, tuned = numberings
+        base_named, tuned_named = map(tuple, named)
+        return cls(size, base, tuned, own[0], own[1], base_named, tuned_named, tokenizers=tokenizers)._told(rows)
 
     @classmethod
     def _mapped(cls, rows: tuple[int, int], id_of: dict[int, int], tokenizers: tuple[Any, Any]) -> Vocabularies:
@@ -199,15 +201,15 @@ class Vocabularies:
         absent_V = torch.zeros(size, dtype=torch.bool)
         absent_V[list(own[0])] = True
         starts = torch.arange(size), torch.tensor([id_of.get(i, 0) for i in range(size)])
-        numberings = [
+        base, tuned = (
             Table(
                 torch.cat([start_V, torch.tensor(mine, dtype=torch.long)]),
                 torch.cat([absent_V, torch.zeros(len(mine), dtype=torch.bool)]),
                 size,
             )
             for start_V, mine in zip(starts, own)
-        ]
-        return cls(size, *numberings, *own, mapped=True, tokenizers=tokenizers)._told(rows)
+        )
+        return cls(size, base, tuned, own[0], own[1], mapped=True, tokenizers=tokenizers)._told(rows)
 
     def _told(self, rows: tuple[int, int]) -> Vocabularies:
         """The same, with notes of what differs between the vocabularies."""

@@ -311,7 +311,8 @@ def settled(
     `SettingError`, `VariantError` or `SourceError`.
     """
     before = given if isinstance(given, Plan) else Plan.read(given) if given is not None else Plan()
-    plan = dataclasses.replace(before, **models).changed(settings)
+    named: dict[str, Any] = dict(models)
+    plan: Plan = dataclasses.replace(before, **named).changed(settings)
     if not allow_code:
         own = {*Plan().changed(settings).imports(), *(before.imports() if isinstance(given, Plan) else ())}
         if foreign := [name for name in plan.imports() if name not in own]:

@@ -88,7 +88,7 @@ class Run(Stages):
                 expected="the whole plan of a run",
                 remedy=f"tunediff diff BASE TUNED --run {folder.name}, which writes it again",
             )
-        places = {"base": (plan.base,), "tuned": (plan.tuned,)}
+        places: dict[str, tuple[str, ...]] = {"base": (plan.base,), "tuned": (plan.tuned,)}
         places |= {"corpus.paths": plan.corpus.paths, "corpus.prompts": plan.corpus.prompts}
         gone = {name: path for name, paths in places.items() for path in paths if _is_gone(path)}
         if gone:

@@ -156,13 +156,14 @@ class Sources:
 
         form = [self.template.fingerprint, sorted(ends_of_turn(self.pair, self.template))]
         place = self.keeper.at("contrast", self._models, prompts.fingerprint, plan.contrast, plan.seed, form)
-        return self.keeper.kept_json(
+        kept: Contrast = self.keeper.kept_json(
             place,
             Contrast,
             "documents.json",
             lambda _: contrast(self.pair, prompts, plan.contrast, plan.seed, self.template, progress),
             str,
         )
+        return kept
 
     @property
     def contrast(self) -> list[Document]:

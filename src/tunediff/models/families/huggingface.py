@@ -31,7 +31,7 @@ class HuggingFace(Family):
         from torch import nn
 
         config = module.config.get_text_config(decoder=True)
-        depths = {getattr(config, name, None) for name in DEPTHS} - {None}
+        depths = {depth for name in DEPTHS if (depth := getattr(config, name, None)) is not None}
         decoder = module.get_decoder() if hasattr(module, "get_decoder") else None  # of a wrapper, its language model
         lists: list[tuple[str, nn.ModuleList]] = []
         for within in (decoder, module):
