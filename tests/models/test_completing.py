@@ -91,3 +91,14 @@ def test_a_model_without_any_end_or_padding_completes():
     tokenizer.pad_token = tokenizer.eos_token = None
     module.generation_config.eos_token_id = module.config.eos_token_id = module.generation_config.pad_token_id = None
     assert ends_of(model) == set() and complete(model, PROMPTS, 6) == before
+
+
+def test_transformers_has_no_remark_about_how_it_is_asked(monkeypatch):
+    from transformers.generation import utils
+
+    said: list[str] = []
+    for how in ("warning", "warning_once"):
+        monkeypatch.setattr(utils.logger, how, lambda text, *_, **__: said.append(text), raising=False)
+    model = LanguageModel(tiny_models.module("llama"), tiny_models.tokenizer(), "model")
+    complete(model, PROMPTS, 3, temperature=1.0, seed=3)
+    assert not said

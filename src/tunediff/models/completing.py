@@ -191,9 +191,8 @@ def _generated(
         out_BT: Tensor = module.generate(
             input_ids=ids_BT,
             attention_mask=mask_BT,
-            generation_config=_own_config(tokens, pad, ends),
+            generation_config=_own_config(tokens, pad, ends, model.caches),
             logits_processor=LogitsProcessorList(processors),
-            use_cache=model.caches,
             **known,
         )
     except (TunediffError, MemoryError, torch.OutOfMemoryError):
@@ -208,7 +207,7 @@ def _generated(
     return out_BT[:, ids_BT.shape[1] :]
 
 
-def _own_config(tokens: int, pad: int, ends: list[int]) -> Any:
+def _own_config(tokens: int, pad: int, ends: list[int], caches: bool) -> Any:
     """A generation_config that says everything itself: transformers fills what is None from the model's own."""
     from transformers import GenerationConfig
 
@@ -218,7 +217,7 @@ def _own_config(tokens: int, pad: int, ends: list[int]) -> Any:
         def update(self, defaults_only: bool = False, allow_custom_entries: bool = False, **values: Any) -> Any:
             return {} if defaults_only else super().update(**values)
 
-    said = {**GenerationConfig._get_default_generation_params(), "max_length": None}
+    said = {**GenerationConfig._get_default_generation_params(), "max_length": None, "use_cache": caches}
     return Own(**said, max_new_tokens=tokens, pad_token_id=pad, eos_token_id=ends or None)
 
 
