@@ -45,7 +45,7 @@ def process(
         [sys.executable, "-c", code, *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1800,  # only against a hang: a busy machine may take long
         env=environment,
         **options,
     )

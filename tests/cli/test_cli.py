@@ -468,7 +468,7 @@ def test_a_process_tells_errors_in_four_lines_and_exits_2(tmp_path):
         [sys.executable, "-m", "tunediff", "revert", "nope", "--runs", str(tmp_path)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=900,
     )
     four_lines(Told(done.returncode, done.stdout, done.stderr), "'nope'")
 
@@ -478,7 +478,7 @@ def test_bytes_that_are_no_text_are_told_as_any_error(tmp_path):
         [sys.executable, "-m", "tunediff.cli.main", "report", b"caf\xe9\x1b[31m", "--runs", str(tmp_path)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=900,
         env={**os.environ, "PYTHONIOENCODING": "ascii"},
     )
     four_lines(Told(done.returncode, done.stdout, done.stderr), "not text", "caf")
@@ -539,7 +539,7 @@ def test_a_run_killed_while_it_computes_ends_with_the_same_bytes(world, full):
                 child.kill()
                 break
         child.stderr.close()
-        assert child.wait(60) == -signal.SIGKILL
+        assert child.wait(900) == -signal.SIGKILL
     assert process(*command[3:]).returncode == 0
     whole = cli(*world.command("diff", "adapter"), "--json", "-q")
     run = world.root / "killed" / "base-adapter"
@@ -648,4 +648,4 @@ def test_an_interrupted_process_says_how_to_go_on(world):
             child.send_signal(signal.SIGINT)
             told += child.stderr.read()
             break
-    assert child.wait(60) == 130 and told.endswith("stopped; run the same command again to go on\n"), told
+    assert child.wait(900) == 130 and told.endswith("stopped; run the same command again to go on\n"), told

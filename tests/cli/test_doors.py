@@ -120,7 +120,7 @@ def test_the_command_line_finds_no_library_in_the_current_folder(tmp_path):
     for name in ("typer", "rich", "torch", "transformers", "safetensors", "numpy", "click"):
         (tmp_path / f"{name}.py").write_text("raise RuntimeError('a file beside the plan was imported')")
     command = [sys.executable, "-m", "tunediff", "list"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0 and done.stdout == "nothing\n", done.stderr
 
 
@@ -295,10 +295,10 @@ def test_a_debugged_fault_shows_its_place_and_keeps_its_code(monkeypatch):
 def test_output_that_cannot_be_written_is_told(tmp_path):
     command = [sys.executable, "-m", "tunediff", "list", "--runs", str(tmp_path)]
     with open("/dev/full", "w") as full:
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=900)
     assert done.returncode == 2 and done.stderr.startswith("error: the disk is full"), done
     reader, writer = os.pipe()
     os.close(reader)
-    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120)
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=900)
     os.close(writer)
     assert done.returncode == 141 and done.stderr == "", done

@@ -58,7 +58,7 @@ def test_streams_are_the_same_in_every_process():
             [sys.executable, "-c", code],
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=900,
             env={**os.environ, "PYTHONHASHSEED": salt},
         ).stdout.strip()
         for salt in ("1", "2")
