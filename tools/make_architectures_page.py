@@ -23,7 +23,7 @@ HEAD = """# Architectures
 
 What becomes of every class that transformers {version} registers for causal language modeling. Each is built tiny and
 random, with a random change as its fine-tune. Then it goes through a whole `diff`, and an edit is billed and baked.
-This page is made by `tools/make_architectures_page.py`, and the slow tests hold it to what it says.
+This page is made by `tools/make_architectures_page.py`. The slow tests hold it to what it says, near-copies left out.
 
 - *Reach* is the share of the difference in parameters that edits reach. The rest (convolutions, parts that text does not
   run) stays as tuned has it.
