@@ -220,8 +220,11 @@ def with_adapter(module: nn.Module, adapter: Adapter, base: str) -> Any:
             tensors = load_peft_weights(str(adapter.folder), device="cpu", key_mapping=mapping)
             result = set_peft_model_state_dict(wrapped, tensors)
             # Names of older transformers are converted on the way: then only PEFT knows which found their places.
-            unplaced = list(result.unexpected_keys)
-            unfilled = [name for name in result.missing_keys if _plainly(name) in places]
+            # Older PEFT makes VeRA's projections anew from their seed and leaves the file's, which may be the same numbers.
+            there = get_peft_model_state_dict(wrapped, save_embedding_layers=False) if result.unexpected_keys else {}
+            same = {n for n in there.keys() & tensors.keys() if torch.equal(there[n].float(), tensors[n].float())}
+            unplaced = [name for name in result.unexpected_keys if name not in same]
+            unfilled = [n for n in result.missing_keys if _plainly(n) in places and _plainly(n) not in same]
             left, lacking = unplaced and (left or unplaced), unfilled and (lacking or unfilled)
         except KeyError as error:
             lacking = lacking or [str(error.args[0])]
