@@ -7,14 +7,12 @@ import io
 from collections.abc import Iterator
 
 import pytest
-import tiny_models
 import tiny_world
 import torch
 from torch import Tensor, nn
 
 from tunediff.models.completing import complete
 from tunediff.models.fingerprints import fingerprint
-from tunediff.models.network import LanguageModel
 from tunediff.models.pair import Pair
 from tunediff.models.passes import Start
 from tunediff.records.site import Site
@@ -168,17 +166,3 @@ def test_without_acceleration_nothing_is_touched_even_during_a_run(world):
         pair.tuned.states(IDS), pair.base.states(IDS)
     handle.remove()
     assert seen == [kinds, kinds]
-
-
-def test_a_network_whose_positions_see_to_the_right_is_refused():
-    import transformers
-
-    from tunediff.core.errors import FamilyError
-
-    config = transformers.BertConfig(
-        vocab_size=300, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64
-    )
-    with pytest.raises(FamilyError, match="to their right"):
-        LanguageModel(transformers.BertLMHeadModel(config), tiny_models.tokenizer(), "bert")
-    config.is_decoder = True
-    assert LanguageModel(transformers.BertLMHeadModel(config), tiny_models.tokenizer(), "bert").depth == 3

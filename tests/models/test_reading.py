@@ -47,6 +47,8 @@ def test_what_modules_say_of_being_causal_is_not_believed():
 
 @pytest.mark.parametrize("name", ["gemma3n_text", "deepseek_v4"])
 def test_several_streams_are_read_as_a_wide_one(name):
+    if name not in tiny_architectures.names():
+        pytest.skip("this version of transformers has no such network")
     several = model(name)
     several.check_reading(IDS)
     assert several.width == 4 * tiny_architectures.WIDTH
