@@ -45,9 +45,8 @@ def candidate_sites(depth: int, count: int, lowest: int | None = 0) -> list[Site
     """Return `count` layers at even spacing, from a sixth of the depth to the last but one.
 
     lowest   the first block that differs. Above the first of these layers, the layers run from it, because below it nothing
-             is to be seen; to the last block only where that alone differs, because the last one has the best ceiling of
-             any fine-tune and hardly anything behind it by which to tell one change from another. None where no block is
-             known to differ: the last block is then among the layers
+             is to be seen; and to the last block only where that alone differs, because it has the best ceiling of any
+             fine-tune and would mostly be chosen. None where no block is known to differ: the last is then among them
     """
     first, last = depth // 6, max(depth - 2, 0)
     if lowest is not None and lowest > first:

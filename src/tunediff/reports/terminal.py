@@ -80,7 +80,9 @@ def _output(m: Measure) -> Text:
 
 
 def _bill(bill: Bill) -> Text:
-    parts: list[Part] = [(bill.name, "bold"), f"  {bill.operation}  "]
+    done = [bill.operation] if bill.operation != bill.name else []
+    removed = ["removes " + ", ".join(bill.changes)] if bill.changes else []
+    parts: list[Part] = [(bill.name, "bold"), "".join(f"  {told}" for told in (*done, *removed)) + "  "]
     if bill.failed:
         parts.append(f"no bill: {bill.failed}")
     for m in bill.measures:

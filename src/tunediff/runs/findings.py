@@ -12,7 +12,7 @@ from tunediff.changes.calibrations import AS_A_PLACEBO, Calibration
 from tunediff.core.artifacts import plain
 from tunediff.core.axes import MODELS, WRITERS
 from tunediff.core.chance import bootstrap_ratio
-from tunediff.core.text import visible
+from tunediff.core.text import number, visible
 from tunediff.core.typed import typed
 from tunediff.records.diff import Bill, ChangeRecord, CorpusCard, Diff, FitCard, ModelCard, NullCard, TemplateCard
 from tunediff.records.measure import Measure
@@ -129,7 +129,7 @@ def _output(run: Stages) -> list[Measure]:
                 value.high,
                 "nat a token",
                 0.0,
-                f"base against itself; streams' noise floor {noise:.1e} of their size",
+                f"base against itself; streams' noise floor {number(noise)} of their size",
             )
         )
     return measures
