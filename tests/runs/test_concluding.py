@@ -26,7 +26,7 @@ class Priced(Run):
     """A run whose finding is made already, and whose bills fail as told."""
 
     @property
-    def confirmed(self) -> list[str]:
+    def undoable(self) -> list[str]:
         return [*FAULTS, "d"]
 
     def diff(self, billed=()) -> Diff:
@@ -58,11 +58,11 @@ def test_bills_that_fail_are_told_and_the_others_go_on(run):
 
 
 def test_an_interrupt_while_pricing_leaves_the_finding(run, monkeypatch):
-    monkeypatch.setattr(Priced, "confirmed", ["d", "stop"])
+    monkeypatch.setattr(Priced, "undoable", ["d", "stop"])
     with pytest.raises(KeyboardInterrupt):
         run.conclude()
     assert Diff.load(run.folder / "diff.json").bills == []
-    monkeypatch.setattr(Priced, "confirmed", ["d"])
+    monkeypatch.setattr(Priced, "undoable", ["d"])
     assert [bill.failed for bill in run.conclude().bills] == [""]
 
 

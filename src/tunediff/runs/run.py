@@ -243,7 +243,7 @@ class Run(Stages):
 
         The finding is on disk before anything is priced, so that a crash or an interrupt meanwhile loses nothing.
         """
-        diff = self.publish(billing=undo and bool(self.confirmed))
+        diff = self.publish(billing=undo and bool(self.undoable))
         bills = self.undo() if undo else []
         return self.publish(bills) if bills else diff
 
