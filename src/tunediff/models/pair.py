@@ -130,7 +130,7 @@ class Pair:
                 if shortcuts:
                     shortcuts.clear()
 
-    @property
+    @cached_property
     def speech_fingerprints(self) -> list[str]:
         """Hashes of how each model's text becomes tokens and where its answers end (see `speech_fingerprint`)."""
         return [speech_fingerprint(side.tokenizer, side.network) for side in (self.base, self.tuned)]
@@ -196,10 +196,9 @@ class Pair:
         """Number of lowest blocks that a shared module's adapter leaves alone; both models agree there exactly."""
         if not self.shared:
             return 0
-        kinds = peft_layers()
         blocks = set(map(id, self.base.blocks.modules()))
-        outside = any(isinstance(m, kinds) and id(m) not in blocks for m in self.base.network.modules())
-        touched = [any(isinstance(m, kinds) for m in block.modules()) for block in self.base.blocks]
+        outside = any(isinstance(m, peft_layers()) and id(m) not in blocks for m in self.base.network.modules())
+        touched = list(map(_is_adapted, self.base.blocks))
         return 0 if outside or True not in touched else touched.index(True)
 
     @cached_property
@@ -213,9 +212,8 @@ class Pair:
             return 0
         changed: Iterable[bool]
         if self.shared:
-            kinds = peft_layers()
-            changed = [any(isinstance(m, kinds) for m in block.modules()) for block in self.base.blocks]
-            embedding = any(isinstance(m, kinds) for m in self.base.network.get_input_embeddings().modules())
+            changed = map(_is_adapted, self.base.blocks)
+            embedding = _is_adapted(self.base.network.get_input_embeddings())
         else:
             base, tuned = self.base, self.tuned
             ids = torch.arange(self.vocabulary)[slice(None) if (some := self.vocabularies.readable_V) is None else some]
@@ -321,6 +319,11 @@ class Pair:
         for delta in self.deltas():
             tensors.update(delta.random(seed))
         return self.tuned.variant(f"random tune {seed}", tensors)
+
+
+def _is_adapted(module: nn.Module) -> bool:
+    """Whether PEFT put an adapter into a module."""
+    return any(isinstance(part, peft_layers()) for part in module.modules())
 
 
 def _differ(one: nn.Module, other: nn.Module) -> bool:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from tunediff.changes.examples import contexts, kind_rates
-from tunediff.changes.finders.base import View
 from tunediff.changes.output_bench import OutputBench, output_bench
 from tunediff.changes.outputs import Outputs, gained, rank_outputs
 from tunediff.changes.rankings import Ranked
@@ -50,17 +49,7 @@ def output_side(run: Stages) -> OutputSide:
 
     def make(folder: Path) -> list[str]:
         train, held = (Outputs(run.pair, sample, plan.rank.batch_tokens) for sample in (run.train, run.sample))
-        view = View(
-            run.harvest,
-            folder,
-            plan.seed,
-            plan.find.candidates,
-            plan.spec(),
-            plan.fit,
-            lambda: run._shifts.at(run.harvest.index("train")),
-            run.pair,
-            outputs=train,
-        )
+        view = run.view(folder, "find", train)
         changes = [change for finder in finders.values() for change in finder.find(view).changes]
         f_NK = held.strengths(changes)
         on = [k for k in range(len(changes)) if f_NK[:, k].any()]

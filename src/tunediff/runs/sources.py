@@ -103,12 +103,12 @@ class Sources:
         family = self.plan.family()
         return [*named, self.plan.pair.family, *variants.identity(family)] if family else named
 
-    @property
+    @cached_property
     def _beyond(self) -> list[Any]:
         """For content keys: the parameters that differ and that random tunes and edits of 0.1.0 left alone."""
         inside = {id(module) for module in self.pair.tuned.blocks.modules()}
-        known = [d.up is not None or d.kind == MAP and id(d.reader) in inside for d in self.pair.deltas()]
-        beyond = sorted(delta.name for delta, before in zip(self.pair.deltas(), known) if not before)
+        whole = (delta for delta in self.pair.deltas() if delta.up is None)
+        beyond = sorted(delta.name for delta in whole if delta.kind != MAP or id(delta.reader) not in inside)
         return [beyond] if beyond else []
 
     @cached_property

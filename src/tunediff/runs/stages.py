@@ -14,6 +14,7 @@ import torch
 from tunediff.changes.attributions import Shift, output_shift
 from tunediff.changes.calibrations import Calibration
 from tunediff.changes.finders.base import View
+from tunediff.changes.outputs import Outputs
 from tunediff.changes.rankings import Ranking, rank
 from tunediff.changes.signals.base import read as read_signals
 from tunediff.changes.verdicts import Proposals, Verifier
@@ -122,6 +123,23 @@ class Stages(Sources):
         )
         return done
 
+    def view(self, folder: Path, doing: str, outputs: Outputs | None = None) -> View:
+        """What finders see, with `folder` for their own files; progress is told as `doing`."""
+        plan = self.plan
+        return View(
+            self.harvest,
+            folder,
+            plan.seed,
+            plan.find.candidates,
+            plan.spec(),
+            dataclasses.replace(plan.fit, seed=plan.seed),
+            lambda: self._shifts.at(self.harvest.index("train")),
+            self.pair,
+            lambda d, t, row: self.progress(doing, d, t),
+            plan.runtime.device,
+            outputs,
+        )
+
     @stage
     def found(self) -> list[Proposals]:
         """What every finder proposes, and the dictionaries that were fitted on the way."""
@@ -145,19 +163,7 @@ class Stages(Sources):
             )
 
             def make(folder: Path, name: str = name, finder: Any = finder) -> Iterable[str]:
-                view = View(
-                    self.harvest,
-                    folder,
-                    plan.seed,
-                    plan.find.candidates,
-                    spec,
-                    fit,
-                    lambda: self._shifts.at(self.harvest.index("train")),
-                    self.pair,
-                    lambda d, t, row: self.progress(f"find {name}", d, t),
-                    plan.runtime.device,
-                )
-                return save_changes(folder, finder.find(view).changes)
+                return save_changes(folder, finder.find(self.view(folder, f"find {name}")).changes)
 
             def read(folder: Path) -> tuple[list[Change], Fitted | None]:
                 fitted = folder / "dictionary"
