@@ -62,7 +62,10 @@ def _remove(path: Path, number: int) -> None:
 
 
 def _is(path: Path, number: int) -> bool:
-    return path.exists() and os.path.samestat(os.fstat(number), path.stat())
+    try:
+        return os.path.samestat(os.fstat(number), path.stat())
+    except FileNotFoundError:  # asked of the file itself: between two questions another process may remove it
+        return False
 
 
 def _taken(path: Path) -> int | None:
