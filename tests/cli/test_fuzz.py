@@ -176,16 +176,21 @@ def test_findings_of_others(tmp_path_factory, change):
     ended_well(cli("list", "--runs", record.parent.parent))
 
 
+def harvested_with(world: World, source: Path, which: str, change: Callable[[bytes], bytes], runs: str) -> None:
+    """A harvest of base against a copy of a model or adapter with one changed file ends well."""
+    shutil.rmtree(world.root / "odd", ignore_errors=True)
+    shutil.copytree(source, world.root / "odd")
+    (world.odd / which).write_bytes(change((world.odd / which).read_bytes()))
+    ended_well(cli(*world.command("harvest", "odd", runs=runs, **QUICK), "-q"))
+
+
 @pytest.mark.slow
 @settings(max_examples=14, **BUDGET)
 @given(
     change=damage(), which=st.sampled_from(["config.json", "config.json", "tokenizer.json", "tokenizer_config.json"])
 )
 def test_models(world, change, which):
-    shutil.rmtree(world.root / "odd", ignore_errors=True)
-    shutil.copytree(world.tuned, world.root / "odd")
-    (world.odd / which).write_bytes(change((world.odd / which).read_bytes()))
-    ended_well(cli(*world.command("harvest", "odd", runs="runs-of-models", **QUICK), "-q"))
+    harvested_with(world, world.tuned, which, change, "runs-of-models")
 
 
 @pytest.mark.slow
@@ -194,10 +199,7 @@ def test_models(world, change, which):
     change=damage(), which=st.sampled_from(["adapter_config.json", "adapter_config.json", "adapter_model.safetensors"])
 )
 def test_adapters(world, change, which):
-    shutil.rmtree(world.root / "odd", ignore_errors=True)
-    shutil.copytree(world.adapter, world.root / "odd")
-    (world.odd / which).write_bytes(change((world.odd / which).read_bytes()))
-    ended_well(cli(*world.command("harvest", "odd", runs="runs-of-adapters", **QUICK), "-q"))
+    harvested_with(world, world.adapter, which, change, "runs-of-adapters")
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from bit_flips import flipped
 
 from tunediff.core import artifacts, axes, chance, errors, variants
 from tunediff.core.artifacts import key_of, plain, read_json, read_tensors, to_json
@@ -176,11 +177,7 @@ def test_a_sealed_record_is_read_as_it_was_written(tmp_path):
     path, value = tmp_path / "r.json", {"text": "é\n", "n": [1, 2.5, 1e-9, None], "deep": {"a": True}}
     artifacts.write_json(path, artifacts.sealed(value))
     assert read_json(path) == value
-    whole = path.read_bytes()
-    for place in range(len(whole)):
-        data = bytearray(whole)
-        data[place] ^= 1 << place % 7
-        path.write_bytes(data)
+    for _ in flipped(path, 7):
         try:
             read = read_json(path)
         except ArtifactError as error:

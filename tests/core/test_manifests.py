@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from bit_flips import flipped
 
 from tunediff.core.artifacts import read_json, sealed, write_json
 from tunediff.core.errors import ArtifactError
@@ -91,11 +92,7 @@ def test_every_bit_of_a_manifest_counts(tmp_path):
     """A flipped bit is found, or leaves what is read as it was."""
     made(tmp_path / "f")
     path, manifest = tmp_path / "f" / MANIFEST, open_folder(tmp_path / "f", "kind/1")
-    whole = path.read_bytes()
-    for place in range(len(whole)):
-        data = bytearray(whole)
-        data[place] ^= 1 << place % 8
-        path.write_bytes(data)
+    for _ in flipped(path, 8):
         try:
             read = open_folder(tmp_path / "f", "kind/1")
         except ArtifactError:

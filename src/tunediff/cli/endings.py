@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import typer
 
-from tunediff.core.errors import TunediffError
+from tunediff.core.errors import TunediffError, first_line
 from tunediff.core.text import visible
 
 FOUND, FAILED, FAULTY, STOPPED, UNREAD = 1, 2, 3, 130, 141
@@ -68,7 +68,7 @@ def _told(error: BaseException) -> int:
         traceback.print_exception(error)
         return FAULTY
     typer.echo(
-        f"error: {type(error).__name__}: {visible(_first_line(error)[:300])}\n"
+        f"error: {type(error).__name__}: {visible(first_line(error, 300))}\n"
         "  expected: no such error; this is a fault in tunediff\n  try: TUNEDIFF_DEBUG=1 shows where it happened",
         err=True,
     )
@@ -77,7 +77,7 @@ def _told(error: BaseException) -> int:
 
 def of_machine(error: BaseException) -> TunediffError | None:
     """What the machine refused, as an error that the user can act on; None for an error of another kind."""
-    first = _first_line(error)
+    first = first_line(error, None)
     low = first.lower()
     if isinstance(error, MemoryError) or "can't allocate memory" in low or "out of memory" in low:
         return TunediffError("there is not enough memory", expected="memory for the run", got=first, remedy=MEMORY)
@@ -95,7 +95,3 @@ def of_machine(error: BaseException) -> TunediffError | None:
             what, got=error.strerror or first, remedy="check the path and who may read and write there"
         )
     return None
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -73,3 +73,8 @@ class NumericsError(TunediffError):
 
 class MissingExtraError(TunediffError):
     """An optional dependency is not installed."""
+
+
+def first_line(error: BaseException, length: int | None = 200) -> str:
+    """The first line of an error's text, cut at `length` characters, or the error's name where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:length]

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from tunediff.core.errors import MissingExtraError, SourceError
-from tunediff.models.checkpoints import first_line, has_tokenizer, listing, read_object, refuse_pickles, tensor_shapes
+from tunediff.models.checkpoints import first_lines, has_tokenizer, listing, read_object, refuse_pickles, tensor_shapes
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 INPUTS = {
@@ -177,7 +177,7 @@ class Adapter:
             raise SourceError(
                 f"the tokenizer of {self.name} could not be read",
                 expected="tokenizer files that belong together, or none",
-                got=first_line(error),
+                got=first_lines(error),
                 remedy="get a whole checkpoint",
             ) from error
 
@@ -211,7 +211,7 @@ def with_adapter(module: nn.Module, adapter: Adapter, base: str) -> Any:
                 for name, tensor in get_peft_model_state_dict(wrapped, save_embedding_layers=False).items()
             }
         except Exception as error:  # an odd field makes PEFT raise nearly anything
-            raise _misfit(adapter, base, "an adapter trained on this base", first_line(error)) from error
+            raise _misfit(adapter, base, "an adapter trained on this base", first_lines(error)) from error
         given = {name: shape for name, shape in adapter.shapes.items() if name in places or not _is_embedding(name)}
         _refuse_shapes(adapter, base, given, places)
         lacking, left = sorted(places.keys() - given.keys()), sorted(given.keys() - places.keys())
@@ -229,7 +229,7 @@ def with_adapter(module: nn.Module, adapter: Adapter, base: str) -> Any:
         except KeyError as error:
             lacking = lacking or [str(error.args[0])]
         except Exception as error:
-            raise _misfit(adapter, base, "an adapter trained on this base", first_line(error)) from error
+            raise _misfit(adapter, base, "an adapter trained on this base", first_lines(error)) from error
     if lacking or left:
         # PEFT drops what finds no place and makes up what is missing, and at most warns.
         named = [f"{len(n)} {what} (the first: {n[0]})" for n, what in ((left, FIND_NONE), (lacking, LACK)) if n]
@@ -372,7 +372,7 @@ def merged_copy(module: nn.Module, adapter: Adapter, base: str, ids_BT: Tensor, 
             vars(merged).pop("peft_config", None)
             error = float((_logits(merged, ids_BT) - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
         except Exception as raised:  # PEFT's kinds raise errors of their own
-            fault = first_line(raised)
+            fault = first_lines(raised)
             continue
         if error <= MERGED.get(dtype, MERGED_HALF):
             return merged

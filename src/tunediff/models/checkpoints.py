@@ -88,7 +88,7 @@ def read_object(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise SourceError(f"{path} could not be read", expected="JSON", got=first_line(error), remedy=WHOLE) from None
+        raise SourceError(f"{path} could not be read", expected="JSON", got=first_lines(error), remedy=WHOLE) from None
     if not isinstance(value, dict):
         raise SourceError(f"{path} could not be read", expected="a JSON object", got=type(value).__name__, remedy=WHOLE)
     return value
@@ -100,10 +100,10 @@ def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         with safe_open(path, "pt") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
     except (SafetensorError, OSError, ValueError) as error:
-        raise SourceError(f"{path} is not a whole safetensors file", got=first_line(error), remedy=WHOLE) from None
+        raise SourceError(f"{path} is not a whole safetensors file", got=first_lines(error), remedy=WHOLE) from None
 
 
-def first_line(error: BaseException) -> str:
+def first_lines(error: BaseException) -> str:
     """The first line of an error's text, and the second where the first ends with a colon."""
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()] or [type(error).__name__]
     return " ".join(lines[: 1 + lines[0].endswith(":")])[:200]

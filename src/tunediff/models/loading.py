@@ -14,7 +14,7 @@ from torch import nn
 
 from tunediff.core.errors import NumericsError, SettingError, SourceError, TunediffError
 from tunediff.models import shipped as embedded
-from tunediff.models.checkpoints import UNSAFE, check_checkpoint, first_line, has_tokenizer
+from tunediff.models.checkpoints import UNSAFE, check_checkpoint, first_lines, has_tokenizer
 from tunediff.models.kinds import reader
 
 FETCHED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
@@ -33,7 +33,7 @@ def check_runtime(dtype: str, device: str) -> None:
         raise SettingError(
             f"device {device!r} cannot be used",
             expected="cpu, or what torch was installed for",
-            got=first_line(error),
+            got=first_lines(error),
             remedy="--set runtime.device=cpu",
         ) from None
 
@@ -69,7 +69,7 @@ def located(source: str) -> Path:
         path = Path(source).expanduser()
         path.exists()
     except (OSError, RuntimeError, ValueError) as error:  # too long a name, no such user, a zero byte
-        raise SourceError(f"{source[:200]} is not a model", got=first_line(error), remedy="check the path") from None
+        raise SourceError(f"{source[:200]} is not a model", got=first_lines(error), remedy="check the path") from None
     if path.suffix in UNSAFE:
         raise SourceError(
             f"{source} is a pickled checkpoint, which can run code when loaded",
@@ -109,7 +109,7 @@ def _fetched(source: str) -> Path:
         raise SourceError(
             f"{source} could not be read",
             expected="a local folder, or the id of a model on the hub or in its cache",
-            got=first_line(error),
+            got=first_lines(error),
             remedy="download the model once, or name its local folder",
         ) from error
 
@@ -161,7 +161,7 @@ def _from_pretrained(place: Path, source: str, dtype: str, tokenizer: Any) -> tu
         raise SourceError(
             f"{source} could not be read",
             expected="a decoder-only causal language model with its tokenizer, in safetensors",
-            got=first_line(error),
+            got=first_lines(error),
             remedy="get a whole checkpoint",
         ) from error
     if loading["missing_keys"]:

@@ -17,7 +17,7 @@ from unittest.mock import patch
 import numpy as np
 
 from tunediff.core.disk import hash_file, writing
-from tunediff.core.errors import MissingExtraError, SourceError
+from tunediff.core.errors import MissingExtraError, SourceError, first_line
 from tunediff.core.manifests import WORK, kept
 
 BASE_NAME = "SmolLM2-135M-Instruct"
@@ -143,7 +143,7 @@ def load_gguf(path: Path):
         raise SourceError(
             f"{path} is cut off, or of an architecture that cannot be read from GGUF",
             expected="a whole GGUF file of a decoder-only language model",
-            got=(str(error).strip().splitlines() or [type(error).__name__])[0][:200],
+            got=first_line(error),
         ) from error
     model.config.quantization_config = None
     return model, tokenizer

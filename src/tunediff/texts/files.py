@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
 
-from tunediff.core.errors import MissingExtraError, SourceError
+from tunediff.core.errors import MissingExtraError, SourceError, first_line
 from tunediff.core.files import KINDS
 from tunediff.core.remarks import Remarks
 
@@ -235,11 +235,6 @@ class File:
 
 FAULTS = (OSError, EOFError, ValueError, MemoryError, zlib.error, lzma.LZMAError)
 """What reading a damaged or compressed file raises; those of pyarrow are among them."""
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its name."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def suffix_of(path: Path) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from tunediff.core.errors import SourceError
-from tunediff.texts.files import FAULTS, File, first_line, regular
+from tunediff.core.errors import SourceError, first_line
+from tunediff.texts.files import FAULTS, File, regular
 from tunediff.texts.formats.base import Format, Row
 from tunediff.texts.formats.parquet import arrow, length, records, text_columns
 

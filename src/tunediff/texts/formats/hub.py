@@ -7,8 +7,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from tunediff.core.errors import MissingExtraError, SourceError
-from tunediff.texts.files import File, first_line
+from tunediff.core.errors import MissingExtraError, SourceError, first_line
+from tunediff.texts.files import File
 from tunediff.texts.formats.base import Format, Row
 from tunediff.texts.formats.parquet import length
 

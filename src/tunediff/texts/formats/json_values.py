@@ -7,10 +7,10 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from tunediff.core.errors import SourceError
+from tunediff.core.errors import SourceError, first_line
 from tunediff.texts import files
 from tunediff.texts.fields import MESSAGES, PROMPTS, TEXTS, looks_like_message
-from tunediff.texts.files import File, first_line
+from tunediff.texts.files import File
 from tunediff.texts.formats.base import Format, Row
 
 SPACE = " \t\r\n\ufeff"

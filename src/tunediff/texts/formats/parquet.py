@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from tunediff.core.errors import MissingExtraError, SourceError
-from tunediff.texts.files import FAULTS, File, first_line
+from tunediff.core.errors import MissingExtraError, SourceError, first_line
+from tunediff.texts.files import FAULTS, File
 from tunediff.texts.formats.base import Format, Row
 
 BATCH_ROWS = 256
