@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from tunediff.changes.output_bench import OutputBench
 from tunediff.changes.outputs import js_divergence, reweighed
 from tunediff.changes.trials.base import Outcome, Trial, VerifySettings
-from tunediff.changes.trials.patch import decide, recovered
-from tunediff.core.chance import bootstrap_ratio, quantile, sequential_p
+from tunediff.changes.trials.patch import both_ways, decide
+from tunediff.core.chance import bootstrap_ratio
 from tunediff.models.divergences import Divergence
 from tunediff.records.measure import Measure
 
@@ -25,8 +25,8 @@ class Reweigh(Trial):
                   and what they had goes to all others in proportion
     sufficiency   base, its tokens of the group given tuned's probabilities, against tuned
 
-    Controls are random groups of as many tokens, each about as likely as the one that it stands for. p is the share of
-    controls that do as well as the change. Drawing stops once ten do.
+    Controls are random groups of as many tokens, each about as likely as the one that it stands for. The p that decides is of
+    the mean of both: the share of controls whose mean is as high. Drawing stops once ten are.
     """
 
     at_output = True
@@ -38,20 +38,13 @@ class Reweigh(Trial):
         if gap.mean <= 0:
             return Outcome([], None, "the outputs do not differ where this change is on")
 
-        def after(name: str, numbers: list[int]) -> Divergence:
-            one, other = (tuned_NU, base_NU) if name == "necessity" else (base_NU, tuned_NU)
-            return bench.by_document(js_divergence(reweighed(one, other, numbers), other))
+        def after(numbers: list[int]) -> tuple[Divergence, Divergence]:
+            without, given = reweighed(tuned_NU, base_NU, numbers), reweighed(base_NU, tuned_NU, numbers)
+            return bench.by_document(js_divergence(without, base_NU)), bench.by_document(js_divergence(given, tuned_NU))
 
-        measures, speaks = [], []
-        for name in ("necessity", "sufficiency"):
-            own = recovered(after(name, list(bench.group.numbers)), gap, bench.seed)
-            controls = (1 - after(name, numbers).mean / gap.mean for numbers in bench.controls())
-            p, null = sequential_p(own.value, controls)
-            against = f"95th percentile of {len(null)} random groups of as many tokens, about as likely"
-            control = quantile(null, 0.95) if null else None
-            measures.append(Measure(name, own.value, own.low, own.high, UNIT, control, against, p))
-            speaks.append((own, p))
-        numbers, counts = list(bench.group.numbers), bench.by_document(bench.gap_N).tokens
+        numbers, counts = list(bench.group.numbers), gap.tokens
+        against = "random groups of as many tokens, about as likely"
+        measures = both_ways(after(numbers), map(after, bench.controls()), gap, UNIT, against, bench.seed)
         mass = {
             side: bootstrap_ratio(bench.by_document(x_NU[:, numbers].sum(1)).nats, counts, seed=bench.seed)
             for side, x_NU in (("tuned", tuned_NU), ("base", base_NU))
@@ -64,11 +57,10 @@ class Reweigh(Trial):
             Measure("JS(tuned, base) here", gap.mean, unit="nat a token", against="the gap that is to be recovered"),
         ]
         said = (
-            "giving its tokens base's probabilities closes {need:.0%} of the gap where it is on (p = {need_p:.2g}), giving "
-            "base's tokens tuned's makes {enough:.0%} of it (p = {enough_p:.2g})"
+            "giving its tokens base's probabilities closes {need:.0%} of the gap where it is on, giving base's tokens "
+            "tuned's makes {enough:.0%} of it"
         )
-        refuted = "random groups of tokens that are as likely do as much"
-        return Outcome(measures, *decide(speaks, settings.level, said, refuted))
+        return Outcome(measures, *decide(measures, settings.level, said, "random groups of tokens that are as likely"))
 
 
 VARIANT = Reweigh
