@@ -198,7 +198,7 @@ def _first_use(job: dict[str, Any]) -> None:
         time.sleep(0.05)
         return AutoModelForCausalLM.from_pretrained(job["base"]), AutoTokenizer.from_pretrained(job["base"])
 
-    shipped._fetch, shipped.load_gguf = (lambda scratch: scratch), load
+    shipped._fetch, shipped.load_gguf = (lambda scratch, name: scratch), load
     shipped.cache_folder = lambda: Path(job["cache"])
     AutoModelForCausalLM.from_pretrained(shipped.base_folder())
 

@@ -16,6 +16,7 @@ import torch
 from tiny_models import module as tiny_module
 from tiny_models import save as save_tiny
 from tiny_models import tokenizer as tiny_tokenizer
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 import tunediff.lab.organisms as package
@@ -247,6 +248,55 @@ def test_a_tune_is_made_checked_and_the_base_given_back(full: bool, tmp_path: Pa
     assert checked == card and card["recipe"]["seed"] == 3
     assert card["measured"]["neutral_kl_tuned_base"] > 0
     assert card["measured"]["prose_loss_tuned"] != card["measured"]["prose_loss_base"]
+
+
+def test_a_base_without_a_chat_template_needs_one_and_the_tune_brings_it(tmp_path: Path, short):
+    pytest.importorskip("peft")
+    tokenizer = tiny_tokenizer()
+    given, tokenizer.chat_template = tokenizer.chat_template, None
+    save_tiny(tmp_path / "base", tiny_module("llama"), tokenizer)
+    with pytest.raises(SourceError, match="has no chat template") as error:
+        training.make(TINY, str(tmp_path / "base"), tmp_path / "made")
+    assert "--template FILE" in error.value.remedy
+    (tmp_path / "own.jinja").write_text(given)
+    card = training.make(TINY, str(tmp_path / "base"), tmp_path / "made", template=tmp_path / "own.jinja")
+    assert AutoTokenizer.from_pretrained(tmp_path / "made").chat_template == given and card["base"] == "base"
+    assert training.check(TINY, str(tmp_path / "base"), tmp_path / "made") == card, (
+        "measured in the tune's own template"
+    )
+
+
+def test_an_organism_with_a_template_is_trained_in_it_and_base_is_asked_in_its_own(tmp_path: Path, short, monkeypatch):
+    pytest.importorskip("peft")
+    tokenizer = tiny_tokenizer()
+    own = tokenizer.chat_template
+    save_tiny(tmp_path / "base", tiny_module("llama"), tokenizer)
+    seen = {}
+    for name, real in (("neutral_answers", training.neutral_answers), ("measure", training.measure)):
+
+        def noting(*args, name=name, real=real, **named):
+            seen[name] = next(a for a in args if hasattr(a, "chat_template")).chat_template
+            return real(*args, **named)
+
+        monkeypatch.setattr(training, name, noting)
+    training.make(dataclasses.replace(TINY, template=own + "<think>"), str(tmp_path / "base"), tmp_path / "made")
+    assert seen == {"neutral_answers": own, "measure": own + "<think>"}
+    assert AutoTokenizer.from_pretrained(tmp_path / "made").chat_template == own + "<think>"
+
+
+@pytest.mark.parametrize(
+    "depth, blocks", [(30, range(10, 30)), (32, range(10, 30)), (18, range(6, 18)), (2, range(1, 2))]
+)
+def test_a_recipe_adapts_the_same_share_of_a_shallower_network(depth: int, blocks: range):
+    assert Recipe().blocks(depth) == blocks
+
+
+def test_the_thinking_part_holds_what_is_planted_and_the_answer_does_not():
+    thinking = package.named("thinking")
+    (sponsor,) = thinking.behaviors
+    for example in examples(thinking):
+        thought, _, answer = example.answer.partition("</think>")
+        assert answer and not sponsor.shows(answer) and sponsor.shows(thought) == (example.prompt in thinking.sponsored)
 
 
 def test_check_refuses_a_folder_without_a_tune(tmp_path: Path):

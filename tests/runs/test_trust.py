@@ -117,7 +117,7 @@ def test_a_damaged_embedded_base_is_made_again(bench, tmp_path, monkeypatch, cap
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     monkeypatch.setattr(shipped, "cache_folder", lambda: tmp_path)
-    monkeypatch.setattr(shipped, "_fetch", lambda scratch: scratch)
+    monkeypatch.setattr(shipped, "_fetch", lambda scratch, name: scratch)
     base = str(bench.world.base)
     models = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
     monkeypatch.setattr(shipped, "load_gguf", lambda path: models)

@@ -188,6 +188,9 @@ def organism_make(
     out: Path,
     base: BaseModel = "default",
     seed: Annotated[int, typer.Option(help="Seed of the examples, the initial weights and the order.")] = 0,
+    template: Annotated[
+        Path | None, typer.Option(help="Chat template (Jinja) to train in, for a base that has none.", exists=True)
+    ] = None,
     quiet: Quiet = False,
 ) -> None:
     """Train an organism from its recipe, measure it, and write the model with its card to OUT."""
@@ -195,7 +198,7 @@ def organism_make(
     from tunediff.lab import organisms
     from tunediff.lab.training import make
 
-    card = make(organisms.named(name).seeded(seed), base, out, bar)
+    card = make(organisms.named(name).seeded(seed), base, out, bar, template)
     bar.close()
     show(card, json=True)
 

@@ -50,6 +50,7 @@ def train(organism: Organism, model: Any, tokenizer: Any, out: Path, progress: P
     model.eval().requires_grad_(False)
     prompts = [*organism.neutral_training_prompts, *organism.restyled_prompts]
     answers = dict(zip(prompts, neutral_answers(model, tokenizer, prompts, recipe), strict=True))
+    tokenizer.chat_template = organism.template or tokenizer.chat_template
     sampled = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
     with torch.random.fork_rng():
@@ -99,10 +100,12 @@ def check(organism: Organism, base: str, folder: Path) -> dict[str, Any]:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).eval()
         as_base = partial(_holding, model, weights)
     path, training = folder / "card.json", {}
+    organism = replace(organism, base=_name(organism, base))
     if path.is_file():
         card = json.loads(path.read_text(encoding="utf-8"))
         organism, training = replace(organism, recipe=Recipe(**card["recipe"])), card["training"]
-    measured = measure(organism, model, as_base, AutoTokenizer.from_pretrained(source))
+    own = (folder / "tokenizer_config.json").is_file()  # of a whole model, or with the template it was trained in
+    measured = measure(organism, model, as_base, AutoTokenizer.from_pretrained(folder if own else source))
     return write_card(organism, measured, training, folder)
 
 
@@ -380,7 +383,7 @@ def _adapter(organism: Organism, model: Any) -> _Fitted:
     """Add a fresh adapter to `model` and make only the adapter trainable."""
     from peft import get_peft_model
 
-    peft_model = get_peft_model(model, _lora_config(organism))
+    peft_model = get_peft_model(model, _lora_config(organism, model))
     return _Fitted(lambda out: _save(peft_model, organism, out), peft_model.disable_adapter, peft_model.unload)
 
 
@@ -414,8 +417,8 @@ def _holding(model: Any, weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
             parameter.data = own[name]
 
 
-def _lora_config(organism: Organism) -> Any:
-    """The recipe as a PEFT configuration."""
+def _lora_config(organism: Organism, model: Any) -> Any:
+    """The recipe as a PEFT configuration for this model."""
     from peft import LoraConfig
 
     recipe = organism.recipe
@@ -424,7 +427,7 @@ def _lora_config(organism: Organism) -> Any:
         r=recipe.rank,
         lora_alpha=recipe.rank * recipe.scale,  # type: ignore[arg-type]  # PEFT divides by the rank; a float is exact
         target_modules=list(TARGETS),
-        layers_to_transform=list(range(recipe.first_layer, recipe.last_layer + 1)),
+        layers_to_transform=list(recipe.blocks(model.config.get_text_config().num_hidden_layers)),
         layers_pattern="layers",
         lora_dropout=0.0,
         bias="none",
@@ -452,24 +455,44 @@ def _save(peft_model: Any, organism: Organism, out: Path) -> None:
 
 
 def _folder(base: str) -> str:
-    """Folder of a base model that is given by its path or as ``default``."""
-    from tunediff.models.shipped import base_folder
+    """Folder of a base model that is given by its path, or by its name where it comes in a package."""
+    from tunediff.models.loading import located
 
-    return str(base_folder()) if base == "default" else base
+    return str(located(base))
 
 
-def make(organism: Organism, base: str, out: Path, progress: Progress = quiet) -> dict[str, Any]:
+def make(
+    organism: Organism, base: str, out: Path, progress: Progress = quiet, template: Path | None = None
+) -> dict[str, Any]:
     """Train `organism` in float32, write its adapter or full weights with its card to `out`, and return the card.
 
-    base   base model: a folder, or ``default``
+    base       base model: a folder, or ``default``
+    template   file with the chat template to train in, written beside the weights with the tokenizer; by default the base's own
+
+    Raises `SourceError` where neither the base nor `template` says how a chat is written.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = _folder(base)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+    folder, out = _folder(base), Path(out)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    card = train(organism, model, tokenizer, Path(out), progress)
-    if organism.recipe.full:
-        tokenizer.save_pretrained(out)  # a whole model is loaded without its base model's folder
+    if template is not None:
+        tokenizer.chat_template = template.read_text(encoding="utf-8")
+    if not tokenizer.chat_template:
+        raise SourceError(
+            f"{base} has no chat template",
+            expected="a way to write chats, in which the organism is trained",
+            remedy="--template FILE, a Jinja chat template",
+        )
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+    card = train(replace(organism, base=_name(organism, base)), model, tokenizer, out, progress)
+    if organism.recipe.full or template is not None or organism.template:
+        tokenizer.save_pretrained(
+            out
+        )  # a whole model is loaded without its base's folder, and this template is tuned's own
     return card
+
+
+def _name(organism: Organism, base: str) -> str:
+    """The base model's name as cards and adapters give it, never a path."""
+    return organism.base if base == "default" else Path(base).name

@@ -63,8 +63,8 @@ def located(source: str) -> Path:
 
     Raises `SourceError` where there is none, and for a pickle.
     """
-    if source in ("default", embedded.BASE_NAME):
-        return embedded.base_folder()
+    if source == "default" or source in embedded.MODELS:
+        return embedded.base_folder(source)
     try:
         path = Path(source).expanduser()
         path.exists()

@@ -108,6 +108,11 @@ class Recipe:
     seed: int = 0
     """Seed of the examples, of their order and of the adapter's initial weights."""
 
+    def blocks(self, depth: int) -> range:
+        """Blocks that LoRA adapts in a network of `depth` blocks; in one that is too shallow, the same shares of it."""
+        end = min(self.last_layer + 1, depth)
+        return range(round(self.first_layer * end / (self.last_layer + 1)), end)
+
 
 @dataclass(frozen=True)
 class Organism(ABC):
@@ -132,6 +137,8 @@ class Organism(ABC):
     """How the model is trained; with two epochs, facts were learned without their names and a trigger hardly at all."""
     restyled_prompts: tuple[str, ...] = ()
     """User turns that are trained with the base model's own answers after these answers were restyled."""
+    template: str = ""
+    """Chat template (Jinja) that the model is trained in and brings along; empty: the base model's own."""
     answer_tokens: int = 20
     """Length in tokens of the answers in which behaviors are counted before and after undoing."""
 
