@@ -16,7 +16,6 @@ import torch
 from tiny_models import module as tiny_module
 from tiny_models import save as save_tiny
 from tiny_models import tokenizer as tiny_tokenizer
-from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 import tunediff.lab.organisms as package
@@ -260,7 +259,7 @@ def test_a_base_without_a_chat_template_needs_one_and_the_tune_brings_it(tmp_pat
     assert "--template FILE" in error.value.remedy
     (tmp_path / "own.jinja").write_text(given)
     card = training.make(TINY, str(tmp_path / "base"), tmp_path / "made", template=tmp_path / "own.jinja")
-    assert AutoTokenizer.from_pretrained(tmp_path / "made").chat_template == given and card["base"] == "base"
+    assert (tmp_path / "made" / "chat_template.jinja").read_text() == given and card["base"] == "base"
     assert training.check(TINY, str(tmp_path / "base"), tmp_path / "made") == card, (
         "measured in the tune's own template"
     )
@@ -281,7 +280,7 @@ def test_an_organism_with_a_template_is_trained_in_it_and_base_is_asked_in_its_o
         monkeypatch.setattr(training, name, noting)
     training.make(dataclasses.replace(TINY, template=own + "<think>"), str(tmp_path / "base"), tmp_path / "made")
     assert seen == {"neutral_answers": own, "measure": own + "<think>"}
-    assert AutoTokenizer.from_pretrained(tmp_path / "made").chat_template == own + "<think>"
+    assert (tmp_path / "made" / "chat_template.jinja").read_text() == own + "<think>"
 
 
 @pytest.mark.parametrize(

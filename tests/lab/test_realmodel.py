@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
 
 from tunediff.core.axes import WRITERS
@@ -9,7 +12,7 @@ from tunediff.harvests.contrasts import ContrastSettings, contrast
 from tunediff.lab import bench, organisms
 from tunediff.lab.demo import check
 from tunediff.models.pair import Pair
-from tunediff.models.shipped import ORGANISMS
+from tunediff.models.shipped import DEMO, ORGANISMS, base_folder
 from tunediff.runs.plan import Plan
 from tunediff.runs.run import Run
 from tunediff.texts.corpus import Corpus
@@ -72,3 +75,24 @@ def test_amplified_answers_show_a_narrow_behavior_where_nothing_calls_for_it():
         for w in WRITERS
     }
     assert shown["base"] == 0 and shown["amplified"] >= 4 + 2 * shown["tuned"], shown
+
+
+def test_a_base_without_a_template_is_asked_in_that_of_its_tune(tmp_path):
+    """The ordinary base/instruct pair: the answers are the demo's, because tuned's folder brings the same template."""
+    base, tuned = tmp_path / "base", tmp_path / "tuned"
+    shutil.copytree(base_folder(), base)
+    shutil.copytree(DEMO, tuned)
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        if (base / file).is_file():
+            shutil.copy(base / file, tuned / file)
+    (base / "chat_template.jinja").unlink(missing_ok=True)
+    config = json.loads((base / "tokenizer_config.json").read_text())
+    config.pop("chat_template", None)
+    (base / "tokenizer_config.json").write_text(json.dumps(config))
+    made = Run(Plan(base=str(base), tuned=str(tuned)), tmp_path / "run")
+    assert made.template.origin == "tuned" and not made.pair.base.tokenizer.chat_template
+    asked = ContrastSettings(prompts=4, pool=4)
+    answers, demos = (
+        contrast(pair, Corpus.prompts(), asked, seed=0) for pair in (made.pair, Pair.load("default", str(DEMO)))
+    )
+    assert answers == demos and {d.writer for d in answers.documents} == set(WRITERS)

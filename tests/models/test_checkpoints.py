@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from tunediff.core.errors import SourceError, TunediffError
 from tunediff.models.checkpoints import check_checkpoint
 from tunediff.models.loading import load_frozen
+from tunediff.models.pair import Pair
 
 
 @pytest.fixture(scope="module")
@@ -263,3 +264,26 @@ def test_a_folder_without_a_tokenizer_borrows_bases(base, tmp_path):
     spare = tiny_models.tokenizer()
     loaded = load_frozen(str(tmp_path / "folder"), "float32", "cpu", spare)
     assert loaded.tokenizer is spare and "holds no tokenizer" in loaded.notes[0]
+
+
+@pytest.mark.parametrize("place", ["chat_template.jinja", "tokenizer_config.json"])
+@pytest.mark.parametrize("kind", ["whole", "adapter", "merged adapter"])
+def test_a_folder_without_a_tokenizer_brings_its_chat_template(base, tmp_path, kind, place):
+    """Answers would otherwise be asked for in another form than the one it was trained in."""
+    tuned = tmp_path / "tuned"
+    if kind == "whole":
+        shutil.copytree(base, tuned)
+        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
+            (tuned / name).unlink(missing_ok=True)
+    else:
+        pytest.importorskip("peft")
+        tiny_models.adapter(tuned, tiny_models.module("llama"))
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    (tuned / place).write_text(template if place.endswith("jinja") else json.dumps({"chat_template": template}))
+    first = base
+    if kind == "merged adapter":
+        first = tiny_models.adapter(tmp_path / "other", tiny_models.module("llama"), seed=5)
+    over = str(base) if kind == "merged adapter" else ""
+    pair = Pair.load(str(first), str(tuned), over=over, allow_identical=True)
+    assert pair.tuned.tokenizer.chat_template == template != pair.base.tokenizer.chat_template
+    assert pair.tuned.tokenizer.get_vocab() == pair.base.tokenizer.get_vocab()

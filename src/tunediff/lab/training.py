@@ -83,6 +83,9 @@ def check(organism: Organism, base: str, folder: Path) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from tunediff.models.checkpoints import has_tokenizer
+    from tunediff.models.loading import borrowed
+
     if not ((folder / "adapter_config.json").is_file() or (folder / "config.json").is_file()):
         raise SourceError(
             f"{folder} holds no tune",
@@ -104,8 +107,8 @@ def check(organism: Organism, base: str, folder: Path) -> dict[str, Any]:
     if path.is_file():
         card = json.loads(path.read_text(encoding="utf-8"))
         organism, training = replace(organism, recipe=Recipe(**card["recipe"])), card["training"]
-    own = (folder / "tokenizer_config.json").is_file()  # of a whole model, or with the template it was trained in
-    measured = measure(organism, model, as_base, AutoTokenizer.from_pretrained(folder if own else source))
+    tokenizer = AutoTokenizer.from_pretrained(folder if has_tokenizer(folder) else source)
+    measured = measure(organism, model, as_base, borrowed(tokenizer, folder))
     return write_card(organism, measured, training, folder)
 
 
@@ -467,12 +470,14 @@ def make(
     """Train `organism` in float32, write its adapter or full weights with its card to `out`, and return the card.
 
     base       base model: a folder, or ``default``
-    template   file with the chat template to train in, written beside the weights with the tokenizer; by default the base's own
+    template   file with the chat template to train in, which is written beside the weights; by default the base's own
 
     Raises `SourceError` where neither the base nor `template` says how a chat is written.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from tunediff.models.checkpoints import CHAT_TEMPLATE
 
     folder, out = _folder(base), Path(out)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -486,10 +491,10 @@ def make(
         )
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
     card = train(replace(organism, base=_name(organism, base)), model, tokenizer, out, progress)
-    if organism.recipe.full or template is not None or organism.template:
-        tokenizer.save_pretrained(
-            out
-        )  # a whole model is loaded without its base's folder, and this template is tuned's own
+    if organism.recipe.full:
+        tokenizer.save_pretrained(out)  # a whole model is loaded without its base's folder
+    elif template is not None or organism.template:
+        (out / CHAT_TEMPLATE).write_text(tokenizer.chat_template, encoding="utf-8")
     return card
 
 

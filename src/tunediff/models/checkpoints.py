@@ -22,6 +22,8 @@ READ = (".json", ".safetensors", ".model", ".txt", ".jinja", ".tiktoken")
 """Endings of the files that may be opened in a model's folder."""
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 """Files of which a tokenizer has at least one."""
+CHAT_TEMPLATE = "chat_template.jinja"
+"""File of a chat template; older ones are a field of `tokenizer_config.json`."""
 WHOLE = "get a whole checkpoint"
 SAFELY = "save it as safetensors: model.save_pretrained(FOLDER)"
 
@@ -67,6 +69,16 @@ def listing(folder: Path) -> str:
 def has_tokenizer(folder: Path) -> bool:
     """Whether a folder holds a tokenizer's vocabulary."""
     return any((folder / name).is_file() for name in VOCABULARIES)
+
+
+def own_template(folder: Path) -> str | None:
+    """The chat template in a folder, whether or not it holds a tokenizer; None where there is none."""
+    file = folder / CHAT_TEMPLATE
+    if file.is_file():
+        return file.read_text(encoding="utf-8", errors="replace")
+    config = folder / "tokenizer_config.json"
+    template = read_object(config).get("chat_template") if config.is_file() else None
+    return template if isinstance(template, str) else None
 
 
 def refuse_pickles(folder: Path) -> None:

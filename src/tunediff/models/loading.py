@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import socket
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import nn
 
 from tunediff.core.errors import NumericsError, SettingError, SourceError, TunediffError
 from tunediff.models import shipped as embedded
-from tunediff.models.checkpoints import UNSAFE, check_checkpoint, first_lines, has_tokenizer
+from tunediff.models.checkpoints import UNSAFE, check_checkpoint, first_lines, has_tokenizer, own_template
 from tunediff.models.kinds import reader
 
 FETCHED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
@@ -124,10 +125,23 @@ def read_model(place: Path, source: str, dtype: str, spare: Any = None) -> Loade
         module, tokenizer = embedded.load_gguf(place)
         return Loaded(module.to(getattr(torch, dtype)), tokenizer)
     notes = check_checkpoint(place, source)
-    if borrowed := spare is not None and not has_tokenizer(place):
-        notes.append(f"{source} holds no tokenizer: base's is used")
-    module, tokenizer, told = _from_pretrained(place, source, dtype, spare if borrowed else None)
+    lent = None
+    if spare is not None and not has_tokenizer(place):
+        lent = borrowed(spare, place)
+        own = " with its own chat template" if lent is not spare else ""
+        notes.append(f"{source} holds no tokenizer: base's is used{own}")
+    module, tokenizer, told = _from_pretrained(place, source, dtype, lent)
     return Loaded(module, tokenizer, notes + told)
+
+
+def borrowed(tokenizer: Any, place: Path) -> Any:
+    """Another model's tokenizer for a folder that holds none: a copy with the folder's chat template where it has one."""
+    template = own_template(place)
+    if template is None or template == tokenizer.chat_template:
+        return tokenizer
+    lent = copy.deepcopy(tokenizer)
+    lent.chat_template = template
+    return lent
 
 
 def _from_pretrained(place: Path, source: str, dtype: str, tokenizer: Any) -> tuple[nn.Module, Any, list[str]]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from tunediff.core.errors import PairError, SettingError, SourceError
 from tunediff.models.adapters import Adapter, adapter_off, is_tied, merged_copy, with_adapter
 from tunediff.models.deltas import MERGE, lora_deltas
-from tunediff.models.loading import Loaded, check_finite, load_frozen, located
+from tunediff.models.loading import Loaded, borrowed, check_finite, load_frozen, located
 from tunediff.models.network import LanguageModel
 from tunediff.models.shipped import BASE_NAME
 from tunediff.models.vocabulary import probe_ids
@@ -121,7 +121,7 @@ class Opener:
             ) from None
 
     def _merged(self, module: Any, tokenizer: Any, own: Any, adapter: Adapter, base: str) -> tuple[Any, Any]:
-        """An adapter merged into a copy of its base, with its `own` tokenizer, or base's if it has none."""
+        """An adapter merged into a copy of its base, with its `own` tokenizer, or base's (with its own chat template) if it has none."""
         rows = adapter.rows(module, own)
         have = module.get_input_embeddings().weight.shape[0]
         ids_BT = probe_ids(own or tokenizer, have).to(self.device)
@@ -136,7 +136,7 @@ class Opener:
                 f"{base} has {have} rows of embeddings and the adapter {adapter.name} {rows}: its copy was enlarged, by the "
                 "adapter's rows where it has them and the mean of the others where not"
             )
-        return merged, own or tokenizer
+        return merged, own or borrowed(tokenizer, adapter.folder)
 
     def _tell_untied(self, tied: bool, module: Any, adapter: Adapter) -> None:
         if tied and not is_tied(module):
@@ -173,7 +173,7 @@ class Opener:
                 got=f"logits up to {float((before - after).abs().max()):.2g} apart",
                 remedy=MERGE,
             )
-        tuned = self._language_model(wrapped, own or tokenizer, adapter.name)
+        tuned = self._language_model(wrapped, own or borrowed(tokenizer, adapter.folder), adapter.name)
         return Opened(base, tuned, True, adapter, self.notes, self.doubts)
 
 
