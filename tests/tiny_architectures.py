@@ -144,7 +144,7 @@ OTHERS = {
     "OPTForCausalLM, embeddings narrower than the stream": Case(
         "opt", fields=(("word_embed_proj_dim", WIDTH // 2), ("do_layer_norm_before", False))
     ),
-    "GPT2LMHeadModel, fewer positions than a row": Case("gpt2", fields=(("n_positions", 24),)),
+    "GPT2LMHeadModel, fewer positions than a row": Case("gpt2", fields=(("n_positions", 64),)),
     "BertLMHeadModel, as an encoder": Case("bert", fields=(("is_decoder", False),)),
     "Gemma2ForCausalLM, window shorter than a row": Case("gemma2", fields=(("sliding_window", 8),)),
 }

@@ -179,3 +179,9 @@ def test_a_wrapper_is_read_whole_and_its_user_told():
     assert auto is transformers.AutoModelForImageTextToText
     assert "Qwen2VLForConditionalGeneration" in notes[0] and "text alone" in notes[0]
     assert kinds.reader(transformers.LlamaConfig(), "folder") == (transformers.AutoModelForCausalLM, [])
+
+
+def test_a_network_with_too_few_positions_for_the_check_says_so():
+    with pytest.raises(FamilyError, match="too few positions") as caught:
+        model(Case("gpt2", fields=(("n_positions", 16),))).check_reading(IDS)
+    assert "at least 20" in str(caught.value) and "got: 16" in str(caught.value)

@@ -40,6 +40,13 @@ def check(model: LanguageModel, ids_BT: Tensor, tolerance: float) -> None:
     Raises `FamilyError` with the reason, `NumericsError` for logits that are not finite.
     """
     kind, ids_BT, fast = type(model.network).__name__, ids_BT.to(model.device), model.fast
+    if model.positions < ids_BT.shape[1] + PADDING:
+        raise FamilyError(
+            f"{kind} has too few positions",
+            expected=f"at least {ids_BT.shape[1] + PADDING}, for the texts on which a network is checked",
+            got=f"{model.positions:g}",
+            remedy=OTHER_NETWORK,
+        )
     model.shares_prefixes, model.resumes, model.fast = False, True, False
     try:
         own = _own(model, ids_BT)
