@@ -64,6 +64,7 @@ def test_a_file_is_a_template_and_what_is_none_is_told(tmp_path):
     assert chosen.origin == str(path) and chosen.written(HELLO, True) == "user: Hi there\nmodel: "
     for content, said in (
         (None, "is no file"),
+        (b"{% for m in messages %}{{ m.content }", "is no Jinja template"),
         (b"\xff\xfe", "not UTF-8"),
         (b" \n", "is empty"),
         (b"x" * (1 << 21), "too large"),

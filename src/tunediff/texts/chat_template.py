@@ -219,7 +219,7 @@ class ChatTemplate:
 
 
 def template_file(path: str) -> str:
-    """The text of a template file; raises `SettingError` for one that is missing, too large or not text."""
+    """The text of a template file; raises `SettingError` for one that is missing, too large, or no template."""
     file = Path(path).expanduser()
     expected = "auto, base, tuned, plain, or a file that holds a Jinja template"
     if not file.is_file():
@@ -234,6 +234,17 @@ def template_file(path: str) -> str:
         raise SettingError(f"pair.template: {path} cannot be read", got=error.strerror or str(error)) from None
     if not text.strip():
         raise SettingError(f"pair.template: {path} is empty", expected=expected)
+    try:
+        ChatTemplate(path, text).written(())
+    except Refused:
+        pass  # it refuses a chat without a turn, as it may
+    except CorpusError as error:
+        raise SettingError(
+            f"pair.template: {path} is no Jinja template",
+            expected=expected,
+            got=error.got,
+            remedy="--set pair.template=plain",
+        ) from None
     return text
 
 
