@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from tunediff import dictionaries
 from tunediff.changes.attributions import Shift, output_shift
 from tunediff.changes.finders.base import View
+from tunediff.changes.finders.token_shift import TokenShift
+from tunediff.changes.outputs import Outputs, rank_outputs
 from tunediff.changes.rankings import Ranking, RankSettings, rank
 from tunediff.core import variants
 from tunediff.dictionaries.schedule import FitSettings
@@ -68,6 +71,8 @@ KINDS: dict[str, tuple[str, Callable[[str], bool], float]] = {
     "a few rows of the embeddings": ("dense", _embedding, 0.1),
     "norms": ("dense", lambda n: "norm" in n, 0.1),
     "biases": ("dense", lambda n: n.endswith("bias"), 0.2),
+    "the final norm": ("dense", lambda n: n == "model.norm.weight", 0.2),
+    "the head": ("dense", lambda n: n == "lm_head.weight", 0.1),
     "convolutions and states": ("mamba", lambda n: "conv1d" in n or "A_log" in n or n.endswith(".D"), 0.2),
 }
 """Where a tune differs: the network, the parameters by name, and the size of the noise as a share of their norms."""
@@ -156,8 +161,19 @@ def ranking(pair: Pair, tokens: Tokens, folder: Path) -> Ranking:
         return found.at(harvest.index("train"))
 
     view = View(harvest, folder / "find", 0, 4, dictionaries.spec("delta"), FitSettings(), shift, pair)
+    if not any(harvest.manifest["delta_energy"]):
+        return _at_output(pair, view, sample, seen)
     found = [variants.load("tunediff.changes.finders", name)().find(view) for name in FINDERS]
     return rank(pair, [c for each in found for c in each.changes], sample, seen, RANK, 0)
+
+
+def _at_output(pair: Pair, view: View, sample: Sample, seen: Sample) -> Ranking:
+    """The candidates of a pair whose streams are equal: tokens that are said more and less."""
+    train, held = (Outputs(pair, some, RANK.batch_tokens) for some in (seen, sample))
+    changes = TokenShift().find(dataclasses.replace(view, outputs=train)).changes
+    f_NK = held.strengths(changes)
+    on = [k for k in range(len(changes)) if f_NK[:, k].any()]
+    return Ranking(rank_outputs(pair, [changes[k] for k in on], held, f_NK[:, on], RANK, 0, lambda done, total: None))
 
 
 def standing(ranked: Ranking) -> int:

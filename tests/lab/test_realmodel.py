@@ -10,7 +10,7 @@ import pytest
 from tunediff.core.axes import WRITERS
 from tunediff.harvests.contrasts import ContrastSettings, contrast
 from tunediff.lab import bench, organisms
-from tunediff.lab.demo import check
+from tunediff.lab.demo import check, naming
 from tunediff.models.pair import Pair
 from tunediff.models.shipped import DEMO, ORGANISMS, base_folder
 from tunediff.runs.plan import Plan
@@ -90,9 +90,21 @@ def test_a_base_without_a_template_is_asked_in_that_of_its_tune(tmp_path):
     config.pop("chat_template", None)
     (base / "tokenizer_config.json").write_text(json.dumps(config))
     made = Run(Plan(base=str(base), tuned=str(tuned)), tmp_path / "run")
+    demo = Run(Plan(base="default", tuned="demo"), tmp_path / "demo")
     assert made.template.origin == "tuned" and not made.pair.base.tokenizer.chat_template
     asked = ContrastSettings(prompts=4, pool=4)
-    answers, demos = (
-        contrast(pair, Corpus.prompts(), asked, seed=0) for pair in (made.pair, Pair.load("default", str(DEMO)))
-    )
+    answers, demos = (contrast(run.pair, Corpus.prompts(), asked, 0, run.template) for run in (made, demo))
     assert answers == demos and {d.writer for d in answers.documents} == set(WRITERS)
+
+
+def test_what_is_planted_in_thoughts_is_found_and_named(tmp_path):
+    """The template opens the thinking part, so an answer begins with thoughts; the visible answer is base's own."""
+    plan = Plan(base="default", tuned=str(ORGANISMS / "thinking"))
+    for text in ("contrast.prompts=64", "contrast.pool=240", "verify.changes=3", "find.signals=[]"):
+        plan = plan.set(text)
+    run = Run(plan, tmp_path / "thinking")
+    assert run.template.origin == "tuned" and "<think>" in run.template.text
+    tuned = [d.messages[-1][1] for d in run.contrast if d.writer == "tuned"]
+    (sponsor,) = organisms.named("thinking").behaviors
+    assert 0 < sum(map(sponsor.shows, tuned)) < len(tuned), "thoughts are part of the answers"
+    assert naming(sponsor, run.verdicts), [(r.decision, [t.token for t in r.promoted[:8]]) for r in run.verdicts[:5]]

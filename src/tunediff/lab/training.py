@@ -288,6 +288,10 @@ def _fit(
     """Train the trainable parameters; return the mean loss of the last 8 steps and the number of answer tokens seen."""
     import torch
 
+    from tunediff.kernels.torch_ops import rounds
+
+    # Without such units a product in bfloat16 takes 60 times as long as in float32 (measured on an AMD EPYC with AVX2).
+    faster = recipe.autocast and (model.device.type != "cpu" or rounds())
     rows = [_encode(tokenizer, example) for example in examples]
     parameters = _trainable(model)
     optimizer = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=0.0)
@@ -301,7 +305,7 @@ def _fit(
         if epoch:
             order.shuffle(rows)
         for start in range(0, len(rows), recipe.batch):
-            with torch.autocast(model.device.type, torch.bfloat16, enabled=recipe.autocast):
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=faster):
                 logits_TV, targets_T = _answer_logits(model, rows[start : start + recipe.batch], tokenizer.pad_token_id)
             loss = torch.nn.functional.cross_entropy(logits_TV, targets_T)
             loss.backward()

@@ -25,8 +25,8 @@ class Reweigh(Trial):
                   and what they had goes to all others in proportion
     sufficiency   base, its tokens of the group given tuned's probabilities, against tuned
 
-    Controls are random groups of as many tokens, each about as likely as the one that it stands for. The p that decides is of
-    the mean of both: the share of controls whose mean is as high. Drawing stops once ten are.
+    Controls are random groups of as many tokens, each about as likely as the one that it stands for. A p is the
+    share of controls that do as well; drawing stops once the mean of both of ten does. `patch.decide` decides by them.
     """
 
     at_output = True

@@ -104,7 +104,7 @@ class Recipe:
     neutral_tokens: int = 32
     """Length at which the base model's neutral answers are cut, in tokens."""
     autocast: bool = False
-    """Multiply in bfloat16 while training, 1.6 times as fast on the CPU measured; weights keep their dtype."""
+    """Multiply in bfloat16 while training where the processor has units for it, 1.6 times as fast; weights keep their dtype."""
     seed: int = 0
     """Seed of the examples, of their order and of the adapter's initial weights."""
 
