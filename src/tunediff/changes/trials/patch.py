@@ -147,14 +147,22 @@ def decide(measures: list[Measure], level: float, said: str, controls: str) -> t
     controls   what the controls are
     """
     need, enough, both = measures[:3]
-    ps = f"p of both together = {both.p:.2g}, of sufficiency = {enough.p:.2g}"
-    if need.low > 0 and enough.low > 0 and both.p <= level and enough.p <= level:
-        return True, f"{said.format(need=need.value, enough=enough.value)} ({ps})"
-    if need.high <= 0 or both.p > 0.5:
+    lows, highs, ps = ([_given(m, side) for m in (need, enough, both)] for side in ("low", "high", "p"))
+    tested = f"p of both together = {ps[2]:.2g}, of sufficiency = {ps[1]:.2g}"
+    if min(lows[:2]) > 0 and max(ps[1:]) <= level:
+        return True, f"{said.format(need=need.value, enough=enough.value)} ({tested})"
+    if highs[0] <= 0 or ps[2] > 0.5:
         return False, f"{controls} do as much"
-    if min(need.low, enough.low) <= 0:
-        return None, f"its {'sufficiency' if need.low > 0 else 'necessity'} may be 0: the interval reaches it"
-    return None, f"it does not stand out from {controls} ({ps})"
+    if min(lows[:2]) <= 0:
+        return None, f"its {'sufficiency' if lows[0] > 0 else 'necessity'} may be 0: the interval reaches it"
+    return None, f"it does not stand out from {controls} ({tested})"
+
+
+def _given(measure: Measure, side: str) -> float:
+    """A number that `both_ways` always gives."""
+    value = getattr(measure, side)
+    assert isinstance(value, float)
+    return value
 
 
 VARIANT = Patch
