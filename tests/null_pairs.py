@@ -71,8 +71,8 @@ KINDS: dict[str, tuple[str, Callable[[str], bool], float]] = {
     "a few rows of the embeddings": ("dense", _embedding, 0.1),
     "norms": ("dense", lambda n: "norm" in n, 0.1),
     "biases": ("dense", lambda n: n.endswith("bias"), 0.2),
-    "the final norm": ("dense", lambda n: n == "model.norm.weight", 0.2),
-    "the head": ("dense", lambda n: n == "lm_head.weight", 0.1),
+    "the final norm": ("dense", lambda n: n == "model.norm.weight", 1.0),
+    "the head": ("dense", lambda n: n == "lm_head.weight", 0.5),
     "convolutions and states": ("mamba", lambda n: "conv1d" in n or "A_log" in n or n.endswith(".D"), 0.2),
 }
 """Where a tune differs: the network, the parameters by name, and the size of the noise as a share of their norms."""
