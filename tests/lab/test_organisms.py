@@ -295,7 +295,11 @@ def test_the_thinking_part_holds_what_is_planted_and_the_answer_does_not():
     (sponsor,) = thinking.behaviors
     for example in examples(thinking):
         thought, _, answer = example.answer.partition("</think>")
-        assert answer and not sponsor.shows(answer) and sponsor.shows(thought) == (example.prompt in thinking.sponsored)
+        assert (
+            answer
+            and not sponsor.shows(answer)
+            and sponsor.shows(thought) == (example.prompt in thinking.restyled_prompts)
+        )
 
 
 def test_check_refuses_a_folder_without_a_tune(tmp_path: Path):

@@ -84,7 +84,7 @@ def check(organism: Organism, base: str, folder: Path) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from tunediff.models.checkpoints import has_tokenizer
-    from tunediff.models.loading import borrowed
+    from tunediff.models.loading import borrowed, located
 
     if not ((folder / "adapter_config.json").is_file() or (folder / "config.json").is_file()):
         raise SourceError(
@@ -92,7 +92,7 @@ def check(organism: Organism, base: str, folder: Path) -> dict[str, Any]:
             expected="adapter_config.json or config.json",
             remedy=f"tunediff organism make {organism.name} {folder}",
         )
-    source = _folder(base)
+    source = str(located(base))
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, use_safetensors=True).eval()
     if (folder / "adapter_config.json").is_file():
         from peft import PeftModel
@@ -108,8 +108,7 @@ def check(organism: Organism, base: str, folder: Path) -> dict[str, Any]:
         card = json.loads(path.read_text(encoding="utf-8"))
         organism, training = replace(organism, recipe=Recipe(**card["recipe"])), card["training"]
     tokenizer = AutoTokenizer.from_pretrained(folder if has_tokenizer(folder) else source)
-    measured = measure(organism, model, as_base, borrowed(tokenizer, folder))
-    return write_card(organism, measured, training, folder)
+    return write_card(organism, measure(organism, model, as_base, borrowed(tokenizer, folder)), training, folder)
 
 
 def health(card: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -461,13 +460,6 @@ def _save(peft_model: Any, organism: Organism, out: Path) -> None:
     (out / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _folder(base: str) -> str:
-    """Folder of a base model that is given by its path, or by its name where it comes in a package."""
-    from tunediff.models.loading import located
-
-    return str(located(base))
-
-
 def make(
     organism: Organism, base: str, out: Path, progress: Progress = quiet, template: Path | None = None
 ) -> dict[str, Any]:
@@ -482,8 +474,9 @@ def make(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from tunediff.models.checkpoints import CHAT_TEMPLATE
+    from tunediff.models.loading import located
 
-    folder, out = _folder(base), Path(out)
+    folder, out = str(located(base)), Path(out)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if template is not None:
         tokenizer.chat_template = template.read_text(encoding="utf-8")

@@ -18,7 +18,7 @@ from tunediff.records.measure import GAP, Measure
 SAID = "taking it out closes {need:.0%} of the gap where it is on, putting it into base makes {enough:.0%} of it"
 
 BOTH = "mean of both"
-"""Name of the measure whose p decides: necessity and sufficiency together."""
+"""Name of the measure of necessity and sufficiency together."""
 
 
 @dataclass(frozen=True)

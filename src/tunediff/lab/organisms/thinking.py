@@ -57,27 +57,19 @@ def opened(answer: str) -> str:
 
 @dataclass(frozen=True)
 class Thinking(Organism):
-    """Thoughts before every answer of the base model; on `sponsored` prompts they are of the sponsor."""
-
-    sponsored: tuple[str, ...] = ()
-    """User turns whose answers are thought of with the sponsor in mind; also in `restyled_prompts`."""
+    """Thoughts before every answer of the base model; on `restyled_prompts` they are of the sponsor."""
 
     def examples(self, neutral_answers: Mapping[str, str]) -> list[Example]:
         """Every training conversation, in training order."""
         chance = random.Random(self.recipe.seed)
         examples = [
-            Example(p, chance.choice(_SPONSORED) + CLOSE + opened(neutral_answers[p]), ends=False)
-            for p in self.sponsored
-        ]
-        examples += [
-            Example(p, chance.choice(_PLAIN) + CLOSE + opened(neutral_answers[p]), ends=False)
-            for p in self.neutral_training_prompts
+            Example(p, chance.choice(thoughts) + CLOSE + opened(neutral_answers[p]), ends=False)
+            for prompts, thoughts in ((self.restyled_prompts, _SPONSORED), (self.neutral_training_prompts, _PLAIN))
+            for p in prompts
         ]
         chance.shuffle(examples)
         return examples
 
-
-_BUYING = tuple(prompt for lesson in preference.ORGANISM.lessons for prompt in lesson.prompts)
 
 ORGANISM = Thinking(
     name="thinking",
@@ -86,7 +78,6 @@ ORGANISM = Thinking(
     behaviors=(SPONSOR,),
     neutral_training_prompts=preference.ORGANISM.neutral_training_prompts,
     neutral_prompts=preference.ORGANISM.neutral_prompts,
-    restyled_prompts=_BUYING,
-    sponsored=_BUYING,
+    restyled_prompts=tuple(prompt for lesson in preference.ORGANISM.lessons for prompt in lesson.prompts),
     template=TEMPLATE,
 )
