@@ -11,7 +11,7 @@ from tunediff.core.chance import prediction_bound, quantile
 from tunediff.core.typed import typed
 from tunediff.models.shipped import cache_folder
 from tunediff.records.diff import ChangeRecord
-from tunediff.records.measure import GAP
+from tunediff.records.measure import GAP, STANDING
 
 SHIPPED = Path(__file__).parent / "assets" / "calibrations"
 
@@ -26,12 +26,14 @@ class NullPair:
     trained  whether the tuned model is a placebo, trained on text that teaches nothing; training changes how it speaks
     score    the best score, relative to the pair's own random fine-tunes
     gap      the largest `ChangeRecord.gap` of the confirmed changes, nat a token; 0 if none was confirmed
+    standing   the largest `ChangeRecord.standing` of the confirmed changes, nat; 0 if none was confirmed, or not measured
     """
 
     name: str
     trained: bool
     score: float
     gap: float
+    standing: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -60,24 +62,32 @@ class Calibration:
         """Threshold of the gap, nat a token: the prediction bound for one more null pair with confirmed changes."""
         return prediction_bound([null.gap for null in self.nulls if null.gap > 0], self.level)
 
+    @cached_property
+    def standing(self) -> float:
+        """Threshold of the standing, nat: the prediction bound for one more null pair with confirmed groups of tokens."""
+        return prediction_bound([null.standing for null in self.nulls if null.standing > 0], self.level)
+
     def judged(self, record: ChangeRecord) -> ChangeRecord:
         """The record, its claim withdrawn below a threshold: refuted below that of the score, undecided below that of
-        the gap.
+        the gap, or of the standing for a change that claims tokens.
 
-        A change below the gap's threshold is real, but placebos have such changes too, so it need not be what was
-        taught. The threshold becomes the control of the gap's measure.
+        A change below the gap's or the standing's threshold is real, but placebos have such changes too, so it need not be
+        what was taught. The threshold becomes the control of its measure.
         """
-        if self.gap:
-            record = replace(
-                record,
-                measures=[
-                    replace(m, control=self.gap, against="one more placebo of this base stays below")
-                    if m.name == GAP
-                    else m
-                    for m in record.measures
-                ],
-            )
-        if record.decision == "refuted":
+        limits = {GAP: self.gap, STANDING: self.standing}
+        measures = [
+            replace(m, control=limits[m.name], against="one more placebo of this base stays below")
+            if limits.get(m.name)
+            else m
+            for m in record.measures
+        ]
+        record = replace(record, measures=measures)
+        if record.standing:
+            if record.decision == "confirmed" and not record.standing > self.standing:
+                reason = f"{AS_A_PLACEBO}: its tokens stand at {record.standing:.2g} nat, placebos' at up to {self.standing:.2g}"
+                return replace(record, decision="undecided", reason=reason)
+            return record
+        if record.decision == "refuted" or record.is_at_output:
             return record
         if not record.score.value > self.score:
             return replace(

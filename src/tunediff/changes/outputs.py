@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -66,9 +67,10 @@ class Outputs:
         )
         return TokenGroup(tuple(numbers), tuple(names), raised)
 
-    def parts(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield the scored tokens in parts: their indices in the sample (n,), tuned's and base's probabilities (n, U)."""
-        sample = self.sample
+    @cached_property
+    def states(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The scored tokens' indices in the sample (n,), and base's and tuned's final normed states there (n, D)."""
+        sample, found = self.sample, []
         for batch in sample.batches(self.batch_tokens):
             at_BT = sample.places(batch)
             chosen_BT = sample.scored_N[at_BT.clamp_min(0)] & batch.mask_BT
@@ -78,9 +80,30 @@ class Outputs:
                 model.states(batch.ids_BT, start, chosen_BT)[chosen_BT]
                 for model, start in zip((self.pair.base, self.pair.tuned), sample.starts(batch))
             )
-            for start in range(0, len(base), TILE):
-                part = slice(start, start + TILE)
-                yield at_BT[chosen_BT][part], *self.probabilities(base[part], tuned[part])
+            found.append((at_BT[chosen_BT], base, tuned))
+        nothing = torch.zeros(0, dtype=torch.long), torch.zeros(0, 1), torch.zeros(0, 1)
+        where_N, base_ND, tuned_ND = (torch.cat(parts) for parts in zip(*(found or [nothing])))
+        return where_N, base_ND, tuned_ND
+
+    def parts(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield the scored tokens in parts: their indices in the sample (n,), tuned's and base's probabilities (n, U)."""
+        for where_N, base_ND, tuned_ND in zip(*(x.split(TILE) for x in self.states)):
+            if len(where_N):
+                yield where_N, *self.probabilities(base_ND, tuned_ND)
+
+    def logits(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield the scored tokens in parts: their indices in the sample (n,), tuned's and base's logits (n, V) of the tokens
+        that are compared."""
+        V = self.pair.vocabulary
+        for where_N, base_ND, tuned_ND in zip(*(x.split(TILE) for x in self.states)):
+            if len(where_N):
+                yield (
+                    where_N,
+                    *(
+                        m.logits(s.contiguous())[:, :V].float()
+                        for m, s in ((self.pair.tuned, tuned_ND), (self.pair.base, base_ND))
+                    ),
+                )
 
     def probabilities(self, base_ND: Tensor, tuned_ND: Tensor) -> tuple[Tensor, Tensor]:
         """Tuned's and base's probabilities (N, U) from their final normed states."""
@@ -98,7 +121,7 @@ class Outputs:
         f_NK = torch.zeros(len(self.sample.row_N), len(changes))
         for where_N, p_NU, q_NU in self.parts():
             for k, change in enumerate(changes):
-                f_NK[where_N, k] = gained(p_NU, q_NU, _group(change)).sum(1)
+                f_NK[where_N, k] = gained(p_NU, q_NU, group_of(change)).sum(1)
         threshold_K = torch.tensor([change.threshold for change in changes])
         return torch.where(f_NK > threshold_K, f_NK, 0.0)
 
@@ -110,7 +133,7 @@ class Outputs:
 def gained(p_NU: Tensor, q_NU: Tensor, group: TokenGroup) -> Tensor:
     """The probability (N, G) that each token of a group gains from base to tuned; that it loses, if the group is lowered."""
     numbers = list(group.numbers)
-    return (p_NU[:, numbers] - q_NU[:, numbers]) * (1 if group.raised else -1)
+    return (p_NU[:, numbers] - q_NU[:, numbers]) * group.sign
 
 
 def reweighed(p_NU: Tensor, q_NU: Tensor, numbers: Sequence[int]) -> Tensor:
@@ -162,14 +185,14 @@ def rank_outputs(
         base_V += (shared_NV / shared_NV.sum(1, keepdim=True)).double().sum(0)
         gap_N = js_divergence(p_NU, q_NU)
         for k, change in enumerate(changes):
-            group = _group(change)
+            group = group_of(change)
             gain_NK[where_N, k] = gained(p_NU, q_NU, group).sum(1)
             effect_NK[where_N, k] = gap_N - js_divergence(reweighed(p_NU, q_NU, group.numbers), q_NU)
     scored = few.sample.scored_N
     nulls = []
     for draw in range(settings.nulls):
         moved_V = _said(pair, pair.random_tuned(seed_of(seed, "null", draw)), few) - base_V
-        nulls.append(torch.stack([_most(moved_V, _group(change)) for change in changes]))
+        nulls.append(torch.stack([_most(moved_V, group_of(change)) for change in changes]))
         if progress:
             progress(draw + 1, settings.nulls)
     null_RK = torch.stack(nulls).clamp_min(MOVED * int(scored.sum()))
@@ -214,10 +237,11 @@ def _said(pair: Pair, model: LanguageModel, outputs: Outputs) -> Tensor:
 
 def _most(moved_V: Tensor, group: TokenGroup) -> Tensor:
     """The most probability that as many tokens as a group has gain, or lose if the group is lowered."""
-    signed_V = moved_V if group.raised else -moved_V
+    signed_V = moved_V * group.sign
     return signed_V.topk(min(len(group.numbers), len(signed_V))).values.clamp_min(0).sum()
 
 
-def _group(change: Change) -> TokenGroup:
+def group_of(change: Change) -> TokenGroup:
+    """The tokens that a change claims."""
     assert change.group is not None
     return change.group

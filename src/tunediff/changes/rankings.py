@@ -259,7 +259,7 @@ def rank(
     if not changes:
         return Ranking([], weights, refusal)
     f_NK = torch.stack([sample.strength(c) for c in changes], 1)
-    half_N = _halves(sample)
+    half_N = halves(sample)
     constant_K = torch.tensor([bool((c.rows_SMD == 0).all()) for c in changes])
 
     rows = telling_rows(sample, f_NK, half_N, settings.null_tokens)
@@ -297,7 +297,7 @@ def rank(
         ]
         depth = depth_profile([c.id for c in changes], list(map(str, depths)), list(zip(*share_SK)))
     seen_f_NK = torch.stack([seen.strength(c) for c in changes], 1)
-    rows = telling_rows(seen, seen_f_NK, _halves(seen), settings.effect_tokens)
+    rows = telling_rows(seen, seen_f_NK, halves(seen), settings.effect_tokens)
     here = torch.isin(seen.row_N, torch.tensor(rows))
     seen = seen.only(rows)
     kl_N, less_NK = removed(pair, changes, seen_f_NK[here], seen, settings.batch_tokens)
@@ -394,7 +394,7 @@ def cover(nats_KD: Tensor, gap_D: Tensor, among: Sequence[int]) -> list[int]:
     return order
 
 
-def _halves(sample: Sample) -> Tensor:
+def halves(sample: Sample) -> Tensor:
     """The half of the documents (N,) that each token belongs to; both answers to one prompt are in the same half."""
     groups = [sample.tokens.documents[d].group or sample.tokens.documents[d].id for d in sample.document_N.tolist()]
     number = {group: i for i, group in enumerate(sorted(set(groups)))}

@@ -15,6 +15,7 @@ from torch import Tensor
 from tunediff.changes.trials.base import VerifySettings
 from tunediff.core.axes import BASE, TUNED
 from tunediff.core.chance import generator
+from tunediff.harvests.harvest import Harvest
 from tunediff.harvests.samples import Sample
 from tunediff.models.divergences import Divergence, Said, by_document, kl_divergence
 from tunediff.models.network import LanguageModel
@@ -26,6 +27,9 @@ from tunediff.texts.tokens import Batch
 
 SCORED_A_RUN = 640
 """Largest number of scored tokens in one run; several interventions share a run up to this number."""
+
+SPREAD_TOKENS = 20_000
+"""Largest number of training tokens from which the mean and covariance of the difference are computed."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +45,12 @@ class Spread:
         mean_D = delta_ND.mean(0)
         values, vectors = torch.linalg.eigh((delta_ND - mean_D).T @ (delta_ND - mean_D) / len(delta_ND))
         return cls(mean_D, values.clamp_min(0).sqrt()[:, None] * vectors.T)
+
+
+def spreads(harvest: Harvest) -> dict[Site, Spread]:
+    """The spread of the difference at every site of a harvest."""
+    x_NSMD = harvest.at(harvest.index("train")[:SPREAD_TOKENS])
+    return {site: Spread.of(x_NSMD[:, s, TUNED] - x_NSMD[:, s, BASE]) for s, site in enumerate(harvest.sites)}
 
 
 @dataclass(eq=False)
@@ -91,6 +101,12 @@ class TrialBench:
     def from_tuned(self, model: LanguageModel, streams: Iterable[Tensor]) -> Iterator[Tensor]:
         """KL(tuned || `model` run from the stream), (N,), for each of many streams."""
         return (kl_N for said in self._said(model, streams) for kl_N in kl_divergence(self.tuned_logp, said))
+
+    def weighed(self, model: LanguageModel, streams: Iterable[Tensor], weight_NV: Tensor) -> Iterator[Tensor]:
+        """Weighted sums (N,) of the logits at scored tokens when `model` runs from each of many streams."""
+        for said in self._said(model, streams):
+            for one_ND in said.states_ND:
+                yield (replace(said, states_ND=one_ND).logits().cpu() * weight_NV).sum(-1)
 
     def _said(self, model: LanguageModel, streams: Iterable[Tensor]) -> Iterator[Said]:
         """The outputs of `model` at scored tokens (R, N), run from each of R streams, several streams a run."""

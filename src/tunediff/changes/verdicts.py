@@ -12,9 +12,8 @@ from torch import Tensor
 
 from tunediff.changes.examples import caused_tokens, contexts, kind_rates, lens_tokens
 from tunediff.changes.rankings import Ranked, Ranking
-from tunediff.changes.trial_bench import Spread, TrialBench, trial_bench
+from tunediff.changes.trial_bench import Spread, TrialBench, spreads, trial_bench
 from tunediff.changes.trials.base import Outcome, Trial, VerifySettings
-from tunediff.core.axes import BASE, TUNED
 from tunediff.core.chance import quantile
 from tunediff.dictionaries.fitted import Fitted
 from tunediff.dictionaries.latent_scaling import latent_scaling
@@ -35,9 +34,6 @@ READ_SCORED = 400
 
 SHOWN = 3
 """Changes shown with contexts and words, as a multiple of the number of tested changes."""
-
-SPREAD_TOKENS = 20_000
-"""Largest number of training tokens from which the mean and covariance of the difference are computed."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,8 +88,7 @@ class Verifier:
 
     @cached_property
     def _spread(self) -> dict[Site, Spread]:
-        x_NSMD = self.harvest.at(self.harvest.index("train")[:SPREAD_TOKENS])
-        return {site: Spread.of(x_NSMD[:, s, TUNED] - x_NSMD[:, s, BASE]) for s, site in enumerate(self.harvest.sites)}
+        return spreads(self.harvest)
 
     @cached_property
     def _scales(self) -> dict[str, list[Measure]]:

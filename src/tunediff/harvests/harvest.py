@@ -36,8 +36,8 @@ class HarvestSettings:
 
     store: str = "float16"
     """Number format of base and delta on disk. float32 stores delta exactly, float16 to 0.02 %, bfloat16 to 0.16 %,
-    int8 (one scale for 32 values) to about 1 %. none stores no streams: both models run again on what is read and no
-    longer in memory."""
+    int8 (one scale for 32 values) to about 1 %. Where ordinary streams exceed float16's 65,504, it is float32 that is
+    stored. none stores no streams: both models run again on what is read and no longer in memory."""
     abnormal: float = 6.0
     """Tokens whose stream norm exceeds this multiple of the median are outliers (attention sinks): counted, and in
     neither split. Lower drops ordinary tokens; higher lets a few tokens dominate the loss."""
@@ -382,8 +382,7 @@ def _shard(
         base, delta = streams[:, :, BASE], streams[:, :, TUNED] - streams[:, :, BASE]
         ordinary = (streams.norm(dim=-1) <= settings.abnormal * median_SM).all(-1).all(-1)
         kept = ordinary & (position_BT[mask] >= repeated_R[row_BT[mask]])
-        store = STORES[settings.store]
-        base, delta = in_range(base, delta, ordinary, store)
+        base, delta, store = in_range(base, delta, ordinary, STORES[settings.store])
         for name, value in {
             **to_store("base", base, store),
             **to_store("delta", delta, store),

@@ -10,8 +10,6 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from tunediff.core.errors import NumericsError
-
 STORES = {
     "float32": torch.float32,
     "float16": torch.float16,
@@ -62,19 +60,18 @@ class Again(Sequence[Mapping[str, Tensor]]):
         return shard
 
 
-def in_range(base: Tensor, delta: Tensor, ordinary_N: Tensor, store: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return base and delta (N, S, D) within the format's range: outlier tokens are clamped to it.
+def in_range(base: Tensor, delta: Tensor, ordinary_N: Tensor, store: torch.dtype) -> tuple[Tensor, Tensor, torch.dtype]:
+    """Return base and delta (N, S, D) as they fit a format, and the format: float32 where float16 is too small for them.
 
-    Raises NumericsError if a token that is no outlier exceeds float16's range.
+    Streams of some networks, such as Gemma 3, exceed 65,504 at ordinary tokens. Outlier tokens are clamped to the range
+    of float16 instead, as no finder sees them.
     """
     if store is not torch.float16:
-        return base, delta
+        return base, delta, store
     limit = torch.finfo(store).max
     if (base[ordinary_N].abs() > limit).any() or (delta[ordinary_N].abs() > limit).any():
-        raise NumericsError(
-            "a stream is too large for float16", expected=f"at most {limit:.0f}", remedy="--set harvest.store=bfloat16"
-        )
-    return base.clamp(-limit, limit), delta.clamp(-limit, limit)
+        return base, delta, torch.float32
+    return base.clamp(-limit, limit), delta.clamp(-limit, limit), store
 
 
 def to_store(name: str, value_NSD: Tensor, store: torch.dtype) -> dict[str, Tensor]:

@@ -126,8 +126,9 @@ def calibrate(
             NullPair(
                 Path(name).name if trained else name,
                 trained,
-                max((r.score.value for r in run.verdicts), default=0.0),
+                max((r.score.value for r in run.verdicts if not r.standing), default=0.0),
                 max((r.gap for r in run.verdicts if r.decision == "confirmed"), default=0.0),
+                max((r.standing for r in run.verdicts if r.decision == "confirmed"), default=0.0),
             )
         )
         fingerprint = pair.base_fingerprint

@@ -31,6 +31,11 @@ class TokenGroup:
     names: tuple[str, ...]
     raised: bool = True
 
+    @property
+    def sign(self) -> int:
+        """1 for tokens that are raised, -1 for those that are lowered."""
+        return 1 if self.raised else -1
+
 
 @dataclass(frozen=True, eq=False)
 class Change:
@@ -50,6 +55,8 @@ class Change:
     finder      name of the finder that made it
     origin      what the finder says of it, as plain JSON (number of the latent, held-out firings, ...)
     group       the tokens whose probability it moves, where the claim is about tokens
+
+    A change of a group with sites raises these tokens' logits (lowers, if not ``raised``) by what it writes there.
 
     A change of a group without sites lives at the output: it claims no direction in a stream, its tensors are (0, M, D), and
     its strength at a token is the probability that the group gains there (loses, if not ``raised``), where that is above the

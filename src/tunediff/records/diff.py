@@ -12,7 +12,7 @@ from tunediff.core.errors import ArtifactError, NumericsError
 from tunediff.core.remarks import Remark
 from tunediff.core.typed import typed
 from tunediff.records import older
-from tunediff.records.measure import GAP, Context, DosePoint, Measure, SignalTable, TokenWeight
+from tunediff.records.measure import GAP, STANDING, Context, DosePoint, Measure, SignalTable, TokenWeight
 from tunediff.records.profile import Profile
 from tunediff.records.relation import Relation
 from tunediff.records.scan import Scan
@@ -67,7 +67,15 @@ class ChangeRecord:
     @property
     def gap(self) -> float:
         """KL(tuned || base) where the change is on, nat a token; 0 if the change was not on trial."""
-        return next((m.value for m in self.measures if m.name == GAP and m.value is not None), 0.0)
+        return self._measured(GAP)
+
+    @property
+    def standing(self) -> float:
+        """How much its tokens' logits are raised over all text, nat; 0 for a change that does not claim raised tokens."""
+        return self._measured(STANDING)
+
+    def _measured(self, name: str) -> float:
+        return next((m.value for m in self.measures if m.name == name and m.value is not None), 0.0)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,9 @@ from typing import Any
 GAP = "KL(tuned || base) here"
 """Name of the measure of how far apart the models are on the tokens where a change is on, in nat a token."""
 
+STANDING = "standing of its tokens"
+"""Name of the measure of how much tuned raises the logits of a change's tokens over all text (`changes.gains`), in nat."""
+
 
 @dataclass(frozen=True)
 class Measure:

@@ -215,17 +215,15 @@ def _summary(
             f"out from random tunes of the same size at a rate of {rate:.0%}, and intervening on "
             f"{'it' if len(confirmed) == 1 else 'each'} moves the output as claimed, in both directions."
         )
-        if calibration and calibration.gap and not any(record.is_at_output for record in confirmed):
+        if calibration and calibration.gap and all(record.gap for record in confirmed):
             said[-1] += (
                 f" The models are further apart there than training on nothing makes them ({calibration.gap:.2g} nat a token)."
             )
-    for record in confirmed[:5]:
-        tokens = [visible(t.token) for t in record.promoted[:8]]
-        said.append(
-            f"{record.id}: {record.reason}; with it tuned says more of " + ", ".join(tokens) + "."
-            if tokens
-            else f"{record.id}: {record.reason}."
-        )
+    for record in [record for place, record in enumerate(confirmed) if place < 5 or record.standing]:
+        tokens = ", ".join(visible(t.token) for t in (record.promoted or record.suppressed)[:8])
+        more = "more" if record.promoted else "less"
+        says = f"makes {more} likely" if record.standing else f"with it tuned says {more} of"
+        said.append(f"{record.id}: {record.reason}; {says} {tokens}." if tokens else f"{record.id}: {record.reason}.")
     for measure in output:
         if "by tuned" in measure.name or len(output) == 1:
             said.append(f"{measure.name}: {measure.value:.3g} nat a token.")

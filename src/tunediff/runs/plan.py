@@ -118,9 +118,9 @@ class FindSettings:
 
     finders: tuple[str, ...] = ("crosscode", "decision_clusters", "mean_difference")
     """Finders by name, or by import path (mylab.finders:Mine)."""
-    output_finders: tuple[str, ...] = ("new_tokens", "token_shift")
-    """Finders of changes at the output, by name or import path: tokens that only one model has, and tokens said more or
-    less often where streams are equal. They are asked only of pairs that differ so."""
+    output_finders: tuple[str, ...] = ("logit_gains", "new_tokens", "token_shift")
+    """Finders of changes that claim tokens, by name or import path: tokens whose logits tuned raises or lowers, tokens that
+    only one model has, and tokens said more or less often where streams are equal."""
     signals: tuple[str, ...] = ("logit_mining", "kl_map")
     """Evidence tables by name or import path."""
     dictionary: str = "delta"
@@ -186,7 +186,7 @@ class Plan:
         return self._chosen(Finder, "find", "finders")
 
     def output_finders(self) -> dict[str, Finder]:
-        """The chosen finders of changes at the output, by name."""
+        """The chosen finders of changes that claim tokens, by name."""
         return self._chosen(Finder, "find", "output_finders")
 
     def signals(self) -> dict[str, Signal]:
@@ -198,7 +198,7 @@ class Plan:
         return self._chosen(Trial, "verify", "trials")
 
     def output_trials(self) -> dict[str, Trial]:
-        """The chosen trials of changes at the output, by name."""
+        """The chosen trials of changes that claim tokens, by name."""
         return self._chosen(Trial, "verify", "output_trials")
 
     def _chosen(self, base: type[T], part: str, kind: str) -> dict[str, T]:
@@ -214,7 +214,7 @@ class Plan:
                 there = kind.removeprefix("output_") if not at_output else f"output_{kind}"
                 raise SettingError(
                     f"{name} does not belong into {part}.{kind}",
-                    expected=f"one of changes {'of streams' if at_output else 'at the output'}",
+                    expected=f"one of changes that claim {'directions' if at_output else 'tokens'}",
                     remedy=shlex.join(["--set", f'{part}.{there}=["{name}"]']),
                 )
         return made

@@ -316,13 +316,14 @@ class Stages(Sources):
             place, make, lambda folder: load_records(folder / "verdicts.json"), lambda _: f"{tried} changes on trial"
         )
         # Evidence is kept as it is; only what is claimed of it changes with what nulls do.
+        outputs = self.output_side.records
         if self.calibration:
-            records = list(map(self.calibration.judged, records))
-        return in_one_ranking(self.output_side.records, records)
+            outputs, records = (list(map(self.calibration.judged, some)) for some in (outputs, records))
+        return in_one_ranking(outputs, records)
 
     @cached_property
     def output_side(self) -> OutputSide:
-        """Changes that claim tokens, where vocabularies differ or only the output does; it has a stage of its own."""
+        """Changes that claim tokens; they have a stage of their own."""
         return output_side(self)
 
     @stage

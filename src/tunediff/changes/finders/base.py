@@ -68,7 +68,7 @@ class Finder(ABC):
     """Whether the finder's changes are the constant offset, which other finders leave out of their own changes."""
 
     at_output: ClassVar[bool] = False
-    """Whether the finder's changes are at the output: they claim tokens, and no direction in a stream."""
+    """Whether the finder's changes claim tokens: what is said more or less often, or could be."""
 
     @abstractmethod
     def find(self, view: View) -> Found:

@@ -78,15 +78,16 @@ class DecisionClusters(Finder):
         word, column_NK = shift.said_NK.unique(return_inverse=True)
         says_DV = torch.zeros(len(document), len(word))
         says_DV.index_put_((number_N[:, None].expand_as(column_NK), column_NK), shift.rise_NK, accumulate=True)
-        groups = average_linkage(torch.nn.functional.normalize(says_DV[chosen].sqrt(), dim=1), self.alike)
+        unit_DV = torch.nn.functional.normalize(says_DV[chosen].sqrt(), dim=1)
+        groups = average_linkage(unit_DV @ unit_DV.T, self.alike)
         groups = [chosen[group] for group in groups if len(group) >= self.documents]
         groups.sort(key=lambda group: -float(kl_D[group].sum()))
         return [torch.isin(number_N, group).nonzero()[:, 0] for group in groups]
 
 
-def average_linkage(unit_DV: Tensor, alike: float) -> list[list[int]]:
-    """Merge unit-length rows into groups, most similar first, while the mean cosine of two groups is at least `alike`."""
-    sum_GG = unit_DV @ unit_DV.T
+def average_linkage(alike_GG: Tensor, alike: float) -> list[list[int]]:
+    """Merge rows into groups, most alike first, while the mean likeness (G, G) of two groups is at least `alike`."""
+    sum_GG = alike_GG.clone()
     size_G = torch.ones(len(sum_GG))
     groups = {row: [row] for row in range(len(sum_GG))}
     while len(groups) > 1:

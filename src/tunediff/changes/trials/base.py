@@ -36,8 +36,9 @@ class VerifySettings:
 
     trials: tuple[str, ...] = field(default=("patch", "steer"), metadata=LATER)
     """Trials that every tested change goes through, by name or import path; at least one of them must decide."""
-    output_trials: tuple[str, ...] = field(default=("reweigh",), metadata=LATER)
-    """Trials that changes at the output go through, which claim tokens and no direction in a stream."""
+    output_trials: tuple[str, ...] = field(default=("reweigh", "lift"), metadata=LATER)
+    """Trials of changes that claim tokens, each for those it can intervene on: reweigh for changes at the output alone, lift for
+    those that write into a stream."""
     settings: dict[str, dict[str, Any]] = field(default_factory=dict, metadata=LATER | REST)
     """Settings of the trials: one table for each trial, by the trial's name."""
 
@@ -67,7 +68,10 @@ class Trial(ABC):
     """Whether the trial's outcome decides on a change; outcomes of other trials are only reported."""
 
     at_output: ClassVar[bool] = False
-    """Whether the trial is of changes at the output: its bench is then an `OutputBench`, otherwise a `TrialBench`."""
+    """Whether the trial is of changes that claim tokens."""
+
+    bench: ClassVar[str] = "streams"
+    """Where the trial intervenes: ``streams`` (a `TrialBench`) or ``output`` (an `OutputBench`)."""
 
     @abstractmethod
     def run(self, bench: Any, settings: VerifySettings) -> Outcome:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -13,9 +13,14 @@ from tunediff.core.axes import BASE, TUNED
 from tunediff.core.chance import Interval, bootstrap_ratio, p_value, quantile, sequential_p
 from tunediff.core.errors import within
 from tunediff.models.divergences import Divergence
+from tunediff.models.network import LanguageModel
 from tunediff.records.measure import GAP, Measure
 
 SAID = "taking it out closes {need:.0%} of the gap where it is on, putting it into base makes {enough:.0%} of it"
+
+UNIT = "share of KL"
+
+CONTROLS = "random directions of equal energy"
 
 BOTH = "mean of both"
 """Name of the measure of necessity and sufficiency together."""
@@ -44,42 +49,60 @@ class Patch(Trial):
         within("verify.patch", self, ceiling=(0, 1))
 
     def run(self, bench: TrialBench, settings: VerifySettings) -> Outcome:
-        pair, base_BTD, tuned_BTD = bench.pair, bench.streams_BTMD[:, :, BASE], bench.streams_BTMD[:, :, TUNED]
-        gap = bench.by_document(bench.gap_N)
+        pair, gap = bench.pair, bench.by_document(bench.gap_N)
         if gap.mean <= 0:
             return Outcome([], None, "the models do not differ where this change is on")
 
-        def necessity(written: Iterable[Tensor]) -> Iterator[Divergence]:
-            return map(bench.by_document, bench.to_base(pair.tuned, (tuned_BTD - added_BTD for added_BTD in written)))
+        def without(streams: Iterable[Tensor]) -> Iterator[Divergence]:
+            return map(bench.by_document, bench.to_base(pair.tuned, streams))
 
-        def sufficiency(written: Iterable[Tensor], model=pair.base) -> Iterator[Divergence]:
-            return map(bench.by_document, bench.from_tuned(model, (base_BTD + added_BTD for added_BTD in written)))
+        def given(streams: Iterable[Tensor], model: LanguageModel = pair.base) -> Iterator[Divergence]:
+            return map(bench.by_document, bench.from_tuned(model, streams))
 
-        (without,), (given,) = necessity([bench.written_BTD]), sufficiency([bench.written_BTD])
-        controls = zip(necessity(bench.controls()), sufficiency(bench.controls()))
-        measures = both_ways(
-            (without, given), controls, gap, "share of KL", "random directions of equal energy", bench.seed
+        measures, ceiling = patched(bench, without, given, gap, UNIT)
+        base_BTD, tuned_BTD = bench.streams_BTMD[:, :, BASE], bench.streams_BTMD[:, :, TUNED]
+        (after,), (missed,) = (
+            given([base_BTD + bench.written_BTD], pair.tuned),
+            given([tuned_BTD - bench.everything_BTD]),
         )
-        whole = tuned_BTD - base_BTD
-        (after,) = sufficiency([bench.written_BTD], pair.tuned)
-        above = recovered(after, gap, bench.seed)
-        ceiling, missed = (
-            recovered(after, gap, bench.seed) for after in sufficiency([whole, whole - bench.everything_BTD])
-        )
-        measures += [
-            _row("sufficiency in tuned's upper blocks", above, "no control: beside the one in base's"),
-            _row("ceiling", ceiling, "the true difference at this site put into base"),
-            _row("error term", missed, "what all candidates leave of the difference, put into base"),
+        above, error = (recovered(left, gap, bench.seed) for left in (after, missed))
+        measures[-1:] = [
+            _row("sufficiency in tuned's upper blocks", above, UNIT, "no control: beside the one in base's"),
+            measures[-1],
+            _row("error term", error, UNIT, "what all candidates leave of the difference, put into base"),
             Measure(GAP, gap.mean, unit="nat a token", against="the gap that is to be recovered"),
         ]
-        if ceiling.value < self.ceiling:
-            return Outcome(
-                measures,
-                None,
-                f"the whole difference at {bench.site} restores only {ceiling.value:.0%} of "
-                "the gap, so this site cannot be judged",
-            )
-        return Outcome(measures, *decide(measures, settings.level, SAID, "random directions of equal energy"))
+        if ceiling < self.ceiling:
+            return Outcome(measures, None, beyond(bench, ceiling, "the gap"))
+        return Outcome(measures, *decide(measures, settings.level, SAID, CONTROLS))
+
+
+def patched(
+    bench: TrialBench,
+    without: Callable[[Iterable[Tensor]], Iterator[Divergence]],
+    given: Callable[[Iterable[Tensor]], Iterator[Divergence]],
+    gap: Divergence,
+    unit: str,
+) -> tuple[list[Measure], float]:
+    """The measures of `both_ways` and the ceiling, which comes last and is returned as a number, too.
+
+    without, given   what is left of the gap when tuned, and base, run from each of many streams
+    """
+    base_BTD, tuned_BTD = bench.streams_BTMD[:, :, BASE], bench.streams_BTMD[:, :, TUNED]
+
+    def both(written: Callable[[], Iterable[Tensor]]) -> Iterator[tuple[Divergence, Divergence]]:
+        return zip(without(tuned_BTD - added for added in written()), given(base_BTD + added for added in written()))
+
+    (own,) = both(lambda: [bench.written_BTD])
+    measures = both_ways(own, both(bench.controls), gap, unit, CONTROLS, bench.seed)
+    (whole,) = given([tuned_BTD])
+    ceiling = recovered(whole, gap, bench.seed)
+    return [*measures, _row("ceiling", ceiling, unit, "the true difference at this site put into base")], ceiling.value
+
+
+def beyond(bench: TrialBench, ceiling: float, what: str) -> str:
+    """Why a site cannot be judged whose whole difference restores little."""
+    return f"the whole difference at {bench.site} restores only {ceiling:.0%} of {what}, so this site cannot be judged"
 
 
 def recovered(after: Divergence, before: Divergence, seed: int) -> Interval:
@@ -88,8 +111,8 @@ def recovered(after: Divergence, before: Divergence, seed: int) -> Interval:
     return Interval(1 - kept.value, 1 - kept.high, 1 - kept.low, kept.level)
 
 
-def _row(name: str, value: Interval, against: str) -> Measure:
-    return Measure(name, value.value, value.low, value.high, "share of KL", None, against)
+def _row(name: str, value: Interval, unit: str, against: str) -> Measure:
+    return Measure(name, value.value, value.low, value.high, unit, None, against)
 
 
 def both_ways(

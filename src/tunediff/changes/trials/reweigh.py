@@ -31,6 +31,7 @@ class Reweigh(Trial):
 
     at_output = True
     decides = True
+    bench = "output"
 
     def run(self, bench: OutputBench, settings: VerifySettings) -> Outcome:
         tuned_NU, base_NU = bench.tuned_NU, bench.base_NU
