@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from functools import cache
 from pathlib import Path
 
 import planted_pairs
 import pytest
 import tiny_models
+import tiny_world
 import torch
+from command_line import cli
 from planted_pairs import LAYER, SITE
 
 from tunediff import dictionaries
@@ -29,6 +32,8 @@ from tunediff.harvests.samples import Sample
 from tunediff.models.pair import Pair
 from tunediff.models.vocabulary import FLOOR
 from tunediff.records.change import Change
+from tunediff.records.diff import ChangeRecord
+from tunediff.records.measure import STANDING, Measure
 from tunediff.texts.tokens import Tokens
 
 WORDS = (200, 210, 220)
@@ -172,9 +177,6 @@ def test_noise_stands_out_no_more_often_than_the_level_says(tokens, tmp_path):
 
 
 def test_a_standing_within_that_of_placebos_is_no_claim():
-    from tunediff.records.diff import ChangeRecord
-    from tunediff.records.measure import STANDING, Measure
-
     nulls = [NullPair("placebo", True, 3.0, 0.2, 0.5), NullPair("placebo@1", True, 3.0, 0.2, 0.6)]
     nulls.append(NullPair("placebo@2", True, 3.0, 0.2, 0.7))
     calibration = Calibration("base", nulls, 0.05)
@@ -191,3 +193,24 @@ def test_a_standing_within_that_of_placebos_is_no_claim():
     withdrawn = judged(calibration.standing * 0.9)
     assert withdrawn.decision == "undecided" and withdrawn.reason.startswith(AS_A_PLACEBO)
     assert withdrawn.measures[0].control == pytest.approx(calibration.standing)
+
+
+@pytest.mark.slow
+def test_a_whole_run_ranks_tokens_after_confirmed_changes_of_streams_and_takes_them_out(tmp_path):
+    world = tiny_world.make(tmp_path)
+    told = cli(*world.command("diff"))
+    assert told.code == 0, told.err
+    (run,) = (world.root / "runs").glob("*")
+    changes = json.loads((run / "diff.json").read_text())["changes"]
+    assert [c["rank"] for c in changes] == list(range(1, len(changes) + 1))
+    tokens = [c for c in changes if c["finder"] == "logit_gains"]
+    assert {c["id"] for c in tokens} >= {"logit_gains/raised-0", "logit_gains/lowered-0"}
+    for c in tokens:
+        assert c["sites"] != ["output"] and any(m["name"] == STANDING and m["value"] for m in c["measures"])
+        assert bool(c["promoted"]) != bool(c["suppressed"])
+    confirmed = [c["decision"] == "confirmed" for c in changes]
+    assert confirmed == sorted(confirmed, reverse=True) and any(confirmed)
+    first = next(n for n, c in enumerate(changes) if c["finder"] == "logit_gains")
+    assert all(c["finder"] == "logit_gains" or c["decision"] != "confirmed" for c in changes[first:])
+    undone = cli("revert", run, "--changes", "logit_gains/raised-0")
+    assert undone.code == 0 and "share of KL" in undone.out, undone.err

@@ -160,7 +160,7 @@ def _standing_of(model: LanguageModel, outputs: Outputs) -> Standing:
         at += said.shape[0]
         for part in range(0, said.shape[0], TILE):
             rows = slice(part, part + TILE)
-            found.add(*rises(said.part(rows).logits().float(), base.part(rows).logits().float()))
+            found.add(*rises(*(s.part(rows).logits().float().cpu() for s in (said, base))))
     return found
 
 

@@ -100,7 +100,7 @@ class Outputs:
                 yield (
                     where_N,
                     *(
-                        m.logits(s.contiguous())[:, :V].float()
+                        m.logits(s.contiguous())[:, :V].float().cpu()
                         for m, s in ((self.pair.tuned, tuned_ND), (self.pair.base, base_ND))
                     ),
                 )

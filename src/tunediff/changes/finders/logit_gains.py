@@ -11,6 +11,7 @@ from torch import Tensor
 from tunediff.changes.finders.base import Finder, Found, View
 from tunediff.changes.finders.decision_clusters import average_linkage
 from tunediff.changes.gains import rises, standing
+from tunediff.changes.rankings import halves
 from tunediff.core.axes import BASE, TUNED
 from tunediff.core.errors import within
 from tunediff.harvests.samples import Sample
@@ -37,7 +38,7 @@ class LogitGains(Finder):
     """Number of tokens grouped, of those that are raised and of those that are lowered."""
     alike: float = 0.35
     """Smallest mean likeness (0..1) at which two groups of tokens are merged."""
-    tokens: int = 12
+    tokens: int = 20
     """Largest number of tokens in a change, those of highest standing."""
     groups: int = 3
     """Largest number of groups proposed, of those that are raised and of those that are lowered."""
@@ -65,7 +66,7 @@ class LogitGains(Finder):
         ]
         where_N, rise_NK, plausible_NK = (torch.cat(parts) for parts in zip(*read))
         document_N = outputs.sample.document_N[where_N]
-        half_N = document_N % 2 == 0
+        half_N = halves(outputs.sample)[where_N]
         changes = []
         for name, mine, sign in (("raised", raised_K, 1), ("lowered", lowered_K, -1)):
             columns = [tokens.index(token) for token in mine if sign * score_V[token] > 0]
