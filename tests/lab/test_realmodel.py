@@ -38,7 +38,17 @@ def test_each_objective_is_named_by_a_confirmed_change_among_the_first_five(chec
 def test_what_is_claimed_is_more_than_placebos_of_the_embedded_base_do(run, checked):
     """The calibration that ships is this base's, and the demo's claims stand against it."""
     assert run.calibration.gap > 0
-    assert all(r.gap > run.calibration.gap for r in run.verdicts if r.decision == "confirmed")
+    assert run.calibration.standing > 0
+    confirmed = [r for r in run.verdicts if r.decision == "confirmed"]
+    assert all(r.standing > run.calibration.standing if r.standing else r.gap > run.calibration.gap for r in confirmed)
+
+
+def test_each_objective_is_a_group_of_tokens_that_are_raised_everywhere(run):
+    """The words of each behavior stand together, and no group holds words of both."""
+    groups = [[t.token for t in r.promoted] for r in run.verdicts if r.decision == "confirmed" and r.standing]
+    behaviors = organisms.named("two-objectives").behaviors
+    named = [[b.name for b in behaviors if b.is_named_by(group)] for group in groups]
+    assert sorted(sum(named, [])) == ["dealer", "packing"] and max(map(len, named)) == 1, groups
     assert any(null.name == "calibration" for null in run.diff().nulls)
 
 

@@ -41,13 +41,17 @@ def calibrate(
     tunes = list(map(str, placebo or ()))
     done = measure(base, count, folder, tunes=tunes, settings=set_ or (), progress=bar)
     path = done.save()
-    rows = [{"null": null.name, "best score": null.score, "gap, nat": null.gap} for null in done.nulls]
-    claimed = sum(null.gap > 0 for null in done.nulls)
+    rows = [
+        {"null": null.name, "best score": null.score, "gap, nat": null.gap, "standing, nat": null.standing}
+        for null in done.nulls
+    ]
+    claimed = sum(null.gap > 0 or null.standing > 0 for null in done.nulls)
     show(
         done,
         json,
         f"{table(rows)}\n{claimed} of {len(rows)} claimed; a change of this base now has to score above {done.score:.3g}, "
-        f"where the models are more than {done.gap:.2g} nat apart\nkept    {path}",
+        f"where the models are more than {done.gap:.2g} nat apart; tokens have to stand above {done.standing:.2g} nat\n"
+        f"kept    {path}",
     )
 
 

@@ -60,7 +60,11 @@ SPARSE = ("batchtopk", "hybrid", "matryoshka", "dsf", "dfc", "diff_sae", "tuned_
 
 
 def _crosscode(dictionary: str, *settings: str) -> tuple[str, ...]:
-    return ('find.finders=["crosscode"]', f"find.dictionary={dictionary}", *settings)
+    return (*_alone("crosscode"), f"find.dictionary={dictionary}", *settings)
+
+
+def _alone(finder: str) -> tuple[str, ...]:
+    return (f'find.finders=["{finder}"]', "find.output_finders=[]")
 
 
 METHODS: dict[str, tuple[str, ...]] = {
@@ -75,7 +79,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "delta: single k": _crosscode("delta", "dictionary.single_k=true"),
     "delta: plain text only": _crosscode("delta", "contrast.prompts=0"),
     **{
-        name: (f'find.finders=["{name}"]',)
+        name: _alone(name)
         for name in (
             "decision_clusters",
             "document_clusters",

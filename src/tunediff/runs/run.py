@@ -188,8 +188,10 @@ class Run(Stages):
 
     @property
     def undoable(self) -> list[str]:
-        """The ids of the confirmed changes that `revert` can take out: those of streams."""
-        return [r.id for r in self.verdicts if r.decision == "confirmed" and not r.is_at_output]
+        """The ids of the confirmed changes that `revert` takes out by itself: those of streams that claim no tokens, else
+        those that raise or lower tokens by what they write into a stream."""
+        confirmed = [r for r in self.verdicts if r.decision == "confirmed" and not r.is_at_output]
+        return [r.id for r in confirmed if not r.standing] or [r.id for r in confirmed]
 
     def revert(self, ids: Sequence[str] = (), cost: float | None = None, bake: Path | None = None) -> Bill:
         """Remove changes from the tuned model, and return the bill: the edit's effect and cost.
