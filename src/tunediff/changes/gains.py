@@ -145,6 +145,19 @@ def rank_gains(
     return sorted(ranked, key=lambda r: (-r.score.value, r.change.id))
 
 
+def chance(ranked: Ranked, level: float) -> tuple[str, str] | None:
+    """Why the standing of a change may be chance, as a decision and its reason; None where it stands out.
+
+    The interval of its score has to be above the best group of every random fine-tune. A p at the level alone would let
+    through as many nulls as the test of directions does, on top of these.
+    """
+    if ranked.p > level:
+        return "refuted", f"random tunes raise tokens as much (p = {ranked.p:.2g})"
+    if ranked.score.low <= max(ranked.null):
+        return "undecided", "the interval of its standing reaches those of random tunes"
+    return None
+
+
 def _standing_of(model: LanguageModel, outputs: Outputs) -> Standing:
     """The gains of all entries in another tuned model."""
     pair, sample = outputs.pair, outputs.sample

@@ -112,7 +112,8 @@ def _ranking(ranked: Sequence[ChangeRecord]) -> list[RenderableType]:
 def _row(c: ChangeRecord) -> list[str | Text]:
     style = "bold" if c.decision == "confirmed" else "dim"
     bounds = interval(c.score.low, c.score.high) if finite(c.score.low) or finite(c.score.high) else ""
-    top = [token_text(w.token) for w in c.promoted[:4]]
+    top = [token_text(w.token) for w in (c.promoted or c.suppressed)[:4]]
+    less = "less " if top and not c.promoted else ""
     tried = [_named(c.measures, name) for name in ("necessity", "sufficiency")]
     return [
         str(c.rank),
@@ -123,7 +124,7 @@ def _row(c: ChangeRecord) -> list[str | Text]:
             _cell(_line(number(m.value) if m else "not tried"), _line((_versus(m, "vs") if m else "", "dim")))
             for m in tried
         ),
-        _cell(_line(" ".join(top[:2]) or "—"), _line(" ".join(top[2:]))),
+        _cell(_line(less + " ".join(top[:2]) or "—"), _line(" ".join(top[2:]))),
     ]
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from tunediff.changes.examples import contexts, kind_rates
-from tunediff.changes.gains import rank_gains, standing
+from tunediff.changes.gains import chance, rank_gains, standing
 from tunediff.changes.output_bench import output_bench
 from tunediff.changes.outputs import Outputs, gained, group_of, rank_outputs
 from tunediff.changes.rankings import Ranked
@@ -107,15 +107,13 @@ def _in_streams(
     ranked = rank_gains(run.pair, changes, held, plan.rank, plan.seed, lambda d, t: run.progress("rank tokens", d, t))
     found, spread, records = standing(held).score_V, spreads(run.harvest), []
     for number, r in enumerate(ranked):
-        change = r.change
-        bench = None
-        if number < plan.verify.changes and r.p <= plan.rank.level and not run.ranking.refusal:
+        change, bench, by_chance = r.change, None, chance(r, plan.rank.level)
+        if number < plan.verify.changes and not by_chance and not run.ranking.refusal:
             bench = trial_bench(
                 run.pair, change, [change], run.sample, spread[change.sites[-1]], plan.verify, plan.seed
             )
         outcomes = _outcomes(trials, bench, "streams", plan.verify)
-        reason = f"random tunes raise tokens as much (p = {r.p:.2g})"
-        decision, reason = _decision(run, r, outcomes, trials, reason)
+        decision, reason = _decision(run, by_chance, outcomes, trials)
         against = f"95th percentile of the best group of as many tokens in {len(r.null)} random tunes"
         stands = r.effect
         score = Measure(
@@ -161,11 +159,11 @@ def _outcomes(trials: Mapping[str, Trial], bench: Any, where: str, settings: Ver
 
 
 def _decision(
-    run: Stages, ranked: Ranked, outcomes: Mapping[str, Outcome], trials: Mapping[str, Trial], as_chance: str
+    run: Stages, by_chance: tuple[str, str] | None, outcomes: Mapping[str, Outcome], trials: Mapping[str, Trial]
 ) -> tuple[str, str]:
-    """The decision on a change that claims tokens, and its reason."""
-    if ranked.p > run.plan.rank.level:
-        return "refuted", as_chance
+    """The decision on a change that claims tokens, and its reason. `by_chance` is both, where random tunes do as much."""
+    if by_chance:
+        return by_chance
     if run.ranking.refusal:
         return "undecided", run.ranking.refusal
     return decision_of({name: trials[name] for name in outcomes}, outcomes)
@@ -193,10 +191,11 @@ def _record(run: Stages, held: Outputs, ranked: Ranked, f_N: Tensor, trials: Map
     """One change at the output alone that is on somewhere, with its trials."""
     plan, change = run.plan, ranked.change
     bench = output_bench(held, change, f_N, plan.verify, plan.seed)
-    stands = ranked.p <= plan.rank.level
-    outcomes = _outcomes(trials, bench if stands else None, "output", plan.verify)
-    reason = f"random tunes move as much probability (p = {ranked.p:.2g})"
-    decision, reason = _decision(run, ranked, outcomes, trials, reason)
+    by_chance = None
+    if ranked.p > plan.rank.level:
+        by_chance = "refuted", f"random tunes move as much probability (p = {ranked.p:.2g})"
+    outcomes = _outcomes(trials, None if by_chance else bench, "output", plan.verify)
+    decision, reason = _decision(run, by_chance, outcomes, trials)
     against = f"95th percentile of the best group of as many tokens in {len(ranked.null)} random tunes"
     score = ranked.score
     measured = [
