@@ -38,6 +38,7 @@ STAGES = {
     "find": lambda run: run.found,
     "rank": lambda run: run.ranking,
     "lens": lambda run: run.lens,
+    "outputs": lambda run: run.output_side,
     "verify": lambda run: run.verdicts,
     "signals": lambda run: run.signals,
     "revert, counted": None,

@@ -23,6 +23,7 @@ STAGES = {
     "find": "found",
     "rank": "ranking",
     "lens": "lens",
+    "outputs": "output_side",
     "verify": "verdicts",
     "signals": "signals",
 }
@@ -35,6 +36,7 @@ AT_MOST = {
     "find": (1617, 441),
     "rank": (1455, 107),
     "lens": (607, 0),
+    "outputs": (2264, 780),
     "verify": (45205, 7262),
     "signals": (781, 1728),
     "bill": (6061, 5185),

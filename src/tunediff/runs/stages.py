@@ -321,7 +321,7 @@ class Stages(Sources):
             outputs, records = (list(map(self.calibration.judged, some)) for some in (outputs, records))
         return in_one_ranking(outputs, records)
 
-    @cached_property
+    @stage
     def output_side(self) -> OutputSide:
         """Changes that claim tokens; they have a stage of their own."""
         return output_side(self)
