@@ -106,7 +106,7 @@ class Run(Stages):
 
     def change(self, id: str) -> Change:
         """The candidate with this id; raises `SettingError` naming the confirmed ones if there is none."""
-        by_id = {c.id: c for c in (*self.changes, *self.output_side.changes)}
+        by_id: dict[str, Change] = {c.id: c for c in (*self.changes, *self.output_side.changes)}
         if id not in by_id and any(record.id == id for record in self.output_side.records):
             raise SettingError(
                 f"{id} is a change at the output: it claims tokens, and no map of a block holds it",
