@@ -232,6 +232,8 @@ class Run(Stages):
     def _told(self, ids: Sequence[str]) -> Bill:
         try:
             return self.bill(ids)
+        except ArtifactError:
+            raise  # a folder that is damaged or full is refused, as it is in every other stage
         except TunediffError as error:
             said = "; ".join(error.lines())
         except Exception as error:  # the finding stands, whatever went wrong in pricing it
