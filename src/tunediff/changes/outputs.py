@@ -85,25 +85,22 @@ class Outputs:
         where_N, base_ND, tuned_ND = (torch.cat(parts) for parts in zip(*(found or [nothing])))
         return where_N, base_ND, tuned_ND
 
+    def _tiles(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield `states` in parts of at most `TILE` tokens."""
+        return ((w, b, t) for w, b, t in zip(*(x.split(TILE) for x in self.states)) if len(w))
+
     def parts(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield the scored tokens in parts: their indices in the sample (n,), tuned's and base's probabilities (n, U)."""
-        for where_N, base_ND, tuned_ND in zip(*(x.split(TILE) for x in self.states)):
-            if len(where_N):
-                yield where_N, *self.probabilities(base_ND, tuned_ND)
+        return ((where_N, *self.probabilities(base_ND, tuned_ND)) for where_N, base_ND, tuned_ND in self._tiles())
 
     def logits(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield the scored tokens in parts: their indices in the sample (n,), tuned's and base's logits (n, V) of the tokens
         that are compared."""
         V = self.pair.vocabulary
-        for where_N, base_ND, tuned_ND in zip(*(x.split(TILE) for x in self.states)):
-            if len(where_N):
-                yield (
-                    where_N,
-                    *(
-                        m.logits(s.contiguous())[:, :V].float().cpu()
-                        for m, s in ((self.pair.tuned, tuned_ND), (self.pair.base, base_ND))
-                    ),
-                )
+        for where_N, base_ND, tuned_ND in self._tiles():
+            sides = ((self.pair.tuned, tuned_ND), (self.pair.base, base_ND))
+            tuned_NV, base_NV = (m.logits(s.contiguous())[:, :V].float().cpu() for m, s in sides)
+            yield where_N, tuned_NV, base_NV
 
     def probabilities(self, base_ND: Tensor, tuned_ND: Tensor) -> tuple[Tensor, Tensor]:
         """Tuned's and base's probabilities (N, U) from their final normed states."""

@@ -62,15 +62,21 @@ class Lift(Trial):
             return bench.weighed(model, streams, weight_NV)
 
         (base_N,), (tuned_N,) = pulled(pair.base, [base_BTD]), pulled(pair.tuned, [tuned_BTD])
-        gap = _where(bench, tuned_N - base_N, mine_NV)
+        # Only tokens of text count at which an entry of the change is plausible.
+        tokens = list(map(int, bench.by_document(mine_NV.any(1).float()).nats))
+
+        def gained(gain_N: Tensor) -> Divergence:
+            return Divergence(bench.by_document(gain_N).nats, tokens)
+
+        gap = gained(tuned_N - base_N)
         if gap.mean <= 0:
             return Outcome([], None, "its tokens gain nothing on held-out text")
 
         def without(streams: Iterable[Tensor]) -> Iterator[Divergence]:
-            return (_where(bench, x_N - base_N, mine_NV) for x_N in pulled(pair.tuned, streams))
+            return (gained(x_N - base_N) for x_N in pulled(pair.tuned, streams))
 
         def given(streams: Iterable[Tensor]) -> Iterator[Divergence]:
-            return (_where(bench, tuned_N - x_N, mine_NV) for x_N in pulled(pair.base, streams))
+            return (gained(tuned_N - x_N) for x_N in pulled(pair.base, streams))
 
         measures, ceiling = patched(bench, without, given, gap, UNIT)
         mean = bootstrap_ratio(gap.nats, gap.tokens, seed=bench.seed)
@@ -95,12 +101,6 @@ class Lift(Trial):
 def _mean(chosen_NV: Tensor) -> Tensor:
     """Weights that average over chosen entries."""
     return chosen_NV.float() / chosen_NV.sum(1, keepdim=True).clamp_min(1)
-
-
-def _where(bench: TrialBench, gain_N: Tensor, mine_NV: Tensor) -> Divergence:
-    """Sums of a gain by document, and the tokens of text at which an entry of the change is plausible."""
-    counted = bench.by_document(mine_NV.any(1).float()).nats
-    return Divergence(bench.by_document(gain_N.cpu()).nats, [int(count) for count in counted])
 
 
 VARIANT = Lift
