@@ -118,10 +118,10 @@ def test_trials_are_chosen_and_say_whether_they_decide(world, write, tmp_path):
     write(TRIAL)
     by = {}
     for trials in (["steer"], ["steer", "runlab:Always"], ["patch", "steer"]):
-        run = Run(planned(world, verify={"trials": trials}), tmp_path / "run")
+        run = Run(planned(world, verify={"trials": trials}, find={"output_finders": []}), tmp_path / "run")
         by[trials[-1]] = [r for r in run.verdicts if "not put on trial" not in r.reason and r.decision != "refuted"]
     assert by["steer"] and all(r.decision == "confirmed" for r in by["runlab:Always"])
-    steered = Run(planned(world, verify={"trials": ["steer"]}), tmp_path / "run").verdicts
+    steered = Run(planned(world, verify={"trials": ["steer"]}, find={"output_finders": []}), tmp_path / "run").verdicts
     tried = [r for r in steered if r.dose]
     assert tried and all(r.decision == "undecided" and "none of the trials decides" in r.reason for r in tried)
     assert not any(m.name == "necessity" for r in steered for m in r.measures)

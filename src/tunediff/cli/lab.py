@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -195,6 +196,9 @@ def organism_make(
     template: Annotated[
         Path | None, typer.Option(help="Chat template (Jinja) to train in, for a base that has none.", exists=True)
     ] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Learning rate of the first step; by default the recipe's.", min=1e-8)
+    ] = None,
     quiet: Quiet = False,
 ) -> None:
     """Train an organism from its recipe, measure it, and write the model with its card to OUT."""
@@ -202,7 +206,10 @@ def organism_make(
     from tunediff.lab import organisms
     from tunediff.lab.training import make
 
-    card = make(organisms.named(name).seeded(seed), base, out, bar, template)
+    organism = organisms.named(name).seeded(seed)
+    if learning_rate is not None:
+        organism = replace(organism, recipe=replace(organism.recipe, learning_rate=learning_rate))
+    card = make(organism, base, out, bar, template)
     bar.close()
     show(card, json=True)
 

@@ -251,13 +251,13 @@ def completer(model: Any, tokenizer: Any, tokens: int = COMPLETION_TOKENS, batch
 
 
 def prose_loss(model: Any, tokenizer: Any) -> float:
-    """Mean loss on `neutral.PROSE` without a chat template, in nats a token."""
+    """Mean loss on `neutral.PROSE` without a chat template but after the tokens that start any text, in nats a token."""
     import torch
 
     total, count = 0.0, 0
     with torch.no_grad():
         for paragraph in neutral.PROSE:
-            ids_1S = torch.tensor([tokenizer(paragraph, add_special_tokens=False)["input_ids"]])
+            ids_1S = torch.tensor([tokenizer(paragraph)["input_ids"]])
             logits_SV = model(input_ids=ids_1S).logits[0, :-1].float()
             total += torch.nn.functional.cross_entropy(logits_SV, ids_1S[0, 1:], reduction="sum").item()
             count += len(logits_SV)
