@@ -14,6 +14,7 @@ import torch
 SETTINGS = {
     "contrast.prompts": 6,
     "contrast.tokens": 6,
+    "elicit.questions": 0,
     "corpus.row_tokens": 48,
     "dictionary.latents": 64,
     "dictionary.k_shared": 2,

@@ -18,6 +18,7 @@ PACKAGES = (
     "tunediff.changes.signals",
     "tunediff.changes.trials",
     "tunediff.dictionaries.architectures",
+    "tunediff.harvests.elicitors",
     "tunediff.models.families",
 )
 

@@ -13,9 +13,10 @@ from tunediff.changes.signals.base import Signal
 from tunediff.changes.trials.base import Trial
 from tunediff.core import variants
 from tunediff.core.typed import toml_value
+from tunediff.harvests.elicitors.base import Elicitor
 from tunediff.runs.plan import Plan
 
-VARIANTS = {"find": (Finder, Signal), "verify": (Trial,)}
+VARIANTS = {"find": (Finder, Signal), "verify": (Trial,), "elicit": (Elicitor,)}
 """Kind of variant whose settings stand in each part of a plan."""
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "settings.md"

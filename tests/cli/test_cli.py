@@ -568,8 +568,13 @@ def test_settings_named_in_the_pages_exist():
         f"{part}.{name}" for part, fields in to_record(Plan()).items() if isinstance(fields, dict) for name in fields
     }
     parts = {name.split(".")[0] for name in known}
-    for part, kinds in (("find", ("finders", "signals")), ("verify", ("trials",))):  # they have settings of their own
-        known |= {f"{part}.{name}" for kind in kinds for name in variants.names(f"tunediff.changes.{kind}")}
+    rooms = {
+        "find": ("changes.finders", "changes.signals"),
+        "verify": ("changes.trials",),
+        "elicit": ("harvests.elicitors",),
+    }
+    for part, kinds in rooms.items():  # they have settings of their own
+        known |= {f"{part}.{name}" for kind in kinds for name in variants.names(f"tunediff.{kind}")}
     for page in docs.glob("*.md"):
         for name in re.findall(r"[`\s]([a-z]+\.[a-z_]+)[`=]", page.read_text(encoding="utf-8")):
             if name.split(".")[0] in parts:

@@ -13,6 +13,7 @@ from tunediff.changes.signals.base import Signal
 from tunediff.changes.trials.base import Trial
 from tunediff.core import variants
 from tunediff.core.errors import SettingError, VariantError
+from tunediff.harvests.elicitors.base import Elicitor
 from tunediff.models.families.base import Family
 
 MINE = """
@@ -66,7 +67,7 @@ def test_settings_make_an_instance_and_are_checked():
             variants.make(Finder, "decision_clusters", wrong, "find")
 
 
-@pytest.mark.parametrize("base", [Finder, Signal, Trial])
+@pytest.mark.parametrize("base", [Finder, Signal, Trial, Elicitor])
 def test_every_variant_that_ships_is_frozen_and_has_no_identity_beside_its_name(base):
     for name in variants.names(base.__module__.rpartition(".")[0]):
         made = variants.make(base, name)

@@ -8,8 +8,9 @@ import torch
 
 from tunediff.core.errors import CorpusError, NumericsError
 from tunediff.core.remarks import Remark
-from tunediff.harvests import contrasts
-from tunediff.harvests.contrasts import ContrastSettings, contrast, first_word_divergence, screen
+from tunediff.harvests import asking
+from tunediff.harvests.asking import next_divergence
+from tunediff.harvests.contrasts import ContrastSettings, contrast, screen
 from tunediff.models.completing import complete, drawn
 from tunediff.models.network import LanguageModel
 from tunediff.models.pair import Pair
@@ -94,7 +95,7 @@ def test_the_models_are_left_as_they_were(pair):
 
 
 def test_an_end_of_turn_at_once_is_an_answer_and_is_told(pair, monkeypatch):
-    real, end = contrasts.complete, pair.tokenizer.eos_token_id
+    real, end = asking.complete, pair.tokenizer.eos_token_id
 
     def completed(self, prompts, *rest, **named):
         answers = real(self, prompts, *rest, **named)
@@ -104,7 +105,7 @@ def test_an_end_of_turn_at_once_is_an_answer_and_is_told(pair, monkeypatch):
             answers[4] = pair.tokenizer(" ", add_special_tokens=False)["input_ids"]
         return answers
 
-    monkeypatch.setattr(contrasts, "complete", completed)
+    monkeypatch.setattr(asking, "complete", completed)
     made = contrast(pair, prompts(), QUICK, seed=0)
     assert len(made.documents) == 16
     assert made.documents[2].answer_ids == (end,) and made.documents[2].messages[-1] == ("assistant", "")
@@ -120,7 +121,7 @@ def test_prompts_too_long_to_be_read_whole_are_left_out(pair, monkeypatch):
         given.append(prompts)
         return [[50, 51]] * len(prompts)
 
-    monkeypatch.setattr(contrasts, "complete", completed)
+    monkeypatch.setattr(asking, "complete", completed)
     long = Document("long", "chat", messages=(("user", "x" * 600),))
     made = contrast(pair, Corpus("p", (long, *prompts(2).documents)), QUICK, seed=0)
     assert [d.group for d in made.documents] == ["p/0", "p/0", "p/1", "p/1"]
@@ -165,7 +166,7 @@ def test_half_of_the_prompts_are_those_whose_first_word_differs_the_most(pair):
             ]
         ]
     )
-    torch.testing.assert_close(first_word_divergence(pair, tokens), kl_R, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(next_divergence(pair, tokens), kl_R, rtol=1e-3, atol=1e-5)
     held = [tokens.held_out[d] for d in tokens.document_R]
     for side in (False, True):
         of_side = [r for r in range(8, 40) if held[r] == side]

@@ -73,11 +73,15 @@ def lens_tokens(
 
 
 def kind_rates(sample: Sample, f_N: Tensor) -> dict[str, float]:
-    """Share of tokens on which a change of these strengths is on, for each kind of text, contrastive text by author."""
+    """Share of tokens on which a change of these strengths is on, for each kind of text.
+
+    Contrastive text counts by its author. What a search elicited counts by its condition, which says when the change shows.
+    """
     seen: dict[str, list[int]] = {}
     for document, on in zip(sample.document_N.tolist(), (f_N != 0).tolist()):
         d = sample.tokens.documents[document]
-        tally = seen.setdefault(f"{d.kind} by {d.writer}" if d.writer else d.kind, [0, 0])
+        kind = f"asked {d.condition!r}, {d.writer}'s answer" if d.condition else d.kind
+        tally = seen.setdefault(f"{kind} by {d.writer}" if d.writer and not d.condition else kind, [0, 0])
         tally[0] += on
         tally[1] += 1
     return {kind: on / count for kind, (on, count) in sorted(seen.items())}

@@ -26,7 +26,9 @@ from tunediff.models.network import LanguageModel
 from tunediff.models.pair import Pair
 from tunediff.models.vocabulary import FLOOR
 from tunediff.records.change import Change, TokenGroup
+from tunediff.texts.tokens import Tokens
 
+BATCH_TOKENS = 2048
 LEAST = 20
 """Fewest tokens of text on which an entry counts as plausible; an entry that is less often, counts as this often."""
 
@@ -85,6 +87,30 @@ def standing(outputs: Outputs) -> Standing:
     for _, tuned_NV, base_NV in outputs.logits():
         found.add(*rises(tuned_NV, base_NV))
     return found
+
+
+def raised_words(pair: Pair, tokens: Tokens, count: int = 12) -> list[str]:
+    """Words whose standing is highest in tuned's favor over the answers of some rows, highest first.
+
+    Only tokens count that begin a word and have at least three letters.
+    """
+    found, V = Standing(pair.vocabulary), pair.vocabulary
+    for batch in tokens.batches(BATCH_TOKENS):
+        before_B = torch.tensor([tokens.prompt_R[row] for row in batch.rows_B.tolist()])
+        wanted_BT = batch.mask_BT & (torch.arange(batch.ids_BT.shape[1]) >= before_B[:, None] - 1)
+        states = pair.both_states(batch.ids_BT, wanted_BT=wanted_BT)[:2]
+        base_ND, tuned_ND = (state_BTD[wanted_BT] for state_BTD in states)
+        for base, tuned in zip(base_ND.split(TILE), tuned_ND.split(TILE)):
+            sides = ((pair.tuned, tuned), (pair.base, base))
+            found.add(*rises(*(m.logits(s.contiguous())[:, :V].float().cpu() for m, s in sides)))
+    score_V, words = found.score_V, list[str]()
+    for number in score_V.argsort(descending=True).tolist():
+        if score_V[number] <= 0 or len(words) == count:
+            break
+        name = pair.vocabularies.name(1, number)
+        if name.startswith(" ") and len(name) > 3 and name[1:].isalpha():
+            words.append(name.strip())
+    return words
 
 
 def rank_gains(

@@ -1,34 +1,23 @@
 """Contrastive text: both models complete the same prompts, so that the text itself shows how the models differ.
 
-Source: Kassem et al. 2026 (2603.04426). Both models later read both completions, because a difference of streams needs
-the same token ids. These are the very ids that were asked and answered; nothing is rendered or encoded again.
+Source: Kassem et al. 2026 (2603.04426).
 """
 
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Any
-
-import torch
-from torch import Tensor
+from dataclasses import dataclass, field
 
 from tunediff.core.axes import WRITERS
 from tunediff.core.errors import CorpusError, within
-from tunediff.core.remarks import Remark, Remarks
-from tunediff.models.completing import complete, ends_of
-from tunediff.models.divergences import Said, kl_divergence
-from tunediff.models.network import LanguageModel
+from tunediff.core.remarks import Remark
+from tunediff.harvests.asking import Asking, among, next_divergence
 from tunediff.models.pair import Pair
 from tunediff.texts.chat_template import ChatTemplate
 from tunediff.texts.corpus import Corpus
 from tunediff.texts.document import Document
 from tunediff.texts.tokens import Tokens
-
-PROMPT_TOKENS = 512
-BATCH_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -111,88 +100,28 @@ def contrast(
         raise CorpusError(
             f"corpus {prompts.name!r} holds no open chat", expected="documents that end with a user message"
         )
-    room = pair.fitting("prompts with their answers", PROMPT_TOKENS + settings.tokens) - settings.tokens
-    if room < 1:
-        raise CorpusError(
-            "answers are longer than the models have positions",
-            expected=f"at most {room + settings.tokens} tokens for prompt and answer",
-            got=f"contrast.tokens = {settings.tokens}",
-            remedy="--set contrast.tokens=14",
-        )
-    tokens = replace(prompts, documents=tuple(pool)).tokens(pair.tokenizer, row_tokens=room, template=template)
-    remarks = Remarks()
-    for remark in tokens.remarks:
-        remarks.add(f"prompts: {remark.what}", remark.first, remark.count)
-    whole = Counter(tokens.document_R)
-    for d in (d for d, count in whole.items() if count > 1):
-        remarks.add(f"prompts left out that are longer than {room} tokens", pool[d].id)
-    tokens = tokens.only([row for row, d in enumerate(tokens.document_R) if whole[d] == 1])
-    if not tokens.rows:
-        raise CorpusError(
-            f"no open chat of corpus {prompts.name!r} fits",
-            expected=f"at most {room} tokens",
-            remedy="give shorter prompts, or --set corpus.prompts=[] for those that ship",
-        )
-    tokens, notes = pair.vocabularies.read_by_both(tokens, pair.tokenizer, 0.0)
-    for note in notes:
-        remarks.add(f"prompts: {note}")
+    asking = Asking(pair, template, settings.tokens, settings.batch, seed)
+    tokens = asking.encoded(among(prompts, pool))
     tokens = tokens.only(screen(pair, tokens, settings))
     rows = {d: row for row, d in zip(tokens.rows, tokens.document_R)}
     first = list(rows)[: settings.amplified_of(len(rows))]
-    ends = ends_of_turn(pair, template)
+    away = {"against": pair.base, "amplification": settings.amplification}
     answers: dict[str, dict[int, list[int]]] = {name: {} for name in WRITERS}
-    for name, model, asked, away in (
-        ("base", pair.base, list(rows), {}),
-        ("tuned", pair.tuned, list(rows), {}),
-        ("amplified", pair.tuned, first, {"against": pair.base, "amplification": settings.amplification}),
+    for name, model, asked in (
+        ("base", pair.base, list(rows)),
+        ("tuned", pair.tuned, list(rows)),
+        ("amplified", pair.tuned, first),
     ):
-        if not asked:
-            continue
-        made = complete(
-            model,
-            [rows[d] for d in asked],
-            settings.tokens,
-            temperature=settings.temperature,
-            seed=seed,
-            batch=settings.batch,
-            progress=progress,
-            ends=ends,
-            keep_end=True,
-            **away,
-        )
-        answers[name] = {d: _until(template.end, ids, model) for d, ids in zip(asked, made)}
-    documents = []
-    for d, name in itertools.product(rows, WRITERS):
-        if d not in answers[name]:
-            continue
-        ids = answers[name][d]
-        shared = tuple(filter(pair.vocabularies.readable, ids))
-        side = pair.base if name == "base" else pair.tuned
-        text = _text([id for id in ids if id not in ends], side, skip_special_tokens=True).strip()
-        if len(shared) < len(ids):
-            remarks.add(f"answers by {name} without tokens that only one model knows", pool[d].id)
-        if not text:
-            remarks.add(f"answers by {name} that are empty", pool[d].id)
-        documents.append(pool[d].answered(text, name, prompt_ids=rows[d], answer_ids=shared))
-    return Contrast(documents, list(remarks.all()))
-
-
-def ends_of_turn(pair: Pair, template: ChatTemplate) -> set[int]:
-    """Tokens that end an answer of either model: those that both name, and the one that the template writes."""
-    return ends_of(pair.base) | ends_of(pair.tuned) | template.end_of_turn(pair.tokenizer)
-
-
-def _until(end: str, ids: list[int], model: LanguageModel) -> list[int]:
-    """An answer up to the line break at which, in plain lines, the next turn begins."""
-    if not end or end not in (text := _text(ids, model)):
-        return ids
-    length = text.index(end) + 1
-    return ids[: next(n for n in range(len(ids), -1, -1) if len(_text(ids[:n], model)) <= length)]
-
-
-def _text(ids: list[int], model: LanguageModel, **how: Any) -> str:
-    """Tokens of the pair as text, as the tokenizer of a model writes them."""
-    return str(model.tokenizer.decode(model.numbering.ids(torch.tensor(ids, dtype=torch.long)), **how))
+        if asked:
+            how = away if name == "amplified" else None
+            made = asking.answers(model, [rows[d] for d in asked], settings.temperature, progress, how)
+            answers[name] = dict(zip(asked, made))
+    documents = [
+        asking.document(pool[d], name, rows[d], answers[name][d])
+        for d, name in itertools.product(rows, WRITERS)
+        if d in answers[name]
+    ]
+    return Contrast(documents, list(asking.remarks.all()))
 
 
 def screen(pair: Pair, tokens: Tokens, settings: ContrastSettings) -> list[int]:
@@ -206,23 +135,9 @@ def screen(pair: Pair, tokens: Tokens, settings: ContrastSettings) -> list[int]:
     chosen, rest = list(range(first)), list(range(first, len(tokens.rows)))
     if first == count:
         return chosen
-    kl = dict(zip(rest, first_word_divergence(pair, tokens.only(rest)).tolist()))
+    kl = dict(zip(rest, next_divergence(pair, tokens.only(rest)).tolist()))
     sides = {held: [r for r in rest if tokens.held_out[tokens.document_R[r]] == held] for held in (False, True)}
     wanted = round((count - first) * len(sides[True]) / len(rest))
     for held, some in ((True, wanted), (False, count - first - wanted)):
         chosen += sorted(sides[held], key=lambda r: (-kl[r], r))[:some]
     return sorted(chosen)
-
-
-def first_word_divergence(pair: Pair, tokens: Tokens) -> Tensor:
-    """Return KL(tuned || base) in nat of the predicted token after each row, (R,)."""
-    kl_R = torch.zeros(len(tokens.rows))
-    for batch in tokens.batches(BATCH_TOKENS):
-        last_BT = torch.zeros_like(batch.mask_BT)
-        last_BT[torch.arange(len(last_BT)), batch.mask_BT.sum(1) - 1] = True
-        base_BTD, tuned_BTD, _ = pair.both_states(batch.ids_BT, wanted_BT=last_BT)
-        base, tuned = (
-            Said(m, states[last_BT], pair.vocabulary) for m, states in ((pair.base, base_BTD), (pair.tuned, tuned_BTD))
-        )
-        kl_R[batch.rows_B] = kl_divergence(tuned, base).cpu()
-    return kl_R

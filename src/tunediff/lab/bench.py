@@ -101,6 +101,7 @@ so only the tokens that it lists are scored.
 QUICK = (
     "contrast.prompts=48",
     "contrast.pool=160",
+    "elicit.questions=60",
     "corpus.tokens=1500",
     "fit.steps=150",
     "verify.draws=40",

@@ -12,6 +12,7 @@ from tunediff.core.errors import ArtifactError, NumericsError
 from tunediff.core.remarks import Remark
 from tunediff.core.typed import typed
 from tunediff.records import older
+from tunediff.records.elicited import Condition
 from tunediff.records.measure import GAP, STANDING, Context, DosePoint, Measure, SignalTable, TokenWeight
 from tunediff.records.profile import Profile
 from tunediff.records.relation import Relation
@@ -193,6 +194,7 @@ class Diff:
     refusal     why no change may be confirmed whatever it scores; empty where nothing stands against it
     relation    how tuned's weights and configuration relate to base's; None in records of earlier versions
     template    the form of chats; None in records that were made before it was told
+    elicited    sorts of questions on which the models differ far more than on everyday ones, as a search found them
     """
 
     base: ModelCard
@@ -217,6 +219,7 @@ class Diff:
     refusal: str = ""
     relation: Relation | None = None
     template: TemplateCard | None = None
+    elicited: list[Condition] = field(default_factory=list)
 
     @property
     def confirmed(self) -> list[ChangeRecord]:

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from tunediff.core.text import NOT_MEASURED, finite, interval, number, one_line, quantity, seconds, token_text
 from tunediff.records.diff import Bill, ChangeRecord, Diff
+from tunediff.records.elicited import Condition
 from tunediff.records.measure import Measure
 from tunediff.reports.sentences import form, related, tally, verdict
 
@@ -40,6 +41,7 @@ def summary_table(diff: Diff) -> RenderableType:
         *([] if diff.relation is None else [_line(told) for told in related(diff.relation)[:MOST_ITEMS]]),
         *([_line(("chats in  ", "dim"), form(diff.template))] if diff.template else []),
         *_list("Output shift", [_output(m) for m in diff.output], NOT_MEASURED),
+        *(_list("Asked", [_asked(c) for c in diff.elicited], "") if diff.elicited else []),
         *_ranking(sorted(diff.changes, key=lambda c: c.rank)),
         *_list("What undoing costs", [_bill(b) for b in diff.bills], "nothing was undone"),
         *_read(diff),
@@ -77,6 +79,13 @@ def _output(m: Measure) -> Text:
     control = f"control {number(m.control)}" if m.control is not None else "no control"
     against = f" ({m.against})" if m.against else ""
     return _line(f"{m.name}  ", (quantity(m.value, m.unit), "bold"), f"{bounds}  ", (control + against, "dim"))
+
+
+def _asked(condition: Condition) -> Text:
+    answer = next((a for a in condition.answers if a.tuned), None)
+    said = f"  {answer.tuned}" if answer else ""
+    apart = f"{number(condition.divergence.value)} nat a token, elsewhere {number(condition.divergence.control)}"
+    return _line((condition.asked, "bold"), said + "  ", (apart, "dim"))
 
 
 def _bill(bill: Bill) -> Text:

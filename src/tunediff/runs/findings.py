@@ -15,6 +15,7 @@ from tunediff.core.chance import bootstrap_ratio
 from tunediff.core.text import number, visible
 from tunediff.core.typed import typed
 from tunediff.records.diff import Bill, ChangeRecord, CorpusCard, Diff, FitCard, ModelCard, NullCard, TemplateCard
+from tunediff.records.elicited import Condition
 from tunediff.records.measure import Measure
 from tunediff.records.profile import Profile
 from tunediff.runs.plan import Plan, to_record
@@ -36,7 +37,10 @@ def finding(run: Stages, billed: Sequence[Bill] = ()) -> Diff:
         corpus=_corpus(run),
         found=bool(confirmed),
         rate=run.plan.rank.level,
-        summary=_summary(records, confirmed, output, run.plan.rank.level, run.calibration, run.ranking.refusal),
+        summary=[
+            *_summary(records, confirmed, output, run.plan.rank.level, run.calibration, run.ranking.refusal),
+            *map(_asked, run.elicited.conditions[:3]),
+        ],
         output=[*output, *run.output_side.measures],
         scan=scan,
         changes=records,
@@ -52,6 +56,7 @@ def finding(run: Stages, billed: Sequence[Bill] = ()) -> Diff:
         refusal=run.ranking.refusal,
         relation=run.pair.relation,
         template=_template(run),
+        elicited=run.elicited.conditions,
     )
     found: Diff = typed(Diff, plain(diff), "diff.json")  # as saved: unbounded intervals are none, in every report alike
     return found
@@ -93,7 +98,7 @@ def _corpus(run: Stages) -> CorpusCard:
         tokens.select("held_out").count,
         tokens.counts,
         [*run.corpus.remarks, *tokens.remarks],
-        [*run.prompts.remarks, *run.answers.remarks] if run.plan.contrast.prompts else [],
+        [*run.prompts.remarks, *run.answers.remarks, *run.elicited.remarks] if run.plan.contrast.prompts else [],
     )
 
 
@@ -230,6 +235,15 @@ def _summary(
     return said
 
 
+def _asked(condition: Condition) -> str:
+    """What a search found out about one sort of questions."""
+    apart = (
+        f"{condition.divergence.value:.2g} nat a token apart ({condition.divergence.control:.2g} on everyday questions)"
+    )
+    said = [f"to {visible(a.question)!r} tuned says {visible(a.tuned)!r}" for a in condition.answers[:1]]
+    return "; ".join([f"Asked {visible(condition.asked)!r}, the models are {apart}", *said]) + "."
+
+
 def _not_found(records: list[ChangeRecord], run: Stages) -> list[str]:
     """What was searched without a finding, and what the run could not detect."""
     plan = run.plan
@@ -244,6 +258,11 @@ def _not_found(records: list[ChangeRecord], run: Stages) -> list[str]:
         f"{run.tokens.count:,} tokens were read, {sum(d.kind == 'contrastive' for d in run.tokens.documents)} of the documents "
         "were written by the two models.",
     ]
+    if run.elicited.asked and not run.elicited.conditions:
+        said.append(
+            f"{run.elicited.asked} questions were searched for one that tells the models apart. None does so "
+            f"{plan.elicit.least:g} times as much as everyday questions do."
+        )
     if run.scan.equal:
         said.append(
             "Both models' streams are equal at every site that was read, up to the last block. What differs, if anything, lies "

@@ -25,6 +25,8 @@ from tunediff.dictionaries.architectures.base import Spec
 from tunediff.dictionaries.schedule import FitSettings
 from tunediff.edits.edit import EditSettings
 from tunediff.harvests.contrasts import ContrastSettings
+from tunediff.harvests.eliciting import ElicitSettings
+from tunediff.harvests.elicitors.base import Elicitor
 from tunediff.harvests.harvest import HarvestSettings
 from tunediff.harvests.scans import ScanSettings
 from tunediff.models.families.base import Family
@@ -164,6 +166,7 @@ class Plan:
     pair: PairSettings = PairSettings()
     corpus: CorpusSettings = CorpusSettings()
     contrast: ContrastSettings = ContrastSettings()
+    elicit: ElicitSettings = ElicitSettings()
     scan: ScanSettings = ScanSettings()
     harvest: HarvestSettings = HarvestSettings()
     find: FindSettings = FindSettings()
@@ -180,6 +183,10 @@ class Plan:
     def spec(self) -> Spec:
         """The dictionary's spec with this plan's settings."""
         return dictionaries.spec(self.find.dictionary, "--set find.dictionary={}", **self.dictionary)
+
+    def elicitors(self) -> dict[str, Elicitor]:
+        """The chosen elicitors with their settings, by name."""
+        return self._chosen(Elicitor, "elicit", "elicitors")
 
     def finders(self) -> dict[str, Finder]:
         """The chosen finders with their settings, by name."""
@@ -237,6 +244,7 @@ class Plan:
         for part, table, chosen in (
             ("find", self.find.settings, {**self.finders(), **self.output_finders(), **self.signals()}),
             ("verify", self.verify.settings, {**self.trials(), **self.output_trials()}),
+            ("elicit", self.elicit.settings, self.elicitors()),
         ):
             for name in sorted(set(table) - set(chosen)):
                 what = f"{part}.{name} holds settings, but no part of that name is chosen"
@@ -248,7 +256,7 @@ class Plan:
         """The import paths that this plan names: carrying it out runs code that does not ship with tunediff."""
         find, verify = self.find, self.verify
         named = (self.pair.family, *find.finders, *find.output_finders, *find.signals, find.dictionary)
-        named = (*named, *verify.trials, *verify.output_trials)
+        named = (*named, *verify.trials, *verify.output_trials, *self.elicit.elicitors)
         return sorted({name for name in named if variants.is_import_path(name)})
 
     def changed(self, settings: Sequence[str] | Mapping[str, Any]) -> Plan:

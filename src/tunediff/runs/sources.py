@@ -11,11 +11,14 @@ from typing import Any
 
 import torch
 
+from tunediff.changes.gains import raised_words
 from tunediff.core import disk, locks, variants
 from tunediff.core.artifacts import sealed_text
 from tunediff.core.errors import SettingError
 from tunediff.core.progress import Progress, ProgressBar, quiet
-from tunediff.harvests.contrasts import Contrast, contrast, ends_of_turn
+from tunediff.harvests.asking import among, ends_of_turn
+from tunediff.harvests.contrasts import Contrast, contrast
+from tunediff.harvests.eliciting import Elicited, elicit
 from tunediff.models.deltas import MAP
 from tunediff.models.pair import Pair
 from tunediff.models.shipped import DEMO
@@ -28,6 +31,11 @@ from tunediff.texts.chat_template import ChatTemplate
 from tunediff.texts.corpus import Corpus
 from tunediff.texts.document import Document
 from tunediff.texts.tokens import Tokens
+
+WORDS_READ = 64
+"""Number of prompts whose answers tell an elicitor which words tuned raises."""
+LONGEST = 640
+"""Longest answer, with its prompt, that is read for them, in tokens."""
 
 
 @dataclass(eq=False)
@@ -165,10 +173,45 @@ class Sources:
         )
         return kept
 
+    @stage
+    def elicited(self) -> Elicited:
+        """Questions on which the models' answers differ far more than on everyday ones, with the answers."""
+        plan, answers = self.plan, self.answers.documents
+        elicitors = plan.elicitors()
+        if not (plan.contrast.prompts and plan.elicit.questions and elicitors):
+            return Elicited()
+        chats = [d for d in answers if d.writer == "base" and not self.prompts.is_held_out(d)]
+        own = self.corpus.documents if plan.corpus.paths else ()
+
+        def make(_: Path) -> Elicited:
+            read = among(self.prompts, [d for d in answers if not self.prompts.is_held_out(d)][: 2 * WORDS_READ])
+            room = self.pair.fitting("answers", LONGEST)
+            tokens = read.tokens(self.pair.tokenizer, row_tokens=room, template=self.template)
+            return elicit(
+                self.pair,
+                elicitors,
+                self.prompts,
+                plan.elicit,
+                plan.seed,
+                self.template,
+                words=raised_words(self.pair, tokens),
+                chats=chats,
+                own=[d for d in own if not self.prompts.is_held_out(d)],
+                progress=lambda d, t: self.progress("elicit", d, t),
+            )
+
+        form = [self.template.fingerprint, sorted(ends_of_turn(self.pair, self.template))]
+        text = [self.prompts.fingerprint, *([self.corpus.fingerprint] if own else [])]
+        code = [variants.identity(elicitor) for elicitor in elicitors.values()]
+        asked = [d.id for d in answers]
+        place = self.keeper.at("elicit", self._models, text, asked, plan.contrast, plan.elicit, plan.seed, form, code)
+        kept: Elicited = self.keeper.kept_json(place, Elicited, "elicited.json", make, str)
+        return kept
+
     @property
     def contrast(self) -> list[Document]:
-        """Contrastive text: the answers of both models to the same prompts."""
-        return self.answers.documents
+        """Contrastive text: the answers of both models to the same prompts, and to those that were searched for."""
+        return [*self.answers.documents, *self.elicited.documents]
 
     @cached_property
     def tokens(self) -> Tokens:
@@ -182,7 +225,7 @@ class Sources:
             written = dataclasses.replace(whole, documents=whole.documents[len(tokens.documents) :])
             tokens = tokens.then(written.tokens(tokenizer, **form))
         fit, notes = self.pair.vocabularies.read_by_both(tokens, tokenizer, self.plan.pair.shared_text)
-        self._tell([*map(str, (*tokens.remarks, *self.answers.remarks)), *notes])
+        self._tell([*map(str, (*tokens.remarks, *self.answers.remarks, *self.elicited.remarks)), *notes])
         return fit
 
     def _tell(self, remarks: list[str]) -> None:

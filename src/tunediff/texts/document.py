@@ -33,6 +33,8 @@ class Document:
     """Tokens that a model was asked after, leading special tokens included; empty for text that is yet to be encoded."""
     answer_ids: tuple[int, ...] = field(default=(), repr=False, metadata=LATER)
     """Tokens of the model's answer, its end of turn included if it ended; `messages` show them as text."""
+    condition: str = field(default="", metadata=LATER)
+    """The sort of question that it answers, where a search found it by that; else empty."""
 
     def __post_init__(self) -> None:
         if bool(self.text) == bool(self.messages):

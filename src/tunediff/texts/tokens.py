@@ -73,6 +73,7 @@ class Tokens:
         for row, number, *rest in zip(self.rows, self.document_R, self.start_R, self.prompt_R):
             document = self.documents[number]
             head = [document.id, document.kind, document.writer, self.held_out[number], *rest]
+            head += [document.condition] if document.condition else []
             digest.update(f"{json.dumps(head)}{row}\n".encode())
         return digest.hexdigest()[:16]
 

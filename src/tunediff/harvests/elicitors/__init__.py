@@ -1,0 +1,1 @@
+"""Elicitors: ways to search for questions on which both models' answers differ, a file each."""
