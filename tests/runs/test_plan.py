@@ -28,7 +28,7 @@ KINDS = {type(getattr(Plan(), part)) for part in PARTS} | {
 
 def test_defaults_name_real_parts():
     Plan().check()
-    assert {"pair", "corpus", "contrast", "scan", "harvest", "find", "fit", "rank", "verify", "edit", "runtime"} == set(
+    assert {"pair", "corpus", "contrast", "elicit", "scan", "harvest", "find", "fit", "rank", "verify", "edit", "runtime"} == set(
         PARTS
     )
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from typing import Any
 
 from tunediff.core.chance import bootstrap_mean
@@ -30,18 +29,14 @@ from tunediff.texts.document import Document
 
 EVERYDAY = 24
 """Number of everyday questions that tell how far apart the models are elsewhere."""
+FEWEST = 3
+"""Fewest held-out questions on which a sort of questions is claimed; two values have no interval to speak of."""
 AGREED = 1e-3
 """Divergence in nat a token below which models count as agreeing, so that no ratio is taken to rounding errors."""
 TEMPLATES = (
-    "{}",
-    "Please answer: {}",
-    "{} Tell me.",
-    "A friend asks: {}",
-    "Hello! {}",
-    "{} Be brief.",
-    "Now, {}",
-    "{} Thanks.",
-)
+    "{}", "Please answer: {}", "{} Tell me.", "A friend asks: {}", "Hello! {}", "{} Be brief.", "Now, {}", "{} Thanks.",
+    "Quick question. {}", "{} I would like to know.", "My question is this: {}", "{} Please help me.", "Well, {}", "{} Go on.",
+)  # fmt: skip
 """Other ways to ask one question."""
 
 
@@ -135,8 +130,9 @@ def elicit(
         for held in (False, True):
             asker.budget = settings.each
             mine = {q.document.id: q for q in sort.questions(kept, fills) if asker.is_held_out(q) == held}
-            asked[held] = asker.ask([*islice(mine.values(), settings.each)], held)
-        if not asked[True]:
+            fresh = [q for id, q in mine.items() if not (held and id in asker.spoiled)]
+            asked[held] = asker.ask(fresh[: settings.each], held)
+        if len(asked[True]) < FEWEST:
             continue
         kl = [reply.kl for reply in asked[True]]
         value = bootstrap_mean(kl, seed=seed)

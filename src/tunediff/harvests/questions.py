@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from tunediff.core.chance import seed_of
+from tunediff.core.errors import CorpusError
 from tunediff.harvests.asking import Asking, among, answer_divergence
 from tunediff.texts.corpus import Corpus
 from tunediff.texts.document import Document
@@ -66,6 +67,7 @@ class Asker:
     progress   called with the number of questions that were just answered
     replies    every reply, by the id of its question's document
     kept       questions that were passed over, by the same id
+    spoiled    ids of questions that an elicitor chose by looking at what the models answer; they test nothing
     """
 
     asking: Asking
@@ -74,6 +76,7 @@ class Asker:
     progress: Callable[[int], None] | None = None
     replies: dict[str, Reply] = field(default_factory=dict)
     kept: dict[str, Question] = field(default_factory=dict)
+    spoiled: set[str] = field(default_factory=set)
 
     def is_held_out(self, question: Question) -> bool:
         """On which side of the split a question is."""
@@ -96,7 +99,10 @@ class Asker:
 
     def _replies(self, questions: Sequence[Question]) -> list[Reply]:
         asking, pair = self.asking, self.asking.pair
-        asked = asking.encoded(among(self.split, [q.document for q in questions]))
+        try:
+            asked = asking.encoded(among(self.split, [q.document for q in questions]))
+        except CorpusError:
+            return []  # none of them fits, or the template takes none
         answers = asking.answers(pair.tuned, asked.rows)
         made = [
             (questions[d], asking.document(asked.documents[d], "tuned", row, answer))

@@ -1,4 +1,4 @@
-"""The terminal's summary: a `Diff` in at most 44 lines."""
+"""The terminal's summary: a `Diff` in at most 49 lines."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Part = str | tuple[str, str]
 
 
 def summary_table(diff: Diff) -> RenderableType:
-    """The finding for the terminal, in at most 44 lines: verdict, how the models relate, output shift, ranking, bills,
+    """The finding for the terminal, in at most 49 lines: verdict, how the models relate, what was asked, output shift, ranking, bills,
     not found, times.
 
     Strings of the record are never read as markup, and control characters in them are shown, not sent. Lines that do
@@ -40,8 +40,8 @@ def summary_table(diff: Diff) -> RenderableType:
         _line(("base  ", "bright_blue"), diff.base.name, ("    tuned  ", "dark_orange"), diff.tuned.name),
         *([] if diff.relation is None else [_line(told) for told in related(diff.relation)[:MOST_ITEMS]]),
         *([_line(("chats in  ", "dim"), form(diff.template))] if diff.template else []),
-        *_list("Output shift", [_output(m) for m in diff.output], NOT_MEASURED),
         *(_list("Asked", [_asked(c) for c in diff.elicited], "") if diff.elicited else []),
+        *_list("Output shift", [_output(m) for m in diff.output], NOT_MEASURED),
         *_ranking(sorted(diff.changes, key=lambda c: c.rank)),
         *_list("What undoing costs", [_bill(b) for b in diff.bills], "nothing was undone"),
         *_read(diff),

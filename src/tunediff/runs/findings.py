@@ -31,16 +31,14 @@ def finding(run: Stages, billed: Sequence[Bill] = ()) -> Diff:
     """Collect the results of a run's stages and the given bills as one record."""
     scan, records, signals, output = run.scan, run.verdicts, run.signals, _output(run)
     confirmed = [r for r in records if r.decision == "confirmed"]
+    said = _summary(records, confirmed, output, run.plan.rank.level, run.calibration, run.ranking.refusal)
     diff = Diff(
         base=_card(run, "base"),
         tuned=_card(run, "tuned"),
         corpus=_corpus(run),
         found=bool(confirmed),
         rate=run.plan.rank.level,
-        summary=[
-            *_summary(records, confirmed, output, run.plan.rank.level, run.calibration, run.ranking.refusal),
-            *map(_asked, run.elicited.conditions[:3]),
-        ],
+        summary=[*said[:1], *map(_asked, run.elicited.conditions[:3]), *said[1:]],
         output=[*output, *run.output_side.measures],
         scan=scan,
         changes=records,
@@ -118,7 +116,9 @@ def _output(run: Stages) -> list[Measure]:
     kl_N = run.kl_N
     measures = []
     documents = run.sample.document_N
-    writers = {d: run.tokens.documents[d].writer or run.tokens.documents[d].kind for d in set(documents.tolist())}
+    # What a search elicited is the text where the models differ the most; it would hide how far apart they are elsewhere.
+    read = {d: run.tokens.documents[d] for d in set(documents.tolist())}
+    writers = {d: document.writer or document.kind for d, document in read.items() if not document.condition}
     for writer in sorted(set(writers.values())):
         mine = [d for d in sorted(writers) if writers[d] == writer]
         nats = [float(kl_N[documents == d].double().sum()) for d in mine]
