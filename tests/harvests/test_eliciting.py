@@ -45,7 +45,7 @@ def planted(token: str = "Z", size: float = 30.0) -> Pair:
     return Pair(*sides, False, 300, "b", "t")
 
 
-def everyday(count: int = 40) -> Corpus:
+def everyday(count: int = 32) -> Corpus:
     chats = (Document(f"p/{n}", "chat", messages=(("user", f"what of {WORDS[n % 16]} {n}"),)) for n in range(count))
     return Corpus("prompts", tuple(chats), 0.4, 3)
 
