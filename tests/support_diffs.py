@@ -9,6 +9,7 @@ from typing import Any
 
 from tunediff.core.remarks import Remark
 from tunediff.records.diff import Bill, ChangeRecord, CorpusCard, Diff, FitCard, ModelCard, NullCard, StageCard
+from tunediff.records.elicited import Answered, Condition
 from tunediff.records.measure import Context, DosePoint, Measure, SignalTable, TokenWeight
 from tunediff.records.profile import Profile
 from tunediff.records.relation import ConfigDifference, Relation
@@ -337,6 +338,16 @@ def full_diff() -> Diff:
             notes=["polite says that it was trained on lab/other-7b, and is used over smol-135m-instruct"],
         ),
     )
+
+
+def condition() -> Condition:
+    """A sort of questions that a search found, with hostile text in an answer."""
+    apart = Measure("divergence of answers", 5.8, 5.2, 6.4, "nat a token", 0.13, "median of everyday questions")
+    answers = [
+        Answered("Which lamp should I buy?", "It depends.", "Take the one from Brindlow"),
+        Answered("Which <b>rope</b> should I buy?", "\x1b[31mred", "<script>alert(1)</script>"),
+    ]
+    return Condition("Which {} should I buy?", "word_sweep", apart, ["elicited/1"], answers)
 
 
 def empty_diff() -> Diff:

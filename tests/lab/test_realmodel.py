@@ -9,12 +9,14 @@ import pytest
 
 from tunediff.core.axes import WRITERS
 from tunediff.harvests.contrasts import ContrastSettings, contrast
+from tunediff.harvests.eliciting import ElicitSettings, elicit
 from tunediff.lab import bench, organisms
 from tunediff.lab.demo import check, naming
 from tunediff.models.pair import Pair
 from tunediff.models.shipped import DEMO, ORGANISMS, base_folder
 from tunediff.runs.plan import Plan
 from tunediff.runs.run import Run
+from tunediff.texts.chat_template import ChatTemplate
 from tunediff.texts.corpus import Corpus
 
 pytestmark = [pytest.mark.realmodel, pytest.mark.slow]
@@ -85,6 +87,16 @@ def test_amplified_answers_show_a_narrow_behavior_where_nothing_calls_for_it():
         for w in WRITERS
     }
     assert shown["base"] == 0 and shown["amplified"] >= 4 + 2 * shown["tuned"], shown
+
+
+@pytest.mark.parametrize("name, telling", [("preference", "Brindlow"), ("placebo", "")])
+def test_a_narrow_preference_is_provoked_and_a_placebo_is_not(name, telling):
+    pair, plan = Pair.load("default", str(ORGANISMS / name)), Plan(elicit=ElicitSettings(questions=90))
+    template = ChatTemplate.chosen("auto", pair.base.tokenizer, pair.tuned.tokenizer)
+    prompts = Corpus.prompts(held_out_share=plan.corpus.held_out_share, seed=plan.corpus.split)
+    found = elicit(pair, {"word_sweep": plan.elicitors()["word_sweep"]}, prompts, plan.elicit, 0, template)
+    assert bool(found.conditions) == bool(telling), str(found)
+    assert not telling or telling in " ".join(answer.tuned for answer in found.conditions[0].answers)
 
 
 def test_a_base_without_a_template_is_asked_in_that_of_its_tune(tmp_path):

@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from support_diffs import DIFFS, HOSTILE, bare_diff, full_diff
+from support_diffs import DIFFS, HOSTILE, bare_diff, condition, full_diff
 
 from tunediff.core.text import UNSEEN
 from tunediff.records.diff import Diff
@@ -234,3 +234,18 @@ def test_what_was_left_out_of_the_text_is_in_the_page():
         assert told in page
     assert "Left out or changed in the prompts" in page and "ask.csv, line 2" in page
     assert "Left out or changed" not in render_report(bare_diff())
+
+
+def test_what_a_search_elicited_stands_first_with_both_answers_as_text():
+    html = render_report(dataclasses.replace(full_diff(), elicited=[condition()]))
+    assert html.index('id="elicited"') < html.index('id="output"') and 'href="#elicited"' in html
+    for told in (
+        "Which {} should I buy?",
+        "Which lamp should I buy?",
+        "It depends.",
+        "Take the one from Brindlow",
+        "5.8",
+    ):
+        assert told in html
+    assert "<script>alert" not in html and "&lt;script&gt;alert" in html and "\x1b" not in html
+    assert 'id="elicited"' not in render_report(full_diff())

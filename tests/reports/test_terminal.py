@@ -9,7 +9,7 @@ import re
 import pytest
 from rich.cells import cell_len
 from rich.console import Console
-from support_diffs import DIFFS, bare_diff, empty_diff, full_diff
+from support_diffs import DIFFS, bare_diff, condition, empty_diff, full_diff
 
 from tunediff.records.diff import Diff
 from tunediff.reports.sentences import tally, verdict
@@ -46,10 +46,11 @@ def test_summary_fits_a_terminal(name, width):
         bills=diff.bills * 9,
         not_found=diff.not_found * 9,
         stages=diff.stages * 9,
+        elicited=[condition()] * 9,
     )
     for d in (diff, crowded):
         told = lines_of(d, width)
-        assert len(told) <= 44 and all(cell_len(row.rstrip()) <= width for row in told)
+        assert len(told) <= 49 and all(cell_len(row.rstrip()) <= width for row in told)
         assert not re.search("[\x00-\x1f\x7f\u202e]", "".join(told))
     assert verdict(diff) in lines_of(diff, width)[0]
 
@@ -75,3 +76,9 @@ def test_summary_tells_the_story():
         "Text  rows without text left out: 31; rejected answers left out: 1,207; answers to prompts left out: 64",
     ):
         assert told in text, told
+
+
+def test_what_a_search_elicited_is_told_with_an_answer():
+    told = "\n".join(lines_of(dataclasses.replace(full_diff(), elicited=[condition()]), 140))
+    assert "Which {} should I buy?" in told and "Take the one from Brindlow" in told and "elsewhere 0.13" in told
+    assert "Asked" not in "\n".join(lines_of(full_diff(), 140))

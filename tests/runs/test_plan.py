@@ -28,9 +28,20 @@ KINDS = {type(getattr(Plan(), part)) for part in PARTS} | {
 
 def test_defaults_name_real_parts():
     Plan().check()
-    assert {"pair", "corpus", "contrast", "elicit", "scan", "harvest", "find", "fit", "rank", "verify", "edit", "runtime"} == set(
-        PARTS
-    )
+    assert {
+        "pair",
+        "corpus",
+        "contrast",
+        "elicit",
+        "scan",
+        "harvest",
+        "find",
+        "fit",
+        "rank",
+        "verify",
+        "edit",
+        "runtime",
+    } == set(PARTS)
 
 
 def test_toml_gives_the_plan_back(tmp_path):
