@@ -55,7 +55,8 @@ def template(pair: Pair) -> ChatTemplate:
 
 
 def searched(pair: Pair, elicitors: dict[str, Elicitor], **named) -> Elicited:
-    return elicit(pair, elicitors, everyday(), named.pop("settings", SETTINGS), 0, template(pair), words=WORDS, **named)
+    split, settings = named.pop("split", everyday()), named.pop("settings", SETTINGS)
+    return elicit(pair, elicitors, split, settings, 0, template(pair), words=WORDS, **named)
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +82,7 @@ def test_both_answers_join_the_text_on_both_sides_of_the_split(pair, found):
     split, mine = everyday(), [d for d in found.documents if d.condition == "ZZZZZZ {}"]
     assert {d.writer for d in mine} == {"base", "tuned"} and {d.kind for d in mine} == {"contrastive"}
     assert {*map(split.is_held_out, mine)} == {True, False}
-    assert {d.group for d in mine} == set(found.conditions[0].documents)
+    assert {d.id.rpartition("/")[0] for d in mine} == set(found.conditions[0].documents)
     rows = [d.prompt_ids + d.answer_ids for d in mine]
     read = Corpus("read", tuple(mine)).tokens(pair.tokenizer, row_tokens=120)
     assert list(read.rows) == rows, "what was asked and answered is what is read"
@@ -128,6 +129,22 @@ def test_every_elicitor_asks_only_training_questions_within_its_budget(pair, nam
     assert not empty.asker.replies, "nothing to search with, and no budget"
 
 
+def test_an_everyday_question_stays_on_its_side_of_the_split(pair):
+    """The prompt is answered in contrastive text, too; its answers must not be found on one side and tested on the other."""
+    split = everyday()
+    first = next(d for d in split.documents if not split.is_held_out(d))
+    telling = replace(first, messages=(("user", "ZZZZZZ now"),))
+    whole = replace(split, documents=tuple(telling if d is first else d for d in split.documents))
+    found = searched(pair, {"word_sweep": WordSweep(forms=("ask {}", "tell {}"))}, split=whole)
+    assert found.conditions[0].asked == "ZZZZZZ now" and found.conditions[0].elicitor == "everyday prompts"
+    (same, _) = (d for d in found.documents if d.messages[0][1] == "ZZZZZZ now")
+    assert same.group == first.id and not whole.is_held_out(same)
+    assert {*map(whole.is_held_out, found.documents)} == {True, False}, "other words for it are tested"
+    own = Document("o/1", "chat", messages=(("user", "is it so"), ("assistant", "yes")), group="g")
+    question = variants.make(Elicitor, "own_data")._question(own)
+    assert question.document.group == "g" and whole.is_held_out(question.document) == whole.is_held_out(own)
+
+
 def test_a_second_turn_is_asked_after_the_first(pair):
     split = everyday()
     asker = Asker(Asking(pair, template(pair), 4, 16), split, 6)
@@ -160,6 +177,15 @@ def test_a_word_counts_by_what_it_adds_to_its_forms():
 def test_words_to_fill_forms_with_are_those_that_few_prompts_say():
     chats = [Document(str(n), "chat", messages=(("user", f"please tell {w}, 1234 été"),)) for n, w in enumerate(WORDS)]
     assert sorted(telling_words(chats, 0)) == sorted(WORDS) != telling_words(chats, 0)
+
+
+def test_a_question_that_was_cut_off_keeps_its_whole_sentences():
+    from tunediff.harvests.elicitors.own_questions import _whole
+
+    assert _whole("I plan a trip. Can you", False) == "I plan a trip."
+    assert _whole("I plan a trip. Can you", True) == "I plan a trip. Can you"
+    assert _whole("Which one?\nassistant", False) == "Which one?" and _whole("no end at", False) == "no end at"
+    assert _whole("to\ufffd Japan.", True) == "to Japan."
 
 
 def test_a_form_without_a_place_for_the_word_is_refused():

@@ -112,7 +112,7 @@ def elicit(
             progress(min(done, settings.questions), settings.questions)
 
     asker = Asker(asking, split, 0, more)
-    pool = [Question(d.messages[-1][1], "", d.messages[:-1]) for d in split.documents if d.is_open]
+    pool = [Question(d.messages[-1][1], "", d.messages[:-1], d.group or d.id) for d in split.documents if d.is_open]
     usual = {held: _everyday(asker, pool, held) for held in (False, True)}
     if not all(usual.values()):
         return Elicited(asked=len(asker.replies), remarks=list(asking.remarks.all()))
@@ -154,8 +154,9 @@ def elicit(
         answers = [
             Answered(r.question.text, b.messages[-1][1], r.document.messages[-1][1]) for r, b in zip(replies, bases)
         ]
-        by = next((found_by[r.document.group] for r in sort.replies if r.document.group in found_by), "")
-        conditions.append(Condition(sort.name, by, measure, [r.document.group for r in replies], answers[:4]))
+        by = found_by[sort.replies[0].question.document.id]
+        asked_for = [r.question.document.id for r in replies]
+        conditions.append(Condition(sort.name, by, measure, asked_for, answers[:4]))
     unique = {document.id: document for document in documents}
     return Elicited(list(unique.values()), conditions, len(asker.replies), list(asking.remarks.all()))
 

@@ -28,11 +28,13 @@ class Question:
 
     form   the kind of question: a text with `GAP` for the word, or the question itself
     word   what the form is filled with; empty for a question of its own
+    group  `Document.group` of the document that it comes from, on whose side of the split it then is; else empty
     """
 
     form: str
     word: str = ""
     before: tuple[tuple[str, str], ...] = ()
+    group: str = ""
 
     @property
     def text(self) -> str:
@@ -43,7 +45,8 @@ class Question:
     def document(self) -> Document:
         """The question as an open chat, whose id depends on its text alone."""
         messages = (*self.before, ("user", self.text))
-        return Document("elicited/" + hashlib.sha256(repr(messages).encode()).hexdigest()[:12], "chat", "", messages)
+        id = "elicited/" + hashlib.sha256(repr(messages).encode()).hexdigest()[:12]
+        return Document(id, "chat", messages=messages, group=self.group)
 
 
 @dataclass(frozen=True)

@@ -29,10 +29,11 @@ class OwnData(Elicitor):
         scope.ask(filter(None, map(self._question, scope.own[::stride])))
 
     def _question(self, document: Document) -> Question | None:
+        group = document.group or document.id  # a question is on the side of the document that it comes from
         if document.messages:
             turns = document.messages if document.is_open else document.messages[:-1]
-            return Question(turns[-1][1], "", turns[:-1]) if turns and turns[-1][0] == "user" else None
-        return Question(" ".join(document.text.split()[: self.words]))
+            return Question(turns[-1][1], "", turns[:-1], group) if turns and turns[-1][0] == "user" else None
+        return Question(" ".join(document.text.split()[: self.words]), group=group)
 
 
 VARIANT = OwnData

@@ -13,6 +13,8 @@ from tunediff.texts.tokens import leading_ids
 
 MARK = "zq"
 """In place of what the user says, to find where that begins."""
+SENTENCE_ENDS = ".?!。？！"
+"""Characters that end a sentence."""
 
 
 @dataclass(frozen=True)
@@ -22,8 +24,8 @@ class OwnQuestions(Elicitor):
     Training text leaks into what a model writes there (2605.25902 recovers it by the same amplification).
     """
 
-    tokens: int = 20
-    """Largest number of tokens in a question."""
+    tokens: int = 24
+    """Largest number of tokens in a question; one that is cut off there keeps its whole sentences."""
     amplification: float = 2.0
     """Strength of tuned's difference from base in what it writes; 0 leaves tuned as it is."""
     temperature: float = 1.0
@@ -40,9 +42,22 @@ class OwnQuestions(Elicitor):
             return
         writer = replace(asking, tokens=self.tokens)
         away = {"against": pair.base, "amplification": self.amplification} if self.amplification else None
-        written = writer.answers(pair.tuned, [start] * (scope.left * 5 // 3), self.temperature, away=away)
-        texts = (said(pair.tuned, ids, skip_special_tokens=True).strip().partition("\n")[0].strip() for ids in written)
+        written = writer.answers(pair.tuned, [start] * (2 * scope.left), self.temperature, away=away)
+        texts = (
+            _whole(said(pair.tuned, ids, skip_special_tokens=True), bool(set(ids[-1:]) & asking.ends))
+            for ids in written
+        )
         scope.ask(Question(text) for text in dict.fromkeys(texts) if len(text) > 2)
+
+
+def _whole(text: str, ended: bool) -> str:
+    """The first line of what was written, without broken characters; up to its last whole sentence where it was cut off.
+
+    What holds no whole sentence stays as it is.
+    """
+    line, broken, _ = text.replace("\N{REPLACEMENT CHARACTER}", "").strip().partition("\n")
+    last = max(line.rfind(mark) for mark in SENTENCE_ENDS) + 1
+    return (line if ended or broken or not last else line[:last]).strip()
 
 
 def _start(asking: Asking) -> list[int]:
