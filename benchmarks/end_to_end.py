@@ -32,7 +32,8 @@ from tunediff.runs.plan import Plan
 from tunediff.runs.run import Run
 
 STAGES = {
-    "contrast": lambda run: run.contrast,
+    "contrast": lambda run: run.answers,
+    "elicit": lambda run: run.elicited,
     "scan": lambda run: run.scan,
     "harvest": lambda run: run.harvest,
     "find": lambda run: run.found,

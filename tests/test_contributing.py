@@ -19,6 +19,7 @@ FILES = {name: body for body, name in re.findall(r"```python\n(# (mylab/\w+\.py)
 COMMANDS = re.findall(r"^python -m tunediff (diff BASE TUNED .*)$", PAGE, re.MULTILINE)
 TINY = {
     "contrast.prompts": 4,
+    "elicit.questions": 0,
     "contrast.tokens": 6,
     "corpus.row_tokens": 48,
     "find.candidates": 3,

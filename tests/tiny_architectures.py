@@ -264,6 +264,7 @@ class Outcome:
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "contrast": {"prompts": 3, "pool": 3, "tokens": 4},
+    "elicit": {"questions": 0},
     "corpus": {"row_tokens": 32, "tokens": 600},
     "find": {"finders": ["mean_difference", "principal"], "candidates": 2, "signals": []},
     "scan": {"depths": 1, "tokens": 100},

@@ -17,7 +17,8 @@ from tunediff.runs.plan import Plan
 from tunediff.runs.run import Run
 
 STAGES = {
-    "contrast": "contrast",
+    "contrast": "answers",
+    "elicit": "elicited",
     "scan": "scan",
     "harvest": "harvest",
     "find": "found",
@@ -31,6 +32,7 @@ SYSTEM = "You answer short."
 QUESTIONS = ("why", "when", "who", "how", "what", "which")
 AT_MOST = {
     "contrast": (4700, 265),
+    "elicit": (14219, 1638),
     "scan": (995, 462),
     "harvest": (4780, 0),
     "find": (1617, 441),
@@ -87,6 +89,7 @@ def test_no_stage_runs_more_than_it_did(pair, tmp_path):
         "corpus.tokens=400",
         "contrast.prompts=12",
         "contrast.tokens=6",
+        "elicit.questions=8",
         "scan.tokens=100",
         'scan.sites=["resid.1"]',
         "fit.steps=30",
