@@ -2,8 +2,7 @@
 
 A narrow behavior shows only where it is asked for, and everyday prompts need not ask. So elicitors try many questions. Each
 is judged by KL(tuned || base) over the first dozen tokens of tuned's own greedy answer. The answer's first token alone is
-too early, as the telling word may come later. What stands out is tested on other questions of the same sort, and all its
-questions and answers join the contrastive text.
+too early, as the telling word may come later. What stands out is tested on other questions of the same sort.
 """
 
 from __future__ import annotations
@@ -56,6 +55,9 @@ class ElicitSettings:
     """Number of questions of each sort, on either side of the split, that join the text."""
     least: float = 2.0
     """How many times as far apart as on everyday questions the models must be on a sort of question that is kept."""
+    joins: bool = False
+    """Whether the questions and both models' answers join the contrastive text, in which changes are found and tested. On the
+    demo, the constant offset then was confirmed before the two objectives were, and taking it out took both."""
     batch: int = 96
     """Prompts in a batch. Part of the content key, because sums of floats may depend on it in the last bit."""
     settings: dict[str, dict[str, Any]] = field(default_factory=dict, metadata=REST)

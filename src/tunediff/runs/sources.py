@@ -210,8 +210,8 @@ class Sources:
 
     @property
     def contrast(self) -> list[Document]:
-        """Contrastive text: the answers of both models to the same prompts, and to those that were searched for."""
-        return [*self.answers.documents, *self.elicited.documents]
+        """Contrastive text: the answers of both models to the same prompts, where `elicit.joins` also to questions found."""
+        return [*self.answers.documents, *(self.elicited.documents if self.plan.elicit.joins else ())]
 
     @cached_property
     def tokens(self) -> Tokens:
