@@ -80,8 +80,8 @@ def kind_rates(sample: Sample, f_N: Tensor) -> dict[str, float]:
     seen: dict[str, list[int]] = {}
     for document, on in zip(sample.document_N.tolist(), (f_N != 0).tolist()):
         d = sample.tokens.documents[document]
-        kind = f"asked {d.condition!r}, {d.writer}'s answer" if d.condition else d.kind
-        tally = seen.setdefault(f"{kind} by {d.writer}" if d.writer and not d.condition else kind, [0, 0])
+        kind = f"{d.kind} by {d.writer}" if d.writer else d.kind
+        tally = seen.setdefault(f"asked {d.condition!r}, {d.writer}'s answer" if d.condition else kind, [0, 0])
         tally[0] += on
         tally[1] += 1
     return {kind: on / count for kind, (on, count) in sorted(seen.items())}

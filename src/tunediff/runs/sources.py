@@ -184,9 +184,12 @@ class Sources:
         own = self.corpus.documents if plan.corpus.paths else ()
 
         def make(_: Path) -> Elicited:
-            read = among(self.prompts, [d for d in answers if not self.prompts.is_held_out(d)][: 2 * WORDS_READ])
-            room = self.pair.fitting("answers", LONGEST)
-            tokens = read.tokens(self.pair.tokenizer, row_tokens=room, template=self.template)
+            read = [d for d in answers if not self.prompts.is_held_out(d)][: 2 * WORDS_READ]
+            words: list[str] = []
+            if read:
+                room = self.pair.fitting("answers", LONGEST)
+                form: dict[str, Any] = {"row_tokens": room, "template": self.template}
+                words = raised_words(self.pair, among(self.prompts, read).tokens(self.pair.tokenizer, **form))
             return elicit(
                 self.pair,
                 elicitors,
@@ -194,7 +197,7 @@ class Sources:
                 plan.elicit,
                 plan.seed,
                 self.template,
-                words=raised_words(self.pair, tokens),
+                words=words,
                 chats=chats,
                 own=[d for d in own if not self.prompts.is_held_out(d)],
                 progress=lambda d, t: self.progress("elicit", d, t),
