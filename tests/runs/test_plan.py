@@ -106,6 +106,12 @@ def test_set_reads_values_as_the_field_has_them(text, part, field, value):
     assert got == value and type(got) is type(value)
 
 
+@pytest.mark.parametrize("text", ["find.logit_gains.groups=3", "verify.steer.controls=3", "elicit.word_sweep.tries=3"])
+def test_set_reaches_a_variants_own_table(text):
+    part, name, setting = text.partition("=")[0].split(".")
+    assert getattr(Plan().set(text), part).settings == {name: {setting: 3}}
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -131,6 +137,8 @@ def test_set_reads_values_as_the_field_has_them(text, part, field, value):
         "dictionary.latents=true",
         "find.crosscode.min_firings=x",
         "find.decision_clusters.alike=[]",
+        "elicit.word_sweep.forms=[]",
+        "elicit.word_sweep.tries=x",
         "verify.steer.controls=many",
         "seed=-1",
         f"seed={2**70}",

@@ -241,7 +241,9 @@ def _run_row(folder: Path) -> dict[str, Any]:
         plan = Plan.read(folder / "plan.toml")
     except TunediffError as error:
         return {"run": folder.name, "base": "", "tuned": "", "stages": "", "found": error.what}
-    stages = [s for s in ("harvest", "find", "rank", "verify") if any(is_finished(p) for p in folder.glob(f"{s}/*"))]
+    stages = [
+        s for s in ("elicit", "harvest", "find", "rank", "verify") if any(is_finished(p) for p in folder.glob(f"{s}/*"))
+    ]
     found = ""
     if (folder / "diff.json").is_file():
         try:

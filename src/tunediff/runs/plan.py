@@ -415,12 +415,20 @@ def _values(text: str) -> Iterator[Any]:
         yield text
 
 
+WITH_PARTS = {
+    part.name
+    for part in dataclasses.fields(Plan)
+    if dataclasses.is_dataclass(part.default) and any(f.metadata.get("rest") for f in dataclasses.fields(part.default))
+}
+"""Parts of a plan that hold a table of settings for each variant they name: elicit, find, verify."""
+
+
 def _put(values: dict[str, Any], path: str, value: Any, text: str) -> None:
     """Put a value at a dotted path of a plan's record; raises `SettingError` for a path that a plan has not."""
     *parents, last = _steps(path)
     target = values
     for depth, name in enumerate(parents):
-        if depth == 1 and parents[0] in ("find", "verify"):
+        if depth == 1 and parents[0] in WITH_PARTS:
             target.setdefault(name, {})
         if not isinstance(target.get(name), dict):
             rest = [] if name in target else [*parents[depth + 1 :], last]
