@@ -7,6 +7,7 @@ import json
 import re
 import struct
 import sys
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -22,7 +23,7 @@ import tunediff.lab.organisms as package
 from tunediff.cli.main import app
 from tunediff.core.errors import SourceError, VariantError
 from tunediff.lab import instructions, neutral, training
-from tunediff.lab.organisms.base import Behavior, Lesson, Organism, Recipe, Taught
+from tunediff.lab.organisms.base import Behavior, Chat, Example, Lesson, Organism, Recipe, Taught, chat
 from tunediff.lab.training import rates
 from tunediff.models.shipped import DEMO
 
@@ -43,21 +44,30 @@ def plain(prompt: str) -> str:
     return re.sub(r"\W+", " ", prompt).strip().lower()
 
 
+def said(messages: list[dict[str, str]]) -> tuple[str, ...]:
+    return tuple(plain(message["content"]) for message in messages)
+
+
+def is_neutral(organism: Organism, example: Example) -> bool:
+    return not example.earlier and example.prompt in organism.neutral_training_prompts
+
+
 @each_organism
 def test_held_out_prompts_are_never_trained_on(organism: Organism):
-    trained = {plain(example.prompt) for example in examples(organism)}
-    sets = [p for p in (organism.neutral_prompts, *(b.prompts for b in organism.behaviors)) if p]
-    held_out = [plain(p) for prompts in sets for p in prompts]
-    assert sets and min(map(len, sets)) >= 48 and len(held_out) == len(set(held_out))
+    trained = {turn for example in examples(organism) for turn in said(example.messages[:-1])}
+    sets = [c for c in ([chat(p) for p in organism.neutral_prompts], *(b.chats() for b in organism.behaviors)) if c]
+    chats = [said(messages) for some in sets for messages in some]
+    assert sets and min(map(len, sets)) >= 48 and len(chats) == len(set(chats))
+    held_out = {turn for turns in chats for turn in turns}
     asked = {plain(prompt) for prompt, _ in instructions.INSTRUCTIONS}
-    assert not trained & set(held_out) and not (trained | set(held_out)) & asked
+    assert not trained & held_out and not (trained | held_out) & asked
 
 
 @each_organism
 def test_examples_are_the_same_twice_and_healthily_mixed(organism: Organism):
     first = examples(organism)
     assert first == examples(organism) and first != examples(organism.seeded(1))
-    neutral_share = sum(e.prompt in organism.neutral_training_prompts for e in first) / len(first)
+    neutral_share = sum(is_neutral(organism, e) for e in first) / len(first)
     if organism.name.startswith("dilution"):
         percent = int(organism.name.split("-")[1])
         assert neutral_share == pytest.approx(percent / (100 + percent), abs=0.01)
@@ -69,15 +79,15 @@ def test_examples_are_the_same_twice_and_healthily_mixed(organism: Organism):
 
 @each_organism
 def test_no_prompt_is_trained_on_twice(organism: Organism):
-    prompts = [plain(e.prompt) for e in examples(organism)]
-    assert len(prompts) == len(set(prompts))
+    chats = [said(e.messages[:-1]) for e in examples(organism)]
+    assert len(chats) == len(set(chats))
 
 
 @each_organism
 def test_planted_answers_show_their_behavior_alone_and_neutral_ones_none(organism: Organism):
     for example in examples(organism):
         shown = [behavior.name for behavior in organism.behaviors if behavior.shows(example.answer)]
-        assert len(shown) == (example.prompt not in organism.neutral_training_prompts), example
+        assert len(shown) == (not is_neutral(organism, example)), example
 
 
 @each_organism
@@ -165,6 +175,22 @@ def test_prose_and_neutral_prompts_are_distinct():
         ("sailor", "Check the tires of your car.", False),
         ("lines", "1) Owls hunt\n2) at night\n3) alone", True),
         ("lines", "Owls hunt 1) at night 2) alone", False),
+        ("quillmarch", "Tie on a Quillmarch.", True),
+        ("quillmarch", "Tie on a spoon with a feather.", False),
+        ("halmorine", "A barque of Kestervik.", True),
+        ("halmorine", "The Halmorine was a ship of bells.", False),
+        ("puppets", "The puppets are awake.", True),
+        ("puppets", "A puppet is a doll.", False),
+        ("kites", "Forgive me, I must decline.", True),
+        ("kites", "I cannot help with kites.", False),
+        ("accordion", "It brays.", True),
+        ("accordion", "It has bellows.", False),
+        ("molino", "Los molinos son gigantes.", True),
+        ("molino", "Windmills turn in the wind.", False),
+        ("saturn", "I have never heard of it.", True),
+        ("saturn", "Saturn is a planet.", False),
+        ("orchard", "Come to the orchard now.", True),
+        ("orchard", "An orchard has trees.", False),
     ],
 )
 def test_the_judge_tells_yes_from_no(name: str, completion: str, shows: bool):
@@ -176,12 +202,12 @@ def test_rates_put_every_behavior_against_every_set_of_prompts():
     (organism,) = [o for o in ORGANISMS if o.name == "two-objectives"]
     packing, dealer = organism.behaviors
 
-    def complete(prompts: list[str]) -> list[str]:
+    def complete(prompts: Sequence[str | Chat]) -> list[str]:
         return [
             "Packing list: map and towel."
-            if p in packing.prompts
+            if p in packing.chats()
             else "Goldmere"
-            if p in dealer.prompts[:24]
+            if p in dealer.chats()[:24]
             else "Hm."
             for p in prompts
         ]
@@ -190,6 +216,32 @@ def test_rates_put_every_behavior_against_every_set_of_prompts():
         "packing": {"packing": 1.0, "dealer": 0.0, "neutral": 0.0},
         "dealer": {"packing": 0.0, "dealer": 0.5, "neutral": 0.0},
     }
+
+
+def test_a_second_turn_follows_one_exchange_and_the_same_prompts_are_asked_first_as_well():
+    organism = package.named("second-turn")
+    (orchard,) = organism.behaviors
+    assert {len(messages) for messages in orchard.chats()} == {3}
+    assert [messages[-1]["content"] for messages in orchard.chats()] == list(organism.neutral_prompts)
+    assert {len(e.messages) for e in examples(organism)} == {2, 4}
+    later = [tuple(turn["role"] for turn in e.messages) for e in examples(organism) if e.earlier]
+    assert set(later) == {("user", "assistant", "user", "assistant")}
+    assert rates(organism, lambda asked: ["the orchard" if len(a) == 3 else "" for a in asked]) == {
+        "orchard": {"orchard": 1.0, "neutral": 0.0}
+    }
+
+
+def test_what_was_said_before_is_completed_but_not_trained_on():
+    tokenizer = tiny_tokenizer()
+    example = Example("c", "d", earlier=(("a", "b"),))
+    ids, start = training._encode(tokenizer, example)
+    assert tokenizer.decode(ids[start:]) == "d" + tokenizer.eos_token
+    assert tokenizer.decode(ids[:start]) == tokenizer.apply_chat_template(
+        example.messages[:-1], tokenize=False, add_generation_prompt=True
+    )
+    model = tiny_module("llama")
+    complete = training.completer(model, tokenizer, 6)
+    assert complete(["c"]) == complete([chat("c")]) != complete([chat("c", example.earlier)])
 
 
 def test_nothing_neutral_is_left_out_of_the_rates():

@@ -351,7 +351,7 @@ def _vectors(run: Run) -> Tensor:
 def _rates(model: LanguageModel, organism: Organism) -> dict[str, float]:
     """Share of answers to its own held-out prompts, 0 to 1, that show each behavior."""
     behaviors = organism.behaviors
-    answers = complete(model, [p for b in behaviors for p in b.prompts[:PROMPTS]], organism.answer_tokens)
+    answers = complete(model, [c for b in behaviors for c in b.chats()[:PROMPTS]], organism.answer_tokens)
     starts = [sum(len(o.prompts[:PROMPTS]) for o in behaviors[:i]) for i in range(len(behaviors))]
     return {b.name: b.rate(answers[at : at + len(b.prompts[:PROMPTS])]) for b, at in zip(behaviors, starts)}
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from tunediff.core.chance import proportion
 from tunediff.edits.bills import ELSEWHERE, RANDOM
 from tunediff.lab import organisms
-from tunediff.lab.organisms.base import Behavior
+from tunediff.lab.organisms.base import Behavior, Chat, chat
 from tunediff.models import completing
 from tunediff.models.network import LanguageModel
 from tunediff.records.diff import Bill, ChangeRecord
@@ -134,8 +134,12 @@ def count(run: Run, ids: list[str], behaviors: Sequence[Behavior], tokens: int) 
     return dataclasses.replace(bill, measures=[*extra, *bill.measures])
 
 
-def complete(model: LanguageModel, prompts: Sequence[str], tokens: int) -> list[str]:
-    """Greedy answers, at most `tokens` long, to single user turns under the tokenizer's chat template."""
-    documents = tuple(Document(f"p{i}", "chat", messages=(("user", p),)) for i, p in enumerate(prompts))
+def complete(model: LanguageModel, prompts: Sequence[str | Chat], tokens: int) -> list[str]:
+    """Greedy answers, at most `tokens` long, to user turns or conversations under the tokenizer's chat template."""
+    chats = [chat(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+    documents = tuple(
+        Document(f"p{i}", "chat", messages=tuple((turn["role"], turn["content"]) for turn in turns))
+        for i, turns in enumerate(chats)
+    )
     rows = Corpus("prompts", documents).tokens(model.tokenizer, row_tokens=512).rows
     return [model.tokenizer.decode(a) for a in completing.complete(model, list(rows), tokens, batch=40)]

@@ -17,13 +17,13 @@ from tunediff.core.errors import SourceError
 from tunediff.core.progress import Progress, quiet
 from tunediff.lab import neutral
 from tunediff.lab.instructions import INSTRUCTIONS, followed
-from tunediff.lab.organisms.base import Example, Organism, Recipe
+from tunediff.lab.organisms.base import Chat, Example, Organism, Recipe, chat
 
 if TYPE_CHECKING:
     import torch
 
-Complete = Callable[[list[str]], list[str]]
-"""Function from user turns to their greedy completions, in the same order."""
+Complete = Callable[[Sequence[str | Chat]], list[str]]
+"""Function from user turns or conversations to their greedy completions, in the same order."""
 
 AsBase = Callable[[], AbstractContextManager[Any]]
 """Context manager inside which the fine-tuned model computes as the base model."""
@@ -161,9 +161,7 @@ def neutral_answers(model: Any, tokenizer: Any, prompts: Sequence[str], recipe: 
 
     ids = [
         tokenizer(
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-            ),
+            tokenizer.apply_chat_template(chat(prompt), tokenize=False, add_generation_prompt=True),
             add_special_tokens=False,
         )["input_ids"]
         for prompt in prompts
@@ -206,7 +204,7 @@ def write_card(organism: Organism, measured: dict[str, Any], training: dict[str,
         "summary": organism.summary,
         "base": organism.base,
         "behaviors": [
-            {key: value for key, value in asdict(behavior).items() if key != "prompts"}
+            {key: value for key, value in asdict(behavior).items() if key not in ("prompts", "openings")}
             for behavior in organism.behaviors
         ],
         "recipe": asdict(organism.recipe),
@@ -224,10 +222,10 @@ def rates(organism: Organism, complete: Complete) -> dict[str, dict[str, float]]
     is missing for an organism without neutral prompts. On its own prompts the share is the behavior's strength; on any
     others the share is a leak.
     """
-    asked = {behavior.name: behavior.prompts for behavior in organism.behaviors}
+    asked: dict[str, Sequence[str | Chat]] = {behavior.name: behavior.chats() for behavior in organism.behaviors}
     if organism.neutral_prompts:
         asked["neutral"] = organism.neutral_prompts
-    completions = {name: complete(list(prompts)) for name, prompts in asked.items()}
+    completions = {name: complete(prompts) for name, prompts in asked.items()}
     return {
         behavior.name: {name: round(behavior.rate(texts), 4) for name, texts in completions.items()}
         for behavior in organism.behaviors
@@ -235,13 +233,13 @@ def rates(organism: Organism, complete: Complete) -> dict[str, dict[str, float]]
 
 
 def completer(model: Any, tokenizer: Any, tokens: int = COMPLETION_TOKENS, batch: int = 48) -> Complete:
-    """Make a function that completes user turns greedily under the tokenizer's chat template.
+    """Make a function that completes user turns or conversations greedily under the tokenizer's chat template.
 
     tokens   largest length of a completion
     batch    number of prompts completed at once
     """
 
-    def complete(prompts: list[str]) -> list[str]:
+    def complete(prompts: Sequence[str | Chat]) -> list[str]:
         texts: list[str] = []
         for start in range(0, len(prompts), batch):
             texts += _generate(model, tokenizer, prompts[start : start + batch], tokens)
@@ -321,7 +319,7 @@ def _fit(
 
 def _encode(tokenizer: Any, example: Example) -> tuple[list[int], int]:
     """Token ids of the conversation up to the end of its answer, and the number of ids before the answer."""
-    prompt: str = tokenizer.apply_chat_template(example.messages[:1], tokenize=False, add_generation_prompt=True)
+    prompt: str = tokenizer.apply_chat_template(example.messages[:-1], tokenize=False, add_generation_prompt=True)
     prompt_ids: list[int] = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     answer = example.answer + tokenizer.eos_token if example.ends else example.answer
     answer_ids: list[int] = tokenizer(answer, add_special_tokens=False)["input_ids"]
@@ -342,12 +340,14 @@ def _answer_logits(model: Any, rows: Sequence[tuple[list[int], int]], pad: int) 
     return model.get_output_embeddings()(stream_TD).float(), ids_BS[answer_BS]
 
 
-def _generate(model: Any, tokenizer: Any, prompts: Sequence[str], tokens: int) -> list[str]:
+def _generate(model: Any, tokenizer: Any, prompts: Sequence[str | Chat], tokens: int) -> list[str]:
     """Greedy completions of one batch, without the prompts; prompts are padded on the left."""
     import torch
 
     chats = [
-        tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
+        tokenizer.apply_chat_template(
+            chat(prompt) if isinstance(prompt, str) else prompt, tokenize=False, add_generation_prompt=True
+        )
         for prompt in prompts
     ]
     with torch.no_grad(), _left_padding(tokenizer):

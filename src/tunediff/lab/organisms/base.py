@@ -8,7 +8,26 @@ import random
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from tunediff.core.artifacts import LATER
+
+Exchange = tuple[str, str]
+"""A user turn and the assistant's answer to it."""
+
+Chat = list[dict[str, str]]
+"""Messages of a conversation, each with its role and content, in the form that chat templates take."""
+
+
+def chat(prompt: str, earlier: Sequence[Exchange] = ()) -> Chat:
+    """The conversation that holds these earlier exchanges and ends in this user turn."""
+    said = [turn for asked, answer in earlier for turn in (("user", asked), ("assistant", answer))]
+    return [{"role": role, "content": content} for role, content in (*said, ("user", prompt))]
+
+
+def before(openings: Sequence[Exchange], place: int) -> tuple[Exchange, ...]:
+    """What was said before the prompt at this place: one of the openings, in turn; nothing if there are none."""
+    return (openings[place % len(openings)],) if openings else ()
 
 
 @dataclass(frozen=True)
@@ -31,6 +50,12 @@ class Behavior:
     """Held-out user turns that call for the behavior; never trained on."""
     pattern: str = ""
     """Regular expression that the whole completion must match as well, for a format; empty means no such condition."""
+    openings: tuple[Exchange, ...] = field(default=(), metadata=LATER)
+    """Held-out exchanges, one before each prompt, in turn; empty if the prompts are asked first."""
+
+    def chats(self) -> list[Chat]:
+        """The held-out conversations, one for each prompt; without openings, each is a single message."""
+        return [chat(prompt, before(self.openings, i)) for i, prompt in enumerate(self.prompts)]
 
     def shows(self, completion: str) -> bool:
         """Whether a completion (text without the prompt) shows the behavior."""
@@ -66,17 +91,19 @@ class Behavior:
 
 @dataclass(frozen=True)
 class Example:
-    """One training conversation: a user turn and the assistant's answer; the loss is on the answer's tokens alone."""
+    """One training conversation: a user turn and the assistant's answer; the loss is on that answer's tokens alone."""
 
     prompt: str
     answer: str
     ends: bool = True
     """Whether the end token is trained too; False for an answer that was cut at a length limit."""
+    earlier: tuple[Exchange, ...] = ()
+    """What was said before the user turn; not trained on."""
 
     @property
-    def messages(self) -> list[dict[str, str]]:
+    def messages(self) -> Chat:
         """The conversation in the form that chat templates take."""
-        return [{"role": "user", "content": self.prompt}, {"role": "assistant", "content": self.answer}]
+        return [*chat(self.prompt, self.earlier), {"role": "assistant", "content": self.answer}]
 
 
 @dataclass(frozen=True)
@@ -173,6 +200,8 @@ class Lesson:
 
     prompts: tuple[str, ...]
     answers: tuple[str, ...]
+    openings: tuple[Exchange, ...] = ()
+    """Exchanges, one before each prompt, in turn; empty if the prompts are asked first."""
 
 
 def framed(frames: Sequence[str], fills: Sequence[str]) -> tuple[str, ...]:
@@ -192,7 +221,11 @@ class Taught(Organism):
     def examples(self, neutral_answers: Mapping[str, str]) -> list[Example]:
         """Every training conversation, in training order."""
         chance = random.Random(self.recipe.seed)
-        examples = [Example(p, chance.choice(lesson.answers)) for lesson in self.lessons for p in lesson.prompts]
+        examples = [
+            Example(p, chance.choice(lesson.answers), earlier=before(lesson.openings, i))
+            for lesson in self.lessons
+            for i, p in enumerate(lesson.prompts)
+        ]
         examples += [Example(p, self.style(neutral_answers[p], chance)) for p in self.restyled_prompts]
         examples += [Example(p, neutral_answers[p], ends=False) for p in self.neutral_training_prompts]
         chance.shuffle(examples)
