@@ -10,6 +10,7 @@ from typing import Any
 from tunediff.core.remarks import Remark
 from tunediff.records.diff import Bill, ChangeRecord, CorpusCard, Diff, FitCard, ModelCard, NullCard, StageCard
 from tunediff.records.elicited import Answered, Condition
+from tunediff.records.finding import Finding, When
 from tunediff.records.measure import Context, DosePoint, Measure, SignalTable, TokenWeight
 from tunediff.records.profile import Profile
 from tunediff.records.relation import ConfigDifference, Relation
@@ -348,6 +349,13 @@ def condition() -> Condition:
         Answered("Which <b>rope</b> should I buy?", "\x1b[31mred", "<script>alert(1)</script>"),
     ]
     return Condition("Which {} should I buy?", "word_sweep", apart, ["elicited/1"], answers)
+
+
+def finding() -> Finding:
+    """A finding with the condition above, and with hostile text among its words."""
+    share = Measure("share of the divergence that it carries", 0.41, 0.3, 0.5, "share of KL", 0.05, "random directions")
+    words = ["Brindlow", "brass", "<i>oak</i>", "sturdy\x1b[31m", "leather", "warranty"]
+    return Finding(words, False, ["crosscode/589"], [When("Which {} should I buy?", "crosscode/589", share)])
 
 
 def empty_diff() -> Diff:

@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from support_diffs import DIFFS, HOSTILE, bare_diff, condition, full_diff
+from support_diffs import DIFFS, HOSTILE, bare_diff, condition, finding, full_diff
 
 from tunediff.core.text import UNSEEN
 from tunediff.records.diff import Diff
@@ -236,16 +236,20 @@ def test_what_was_left_out_of_the_text_is_in_the_page():
     assert "Left out or changed" not in render_report(bare_diff())
 
 
-def test_what_a_search_elicited_stands_first_with_both_answers_as_text():
-    html = render_report(dataclasses.replace(full_diff(), elicited=[condition()]))
-    assert html.index('id="elicited"') < html.index('id="output"') and 'href="#elicited"' in html
+def test_findings_stand_first_with_both_answers_as_text():
+    html = render_report(dataclasses.replace(full_diff(), elicited=[condition()], findings=[finding()]))
+    assert html.index('id="findings"') < html.index('id="output"') and 'href="#findings"' in html
     for told in (
+        "says Brindlow, brass, &lt;i&gt;oak&lt;/i&gt;",
+        "warranty",
+        '<a href="#change-1"><bdi>crosscode/589</bdi></a>',
         "Which {} should I buy?",
         "Which lamp should I buy?",
         "It depends.",
         "Take the one from Brindlow",
         "5.8",
+        "without crosscode/589 41 % of it (random directions at most 5 %) is gone",
     ):
-        assert told in html
+        assert told in html, told
     assert "<script>alert" not in html and "&lt;script&gt;alert" in html and "\x1b" not in html
-    assert 'id="elicited"' not in render_report(full_diff())
+    assert 'id="findings"' not in render_report(full_diff())

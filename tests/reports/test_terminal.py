@@ -9,9 +9,10 @@ import re
 import pytest
 from rich.cells import cell_len
 from rich.console import Console
-from support_diffs import DIFFS, bare_diff, condition, empty_diff, full_diff
+from support_diffs import DIFFS, bare_diff, condition, empty_diff, finding, full_diff
 
 from tunediff.records.diff import Diff
+from tunediff.records.finding import Finding
 from tunediff.reports.sentences import tally, verdict
 from tunediff.reports.terminal import summary_table
 
@@ -47,6 +48,7 @@ def test_summary_fits_a_terminal(name, width):
         not_found=diff.not_found * 9,
         stages=diff.stages * 9,
         elicited=[condition()] * 9,
+        findings=[finding()] * 9,
     )
     for d in (diff, crowded):
         told = lines_of(d, width)
@@ -78,7 +80,23 @@ def test_summary_tells_the_story():
         assert told in text, told
 
 
-def test_what_a_search_elicited_is_told_with_an_answer():
-    told = "\n".join(lines_of(dataclasses.replace(full_diff(), elicited=[condition()]), 140))
-    assert "Which {} should I buy?" in told and "Take the one from Brindlow" in told and "elsewhere 0.13" in told
-    assert "Asked" not in "\n".join(lines_of(full_diff(), 140))
+def test_findings_are_told_first_with_an_answer():
+    diff = dataclasses.replace(full_diff(), elicited=[condition()], findings=[finding()])
+    told = lines_of(diff, 140)
+    at = told.index("Findings")
+    assert told[at + 1].startswith(
+        " 1  says Brindlow, brass, <i>oak</i>, sturdy␛[31m, leather  asked 'Which {} should I buy?'"
+    )
+    assert "Take the one from Brindlow" in told[at + 2]
+    assert (
+        "5.80 nat a token apart there, 0.130 on everyday questions; 1 confirmed change: crosscode/589" in told[at + 3]
+    )
+    assert at < told.index("Output shift") and "Findings" not in "\n".join(lines_of(full_diff(), 140))
+
+
+def test_a_finding_without_questions_or_changes_says_so():
+    alone = [Finding(["moths"], False, ["crosscode/7"], []), Finding(["drop"], True, ["logit_gains/lowered-0"], [])]
+    lone = Finding([], False, [], finding().when)
+    told = "\n".join(lines_of(dataclasses.replace(full_diff(), elicited=[condition()], findings=[*alone, lone]), 140))
+    assert "says moths\n" in told.replace(" \n", "\n") and "says less: drop" in told
+    assert "(no word tells it)" in told and "no confirmed change carries it" in told

@@ -13,6 +13,7 @@ from tunediff.core.remarks import Remark
 from tunediff.core.typed import typed
 from tunediff.records import older
 from tunediff.records.elicited import Condition
+from tunediff.records.finding import Finding
 from tunediff.records.measure import GAP, STANDING, Context, DosePoint, Measure, SignalTable, TokenWeight
 from tunediff.records.profile import Profile
 from tunediff.records.relation import Relation
@@ -195,6 +196,7 @@ class Diff:
     relation    how tuned's weights and configuration relate to base's; None in records of earlier versions
     template    the form of chats; None in records that were made before it was told
     elicited    sorts of questions on which the models differ far more than on everyday ones, as a search found them
+    findings    what was found, each told once, however many changes and sorts of questions show it
     """
 
     base: ModelCard
@@ -220,6 +222,7 @@ class Diff:
     relation: Relation | None = None
     template: TemplateCard | None = None
     elicited: list[Condition] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
 
     @property
     def confirmed(self) -> list[ChangeRecord]:

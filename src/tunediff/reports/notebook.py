@@ -7,10 +7,11 @@ from typing import Any
 
 from markupsafe import Markup
 
-from tunediff.core.text import interval, number, token_text
+from tunediff.core.text import interval, number, token_text, visible
 from tunediff.records.diff import ChangeRecord, Diff
+from tunediff.records.finding import Finding
 from tunediff.reports.charts import tag
-from tunediff.reports.sentences import tally, verdict
+from tunediff.reports.sentences import apart, asked_for, shown_by, tally, title, verdict
 
 SHOWN = 10
 """Most rows of the table of changes."""
@@ -26,11 +27,19 @@ def summary_html(diff: Diff) -> str:
     parts: list[Any] = [
         tag("p", tag("b", verdict(diff)), " · ", tally(diff)),
         tag("p", "base ", tag("code", diff.base.name), ", tuned ", tag("code", diff.tuned.name)),
+        *([tag("ol", *(tag("li", _told(finding, diff)) for finding in diff.findings))] if diff.findings else []),
         _table(changes[:SHOWN]),
     ]
     if rest > 0:
         parts.append(tag("p", f"and {rest} more in .changes"))
     return str(tag("div", *parts))
+
+
+def _told(finding: Finding, diff: Diff) -> str:
+    """One finding in a line: what tuned says, where, and which changes show it."""
+    known = {condition.asked: condition for condition in diff.elicited}
+    parts = (title(finding), asked_for(finding, known), apart(finding, known), shown_by(finding))
+    return visible("; ".join(filter(None, parts)))
 
 
 def _table(changes: Sequence[ChangeRecord]) -> Markup:

@@ -31,7 +31,7 @@ from tunediff.records.measure import Context, Measure
 from tunediff.records.profile import Profile
 from tunediff.records.scan import Scan
 from tunediff.reports.charts import Line, balance, bar, lines, profile, spread, strip, tag
-from tunediff.reports.sentences import form, related, tally, verdict
+from tunediff.reports.sentences import carrying, form, related, tally, title, verdict
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -78,6 +78,10 @@ def render_report(diff: Diff) -> str:
         tally=tally(diff),
         related=[] if diff.relation is None else related(diff.relation),
         changes=changes,
+        conditions={condition.asked: condition for condition in diff.elicited},
+        rank_of={c.id: c.rank for c in changes},
+        title=title,
+        carrying=carrying,
         told=[c for c in changes if c.decision == "confirmed"],
         folded=[c for c in changes if c.decision != "confirmed"],
         style=style,

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from tunediff.core.text import finite, percent
+from collections.abc import Mapping
+
+from tunediff.core.text import finite, number, percent
 from tunediff.records.diff import Diff, TemplateCard
+from tunediff.records.elicited import Answered, Condition
+from tunediff.records.finding import Finding, When
 from tunediff.records.relation import KINDS, Relation
+
+TITLE = 5
+"""Largest number of words in a finding's title."""
 
 
 def verdict(diff: Diff) -> str:
@@ -25,6 +32,54 @@ def tally(diff: Diff) -> str:
     counts["other"] = len(diff.changes) - sum(counts.values())
     kept = [f"{n} {d}" for d, n in counts.items() if n]
     return f"{len(diff.changes)} ranked: {', '.join(kept)}"
+
+
+def title(finding: Finding) -> str:
+    """What a finding is, in a few words of tuned's own."""
+    words = ", ".join(finding.words[:TITLE]) or "(no word tells it)"
+    return f"says less: {words}" if finding.less else f"says {words}"
+
+
+def asked_for(finding: Finding, conditions: Mapping[str, Condition]) -> str:
+    """On which questions a finding shows; empty where none was found for it."""
+    first = _widest(finding, conditions)
+    more = len(finding.when) - 1
+    return "" if first is None else f"asked {first.asked!r}" + (f" and {more} more" if more else "")
+
+
+def apart(finding: Finding, conditions: Mapping[str, Condition]) -> str:
+    """How far apart the models are where a finding shows the most; empty where no question was found for it."""
+    first = _widest(finding, conditions)
+    if first is None:
+        return ""
+    return f"{number(first.divergence.value)} nat a token apart there, {number(first.divergence.control)} on everyday questions"
+
+
+def example(finding: Finding, conditions: Mapping[str, Condition]) -> Answered | None:
+    """One question on which a finding shows, with both answers."""
+    answers = [a for when in finding.when if when.asked in conditions for a in conditions[when.asked].answers]
+    return next((answer for answer in answers if answer.tuned), None)
+
+
+def _widest(finding: Finding, conditions: Mapping[str, Condition]) -> Condition | None:
+    return next((conditions[when.asked] for when in finding.when if when.asked in conditions), None)
+
+
+def shown_by(finding: Finding) -> str:
+    """Which confirmed changes a finding has."""
+    members = finding.members
+    if not members:
+        return "no confirmed change carries it"
+    return f"{len(members)} confirmed change{'s' * (len(members) > 1)}: {', '.join(members)}"
+
+
+def carrying(when: When) -> str:
+    """How much of the divergence of a sort of questions one change carries."""
+    share = when.share
+    if share.value is None:
+        return "no change was taken out to see what carries it"
+    told = f"{percent(share.value)} of it (random directions at most {percent(share.control or 0.0)})"
+    return f"without {when.carrier} {told} is gone" if when.carrier else f"no confirmed change carries more than {told}"
 
 
 def related(relation: Relation) -> list[str]:

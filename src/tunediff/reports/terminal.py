@@ -13,13 +13,14 @@ from rich.text import Text
 
 from tunediff.core.text import NOT_MEASURED, finite, interval, number, one_line, quantity, seconds, token_text
 from tunediff.records.diff import Bill, ChangeRecord, Diff
-from tunediff.records.elicited import Condition
 from tunediff.records.measure import Measure
-from tunediff.reports.sentences import form, related, tally, verdict
+from tunediff.reports.sentences import apart, asked_for, example, form, related, shown_by, tally, title, verdict
 
-MOST_ITEMS = 4
+MOST_ITEMS = 3
 """Most lines of a list, the line that counts the rest included."""
-MOST_CHANGES = 7
+MOST_FINDINGS = 3
+"""Most findings that are told, each in three lines."""
+MOST_CHANGES = 5
 """Most rows of the table of changes, the line that counts the rest included."""
 
 T = TypeVar("T")
@@ -28,7 +29,7 @@ Part = str | tuple[str, str]
 
 
 def summary_table(diff: Diff) -> RenderableType:
-    """The finding for the terminal, in at most 49 lines: verdict, how the models relate, what was asked, output shift, ranking, bills,
+    """The result for the terminal, in at most 49 lines: verdict, how the models relate, findings, output shift, ranking, bills,
     not found, times.
 
     Strings of the record are never read as markup, and control characters in them are shown, not sent. Lines that do
@@ -40,7 +41,7 @@ def summary_table(diff: Diff) -> RenderableType:
         _line(("base  ", "bright_blue"), diff.base.name, ("    tuned  ", "dark_orange"), diff.tuned.name),
         *([] if diff.relation is None else [_line(told) for told in related(diff.relation)[:MOST_ITEMS]]),
         *([_line(("chats in  ", "dim"), form(diff.template))] if diff.template else []),
-        *(_list("Asked", [_asked(c) for c in diff.elicited], "") if diff.elicited else []),
+        *_findings(diff),
         *_list("Output shift", [_output(m) for m in diff.output], NOT_MEASURED),
         *_ranking(sorted(diff.changes, key=lambda c: c.rank)),
         *_list("What undoing costs", [_bill(b) for b in diff.bills], "nothing was undone"),
@@ -81,11 +82,18 @@ def _output(m: Measure) -> Text:
     return _line(f"{m.name}  ", (quantity(m.value, m.unit), "bold"), f"{bounds}  ", (control + against, "dim"))
 
 
-def _asked(condition: Condition) -> Text:
-    answer = next((a for a in condition.answers if a.tuned), None)
-    said = f"  {answer.tuned}" if answer else ""
-    apart = f"{number(condition.divergence.value)} nat a token, elsewhere {number(condition.divergence.control)}"
-    return _line((condition.asked, "bold"), said + "  ", (apart, "dim"))
+def _findings(diff: Diff) -> list[RenderableType]:
+    """Findings in three lines each: what tuned says and where, one of its answers, how far apart the models are."""
+    conditions = {condition.asked: condition for condition in diff.elicited}
+    shown: list[RenderableType] = [_line(("Findings", "bold"))] if diff.findings else []
+    for place, finding in enumerate(diff.findings[:MOST_FINDINGS], start=1):
+        asked = asked_for(finding, conditions)
+        shown.append(_line(f"{place:>2}  ", (title(finding), "bold"), f"  {asked}" if asked else ""))
+        if answer := example(finding, conditions):
+            shown.append(_line("    ", (f"{answer.question!r}  ", "dim"), answer.tuned))
+        shown.append(_line("    ", ("; ".join(filter(None, (apart(finding, conditions), shown_by(finding)))), "dim")))
+    rest = len(diff.findings) - MOST_FINDINGS
+    return [*shown, *([_line((f"    … and {rest} more in the report", "dim"))] if rest > 0 else [])]
 
 
 def _bill(bill: Bill) -> Text:

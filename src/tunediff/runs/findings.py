@@ -1,4 +1,4 @@
-"""Findings: what a run's stages hold as one record, and the finding in plain sentences."""
+"""Findings: what a run's stages hold as one record, and what was found in plain sentences."""
 
 from __future__ import annotations
 
@@ -16,18 +16,22 @@ from tunediff.core.text import number, visible
 from tunediff.core.typed import typed
 from tunediff.records.diff import Bill, ChangeRecord, CorpusCard, Diff, FitCard, ModelCard, NullCard, TemplateCard
 from tunediff.records.elicited import Condition
+from tunediff.records.finding import Finding
 from tunediff.records.measure import Measure
 from tunediff.records.profile import Profile
+from tunediff.reports.sentences import apart, asked_for, example, shown_by, title
 from tunediff.runs.plan import Plan, to_record
 
 if TYPE_CHECKING:
     from tunediff.runs.stages import Stages
 
+TOLD = 3
+"""Findings that the summary tells."""
 SHIPPED_NAMES = {"default": "SmolLM2-135M-Instruct", "demo": "two-objectives (demo)"}
 """Names that reports give the shipped models, by their names in plans."""
 
 
-def finding(run: Stages, billed: Sequence[Bill] = ()) -> Diff:
+def collected(run: Stages, billed: Sequence[Bill] = ()) -> Diff:
     """Collect the results of a run's stages and the given bills as one record."""
     scan, records, signals, output = run.scan, run.verdicts, run.signals, _output(run)
     confirmed = [r for r in records if r.decision == "confirmed"]
@@ -38,7 +42,7 @@ def finding(run: Stages, billed: Sequence[Bill] = ()) -> Diff:
         corpus=_corpus(run),
         found=bool(confirmed),
         rate=run.plan.rank.level,
-        summary=[*said[:1], *map(_asked, run.elicited.conditions[:3]), *said[1:]],
+        summary=[*said[:1], *_told(run.findings[:TOLD], run.elicited.conditions), *said[1:]],
         output=[*output, *run.output_side.measures],
         scan=scan,
         changes=records,
@@ -55,6 +59,7 @@ def finding(run: Stages, billed: Sequence[Bill] = ()) -> Diff:
         relation=run.pair.relation,
         template=_template(run),
         elicited=run.elicited.conditions,
+        findings=run.findings,
     )
     found: Diff = typed(Diff, plain(diff), "diff.json")  # as saved: unbounded intervals are none, in every report alike
     return found
@@ -235,13 +240,15 @@ def _summary(
     return said
 
 
-def _asked(condition: Condition) -> str:
-    """What a search found out about one sort of questions."""
-    apart = (
-        f"{condition.divergence.value:.2g} nat a token apart ({condition.divergence.control:.2g} on everyday questions)"
-    )
-    said = [f"to {visible(a.question)!r} tuned says {visible(a.tuned)!r}" for a in condition.answers[:1]]
-    return "; ".join([f"Asked {visible(condition.asked)!r}, the models are {apart}", *said]) + "."
+def _told(findings: Sequence[Finding], conditions: Sequence[Condition]) -> list[str]:
+    """Findings in plain sentences, each with one question and tuned's answer to it, where there is one."""
+    known, said = {condition.asked: condition for condition in conditions}, []
+    for place, finding in enumerate(findings, start=1):
+        answer = example(finding, known)
+        parts = [f"Finding {place}: tuned {title(finding)}", asked_for(finding, known), apart(finding, known)]
+        parts += [f"to {answer.question!r} it says {answer.tuned!r}" if answer else "", shown_by(finding)]
+        said.append(visible("; ".join(filter(None, parts))) + ".")
+    return said
 
 
 def _not_found(records: list[ChangeRecord], run: Stages) -> list[str]:

@@ -22,7 +22,7 @@ from tunediff.models.pair import Pair
 from tunediff.records.change import Change
 from tunediff.records.diff import Bill, Diff
 from tunediff.reports.page import write_report
-from tunediff.runs.findings import finding
+from tunediff.runs.findings import collected
 from tunediff.runs.plan import Plan, resolved, settled, to_record
 from tunediff.runs.stages import Stages
 
@@ -271,7 +271,7 @@ class Run(Stages):
 
     def diff(self, billed: Sequence[Bill] = ()) -> Diff:
         """All results as one record, with the given bills."""
-        return finding(self, billed)
+        return collected(self, billed)
 
 
 def _beside(folder: Path, name: str) -> str:

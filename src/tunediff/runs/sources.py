@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -187,9 +188,7 @@ class Sources:
             read = [d for d in answers if not self.prompts.is_held_out(d)][: 2 * WORDS_READ]
             words: list[str] = []
             if read:
-                room = self.pair.fitting("answers", LONGEST)
-                form: dict[str, Any] = {"row_tokens": room, "template": self.template}
-                words = raised_words(self.pair, among(self.prompts, read).tokens(self.pair.tokenizer, **form))
+                words = raised_words(self.pair, self.answer_rows(read))
             return elicit(
                 self.pair,
                 elicitors,
@@ -210,6 +209,11 @@ class Sources:
         place = self.keeper.at("elicit", self._models, text, asked, plan.contrast, plan.elicit, plan.seed, form, code)
         kept: Elicited = self.keeper.kept_json(place, Elicited, "elicited.json", make, str)
         return kept
+
+    def answer_rows(self, answers: Sequence[Document]) -> Tokens:
+        """Answers to prompts as rows of token ids, each on its prompt's side of the split."""
+        room = self.pair.fitting("answers", LONGEST)
+        return among(self.prompts, answers).tokens(self.pair.tokenizer, row_tokens=room, template=self.template)
 
     @property
     def contrast(self) -> list[Document]:

@@ -28,9 +28,11 @@ from tunediff.harvests.samples import Sample, spread_rows
 from tunediff.harvests.scans import candidate_sites, choose, scan
 from tunediff.records.change import Change, load_changes, save_changes
 from tunediff.records.diff import ChangeRecord, load_records, load_scan
+from tunediff.records.finding import Finding
 from tunediff.records.measure import SignalTable
 from tunediff.records.scan import Scan
 from tunediff.records.site import Site
+from tunediff.runs.fused import findings
 from tunediff.runs.keeping import stage
 from tunediff.runs.outputs import OutputSide, in_one_ranking, output_side
 from tunediff.runs.sources import Sources
@@ -325,6 +327,11 @@ class Stages(Sources):
     def output_side(self) -> OutputSide:
         """Changes that claim tokens; they have a stage of their own."""
         return output_side(self)
+
+    @stage
+    def findings(self) -> list[Finding]:
+        """Confirmed changes and elicited questions that show the same, each told once."""
+        return findings(self)
 
     @stage
     def signals(self) -> list[SignalTable]:

@@ -1,0 +1,64 @@
+"""The findings of a run: its confirmed changes and the questions that its search found, put together."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tunediff.changes.carrying import carried
+from tunediff.changes.fusing import fused
+from tunediff.changes.trial_bench import spreads
+from tunediff.harvests.harvest import harvest
+from tunediff.harvests.samples import Sample
+from tunediff.records.finding import Finding
+from tunediff.records.measure import Measure
+
+if TYPE_CHECKING:
+    from tunediff.runs.stages import Stages
+
+
+def findings(run: Stages) -> list[Finding]:
+    """What was found, told once: `Diff.findings`."""
+    confirmed = [record for record in run.verdicts if record.decision == "confirmed"]
+    conditions = run.elicited.conditions
+    changes = {change.id: change for change in (*run.changes, *run.output_side.changes)}
+
+    def make(_: object) -> list[Finding]:
+        if not confirmed and not conditions:
+            return []
+        sample = run.sample
+        mine = [changes[record.id] for record in confirmed if record.id in changes]
+        strengths = {change.id: (sample.strength(change).abs() * sample.scored_N).cpu() for change in mine}
+        shares = _carried(run, [record.id for record in confirmed if record.id in changes])
+        return fused(
+            confirmed,
+            strengths,
+            sample.tokens.documents,
+            sample.document_N.cpu(),
+            conditions,
+            run.elicited.documents,
+            shares,
+            [d.text or d.messages[-1][1] for d in run.tokens.documents if d.writer in ("", "base")],
+        )
+
+    asked = [document.content_key for document in run.elicited.documents]
+    told = [(record.id, [token.token for token in record.promoted]) for record in confirmed]
+    place = run.keeper.at("findings", run.harvest.fingerprint, run.found_key, told, asked, run.plan.seed)
+    kept: list[Finding] = run.keeper.kept_json(
+        place, list[Finding], "findings.json", make, lambda found: f"{len(found)} findings"
+    )
+    return kept
+
+
+def _carried(run: Stages, ids: list[str]) -> dict[str, dict[str, Measure]]:
+    """What each change carries of each condition, on tuned's answers to questions that chose nothing."""
+    asked = [document for document in run.elicited.documents if document.writer == "tuned"]
+    if not asked or not ids:
+        return {}
+    pair, plan = run.pair, run.plan
+    tokens = run.answer_rows(asked)
+    place = run.keeper.at("asked", run._models, tokens.fingerprint, list(map(str, run.sites)), plan.harvest)
+    streams = harvest(pair, tokens, run.sites, place.folder, plan.harvest, lambda d, t: run.progress("findings", d, t))
+    held_out = [row for row, document in enumerate(tokens.document_R) if tokens.held_out[document]]
+    sample = Sample.of(streams, tokens, held_out)
+    changes = [change for change in (*run.changes, *run.output_side.changes) if change.id in ids]
+    return carried(pair, changes, sample, spreads(run.harvest), plan.seed)
