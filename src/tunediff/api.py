@@ -117,15 +117,17 @@ def revert(
     *,
     cost: float | None = None,
     bake: str | Path | None = None,
+    finding: int = 0,
     allow_code: bool = False,
     **settings: Any,
 ) -> Bill:
-    """Take changes out of the tuned model, and return what that does and costs.
+    """Take changes, or a whole finding, out of the tuned model, and return what that does and costs.
 
     found     a `Diff` of this session, or a run's folder
     changes   ids of changes to take out; all confirmed ones if none is named
     cost      take them out as strongly as so many nats a token on neutral text allow
     bake      write the edited model to this folder, as transformers reads it
+    finding   place of a finding from 1 on, in place of changes: all of its changes, and its answers
     settings  of the run in a folder, as `diff` takes them; ``base`` and ``tuned`` say where its models have moved to
     """
     if isinstance(found, Diff) and settings:
@@ -134,7 +136,7 @@ def revert(
         )
     opened = found.run if isinstance(found, Diff) else Run.open(Path(found), settings, allow_code)
     with _evaluating(*_given(opened)):
-        return opened.revert(changes, cost, Path(bake) if bake is not None else None)
+        return opened.revert(changes, cost, Path(bake) if bake is not None else None, finding)
 
 
 def report(found: records.Diff | str | Path, path: str | Path | None = None) -> Path:

@@ -2,13 +2,14 @@
 
 Two changes are alike where they are on at the same tokens and promote the same words: the geometric mean of both overlaps
 is at least `ALIKE`. A sort of questions belongs to the change that carries most of its divergence, if random directions of
-equal energy carry less. One that no change carries joins the finding whose words its answers hold.
+equal energy carry less. One that no change carries joins the finding whose words its answers hold. Findings that are told
+in the same words are one.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -24,6 +25,8 @@ ALIKE = 0.3
 """Least overlap (0..1) of changes that show the same."""
 COMMON = 0.5
 """Least share of a condition's words that a finding holds which it joins without being carried by it."""
+FIRST, SAME = 5, 0.6
+"""Number of first words of two findings, and the share of them that both have, from which on they are one."""
 WORDS = 12
 """Largest number of words of a finding."""
 EVERYWHERE = 0.002
@@ -76,8 +79,12 @@ def fused(
             pot.when.append(When(condition.asked, best, share))
         else:
             rest.append((condition, When(condition.asked, "", share)))
-    for pot in pots:
+
+    def worded(pot: _Pot) -> _Pot:
         pot.words, pot.less = _words_of(pot, strengths, documents, document_N, answers, usual)
+        return pot
+
+    pots = _by_words([worded(pot) for pot in pots], worded)
     for condition, when in rest:
         own = _said_there(answers[condition.asked], usual)
         joined = max(pots, key=lambda pot: _held(own, pot.words), default=None)
@@ -106,6 +113,18 @@ def _alike(records: Sequence[ChangeRecord], strengths: Mapping[str, Tensor]) -> 
         groups.append([*(other for group in near for other in group), record])
     place = {record.id: number for number, record in enumerate(records)}
     return sorted((sorted(group, key=lambda r: place[r.id]) for group in groups), key=lambda group: place[group[0].id])
+
+
+def _by_words(pots: list[_Pot], worded: Callable[[_Pot], _Pot]) -> list[_Pot]:
+    """Findings that are told in the same words become one, whose words are made anew."""
+    for n, other in enumerate(pots):
+        for one in pots[:n]:
+            first, second = one.words[:FIRST], other.words[:FIRST]
+            if one.less or other.less or _held(second, first) < SAME or _held(first, second) < SAME:
+                continue
+            merged = worded(_Pot(one.members + other.members, one.when + other.when))
+            return _by_words([merged if pot is one else pot for pot in pots if pot is not other], worded)
+    return pots
 
 
 def alike(one: ChangeRecord, other: ChangeRecord, strengths: Mapping[str, Tensor]) -> float:

@@ -167,6 +167,12 @@ def revert(
     changes: Annotated[
         str | None, typer.Option(help="Ids of changes to take out, comma-separated; default: all confirmed.")
     ] = None,
+    finding: Annotated[
+        int,
+        typer.Option(
+            help="A finding to take out, by its number in the summary: its changes, and its answers to the questions it shows on."
+        ),
+    ] = 0,
     cost: Annotated[
         float | None,
         typer.Option(
@@ -183,7 +189,7 @@ def revert(
 ) -> None:
     """Take changes out of the tuned model, print what that does and costs, and bake it into weights if asked."""
     opened, bar = open_run(run, runs, set_, quiet, allow_code)
-    bill = opened.revert(listed(changes, str), cost, bake)
+    bill = opened.revert(listed(changes, str), cost, bake, finding)
     bar.close()
     show(bill, json, table(_bill_rows(bill.measures)))
     if bake is not None:

@@ -54,6 +54,7 @@ def inputs(
     settings: EditSettings,
     seed: int,
     batch_tokens: int = 1200,
+    asked: Sample | None = None,
 ) -> list[dict[str, Inputs]]:
     """Moments of the inputs of every map that fine-tuning touched, by map: for the edit, then for each control.
 
@@ -62,6 +63,7 @@ def inputs(
 
     sample    rows to choose from: a share where the changes are on the most, the rest anywhere
     neutral   rows that are all taken and never count as on, so that the edit costs little on such text
+    asked     answers that are all taken and count as on from their first token
     """
     strongest = _by_strength(sample, changes)
     rng = numpy_generator(seed, "edit rows")
@@ -71,17 +73,21 @@ def inputs(
     rows += _up_to([r for r in others if r not in set(rows)], third if neutral else settings.tokens - third, sample)
     rows.sort()
     on = on_rows(sample, changes, settings.spread)
-    plain = neutral.rows if neutral else []
-    masks = [on]
+    own = [on[row] for row in rows]
+    if asked is not None:
+        own += [asked.scored_N[asked.row_N == row].float().cpu() for row in asked.rows]
+    masks = [own]
     for draw in range(settings.controls):
-        order = numpy_generator(seed, "control rows", draw).permutation(len(rows)).tolist()
-        masks.append({row: _fit(on[rows[i]], len(sample.tokens.rows[row])) for i, row in zip(order, rows)})
-    for mask in masks:
-        mask.update({row: torch.zeros(len(sample.tokens.rows[row])) for row in plain})
-    rows = sorted({*rows, *plain})
-    return input_moments(
-        pair.tuned, pair.deltas(), sample.tokens.only(rows), [[m[row] for row in rows] for m in masks], batch_tokens
-    )
+        order = numpy_generator(seed, "control rows", draw).permutation(len(own)).tolist()
+        masks.append([_fit(own[i], len(mask)) for i, mask in zip(order, own)])
+    off = {row: torch.zeros(len(sample.tokens.rows[row])) for row in (neutral.rows if neutral else ())}
+    every = sorted({*rows, *off})
+    of_row = [{**dict(zip(rows, mask)), **off} for mask in masks]
+    on_CR = [[some[row] for row in every] + mask[len(rows) :] for some, mask in zip(of_row, masks)]
+    tokens = sample.tokens.only(every)
+    if asked is not None:
+        tokens = tokens.then(asked.tokens.only(asked.rows))
+    return input_moments(pair.tuned, pair.deltas(), tokens, on_CR, batch_tokens)
 
 
 def removing(

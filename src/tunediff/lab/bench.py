@@ -37,6 +37,7 @@ from tunediff.models.shipped import ORGANISMS
 from tunediff.records.diff import ChangeRecord
 from tunediff.runs.plan import Plan, settled
 from tunediff.runs.run import Run
+from tunediff.runs.undoing import Aim
 
 TOKENS = 20
 """Number of promoted tokens that a cell keeps of each change."""
@@ -213,11 +214,16 @@ def bench(
                 cell = (_listed if method in scores.SIGNALS else _tried)(
                     run, Cell(key, tune.name, tune.is_null, method, seed)
                 )
-                cell = replace(cell, named={b.name: _naming(cell, b) for b in tune.behaviors if b.vocabulary})
+                if method not in scores.SIGNALS:
+                    cell = replace(cell, told=[f.words for f in run.findings[:FIRST]], asked=_asked(run))
+                behaviors = [b for b in tune.behaviors if b.vocabulary]
+                cell = replace(cell, named={b.name: _naming(cell, b) for b in behaviors})
+                cell = replace(cell, as_told={b.name: _telling(cell, b) for b in behaviors if cell.told})
                 if tune.behaviors and method not in scores.SIGNALS:
                     organism = organisms.named(tune.name.partition("@")[0])
                     untouched = untouched or (_rates(pair.tuned, organism), _scaled(run, organism))
                     cell = replace(cell, undone=_undone(run, cell, organism, *untouched))
+                    cell = replace(cell, undone_told=_undone_told(run, cell, organism, *untouched))
                 said = plain(cell)
                 if method not in scores.SIGNALS:
                     write_tensors(beside := path.with_suffix(".safetensors"), {"vectors_KD": _vectors(run)})
@@ -326,6 +332,15 @@ def _naming(cell: Cell, behavior: Behavior) -> list[str]:
     return [id for id, tokens in list(zip(ids, cell.read))[:FIRST] if behavior.is_named_by(tokens)]
 
 
+def _telling(cell: Cell, behavior: Behavior) -> list[int]:
+    """Places of the first five findings whose words pass the behavior's naming test."""
+    return [place for place, words in enumerate(cell.told, start=1) if behavior.is_named_by(words)]
+
+
+def _asked(run: Run) -> list[str]:
+    return [condition.asked for condition in run.elicited.conditions]
+
+
 def _slots(confirmed: Sequence[ChangeRecord]) -> dict[str, float]:
     """Share of each organism family's decisive strings, 0 to 1, that occur in the confirmed changes' contexts.
 
@@ -371,12 +386,37 @@ def _undone(run: Run, cell: Cell, organism: Organism, before: dict[str, float], 
     """
     wanted = {id for b in organism.behaviors if b.wanted for id in cell.named.get(b.name, ())}
     ids = to_take_out(organism.behaviors, cell.named) or [id for id in cell.confirmed if id not in wanted][:1]
-    cost = run.afford(ids, COST) if ids else None
-    if cost is None:
+    return _taken(run, run.afford(ids, COST) if ids else None, organism, before, scaled)
+
+
+def _undone_told(
+    run: Run, cell: Cell, organism: Organism, before: dict[str, float], scaled: dict[str, float]
+) -> Undone | None:
+    """As `_undone`, of a whole finding: the first that names an unwanted behavior and no wanted one, else the first that
+    names no wanted one. None where nothing of a finding can be taken out.
+    """
+    wanted = {place for b in organism.behaviors if b.wanted for place in cell.as_told.get(b.name, ())}
+    unwanted = [place for b in organism.behaviors if not b.wanted for place in cell.as_told.get(b.name, ())]
+    places = [place for place in (*unwanted, *range(1, len(cell.told) + 1)) if place not in wanted]
+    for place in places:
+        try:
+            aim = run.aim(place)
+        except SettingError:  # it is at the output
+            continue
+        return _taken(run, run.afford(aim, COST), organism, before, scaled)
+    return None
+
+
+def _taken(
+    run: Run, afforded: tuple[Aim, float] | None, organism: Organism, before: dict[str, float], scaled: dict[str, float]
+) -> Undone:
+    """What is left when what was afforded is taken out; all of it where nothing was."""
+    if afforded is None:
         return Undone([], 0.0, 0.0, before, before, before, scaled)
-    edit, controls = run.edit(ids)
+    aim, cost = afforded
+    edit, controls = run.edit(aim)
     after, random = (_rates(e.applied(run.pair.tuned), organism) for e in (edit, controls[0]))
-    return Undone(ids, run.plan.edit.strength, cost, before, after, random, scaled)
+    return Undone(list(aim.ids), run.plan.edit.strength, cost, before, after, random, scaled)
 
 
 def kept(out: Path) -> list[Cell]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import combinations
 
 from torch import Tensor
@@ -15,6 +15,8 @@ from tunediff.lab.scores import (
     SIGNALS,
     STATISTICS,
     Cell,
+    Undone,
+    as_told,
     behaviors_of,
     bound_for,
     family,
@@ -38,7 +40,7 @@ def table(cells: Sequence[Cell]) -> list[Row]:
             "method": method,
             **detection(mine),
             **content(mine),
-            "unwanted left": _left(mine, wanted=False)["after"],
+            "unwanted left": _left((c.undone for c in mine if c.undone is not None), wanted=False)["after"],
             "seconds": _mean([c.seconds for c in mine]),
         }
         for method, mine in by_method(cells)
@@ -83,6 +85,7 @@ def content(cells: Sequence[Cell]) -> Row:
     )
     return {
         "behaviors named": _share([bool(ids) for c in real for ids in c.named.values()]),
+        "by a finding (decoys)": _as_told(real),
         "tune identified": _share([identified(c) == family(c.tune) for c in real]),
         "words@20 (decoys)": _beside(twenty),
         "words@100 (decoys)": _beside(hundred),
@@ -90,29 +93,46 @@ def content(cells: Sequence[Cell]) -> Row:
     }
 
 
-def _left(cells: Sequence[Cell], wanted: bool) -> Row:
+def _as_told(cells: Sequence[Cell]) -> str:
+    """Share of behaviors that a finding's words name, and of behaviors of other organisms that they name, too."""
+    counted = [as_told(cell) for cell in cells if cell.told]
+    mine, decoys = (
+        ([named for one in some for named in one] for some in zip(*counted, strict=True)) if counted else ([], [])
+    )
+    return f"{_share(mine)} ({_share(decoys)})" if mine else "not run"
+
+
+def _left(undone: Iterable[Undone], wanted: bool) -> Row:
     """Mean rates of behaviors of one sort before, after, under random directions and with the tune scaled down; a tune of
     which nothing was taken out keeps what it had."""
     sort = behaviors_of(wanted)
     sides: dict[str, list[float]] = {"before": [], "after": [], "random": [], "scaled": []}
-    for undone in (c.undone for c in cells if c.undone is not None):
+    for one in undone:
         for side, values in sides.items():
-            values += [rate for name, rate in getattr(undone, side).items() if name in sort]
+            values += [rate for name, rate in getattr(one, side).items() if name in sort]
     return {side: _mean(values) or "not run" for side, values in sides.items()}
 
 
 def undoing(cells: Sequence[Cell]) -> list[Row]:
-    """One row a method: what is left of unwanted and of wanted behaviors, beside random directions, and the cost."""
+    """One row a method: what is left of unwanted and of wanted behaviors, beside random directions, and the cost.
+
+    A second row is of whole findings in place of changes, where they were taken out.
+    """
     rows = []
     for method, mine in by_method(cells):
-        undone = [c.undone for c in mine if c.undone is not None]
-        if undone:
-            row: Row = {"method": method, "tunes": str(len(undone))}
-            for label, wanted in (("unwanted", False), ("wanted", True)):
-                row |= {f"{label} {side}": text for side, text in _left(mine, wanted).items()}
-            rows.append(
-                row | {"taken out": _mean([float(len(u.ids)) for u in undone]), "cost": _mean([u.cost for u in undone])}
-            )
+        for what, undone in (
+            (method, [c.undone for c in mine if c.undone is not None]),
+            (f"{method}, findings", [c.undone_told for c in mine if c.undone_told is not None]),
+        ):
+            if undone:
+                row: Row = {"method": what, "tunes": str(len(undone))}
+                for label, wanted in (("unwanted", False), ("wanted", True)):
+                    row |= {f"{label} {side}": text for side, text in _left(undone, wanted).items()}
+                taken = {
+                    "taken out": _mean([float(len(u.ids)) for u in undone]),
+                    "cost": _mean([u.cost for u in undone]),
+                }
+                rows.append(row | taken)
     return rows
 
 

@@ -29,7 +29,7 @@ SAME = 0.7
 class Undone:
     """Confirmed changes taken out, as strongly as the allowed cost on neutral text permits.
 
-    ids, strength  which changes, and how strongly (`EditSettings.strength`)
+    ids, strength  which changes, and how strongly (`EditSettings.strength`); none where answers alone were taken out
     cost           KL(tuned || edited) in nat a token on neutral text
     before, after, random, scaled   share of answers to its own held-out prompts that show each behavior; random: under an
                    edit along random directions of equal energy; scaled: with the whole fine-tuning scaled down as far as
@@ -59,6 +59,10 @@ class Cell:
     ev_delta, l0, dead   explained variance of the difference, active latents a token and share of dead latents of the
                  dictionary, if there is one
     seconds      time to find, rank and test; ``memory``: the process's peak so far, MiB
+    told         words of each of the first five findings (`Diff.findings`)
+    as_told      behavior -> places of the findings among these whose words name it, from 1 on
+    asked        sorts of questions that a search found to tell the models apart
+    undone_told  as ``undone``, of the first finding that names each unwanted behavior, else of the first finding
     """
 
     key: str
@@ -81,6 +85,10 @@ class Cell:
     seconds: float = 0.0
     memory: float = 0.0
     gaps: list[float] = field(default_factory=list)
+    told: list[list[str]] = field(default_factory=list)
+    as_told: dict[str, list[int]] = field(default_factory=dict)
+    asked: list[str] = field(default_factory=list)
+    undone_told: Undone | None = None
 
     @property
     def gap(self) -> float:
@@ -114,6 +122,14 @@ def shares(read: Sequence[Sequence[str]]) -> dict[str, float]:
                 sum(any(b.words_in([token]) for b in behaviors) for token in tokens) / len(tokens) if tokens else 0.0
             )
     return out
+
+
+def as_told(cell: Cell) -> tuple[list[bool], list[bool]]:
+    """Whether a cell's findings name each behavior of its own organism, and each of every other organism's, as decoys."""
+    families = dict.fromkeys(family(o.name) for o in organisms.every())
+    others = [b for name in families if name != family(cell.tune) for b in organisms.named(name).behaviors]
+    decoys = [any(map(b.is_named_by, cell.told)) for b in others if b.vocabulary]
+    return [bool(places) for places in cell.as_told.values()], decoys
 
 
 def identified(cell: Cell) -> str:

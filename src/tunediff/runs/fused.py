@@ -40,25 +40,30 @@ def findings(run: Stages) -> list[Finding]:
             [d.text or d.messages[-1][1] for d in run.tokens.documents if d.writer in ("", "base")],
         )
 
-    asked = [document.content_key for document in run.elicited.documents]
     told = [(record.id, [token.token for token in record.promoted]) for record in confirmed]
-    place = run.keeper.at("findings", run.harvest.fingerprint, run.found_key, told, asked, run.plan.seed)
+    place = run.keeper.at("findings", run.harvest.fingerprint, run.found_key, told, run.elicited_key, run.plan.seed)
     kept: list[Finding] = run.keeper.kept_json(
         place, list[Finding], "findings.json", make, lambda found: f"{len(found)} findings"
     )
     return kept
 
 
+def asked(run: Stages) -> Sample | None:
+    """Tuned's answers to the questions that the search found, with both models' streams; None where it found none."""
+    answers = [document for document in run.elicited.documents if document.writer == "tuned"]
+    if not answers:
+        return None
+    tokens = run.answer_rows(answers)
+    place = run.keeper.at("asked", run._models, tokens.fingerprint, list(map(str, run.sites)), run.plan.harvest)
+    streams = harvest(run.pair, tokens, run.sites, place.folder, run.plan.harvest)
+    return Sample.of(streams, tokens, range(len(tokens.rows)))
+
+
 def _carried(run: Stages, ids: list[str]) -> dict[str, dict[str, Measure]]:
     """What each change carries of each condition, on tuned's answers to questions that chose nothing."""
-    asked = [document for document in run.elicited.documents if document.writer == "tuned"]
-    if not asked or not ids:
+    if not ids or run.asked is None:
         return {}
-    pair, plan = run.pair, run.plan
-    tokens = run.answer_rows(asked)
-    place = run.keeper.at("asked", run._models, tokens.fingerprint, list(map(str, run.sites)), plan.harvest)
-    streams = harvest(pair, tokens, run.sites, place.folder, plan.harvest, lambda d, t: run.progress("findings", d, t))
-    held_out = [row for row, document in enumerate(tokens.document_R) if tokens.held_out[document]]
-    sample = Sample.of(streams, tokens, held_out)
+    tokens = run.asked.tokens
+    held_out = run.asked.only([row for row in run.asked.rows if tokens.held_out[tokens.document_R[row]]])
     changes = [change for change in (*run.changes, *run.output_side.changes) if change.id in ids]
-    return carried(pair, changes, sample, spreads(run.harvest), plan.seed)
+    return carried(run.pair, changes, held_out, spreads(run.harvest), run.plan.seed)

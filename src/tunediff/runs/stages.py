@@ -32,7 +32,7 @@ from tunediff.records.finding import Finding
 from tunediff.records.measure import SignalTable
 from tunediff.records.scan import Scan
 from tunediff.records.site import Site
-from tunediff.runs.fused import findings
+from tunediff.runs.fused import asked, findings
 from tunediff.runs.keeping import stage
 from tunediff.runs.outputs import OutputSide, in_one_ranking, output_side
 from tunediff.runs.sources import Sources
@@ -327,6 +327,16 @@ class Stages(Sources):
     def output_side(self) -> OutputSide:
         """Changes that claim tokens; they have a stage of their own."""
         return output_side(self)
+
+    @stage
+    def asked(self) -> Sample | None:
+        """Tuned's answers to the questions that the search found, with both models' streams."""
+        return asked(self)
+
+    @property
+    def elicited_key(self) -> list[str]:
+        """What depends on the questions that the search found, for content keys."""
+        return [document.content_key for document in self.elicited.documents]
 
     @stage
     def findings(self) -> list[Finding]:
