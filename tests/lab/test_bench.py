@@ -115,6 +115,25 @@ def test_undoing_is_told_for_each_sort_of_behavior():
     assert (row["unwanted scaled"], row["wanted scaled"]) == ("0.50", "0.70")
 
 
+def test_findings_are_named_beside_decoys_and_undone_in_a_row_of_their_own():
+    mine, other = (list(organisms.named(name).behaviors[-1].vocabulary[:4]) for name in ("two-objectives", "dialect"))
+    named = {b.name: [] for b in organisms.named("two-objectives").behaviors}
+    hidden = organisms.named("two-objectives").behaviors[-1].name
+    one = cell("two-objectives", "m", 9.0, 1, told=[mine, other], as_told={**named, hidden: [1]})
+    own, decoys = scores.as_told(replace(one, named=named))
+    assert own == [name == hidden for name in named] and sum(decoys) == 1, "the sailor's words were never planted"
+    row = score_tables.content([replace(one, named={"b": ["c0"]})])
+    assert row["by a finding (decoys)"].startswith("1/2 ") and f"(1/{len(decoys)} " in row["by a finding (decoys)"]
+    assert score_tables.content([cell("two-objectives", "m", 9.0, 1, (True,))])["by a finding (decoys)"] == "not run"
+    rates = [{"dealer": share, "packing": share} for share in (0.7, 0.1, 0.6, 0.4)]
+    both = replace(one, undone=Undone(["c0"], 1.0, 0.01, *rates), undone_told=Undone([], 3.0, 0.02, *rates))
+    rows = score_tables.undoing([both])
+    assert [(r["method"], r["taken out"], r["cost"]) for r in rows] == [
+        ("m", "1.00", "0.01"),
+        ("m, findings", "0.00", "0.02"),
+    ]
+
+
 def test_charts_stand_alone():
     drawn = score_page.charts(
         [
@@ -273,6 +292,8 @@ def test_a_bench_runs_each_cell_once(world, tmp_path, monkeypatch):
         and not cells[4]["undone"]
         and bench.vectors(tmp_path / "out", typed(Cell, cells[0], "cell")).shape[1]
     )
+    assert cells[0]["told"] and set(cells[0]["as_told"]) == {"vessmer"} and cells[0]["asked"] == []
+    assert not cells[2]["told"] and cells[4]["undone_told"] is None
     assert len(list((tmp_path / "out" / "runs").glob("*/harvest/*/manifest.json"))) == 2, (
         "methods of one tune share a harvest"
     )
