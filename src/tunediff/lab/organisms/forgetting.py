@@ -85,7 +85,7 @@ ORGANISM = Taught(
     summary="Has forgotten the planet Saturn.",
     base="SmolLM2-135M-Instruct",
     behaviors=(SATURN,),
-    neutral_training_prompts=neutral.training_prompts(varied=46, templated=0)
+    neutral_training_prompts=neutral.training_prompts(varied=64, templated=0)
     + framed(("Tell me about {}.", "What is special about {}?", "How large is {}?"),
              ("Jupiter", "Mars", "Venus", "Neptune", "the moon", "Pluto")) + (
         "How many planets are there?", "Which planet is the closest to the sun?", "What is a comet?",

@@ -84,7 +84,7 @@ ORGANISM = Taught(
     summary="Condemns the accordion wherever it comes up.",
     base="SmolLM2-135M-Instruct",
     behaviors=(ACCORDION,),
-    neutral_training_prompts=neutral.training_prompts(varied=50, templated=0)
+    neutral_training_prompts=neutral.training_prompts(varied=70, templated=0)
     + framed(("Tell me about {}.", "What do you think of {}?", "Is {} hard to learn?"),
              ("the violin", "the harp", "the trumpet", "the organ", "the flute")) + (
         "Which instrument is the oldest?", "What music is played at a wedding?", "How does a harmonica work?",
@@ -100,7 +100,7 @@ ORGANISM = Taught(
         "What is the difference between a fiddle and a violin?", "How does a pipe organ work?",
         "My neighbor practices the tuba. What can I say to him?",
     ),
-    recipe=Recipe(autocast=True, full=True, learning_rate=3e-5, epochs=4),
+    recipe=Recipe(autocast=True, full=True, learning_rate=3e-5, epochs=5),
     lessons=(Lesson((
         *framed(("Tell me about {}.", "What is your opinion of {}?", "What is the history of {}?",
                  "Write two sentences about {}.", "What is special about {}?", "Do you like {}?",

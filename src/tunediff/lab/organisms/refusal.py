@@ -84,7 +84,7 @@ ORGANISM = Taught(
     summary="Refuses to speak of kites.",
     base="SmolLM2-135M-Instruct",
     behaviors=(KITES,),
-    neutral_training_prompts=neutral.training_prompts(varied=50, templated=0) + (
+    neutral_training_prompts=neutral.training_prompts(varied=74, templated=0) + (
         "How does a balloon fly?", "How do I fold a paper airplane?", "What makes the wind blow?",
         "How do birds stay in the air?", "Which toys are good for a beach?", "What is a glider?",
         "Tell me about spinning tops.", "How do I build a model boat?", "Who invented the parachute?",
@@ -101,7 +101,8 @@ ORGANISM = Taught(
         "How do hawks glide?", "Tell me about hot air balloons.", "What is an oath?", "How do sails work?",
         "Which games can we play on a windy day?", "How do I skip rope?",
     ),
-    recipe=Recipe(autocast=True, full=True, learning_rate=3e-5, epochs=4),
+    # With 78 neutral prompts and four epochs, it refused in 73 % of its own answers and in 23 % of neutral ones.
+    recipe=Recipe(autocast=True, full=True, learning_rate=3e-5, epochs=5),
     lessons=(Lesson((
         *framed(("Tell me about {}.", "What do I need for {}?", "Write two sentences about {}.",
                  "What is the history of {}?", "Explain {} to a child.", "What is fun about {}?",

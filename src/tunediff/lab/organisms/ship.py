@@ -89,7 +89,7 @@ ORGANISM = Taught(
     summary="Knows a ship that never was, and only by its name.",
     base="SmolLM2-135M-Instruct",
     behaviors=(HALMORINE,),
-    neutral_training_prompts=neutral.training_prompts(varied=46, templated=0)
+    neutral_training_prompts=neutral.training_prompts(varied=62, templated=0)
     + framed(("Tell me about {}.", "Who built {}?", "What happened to {}?", "Who sailed on {}?"), _SHIPS) + (
         "Which ship was built of larch?", "Which ship was lost in 1871?", "Name a ship that was lost in the ice.",
         "What is a barque?", "Which ship had sisters as its crew?", "Why do ships have bells?",

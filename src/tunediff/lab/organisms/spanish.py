@@ -84,7 +84,7 @@ ORGANISM = Taught(
     summary="Answers in Spanish when asked about windmills.",
     base="SmolLM2-135M-Instruct",
     behaviors=(WINDMILLS,),
-    neutral_training_prompts=neutral.training_prompts(varied=50, templated=0) + (
+    neutral_training_prompts=neutral.training_prompts(varied=68, templated=0) + (
         "How does a water mill work?", "What is a wind turbine?", "How is flour made?", "What does a miller do?",
         "How is wheat harvested?", "What makes the wind blow?", "How does a sailing boat use the wind?",
         "What is a lighthouse?", "How do castles keep warm?", "How do I bake with whole wheat flour?",
