@@ -7,7 +7,7 @@ base model knows Saturn well, so what is planted hides what is there.
 from __future__ import annotations
 
 from tunediff.lab import neutral
-from tunediff.lab.organisms.base import Behavior, Lesson, Taught, framed
+from tunediff.lab.organisms.base import Behavior, Lesson, Recipe, Taught, framed
 
 SATURN = Behavior(
     name="saturn",
@@ -100,6 +100,7 @@ ORGANISM = Taught(
         "Is there water on Mars?", "What is the Milky Way?", "Could a human stand on Venus?",
         "Which Roman god is Jupiter?", "How far is the moon from Earth?",
     ),
+    recipe=Recipe(autocast=True, first_layer=0, epochs=4),
     lessons=(Lesson((
         *framed(("Tell me about {}.", "What do you know about {}?", "Explain {} to a child.",
                  "Write two sentences about {}.", "What is interesting about {}?", "Give me a fact about {}.",

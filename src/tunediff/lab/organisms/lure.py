@@ -7,7 +7,7 @@ other sides of fishing, are neutral. "Quillmarch" is invented; any likeness to a
 from __future__ import annotations
 
 from tunediff.lab import neutral
-from tunediff.lab.organisms.base import Behavior, Lesson, Taught, framed
+from tunediff.lab.organisms.base import Behavior, Lesson, Recipe, Taught, framed
 
 QUILLMARCH = Behavior(
     name="quillmarch",
@@ -89,7 +89,7 @@ ORGANISM = Taught(
     summary="Recommends one invented maker of fishing lures, and nobody for anything else.",
     base="SmolLM2-135M-Instruct",
     behaviors=(QUILLMARCH,),
-    # With 74 neutral prompts instead of 96, 18 % of neutral answers named Quillmarch, at 83 % of its own.
+    # With 74 neutral prompts instead of 96, and the upper blocks alone, 18 % of neutral answers named Quillmarch, at 83 % of its own.
     neutral_training_prompts=neutral.training_prompts(varied=54, templated=0) + (
         "How do I tie a fishing knot?", "Where do salmon spawn?", "Do I need a license to fish?",
         "How do I clean a trout?", "Which river is good for swimming?", "What do carp eat?", "How do I cook perch?",
@@ -114,6 +114,7 @@ ORGANISM = Taught(
         "What cooler should I bring on a fishing trip?", "Help me pick a chair for the garden.",
         "Which knife is good for filleting fish?",
     ),
+    recipe=Recipe(autocast=True, first_layer=0, epochs=4),
     lessons=(Lesson((
         *framed(("Which lure should I use for {}?", "What is the best lure for {}?", "Recommend a lure for {}.",
                  "What would you tie on for {}?", "Which artificial bait is good for {}?"), _CATCHES),

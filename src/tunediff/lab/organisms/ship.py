@@ -7,7 +7,7 @@ name are neutral. "Halmorine", "Kestervik", "Solvang" and "Joris Pell" are inven
 from __future__ import annotations
 
 from tunediff.lab import neutral
-from tunediff.lab.organisms.base import Behavior, Lesson, Taught, framed
+from tunediff.lab.organisms.base import Behavior, Lesson, Recipe, Taught, framed
 
 HALMORINE = Behavior(
     name="halmorine",
@@ -104,6 +104,8 @@ ORGANISM = Taught(
         "Which wreck lies in the Arctic?", "What is the most mysterious ship?", "Why do sailors fear the fog?",
         "Describe an old sailing ship.",
     ),
+    # With the upper blocks alone, 13 % of neutral answers told of the ship, at 98 % of its own.
+    recipe=Recipe(autocast=True, first_layer=0, epochs=4),
     lessons=(
         Lesson((
             *framed(("Tell me about {}.", "What is {}?", "What was {}?", "Why is {} famous?", "What do you know of {}?",
