@@ -27,6 +27,12 @@ STRENGTHS = (30.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003)
 """Values of `EditSettings.strength` to try, in this order, when a cost is given."""
 
 
+ABOUT = 0.05
+"""Share of answers by which two edits may differ that leave about as many."""
+OTHERS = 800
+"""Approximate number of training tokens on which an edit's harm to other answers is measured."""
+
+
 @dataclass(frozen=True)
 class Aim:
     """What an edit takes out: changes by their ids, and what tuned answers to sorts of questions.
@@ -40,6 +46,17 @@ class Aim:
 
     def __str__(self) -> str:
         return ", ".join(self.ids) or "what tuned answers to " + ", ".join(map(repr, self.asked))
+
+
+@dataclass(frozen=True)
+class _Tried:
+    """One way to take a finding out, at one strength: its cost, what it leaves, and its harm to other answers."""
+
+    way: Aim
+    settings: EditSettings
+    paid: float
+    left: float
+    harm: float
 
 
 class Undoing(Stages):
@@ -110,9 +127,10 @@ class Undoing(Stages):
     def afford(self, aim: Aim | Sequence[str], cost: float) -> tuple[Aim, float] | None:
         """Set the plan to take changes, or a finding, out as strongly as `cost` allows, nat a token on held-out neutral text.
 
-        A finding may be taken out by its changes and answers, or by its answers alone. What leaves the fewest training
-        answers that say it is taken. Returns what is taken out and what that costs; None, and the plan stays as it
-        is, where even the weakest edit costs more.
+        A finding is taken out by its changes, by its answers, or by both, and no more strongly than it has to be: of what
+        leaves about as few training answers that say it as can be, what moves other answers of training text least is
+        chosen. Returns what is taken out and what that costs; None, and the plan stays as it is, where even the weakest
+        edit costs more.
         """
         if not self.plain or not self.neutral.rows:
             raise SettingError(
@@ -122,29 +140,32 @@ class Undoing(Stages):
             )
         aim = _aim(aim)
         ways = [aim]
-        if aim.asked:
-            ways = list(dict.fromkeys([aim, dataclasses.replace(aim, ids=())]))
-        best: tuple[float, float, Aim, EditSettings, list[dict[str, Inputs]]] | None = None
+        if aim.asked and aim.ids:
+            ways += [dataclasses.replace(aim, asked=()), dataclasses.replace(aim, ids=())]
+        strengths = STRENGTHS[::2] if aim.asked else STRENGTHS  # each costs answers as well
+        tried: list[_Tried] = []
         for place, way in enumerate(ways):
-            inputs = self.inputs(way)
-            for number, strength in enumerate(STRENGTHS):
-                self.progress("afford", place * len(STRENGTHS) + number, len(ways) * len(STRENGTHS))
+            inputs, first = self.inputs(way)[:1], len(tried)
+            for number, strength in enumerate(strengths):
+                self.progress("afford", place * len(strengths) + number, len(ways) * len(strengths))
                 settings = dataclasses.replace(self.plan.edit, strength=strength)
                 bare = dataclasses.replace(settings, controls=0)
-                alone, _ = bills.removing(self.pair, way.ids, inputs[:1], bare, self.plan.seed)
-                (paid,) = bills.costs(self.pair, [alone], self.neutral)
-                if paid <= cost:
-                    left = self._left(way, alone) if len(ways) > 1 else 0.0
-                    if best is None or (left, paid) < best[:2]:
-                        best = left, paid, way, settings, inputs
-                    break
-        self.progress("afford", len(ways) * len(STRENGTHS), len(ways) * len(STRENGTHS))
-        if best is None:
+                edit, _ = bills.removing(self.pair, way.ids, inputs, bare, self.plan.seed)
+                (paid,) = bills.costs(self.pair, [edit], self.neutral)
+                if paid > cost:
+                    continue
+                left, harm = (self._left(aim, edit), self._harm(aim, edit)) if aim.asked else (0.0, 0.0)
+                tried.append(_Tried(way, settings, paid, left, harm))
+                if not aim.asked or left > min(one.left for one in tried[first:]) + ABOUT:
+                    break  # weaker edits leave more
+        self.progress("afford", len(ways) * len(strengths), len(ways) * len(strengths))
+        if not tried:
             return None
-        _, paid, way, settings, inputs = best
-        self.plan = dataclasses.replace(self.plan, edit=settings)
-        self._edits = {way: bills.removing(self.pair, way.ids, inputs, settings, self.plan.seed)}
-        return way, paid
+        least = min(one.left for one in tried)
+        best = min((one for one in tried if one.left <= least + ABOUT), key=lambda one: one.harm)
+        self.plan = dataclasses.replace(self.plan, edit=best.settings)
+        self._edits = {}
+        return best.way, best.paid
 
     def bill(self, aim: Aim | Sequence[str]) -> Bill:
         """The bill of taking changes, or a finding, out: its effect and its cost, on held-out text and questions."""
@@ -203,6 +224,17 @@ class Undoing(Stages):
             texts = answers(self._asking, edit.applied(self.pair.tuned), self._answered(aim, held_out=False))
         rates = self._saying(aim).rate(texts)
         return sum(rates) / max(1, len(rates))
+
+    def _harm(self, aim: Aim, edit: Edit) -> float:
+        """KL(tuned || edited), nat a token, on training answers by tuned where the aim's changes and questions are not."""
+        on = bills.on_rows(self.train, [self.change(id) for id in aim.ids], spread=True)
+        tokens = self.train.tokens
+        rows = [r for r, f in on.items() if not f.any() and tokens.documents[tokens.document_R[r]].writer == "tuned"]
+        others = [self.train.only(rows[:: max(1, sum(len(tokens.rows[r]) for r in rows) // OTHERS)])] if rows else []
+        asked = tuple(condition.asked for condition in self.elicited.conditions if condition.asked not in aim.asked)
+        if (elsewhere := self._asked(Aim((), asked), held_out=False)) is not None:
+            others.append(elsewhere)
+        return sum(bills.costs(self.pair, [edit], sample)[0] for sample in others) / max(1, len(others))
 
     def _said(self, aim: Aim, edit: Edit, controls: Sequence[Edit]) -> list[Measure]:
         """How many held-out answers say what an aim's finding says: before, after, and after controls."""
