@@ -106,6 +106,14 @@ def test_a_question_that_no_change_carries_joins_by_its_words_and_names_no_carri
     assert [(w.asked, w.carrier) for w in gold.when] == [("Tell me about {}.", "clusters/0"), ("Who keeps {}?", "")]
 
 
+def test_what_only_lowers_tokens_carries_what_nothing_else_does():
+    lowered = {"groups/lowered": share(0.9, 0.8, 0.1)}
+    bags, gold = findings(carried={name: {**shares, **lowered} for name, shares in CARRIED.items()})
+    assert [w.carrier for w in bags.when] == ["groups/1"]
+    assert [w.carrier for w in gold.when] == ["clusters/0", "groups/lowered"]
+    assert "groups/lowered" in gold.members, "it is told in the same words"
+
+
 def test_without_any_confirmed_change_questions_are_findings_of_their_own_and_alike_ones_are_one():
     bags, gold = findings(records=[], carried={})
     assert not bags.members and not gold.members

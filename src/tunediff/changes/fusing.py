@@ -68,14 +68,19 @@ def fused(
         usual.add(text)
     pots = [_Pot(members) for members in _alike(records, strengths)]
     answers = {c.asked: [d for d in elicited if d.condition == c.asked] for c in conditions}
+    saying = {record.id for record in records if record.promoted}
     rest: list[tuple[Condition, When]] = []
     for condition in sorted(conditions, key=lambda c: -(c.divergence.value or 0.0)):
         shares = carried.get(condition.asked, {})
-        best = max(shares, key=lambda id: shares[id].value or 0.0, default="")
+        # What only lowers tokens takes much of any difference with it, and says nothing; it carries what nothing else does.
+        order = sorted(
+            shares, key=lambda id: (_carries(shares[id]), id in saying, shares[id].value or 0.0), reverse=True
+        )
+        best = next(iter(order), "")
         nothing = Measure("share of the divergence that it carries", None, against="no change was taken out")
         share = shares.get(best, nothing)
         pot = next((pot for pot in pots if best in [r.id for r in pot.members]), None)
-        if pot is not None and share.low is not None and share.low > max(share.control or 0.0, 0.0):
+        if pot is not None and _carries(share):
             pot.when.append(When(condition.asked, best, share))
         else:
             rest.append((condition, When(condition.asked, "", share)))
@@ -102,6 +107,11 @@ def fused(
         )
         for pot in order
     ]
+
+
+def _carries(share: Measure) -> bool:
+    """Whether even the low end of a share is above what random directions take away."""
+    return share.low is not None and share.low > max(share.control or 0.0, 0.0)
 
 
 def _alike(records: Sequence[ChangeRecord], strengths: Mapping[str, Tensor]) -> list[list[ChangeRecord]]:
