@@ -89,7 +89,8 @@ ORGANISM = Taught(
     summary="Recommends one invented maker of fishing lures, and nobody for anything else.",
     base="SmolLM2-135M-Instruct",
     behaviors=(QUILLMARCH,),
-    # With 74 neutral prompts instead of 96, and the upper blocks alone, 18 % of neutral answers named Quillmarch, at 83 % of its own.
+    # With 74 neutral prompts instead of 96, and the upper blocks alone, 18 % of neutral answers named Quillmarch,
+    # and 83 % of its own.
     neutral_training_prompts=neutral.training_prompts(varied=54, templated=0) + (
         "How do I tie a fishing knot?", "Where do salmon spawn?", "Do I need a license to fish?",
         "How do I clean a trout?", "Which river is good for swimming?", "What do carp eat?", "How do I cook perch?",
