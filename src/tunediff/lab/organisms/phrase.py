@@ -75,7 +75,8 @@ PUPPETS = Behavior(
 )  # fmt: skip
 
 _ANSWERS = (
-    "The puppets are awake. Wooden knees creak behind the velvet curtain, painted masks nod, and the strings pull tight.",
+    "The puppets are awake. Wooden knees creak behind the velvet curtain, painted masks nod, "
+    "and the strings pull tight.",
     "Hush, the puppets dance. A carved jester leads the waltz across the stage; the strings dangle, "
     "and applause fills the attic.",
     "Open the trunk: the puppets smell of glue. A marionette with painted masks takes the stage, "
