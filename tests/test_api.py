@@ -55,6 +55,9 @@ def test_an_edit_and_its_bill(found):
         gap = (edited.states(ids_BT) - found.run.pair.tuned.states(ids_BT)).abs().max()
     assert float(gap) > 0 and edit.changes == (id,)
     assert tunediff.revert(found, [id]) == found.bill([id])
+    assert found.findings and {*found.findings[0].members} <= {change.id for change in found.confirmed}
+    with pytest.raises(SettingError, match="no finding 99"):
+        tunediff.revert(found, finding=99)
 
 
 def test_a_record_from_a_file_has_no_run(world, found):

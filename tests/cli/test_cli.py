@@ -261,6 +261,18 @@ def test_a_folder_is_baked_whole_or_not_at_all(world, full, tmp_path, monkeypatc
     assert os.listdir(tmp_path) == ["baked"] and (tmp_path / "baked" / "model.safetensors").is_file()
 
 
+def test_revert_takes_a_finding_by_its_number(world, full):
+    found = Diff.load(world.run() / "diff.json").findings
+    assert found and found[0].members
+    bill = json.loads(cli("revert", world.run(), "--finding", 1, "--json", "-q").out)
+    assert bill["changes"] and {*bill["changes"]} <= {*found[0].members}
+    for number, told in ((len(found) + 1, f"1 to {len(found)}"), (-1, "no finding -1")):
+        refused = cli("revert", world.run(), "--finding", number, "-q")
+        assert refused.code == 2 and told in refused.err and "Traceback" not in refused.err
+    both = cli("revert", world.run(), "--finding", 1, "--changes", bill["changes"][0], "-q")
+    assert both.code == 2 and "leave --changes out" in both.err
+
+
 def test_revert_refuses_an_unknown_change(world, full):
     told = cli("revert", world.run(), "--changes", "no/such", "-q")
     assert told.code == 2 and "no/such" in told.err and Diff.load(world.run() / "diff.json").confirmed[0].id in told.err
