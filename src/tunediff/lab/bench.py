@@ -393,12 +393,14 @@ def _undone_told(
     run: Run, cell: Cell, organism: Organism, before: dict[str, float], scaled: dict[str, float]
 ) -> Undone | None:
     """As `_undone`, of a whole finding: the first that names an unwanted behavior and no wanted one, else the first that
-    names no wanted one. None where nothing of a finding can be taken out.
+    names no wanted one. None where no finding has a change, or nothing of it can be taken out.
     """
     wanted = {place for b in organism.behaviors if b.wanted for place in cell.as_told.get(b.name, ())}
     unwanted = [place for b in organism.behaviors if not b.wanted for place in cell.as_told.get(b.name, ())]
     places = [place for place in (*unwanted, *range(1, len(cell.told) + 1)) if place not in wanted]
     for place in places:
+        if not run.findings[place - 1].members:
+            continue  # questions alone are the same for every method
         try:
             aim = run.aim(place)
         except SettingError:  # it is at the output
