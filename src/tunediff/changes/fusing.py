@@ -73,10 +73,8 @@ def fused(
     for condition in sorted(conditions, key=lambda c: -(c.divergence.value or 0.0)):
         shares = carried.get(condition.asked, {})
         # What only lowers tokens takes much of any difference with it, and says nothing; it carries what nothing else does.
-        order = sorted(
-            shares, key=lambda id: (_carries(shares[id]), id in saying, shares[id].value or 0.0), reverse=True
-        )
-        best = next(iter(order), "")
+        strongest = sorted(shares, key=lambda id: (_carries(shares[id]), id in saying, shares[id].value or 0.0))
+        best = strongest[-1] if strongest else ""
         nothing = Measure("share of the divergence that it carries", None, against="no change was taken out")
         share = shares.get(best, nothing)
         pot = next((pot for pot in pots if best in [r.id for r in pot.members]), None)

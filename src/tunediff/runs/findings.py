@@ -42,7 +42,7 @@ def collected(run: Stages, billed: Sequence[Bill] = ()) -> Diff:
         corpus=_corpus(run),
         found=bool(confirmed),
         rate=run.plan.rank.level,
-        summary=[*said[:1], *_told(run.findings[:TOLD], run.elicited.conditions), *said[1:]],
+        summary=[*said[:1], *_told(run.findings, run.elicited.conditions, records), *said[1:]],
         output=[*output, *run.output_side.measures],
         scan=scan,
         changes=records,
@@ -229,25 +229,25 @@ def _summary(
             said[-1] += (
                 f" The models are further apart there than training on nothing makes them ({calibration.gap:.2g} nat a token)."
             )
-    for record in [record for place, record in enumerate(confirmed) if place < 5 or record.standing]:
-        tokens = ", ".join(visible(t.token) for t in (record.promoted or record.suppressed)[:8])
-        more = "more" if record.promoted else "less"
-        says = f"makes {more} likely" if record.standing else f"with it tuned says {more} of"
-        said.append(f"{record.id}: {record.reason}; {says} {tokens}." if tokens else f"{record.id}: {record.reason}.")
     for measure in output:
         if "by tuned" in measure.name or len(output) == 1:
             said.append(f"{measure.name}: {measure.value:.3g} nat a token.")
     return said
 
 
-def _told(findings: Sequence[Finding], conditions: Sequence[Condition]) -> list[str]:
-    """Findings in plain sentences, each with one question and tuned's answer to it, where there is one."""
+def _told(findings: Sequence[Finding], conditions: Sequence[Condition], records: Sequence[ChangeRecord]) -> list[str]:
+    """Findings in plain sentences: one question with tuned's answer to it, where there is one, and how its best-tested
+    change was proven."""
     known, said = {condition.asked: condition for condition in conditions}, []
-    for place, finding in enumerate(findings, start=1):
+    reasons = {record.id: record.reason for record in records}
+    for place, finding in enumerate(findings[:TOLD], start=1):
         answer = example(finding, known)
         parts = [f"Finding {place}: tuned {title(finding)}", asked_for(finding, known), apart(finding, known)]
         parts += [f"to {answer.question!r} it says {answer.tuned!r}" if answer else "", shown_by(finding)]
+        parts += [f"for {id}, {reasons[id]}" for id in finding.members[:1] if id in reasons]
         said.append(visible("; ".join(filter(None, parts))) + ".")
+    if len(findings) > TOLD:
+        said.append(f"Findings from {TOLD + 1} on follow below.")
     return said
 
 
