@@ -33,9 +33,9 @@ def carried(
     The share is 1 - KL(tuned without the change || base) / KL(tuned || base), over all tokens of a condition's answers; 0
     where the change is on nowhere. Changes without sites are left out: nothing of theirs can be taken out of a stream.
     """
-    documents = [sample.tokens.documents[d] for d in sorted(set(sample.document_N.tolist()))]
-    place = {document.id: number for number, document in enumerate(sample.tokens.documents)}
-    of = {c: [place[d.id] for d in documents if d.condition == c] for c in {d.condition for d in documents}}
+    of: dict[str, list[int]] = {}
+    for document in sorted(set(sample.document_N.tolist())):
+        of.setdefault(sample.tokens.documents[document].condition, []).append(document)
     gaps = _gaps(pair, sample)
     settings = VerifySettings(documents=len(gaps), tokens=len(sample.row_N), scored=len(sample.row_N), draws=CONTROLS)
     found: dict[str, dict[str, Measure]] = {condition: {} for condition in of}

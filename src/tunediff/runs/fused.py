@@ -9,6 +9,7 @@ from tunediff.changes.fusing import fused
 from tunediff.changes.trial_bench import spreads
 from tunediff.harvests.harvest import harvest
 from tunediff.harvests.samples import Sample
+from tunediff.records.change import Change
 from tunediff.records.finding import Finding
 from tunediff.records.measure import Measure
 
@@ -20,15 +21,15 @@ def findings(run: Stages) -> list[Finding]:
     """What was found, told once: `Diff.findings`."""
     confirmed = [record for record in run.verdicts if record.decision == "confirmed"]
     conditions = run.elicited.conditions
-    changes = {change.id: change for change in (*run.changes, *run.output_side.changes)}
 
     def make(_: object) -> list[Finding]:
         if not confirmed and not conditions:
             return []
         sample = run.sample
-        mine = [changes[record.id] for record in confirmed if record.id in changes]
+        ids = {record.id for record in confirmed}
+        mine = [change for change in run.in_streams.values() if change.id in ids]
         strengths = {change.id: (sample.strength(change).abs() * sample.scored_N).cpu() for change in mine}
-        shares = _carried(run, [record.id for record in confirmed if record.id in changes])
+        shares = _carried(run, mine)
         return fused(
             confirmed,
             strengths,
@@ -59,11 +60,10 @@ def asked(run: Stages) -> Sample | None:
     return Sample.of(streams, tokens, range(len(tokens.rows)))
 
 
-def _carried(run: Stages, ids: list[str]) -> dict[str, dict[str, Measure]]:
+def _carried(run: Stages, changes: list[Change]) -> dict[str, dict[str, Measure]]:
     """What each change carries of each condition, on tuned's answers to questions that chose nothing."""
-    if not ids or run.asked is None:
+    if not changes or run.asked is None:
         return {}
     tokens = run.asked.tokens
     held_out = run.asked.only([row for row in run.asked.rows if tokens.held_out[tokens.document_R[row]]])
-    changes = [change for change in (*run.changes, *run.output_side.changes) if change.id in ids]
     return carried(run.pair, changes, held_out, spreads(run.harvest), run.plan.seed)

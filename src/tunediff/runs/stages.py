@@ -343,6 +343,11 @@ class Stages(Sources):
         """Confirmed changes and elicited questions that show the same, each told once."""
         return findings(self)
 
+    @property
+    def in_streams(self) -> dict[str, Change]:
+        """All candidates that write into a stream, by id, those that claim tokens too."""
+        return {change.id: change for change in (*self.changes, *self.output_side.changes)}
+
     @stage
     def signals(self) -> list[SignalTable]:
         """Evidence tables, read on the held-out sample's rows and as much neutral text."""

@@ -68,7 +68,7 @@ class Undoing(Stages):
 
     def change(self, id: str) -> Change:
         """The candidate with this id; raises `SettingError` naming the confirmed ones if there is none."""
-        by_id: dict[str, Change] = {c.id: c for c in (*self.changes, *self.output_side.changes)}
+        by_id = self.in_streams
         if id not in by_id and any(record.id == id for record in self.output_side.records):
             raise SettingError(
                 f"{id} is a change at the output: it claims tokens, and no map of a block holds it",
@@ -88,7 +88,7 @@ class Undoing(Stages):
                 expected=f"1 to {len(self.findings)}" if self.findings else "(nothing was found)",
             )
         finding = self.findings[number - 1]
-        changes = {change.id: change for change in (*self.changes, *self.output_side.changes)}
+        changes = self.in_streams
         members = [changes[id] for id in finding.members if id in changes]
         # What is read everywhere does not say where to give base's maps back; answers, or other changes, do.
         here = [change for change in members if change.threshold > float("-inf") and change.rows_SMD.any()]
@@ -145,12 +145,12 @@ class Undoing(Stages):
         strengths = STRENGTHS[::2] if aim.asked else STRENGTHS  # each costs answers as well
         tried: list[_Tried] = []
         for place, way in enumerate(ways):
-            inputs, first = self.inputs(way)[:1], len(tried)
+            inputs, first = self.inputs(way), len(tried)
             for number, strength in enumerate(strengths):
                 self.progress("afford", place * len(strengths) + number, len(ways) * len(strengths))
                 settings = dataclasses.replace(self.plan.edit, strength=strength)
                 bare = dataclasses.replace(settings, controls=0)
-                edit, _ = bills.removing(self.pair, way.ids, inputs, bare, self.plan.seed)
+                edit, _ = bills.removing(self.pair, way.ids, inputs[:1], bare, self.plan.seed)
                 (paid,) = bills.costs(self.pair, [edit], self.neutral)
                 if paid > cost:
                     continue
@@ -165,6 +165,8 @@ class Undoing(Stages):
         best = min((one for one in tried if one.left <= least + ABOUT), key=lambda one: one.harm)
         self.plan = dataclasses.replace(self.plan, edit=best.settings)
         self._edits = {}
+        if best.way == way:  # the last one's inputs are at hand
+            self._edits[way] = bills.removing(self.pair, way.ids, inputs, best.settings, self.plan.seed)
         return best.way, best.paid
 
     def bill(self, aim: Aim | Sequence[str]) -> Bill:
